@@ -1,0 +1,129 @@
+"""Token shards on disk, in llm.c's format, so files are interchangeable with llm.c and modded-nanogpt.
+
+    256 x int32 little-endian header: [0] magic 20240520, [1] version 1, [2] token count, rest 0
+    token count x uint16 token ids
+
+Every document starts with the end-of-text token. Files are written aside and renamed, so a file under
+its final name is always whole.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+SHARD_TOKENS = 100_000_000  # FineWeb-10B's size: 200 MB a file
+
+
+class InputError(ValueError):
+    """Something the user can put right. The message is one line: what, where, expected, what to do."""
+
+
+def read_shard(path, n_vocab=None):
+    """Map a shard into memory, refusing anything that is not one.
+
+    path: file; n_vocab: if given, every token must be below it (reads the whole file once).
+    Returns a read-only uint16 array (n_tokens,). Raises InputError naming file, expected and found.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as e:
+        raise InputError(f"{path}: cannot read shard: {e.strerror or e}") from None
+    if len(header) < 256:
+        raise InputError(f"{path}: expected a {HEADER_BYTES}-byte shard header, found a file of {size} bytes")
+    if header[0] != MAGIC:
+        raise InputError(f"{path}: expected magic {MAGIC}, found {header[0]}: not a token shard")
+    if header[1] != VERSION:
+        raise InputError(f"{path}: expected shard version {VERSION}, found {header[1]}")
+    n_tokens = int(header[2])
+    expected = HEADER_BYTES + 2 * n_tokens
+    if n_tokens < 1 or size != expected:
+        raise InputError(f"{path}: expected {expected} bytes for {n_tokens} tokens, found {size}: "
+                         "truncated or altered; delete the file and prepare it again")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+    if n_vocab is not None and int(tokens.max()) >= n_vocab:
+        at = int(np.argmax(tokens >= n_vocab))
+        raise InputError(f"{path}: expected tokens below {n_vocab}, found {tokens[at]} at position {at}: "
+                         "was this shard made with another tokenizer?")
+    return tokens
+
+
+class ShardWriter:
+    """Stream tokens into `folder/prefix_000000.bin`, `_000001.bin`, ... of `shard_tokens` each.
+
+    Used as a context manager: shards appear under their final names when whole, and an exception
+    (disk full included, raised as InputError) leaves no partial file behind. `paths` lists what was written.
+    """
+
+    def __init__(self, folder, prefix, shard_tokens=SHARD_TOKENS):
+        self.folder, self.prefix, self.shard_tokens = Path(folder), prefix, shard_tokens
+        self.paths, self.n_tokens = [], 0
+        self._file, self._count = None, 0
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write(self, tokens):
+        """Append token ids: any integer sequence with values in [0, 65535]."""
+        tokens = np.asarray(tokens)
+        if tokens.size and (tokens.min() < 0 or tokens.max() > 65535):
+            raise InputError(f"token {tokens.max()} does not fit the shard format's uint16")
+        tokens = tokens.astype("<u2", copy=False)
+        while len(tokens):
+            if self._file is None:
+                self._open()
+            part = tokens[: self.shard_tokens - self._count]
+            self._guard(self._file.write, part.tobytes())
+            self._count += len(part)
+            tokens = tokens[len(part):]
+            if self._count == self.shard_tokens:
+                self._close()
+
+    def __exit__(self, exc_type, *_):
+        if exc_type is None and self._file is not None:
+            self._close()
+        elif self._file is not None:
+            self._discard()
+
+    def _open(self):
+        self._final = self.folder / f"{self.prefix}_{len(self.paths):06d}.bin"
+        self._aside = self._final.with_suffix(f".bin.{os.getpid()}.tmp")
+        self._file, self._count = self._guard(open, self._aside, "wb"), 0
+        self._guard(self._file.write, bytes(HEADER_BYTES))
+
+    def _close(self):
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = MAGIC, VERSION, self._count
+        self._guard(self._file.seek, 0)
+        self._guard(self._file.write, header.tobytes())
+        self._guard(self._file.flush)
+        self._guard(os.fsync, self._file.fileno())
+        self._file.close()
+        os.replace(self._aside, self._final)
+        self.paths.append(self._final)
+        self.n_tokens += self._count
+        self._file = None
+
+    def _discard(self):
+        try:
+            self._file.close()
+        except OSError:
+            pass  # closing flushes; on a full disk that fails again, and the file goes anyway
+        self._aside.unlink(missing_ok=True)
+        self._file = None
+
+    def _guard(self, call, *args):
+        """Run one file operation; on failure clean up and say it in one line."""
+        try:
+            return call(*args)
+        except OSError as e:
+            if self._file is not None:
+                self._discard()
+            raise InputError(f"{self._final}: cannot write shard: {e.strerror or e}; "
+                             "nothing was left under this name") from None

@@ -1,0 +1,123 @@
+"""Tokenizers by name: `gpt2`, `bpe:N` (trained on the corpus), `bytes`, `chars`.
+
+All share one interface (`encode`, `decode`, `n_vocab`, `eot`, `token_bytes`) and one JSON file format.
+BPE is trained by Hugging Face `tokenizers` and run by `tiktoken`; nothing here is pickled.
+"""
+
+import base64
+import json
+import re
+
+import numpy as np
+
+from .shards import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-4's split pattern with at most two digits a piece (nanochat measured 2 better than 1 or 3).
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]|\s+(?!\S)|\s+")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    n_vocab: number of ids, end-of-text included; eot: the end-of-text id, which starts every document;
+    token_bytes: (n_vocab,) int64, UTF-8 bytes each id stands for (0 for eot), the basis of bits per byte.
+    """
+
+    def __init__(self, kind, tokens, pattern=None):
+        """kind: the name above; tokens: every id's bytes (str for chars) in id order, end-of-text left out."""
+        self.kind, self.tokens, self.pattern = kind, tokens, pattern
+        self.eot, self.n_vocab = len(tokens), len(tokens) + 1
+        sizes = [len(t.encode() if isinstance(t, str) else t) for t in tokens]
+        self.token_bytes = np.array(sizes + [0], dtype=np.int64)
+        if kind == "chars":  # sorted code points, so that encoding a block is one binary search
+            self._codes = np.array([ord(c) for c in tokens], dtype=np.uint32)
+        elif kind != "bytes":
+            import tiktoken
+            self._bpe = tiktoken.Encoding(kind, pat_str=pattern, special_tokens={END_OF_TEXT: self.eot},
+                                          mergeable_ranks={t: i for i, t in enumerate(tokens)})
+
+    def encode(self, texts):
+        """List of str -> list of uint16 arrays of ids. Text that looks like end-of-text is ordinary text."""
+        if self.kind == "bytes":
+            return [np.frombuffer(t.encode(), dtype=np.uint8).astype(np.uint16) for t in texts]
+        if self.kind == "chars":
+            return [self._encode_chars(t) for t in texts]
+        return [np.array(ids, dtype=np.uint16) for ids in self._bpe.encode_ordinary_batch(texts, num_threads=4)]
+
+    def _encode_chars(self, text):
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        ids = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        unknown = codes[self._codes[ids] != codes]
+        if len(unknown):
+            raise InputError(f"character {chr(unknown[0])!r} is not among the {len(self.tokens)} the tokenizer knows")
+        return ids.astype(np.uint16)
+
+    def decode(self, ids):
+        """Sequence of ids -> str; end-of-text is left out, broken UTF-8 becomes U+FFFD."""
+        parts = [self.tokens[i] for i in ids if i != self.eot]
+        return "".join(parts) if self.kind == "chars" else b"".join(parts).decode(errors="replace")
+
+    def to_json(self):
+        tokens = self.tokens if self.kind == "chars" else [base64.b64encode(t).decode() for t in self.tokens]
+        return json.dumps(dict(kind=self.kind, pattern=self.pattern, tokens=tokens))
+
+    @classmethod
+    def from_json(cls, text):
+        d = json.loads(text)
+        if d["kind"] != "chars":
+            d["tokens"] = [base64.b64decode(t) for t in d["tokens"]]
+        return cls(**d)
+
+
+def make_tokenizer(name, texts):
+    """Build the tokenizer `name`; texts: function returning an iterator of str, read only if it must be.
+
+    Raises InputError for an unknown name, and when GPT-2's vocabulary cannot be downloaded.
+    """
+    if name == "bytes":
+        return Tokenizer("bytes", [bytes([i]) for i in range(256)])
+    if name == "chars":
+        chars = set()
+        for text in texts():
+            chars.update(text)
+        if len(chars) > 65535:
+            raise InputError(f"{len(chars)} distinct characters do not fit uint16 tokens; use --tokenizer bytes")
+        return Tokenizer("chars", sorted(chars))
+    if name == "gpt2":
+        return gpt2_tokenizer()
+    if m := re.fullmatch(r"bpe:(\d+)", name):
+        n = int(m[1])
+        if not 257 <= n <= 65536:
+            raise InputError(f"--tokenizer {name}: expected a size from 257 to 65536")
+        return Tokenizer(name, train_bpe(texts(), n - 1), PATTERN)
+    raise InputError(f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096) or gpt2")
+
+
+def gpt2_tokenizer():
+    """GPT-2's BPE as tiktoken ships it (downloaded once by tiktoken, then read from its cache)."""
+    import tiktoken
+    try:
+        enc = tiktoken.get_encoding("gpt2")
+    except Exception as e:  # tiktoken lets requests' many errors through
+        raise InputError(f"GPT-2's vocabulary could not be downloaded ({type(e).__name__}): "
+                         "check the network, or use --tokenizer bpe:N, which needs none") from None
+    return Tokenizer("gpt2", [enc.decode_single_token_bytes(i) for i in range(enc.eot_token)], enc._pat_str)
+
+
+def train_bpe(texts, n_tokens):
+    """Byte-level BPE on an iterator of str. Returns at most n_tokens byte strings, in merge order."""
+    from tokenizers import Regex, Tokenizer as HFTokenizer, models, pre_tokenizers, trainers
+    hf = HFTokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"), byte_level])
+    alphabet = byte_level.alphabet()
+    hf.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=n_tokens, initial_alphabet=alphabet,
+                                                      show_progress=False))
+    # Hugging Face writes each byte as a printable character: printable Latin-1 as itself, the rest from U+0100 on.
+    printable = [b for b in range(256) if chr(b) in alphabet]
+    to_byte = {chr(b): b for b in printable}
+    to_byte |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
+    by_id = sorted(hf.get_vocab().items(), key=lambda kv: kv[1])
+    return [bytes(to_byte[c] for c in token) for token, _ in by_id]

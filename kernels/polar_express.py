@@ -1,0 +1,32 @@
+"""Orthogonalisation of a batch of matrices: the polar factor U V^T of G = U S V^T, by five matrix polynomials.
+
+    X <- G / (1.02 |G|_F);   five times: A = X X^T,  X <- a X + (b A + c A A) X
+
+Source: Polar Express (Amsel, Persson, Musco, Gower, arXiv:2505.16932), used inside Muon (Jordan et al., 2024).
+FLOPs for m x n, m <= n: 5 (4 m^2 n + 2 m^3). Only products, so bf16 is enough: singular values end within
+a few percent of 1, which is all Muon needs.
+"""
+
+import torch
+
+# Optimal for 5 steps on singular values in [1e-3, 1], loosened (safety 2e-2, cushion 2) for bf16 rounding.
+COEFFICIENTS = [
+    (8.1566, -22.4833, 15.8788),
+    (4.0429, -2.8089, 0.5000),
+    (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645),
+    (2.3465, -1.7098, 0.4232),
+]
+
+
+def polar_express(G, steps=5):
+    """G: (..., m, n), any float dtype -> approximate polar factor, same shape and dtype. All-zero matrices stay zero.
+
+    A tall matrix is handled as its transpose, so the products are always of the smaller side.
+    """
+    X = G.mT if G.size(-2) > G.size(-1) else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in COEFFICIENTS[:steps]:
+        A = X @ X.mT  # (..., m, m)
+        X = a * X + (b * A + c * (A @ A)) @ X
+    return X.mT if G.size(-2) > G.size(-1) else X

@@ -1,0 +1,812 @@
+"""Stopwatch: train a GPT to a target loss against the clock.
+
+One file, in reading order: configuration, model, optimizer, schedules, evaluation and sampling, the run, the door.
+`./run.sh` starts it; `python train_gpt.py` and `torchrun --nproc_per_node=N train_gpt.py` work as well.
+Tracks (tracks/*.py) are small sets of differences from the defaults in Config below.
+"""
+
+import time
+
+START = time.perf_counter()  # the cold start is counted from here
+
+import argparse
+import dataclasses
+import datetime
+import difflib
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import typing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from data import InputError, Prefetcher, TrainLoader, ValLoader, open_dataset
+from kernels import attention, choose_backend, polar_express, softcap_cross_entropy
+from records import Log, describe_environment, matmul_rate, synchronize
+
+ROOT = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: every field is a command-line option
+
+
+def option(default, help):
+    return dataclasses.field(default=default, metadata=dict(help=help))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Tuples with one entry per stage divide training into equal stages."""
+    # goal
+    track: str = option("", "named set of defaults, data and target")
+    target: float | None = option(None, "stop when the validation metric is at or below this")
+    target_metric: str = option("val_loss", "val_loss (nats per token) or val_bpb (bits per byte)")
+    # data
+    data: str = option("stdlib", "stdlib, fineweb10B, or text (then --text says which)")
+    text: str = option("", "train on this file or folder of text")
+    tokenizer: str = option("bpe:4096", "for text: chars, bytes, bpe:N or gpt2")
+    train_shards: int = option(9, "how many FineWeb shards of 100M tokens to use")
+    cache_dir: str = option(str(ROOT / ".cache"), "prepared data and compiled code")
+    long_docs: str = option("split", "what happens to a document beyond max_doc_len: split or drop")
+    shuffle: bool = option(True, "documents in random order already in the first epoch")
+    val_tokens: int = option(0, "validate on the first this many tokens of the validation split; 0 is all")
+    # model
+    n_layer: int = option(4, "transformer blocks")
+    n_embd: int = option(256, "width")
+    n_head: int = option(4, "attention heads")
+    mlp_ratio: int = option(4, "hidden width of the MLP over n_embd")
+    value_embed_layers: tuple[int, ...] = option((0, 3), "layers whose values get a second token embedding")
+    softcap: tuple[float, ...] = option((23.0, 5.0, 7.5), "logits become a * sigmoid((z + b) / c)")
+    rope_base: float = option(1024.0, "longest rotary wavelength over 2 pi, in tokens")
+    # batch, context and schedule
+    steps: int = option(500, "optimizer steps")
+    row_len: int = option(256, "tokens in a packed row; attention never leaves a row")
+    val_row_len: int = option(1024, "the same for validation")
+    batch_tokens: tuple[int, ...] = option((8192,), "tokens per step, by stage")
+    max_doc_len: tuple[int, ...] = option((256,), "documents are cut at this many tokens, by stage")
+    short_window: tuple[int, ...] = option((256,), "tokens a query sees behind it in most layers, by stage")
+    long_window: tuple[int, ...] = option((256,), "the same in every fourth layer and the last, by stage")
+    val_windows: tuple[int, ...] = option((), "short and long window in validation; empty means the last stage's")
+    stage_lr: tuple[float, ...] = option((1.0,), "learning rate multiplier, by stage")
+    cooldown: float = option(0.6, "fraction of training over which the learning rate falls linearly")
+    lr_floor: float = option(0.15, "where it falls to, as a fraction")
+    # optimizer
+    muon_lr: float = option(0.05, "Muon, on the matrices of the blocks")
+    adam_lr: float = option(0.008, "Adam, on the head; embeddings and scalars have multiples of it")
+    weight_decay: float = option(0.0, "decoupled, on the matrices")
+    # run
+    eval_every: int = option(125, "steps between validations; there is always one at the end")
+    micro_tokens: int = option(0, "tokens per forward pass; 0 fits them to the memory found")
+    seed: int = option(0, "of the weights and the order of the data")
+    dtype: str = option("auto", "of weights and activations: bfloat16, float32 or auto")
+    compile: bool = option(True, "torch.compile; off, a run starts at once and is slower")
+    gpus: int = option(0, "how many GPUs; 0 is all there are")
+    run_dir: str = option("", "where log, metrics and weights go; empty is runs/<utc>-<track>")
+    sample_tokens: int = option(120, "length of the text sample at the end")
+
+    def __post_init__(self):
+        def need(ok, field, expected):
+            if not ok:
+                raise InputError(f"--{field.replace('_', '-')} {getattr(self, field)}: expected {expected}")
+        need(self.target_metric in ("val_loss", "val_bpb"), "target_metric", "val_loss or val_bpb")
+        need(self.long_docs in ("split", "drop"), "long_docs", "split or drop")
+        need(self.dtype in ("auto", "bfloat16", "float32"), "dtype", "auto, bfloat16 or float32")
+        for f in ("n_layer", "n_embd", "n_head", "mlp_ratio", "steps", "row_len", "val_row_len", "eval_every"):
+            need(getattr(self, f) > 0, f, "a positive number")
+        for f in ("micro_tokens", "val_tokens", "gpus", "sample_tokens", "seed"):
+            need(getattr(self, f) >= 0, f, "zero or more")
+        for f in ("batch_tokens", "max_doc_len", "short_window", "long_window", "stage_lr"):
+            need(getattr(self, f) and min(getattr(self, f)) > 0, f, "one positive number per stage")
+        need(self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 4 == 0, "n_embd",
+             f"a multiple of 4 * n_head ({4 * self.n_head})")
+        need(all(b % self.row_len == 0 for b in self.batch_tokens), "batch_tokens",
+             f"multiples of row_len ({self.row_len})")
+        need(self.micro_tokens % self.row_len == 0, "micro_tokens", f"a multiple of row_len ({self.row_len})")
+        need(all(0 <= i < self.n_layer for i in self.value_embed_layers), "value_embed_layers",
+             f"layers from 0 to {self.n_layer - 1}")
+        need(len(self.softcap) in (0, 3), "softcap", "three numbers, or none")
+        need(len(self.val_windows) in (0, 2), "val_windows", "a short and a long window, or none")
+        need(0 <= self.cooldown <= 1, "cooldown", "a fraction")
+        need(self.data in ("stdlib", "fineweb10B", "text"), "data", "stdlib, fineweb10B or text")
+        need(self.data != "text" or self.text, "text", f"the path of a file or folder: track {self.track} needs a text")
+
+
+def track_names():
+    return sorted(p.stem.replace("_", "-") for p in (ROOT / "tracks").glob("[a-z]*.py"))
+
+
+def load_track(name, target=None):
+    """A track's fields. Easier targets than the track's own may come with a smaller model (EASIER in its file)."""
+    if name not in track_names():
+        raise InputError(f"unknown track {name!r}: expected one of {', '.join(track_names())}")
+    module = importlib.import_module(f"tracks.{name.replace('-', '_')}")
+    fields = dict(module.TRACK, track=name)
+    rungs = [goal for goal in getattr(module, "EASIER", {}) if target is not None and goal <= target]
+    return fields | (module.EASIER[max(rungs)] if rungs else {})
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for an error, with the nearest valid name."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            given = message.split(": ", 1)[1].split()[0]
+            valid = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
+            near = difflib.get_close_matches(given, valid, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            message = f"unknown option {given}: {hint}valid are {' '.join(valid)}"
+        raise InputError(message)
+
+
+def parse_args(argv):
+    """Command line -> Config: defaults, then the track's fields, then the options given."""
+    parser = Parser(
+        prog="run.sh", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        usage="./run.sh [--track NAME] [--text FILE_OR_FOLDER] [--OPTION VALUE ...]\n       ./run.sh test [PYTEST ARGUMENTS]",
+        description="Train a GPT to a target loss against the clock, on this machine. Without options: track gpt2-small "
+                    "where there is a CUDA GPU, else laptop. Progress goes to stderr, the result is one line of JSON "
+                    "on stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input.",
+        epilog=f"tracks: {', '.join(track_names())}. Options left out have the track's value; defaults of the "
+               "laptop track are shown.", allow_abbrev=False)
+    shown = load_track("laptop")
+    for f in dataclasses.fields(Config):
+        kind = typing.get_args(f.type)[0] if typing.get_args(f.type) else f.type
+        name, default = "--" + f.name.replace("_", "-"), shown.get(f.name, f.default)
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        kwargs = dict(dest=f.name, default=None, help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
+        if f.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
+        elif typing.get_origin(f.type) is tuple:
+            parser.add_argument(name, type=kind, nargs="*", metavar=kind.__name__.upper(), **kwargs)
+        else:
+            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    track = given.pop("track", None) or ("gpt2-small" if torch.cuda.is_available() else "laptop")
+    fields = load_track(track, given.get("target"))
+    if "text" in given and fields["data"] != "text":  # own text on a track with its own data: the target is not its own
+        fields |= dict(data="text", target=None, val_tokens=0)
+    return Config(**(fields | given))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# Shapes: B rows, T tokens in a row, C width, H heads, D head width, V vocabulary
+
+
+def norm(x):
+    """RMSNorm without gain."""
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with the record's main parts.
+
+    The matrices of all layers with the same shape are one parameter (a bank), so that the optimizer
+    orthogonalises them in one batch and ranks share them out evenly.
+    """
+
+    def __init__(self, c, n_vocab, dtype=torch.float32, attention_backend="blockwise"):
+        super().__init__()
+        self.c, self.n_vocab, self.backend = c, n_vocab, attention_backend
+        L, C, H, V = c.n_layer, c.n_embd, c.n_head, -(-n_vocab // 64) * 64  # padded: GPUs like multiples of 64
+        n_ve = len(c.value_embed_layers)
+        self.embed = nn.Parameter(torch.empty(V, C, dtype=dtype))
+        self.lm_head = nn.Parameter(torch.empty(V, C, dtype=dtype))
+        self.value_embeds = nn.Parameter(torch.empty(n_ve, V, C, dtype=dtype))
+        self.attn_bank = nn.Parameter(torch.empty(L * 4, C, C, dtype=dtype))  # Q, K, V, O of layer 0, of layer 1, ...
+        self.mlp_bank = nn.Parameter(torch.empty(L * 2, c.mlp_ratio * C, C, dtype=dtype))  # up, down transposed, ...
+        self.value_gates = nn.Parameter(torch.empty(n_ve, H, 12))
+        self.lambdas = nn.Parameter(torch.empty(L, 2))  # per layer: weight of the residual stream, of the embedding
+
+        D, T = C // H, max(c.row_len, c.val_row_len)
+        freqs = c.rope_base ** -torch.linspace(0, 1, D // 4)  # half of the head's dimensions rotate, half stand still
+        angles = torch.arange(T)[:, None] * torch.cat([freqs, torch.zeros(D // 4)])  # (T, D / 2)
+        self.register_buffer("cos", angles.cos()[:, None].to(dtype), persistent=False)  # (T, 1, D / 2)
+        self.register_buffer("sin", angles.sin()[:, None].to(dtype), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Outputs of all blocks start at zero, so that the model starts as embedding -> head."""
+        g = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same weights
+        L, C = self.c.n_layer, self.c.n_embd
+        std = 0.5 * C**-0.5
+
+        def draw(shape, std):
+            return torch.randn(shape, generator=g) * std
+
+        self.embed.copy_(draw(self.embed.shape, 1.0))
+        self.lm_head.copy_(draw(self.lm_head.shape, 0.005))
+        self.value_embeds.copy_(draw(self.value_embeds.shape, 0.01))
+        attn = draw((L, 4, C, C), std)
+        attn[:, 3] = 0
+        mlp = draw((L, 2, *self.mlp_bank.shape[1:]), std)
+        mlp[:, 1] = 0
+        self.attn_bank.copy_(attn.flatten(0, 1))
+        self.mlp_bank.copy_(mlp.flatten(0, 1))
+        self.value_gates.zero_()
+        self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand(L, 2))
+
+    def rotate(self, x):  # (B, T, H, D)
+        T = x.size(1)
+        x1, x2 = x.chunk(2, dim=-1)
+        cos, sin = self.cos[:T], self.sin[:T]
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+    def hidden(self, inputs, cu_seqlens, max_seqlen, windows):
+        """inputs: (B, T) int64; windows: one int per layer -> (B, T, C) ready for the head."""
+        c = self.c
+        B, T = inputs.shape
+        H, D = c.n_head, c.n_embd // c.n_head
+        attn = self.attn_bank.unbind(0)
+        mlp = self.mlp_bank.unbind(0)
+        x = x0 = norm(F.embedding(inputs, self.embed))
+        for i in range(c.n_layer):
+            x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
+
+            h = norm(x)
+            w_q, w_k, w_v, w_o = attn[4 * i:4 * i + 4]
+            q, k, v = (F.linear(h, w).view(B, T, H, D) for w in (w_q, w_k, w_v))
+            q, k = self.rotate(norm(q)), self.rotate(norm(k))
+            if i in c.value_embed_layers:
+                j = c.value_embed_layers.index(i)
+                gate = 2 * torch.sigmoid(F.linear(h[..., :12], self.value_gates[j].to(h.dtype)))  # (B, T, H)
+                v = v + gate[..., None] * F.embedding(inputs, self.value_embeds[j]).view(B, T, H, D)
+            # with normalised q and k, 1.36 / sqrt(D) is the record's 0.12 at D = 128
+            y = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=windows[i],
+                          scale=1.36 * D**-0.5, backend=self.backend)
+            x = x + F.linear(y.reshape(B, T, c.n_embd), w_o)
+
+            up, down = mlp[2 * i:2 * i + 2]
+            x = x + F.linear(norm(x), up).relu().square() @ down
+        return norm(x)
+
+    def forward(self, inputs, targets, cu_seqlens, max_seqlen, windows, chunk=None):
+        """Summed cross-entropy (fp32 scalar) over the targets that are not padding.
+
+        chunk: tokens whose logits exist at one time; None is all of them (training needs their gradient anyway).
+        """
+        x = self.hidden(inputs, cu_seqlens, max_seqlen, windows).flatten(0, 1)  # (B T, C)
+        targets = targets.flatten()
+        cap = self.c.softcap or None
+        return sum(softcap_cross_entropy(F.linear(h, self.lm_head), t, cap=cap)
+                   for h, t in zip(x.split(chunk or len(x)), targets.split(chunk or len(x))))
+
+    def flops_per_token(self, windows, max_doc_len):
+        """Training FLOPs per token: 6 per matrix weight, and attention over half of what the window lets it see."""
+        matrices = self.attn_bank.numel() + self.mlp_bank.numel() + self.lm_head.numel()
+        return 6 * matrices + sum(12 * self.c.n_embd * min(w, max_doc_len) / 2 for w in windows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: plain functions of progress (0 at the first step, 1 at the last)
+
+
+def by_stage(values, progress):
+    """The entry for this progress, stages being equally long."""
+    return values[min(int(progress * len(values)), len(values) - 1)]
+
+
+def lr_scale(c, progress):
+    """Flat at the stage's multiplier, then linearly down to lr_floor over the last `cooldown` of training."""
+    t = max(0.0, (progress - (1 - c.cooldown)) / c.cooldown) if c.cooldown else 0.0
+    return by_stage(c.stage_lr, progress) * (1 - t) + c.lr_floor * t
+
+
+def muon_momentum(progress):
+    """0.85 -> 0.95 over the first fifth, back to 0.85 in the last 4%: fresh gradients count more at both ends."""
+    return 0.85 + 0.10 * min(1.0, progress / 0.2, (1 - progress) / 0.04)
+
+
+def layer_windows(c, short, long):
+    """Every fourth layer and the last one see far."""
+    return tuple(long if i % 4 == 3 or i == c.n_layer - 1 else short for i in range(c.n_layer))
+
+
+class Stage(typing.NamedTuple):
+    """What the compiled graph depends on."""
+    windows: tuple
+    max_doc_len: int
+    rows: int  # global batch
+
+
+def stage_at(c, progress):
+    windows = layer_windows(c, by_stage(c.short_window, progress), by_stage(c.long_window, progress))
+    max_doc_len = min(by_stage(c.max_doc_len, progress), c.row_len)
+    return Stage(windows, max_doc_len, by_stage(c.batch_tokens, progress) // c.row_len)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one parameter is updated. lr: peak learning rate; sharded: each rank updates its part only."""
+    optim: str  # "muon" or "adam"
+    lr: float
+    betas: tuple = (0.0, 0.0)
+    weight_decay: float = 0.0
+    sharded: bool = True
+
+
+def parameter_table(c):
+    """Every parameter of GPT, declared once, in the order in which gradients are reduced and updated:
+    small ones first, the long Muon updates last, so that they hide the others' gathers."""
+    lr = c.adam_lr
+    return {
+        "lambdas": Rule("adam", lr * 5, (0.9, 0.99), sharded=False),
+        "value_gates": Rule("adam", lr, (0.9, 0.99), sharded=False),
+        "value_embeds": Rule("adam", lr * 75, (0.75, 0.95)),
+        "embed": Rule("adam", lr * 75, (0.75, 0.95)),
+        "lm_head": Rule("adam", lr, (0.75, 0.95)),
+        "attn_bank": Rule("muon", c.muon_lr, weight_decay=c.weight_decay),
+        "mlp_bank": Rule("muon", c.muon_lr, weight_decay=c.weight_decay),
+    }
+
+
+def adam_update(p, master, grad, m, v, lr, beta1, beta2, step, eps=1e-10):
+    """Adam (Kingma & Ba) on flat tensors. p: weights in their dtype or None; master: fp32; the rest 0-d tensors."""
+    g = grad.float()
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g * g, 1 - beta2)
+    m_hat = m / (1 - beta1**step)
+    v_hat = v / (1 - beta2**step)
+    master.sub_(lr * m_hat / (v_hat.sqrt() + eps))
+    if p is not None:
+        p.copy_(master)
+
+
+def muon_update(p, master, grad, m, lr, momentum, decay):
+    """Muon (Jordan et al. 2024) on a bank (n, rows, cols): Nesterov momentum, then the nearest orthogonal matrix."""
+    g = grad.float()
+    m.lerp_(g, 1 - momentum)
+    update = polar_express(g.lerp(m, momentum).to(grad.dtype)).float()
+    scale = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
+    master.mul_(1 - lr * decay).sub_(lr * scale * update)
+    if p is not None:
+        p.copy_(master)
+
+
+class Optimizer:
+    """Muon and Adam by the table, shared out over ranks.
+
+    Each gradient is reduce-scattered, its owner updates its part, the weights are all-gathered; all three overlap
+    between parameters. Parts are rows of the flattened parameter (Adam) or whole matrices (Muon); a world size that
+    does not divide them gets padding. Weights are held in the model's dtype, exact fp32 masters by their owner only.
+    """
+
+    def __init__(self, model, table, rank=0, world_size=1, compile=False):
+        self.params = dict(model.named_parameters())
+        assert list(sorted(table)) == sorted(self.params), "the table must name every parameter"
+        self.table, self.rank, self.world_size = table, rank, world_size
+        # one Adam kernel for all lengths; Muon's products are worth their own for each shape
+        self.adam = torch.compile(adam_update, fullgraph=True, dynamic=True) if compile else adam_update
+        self.muon = torch.compile(muon_update, fullgraph=True, dynamic=False) if compile else muon_update
+        self.reset()
+
+    def units(self, name, x):
+        """View of a parameter-shaped tensor with what ranks divide on dim 0."""
+        return x if self.table[name].optim == "muon" else x.view(-1)
+
+    @torch.no_grad()
+    def reset(self):
+        """Masters from the current weights, moments at zero."""
+        self.state, self.step_count = {}, 0
+        for name, rule in self.table.items():
+            whole = self.units(name, self.params[name].data)
+            n = -(-len(whole) // self.world_size) if rule.sharded else len(whole)
+            start = min(self.rank * n, len(whole)) if rule.sharded else 0
+            own = whole[start:start + n]  # may be shorter than n, or empty, on the last ranks
+            state = dict(whole=whole, n=n, own=own, master=own if own.dtype == torch.float32 else own.float())
+            state["m"] = torch.zeros_like(state["master"])
+            if rule.optim == "adam":
+                state["v"] = torch.zeros_like(state["master"])
+            self.state[name] = state
+
+    @torch.no_grad()
+    def step(self, lr_scale, momentum):
+        """One update from .grad (summed over micro-batches; summed over ranks here). Clears .grad."""
+        self.step_count += 1
+        reduced = {name: self._reduce(name) for name in self.table}
+        gathers = []
+        for name, rule in self.table.items():
+            work, grad = reduced[name]
+            if work is not None:
+                work.wait()
+            s = self.state[name]
+            if len(s["own"]):
+                p = None if s["master"] is s["own"] else s["own"]
+                scalar = lambda x: torch.tensor(x, dtype=torch.float32)  # 0-d, so a new value compiles nothing
+                if rule.optim == "adam":
+                    self.adam(p, s["master"], grad[:len(s["own"])], s["m"], s["v"], scalar(rule.lr * lr_scale),
+                              scalar(rule.betas[0]), scalar(rule.betas[1]), scalar(float(self.step_count)))
+                else:
+                    self.muon(p, s["master"], grad[:len(s["own"])], s["m"], scalar(rule.lr * lr_scale),
+                              scalar(momentum), scalar(rule.weight_decay))
+            gathers.append(self._gather(name))
+            self.params[name].grad = None
+        for work, finish in filter(None, gathers):
+            work.wait()
+            finish()
+
+    def _reduce(self, name):
+        """Start summing the gradient over ranks; returns (work, this rank's part)."""
+        grad, s = self.units(name, self.params[name].grad), self.state[name]
+        if self.world_size == 1:
+            return None, grad
+        if not self.table[name].sharded:
+            return dist.all_reduce(grad, async_op=True), grad
+        padded = s["n"] * self.world_size
+        if len(grad) != padded:
+            grad = torch.cat([grad, grad.new_zeros(padded - len(grad), *grad.shape[1:])])
+        part = torch.empty_like(grad[:s["n"]])
+        return reduce_scatter(part, grad, async_op=True), part
+
+    def _gather(self, name):
+        """Start collecting the updated parts; returns (work, what to do when it is done)."""
+        s = self.state[name]
+        if self.world_size == 1 or not self.table[name].sharded:
+            return None
+        own = s["own"].clone()
+        if len(own) != s["n"]:
+            own = torch.cat([own, own.new_zeros(s["n"] - len(own), *own.shape[1:])])
+        padded = s["n"] * self.world_size
+        out = s["whole"] if len(s["whole"]) == padded else own.new_empty(padded, *own.shape[1:])
+        finish = (lambda: None) if out is s["whole"] else lambda: s["whole"].copy_(out[:len(s["whole"])])
+        return all_gather(out, own, async_op=True), finish
+
+
+# PyTorch 2.13 renamed these
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and sampling
+
+
+@torch.no_grad()
+def evaluate(c, forward, loader, device, rank, world_size, micro_rows):
+    """Mean loss in nats per token over the whole validation split (every rank returns it)."""
+    short, long = c.val_windows or (c.short_window[-1], c.long_window[-1])
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for micro in loader.micro_batches(rank, world_size, micro_rows):
+        inputs, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in micro)
+        total += forward(inputs, targets, cu_seqlens, c.val_row_len, layer_windows(c, short, long), VAL_CHUNK)
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / loader.n_targets
+
+
+VAL_CHUNK = 8192  # at GPT-2's vocabulary: 0.8 GB of bf16 logits instead of 26 GB for a row of 262,144
+
+
+@torch.no_grad()
+def generate(model, tokens, n, seed=0, temperature=0.8, top_k=50):
+    """Continue a list of token ids by n, recomputing the context each time. Returns all ids."""
+    c, g = model.c, torch.Generator().manual_seed(seed)
+    windows = layer_windows(c, c.short_window[-1], c.long_window[-1])
+    for _ in range(n):
+        context = torch.tensor([tokens[-c.row_len:]], device=model.embed.device)
+        cu_seqlens = torch.tensor([0, context.size(1)], dtype=torch.int32, device=context.device)
+        h = model.hidden(context, cu_seqlens, context.size(1), windows)[0, -1]
+        logits = F.linear(h, model.lm_head[:model.n_vocab]).float().cpu()
+        if c.softcap:
+            a, b, s = c.softcap
+            logits = a * torch.sigmoid((logits + b) / s)
+        top = logits.topk(min(top_k, len(logits)))
+        tokens = tokens + [top.indices[torch.multinomial((top.values / temperature).softmax(-1), 1, generator=g)].item()]
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Clock:
+    """Training time in seconds: runs between start() and stop(), waiting for the device at both."""
+
+    def __init__(self, device):
+        self.device, self.total, self.since = device, 0.0, None
+
+    def start(self):
+        synchronize(self.device)
+        self.since = time.perf_counter()
+
+    def stop(self):
+        synchronize(self.device)
+        self.total, self.since = self.now(), None
+
+    def now(self):
+        """Without waiting: on a GPU the host runs ahead of it."""
+        return self.total + (time.perf_counter() - self.since if self.since else 0.0)
+
+
+class LossPipe:
+    """Brings each step's loss to the host without making it wait: a loss comes out once its copy has arrived."""
+
+    def __init__(self, device):
+        self.cuda, self.waiting = device.type == "cuda", []
+
+    def put(self, step, loss):
+        host = torch.empty((), dtype=torch.float32, pin_memory=self.cuda)
+        host.copy_(loss, non_blocking=True)
+        event = torch.cuda.Event() if self.cuda else None
+        if event:
+            event.record()
+        self.waiting.append((step, host, event))
+
+    def ready(self):
+        while self.waiting and (self.waiting[0][2] is None or self.waiting[0][2].query()):
+            step, host, _ = self.waiting.pop(0)
+            yield step, host.item()
+
+
+def native_bfloat16(device):
+    """Whether bf16 matrix products run on the hardware: Ampere and later, or a CPU with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        flags = Path("/proc/cpuinfo")
+        return flags.exists() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16"))
+    return False
+
+
+def fit_micro_rows(c, model, device, row_limit):
+    """Rows per forward pass: micro_tokens if given, else as many as the free memory holds."""
+    if c.micro_tokens:
+        return max(1, min(row_limit, c.micro_tokens // c.row_len))
+    if device.type != "cuda":
+        return max(1, min(row_limit, 16384 // c.row_len))
+    # Saved for backward, in bytes of bf16: about 16 widths a layer, the value embeddings; logits and their gradient,
+    # with fp32 in passing. Gradients, moments and masters of the weights come on top.
+    size = model.embed.element_size()
+    per_token = size * c.n_embd * (16 * c.n_layer + 4 * len(c.value_embed_layers)) + (2 * size + 4) * model.embed.size(0)
+    weights = sum(p.numel() * (size + 12) for p in model.parameters())
+    room = 0.85 * torch.cuda.mem_get_info(device)[0] - weights
+    rows = max(1, min(row_limit, int(room / (per_token * c.row_len))))
+    return 2 ** int(math.log2(rows)) if rows < row_limit else rows
+
+
+def train(c, rank=0, world_size=1, device=torch.device("cpu")):
+    """Run the whole thing; returns the result (the JSON line) as a dict. Raises InputError for what a user can mend."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(c.cache_dir) / "inductor"))
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    run_dir = Path(c.run_dir or ROOT / "runs" / f"{stamp}-{c.track or 'run'}")
+    log = Log(run_dir, c.steps, rank == 0)
+    try:
+        return run(c, log, run_dir, rank, world_size, device)
+    finally:
+        log.close()
+
+
+def run(c, log, run_dir, rank, world_size, device):
+    # --- data
+    dataset = first_rank_first(rank, world_size, device, lambda: open_dataset(
+        c.text if c.data == "text" else c.data, c.tokenizer, Path(c.cache_dir) / "data", c.train_shards))
+    stages = [stage_at(c, step / c.steps) for step in range(c.steps)]
+    loader = TrainLoader(dataset.train, eot=dataset.eot, n_vocab=dataset.n_vocab, row_len=c.row_len,
+                         batch_rows=lambda step: stages[min(step, c.steps - 1)].rows,
+                         max_doc_len=lambda step: stages[min(step, c.steps - 1)].max_doc_len,
+                         long_docs=c.long_docs, shuffle=c.shuffle, seed=c.seed)
+    val_loader = ValLoader(dataset.val, eot=dataset.eot, n_vocab=dataset.n_vocab, row_len=c.val_row_len,
+                           n_tokens=c.val_tokens or None)
+    try:
+        val_bytes = int(dataset.tokenizer.token_bytes[val_loader.targets].sum())
+    except InputError as e:  # GPT-2's vocabulary is out of reach: nothing but bits per byte and the sample needs it
+        if c.target_metric == "val_bpb":
+            raise
+        val_bytes = None
+        log.say(f"no bits per byte and no sample: {e}")
+
+    # --- model and optimizer
+    dtype = getattr(torch, c.dtype) if c.dtype != "auto" else \
+        torch.bfloat16 if native_bfloat16(device) else torch.float32
+    backend = choose_backend(device, dtype, c.n_embd // c.n_head)
+    compile = c.compile and can_compile(device, log)
+    with device:
+        model = GPT(c, dataset.n_vocab, dtype, backend)
+    model.init_weights(c.seed)
+    optimizer = Optimizer(model, parameter_table(c), rank, world_size, compile)
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+    micro_rows = [fit_micro_rows(c, model, device, -(-s.rows // world_size)) for s in stages]
+    val_micro_rows = max(1, min(micro_rows[-1] * c.row_len, 16384) // c.val_row_len)
+
+    environment = describe_environment(device) | dict(dtype=str(dtype)[6:], attention=backend, world_size=world_size)
+    peak = matmul_rate(device, dtype) * world_size
+    if rank == 0:
+        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1))
+    log.say(Path(__file__).read_text() + "\n" + "=" * 100, quiet=True)
+    log.say(json.dumps(dict(environment=environment, config=dataclasses.asdict(c), data=dataset.fingerprint), indent=1)
+            + "\n" + "=" * 100, quiet=True)
+    params = sum(p.numel() for p in model.parameters())
+    log.say(f"{c.track}: {params / 1e6:.1f}M parameters, {environment['dtype']}, attention {backend}, "
+            f"{world_size} x {environment['device']}, {peak / 1e12:.2f} TFLOP/s in matrix products")
+    goal = f"until {c.target_metric} is {c.target} or less" if c.target is not None else "to the last step"
+    log.say(f"training on {dataset.name} {goal}, at most {c.steps} steps; log in {run_dir}")
+
+    # --- warm-up: compile everything outside the clock, on a batch of padding, then start afresh
+    def accumulate(batch, stage):
+        """Forward and backward over this rank's micro-batches. Returns the global mean loss (0-d, on the device)."""
+        total = torch.zeros((), device=device)
+        for inputs, targets, cu_seqlens in batch:
+            loss = forward(inputs, targets, cu_seqlens, stage.max_doc_len, stage.windows) / (stage.rows * c.row_len)
+            loss.backward()
+            total += loss.detach()
+        return total, (dist.all_reduce(total, async_op=True) if world_size > 1 else None)
+
+    for stage, rows in sorted(set(zip(stages, micro_rows))):
+        first = stages.index(stage)
+        batch = next(loader.micro_batches(first, rank, world_size, rows))
+        accumulate([[t.to(device) for t in batch]], stage)
+    optimizer.step(0.0, 0.0)
+    evaluate(c, forward, Head(val_loader, val_micro_rows * world_size), device, rank, world_size, val_micro_rows)
+    model.init_weights(c.seed)
+    optimizer.reset()
+
+    # --- the loop
+    def batches():
+        for step in range(c.steps):
+            yield list(loader.micro_batches(step, rank, world_size, micro_rows[step]))
+
+    clock, losses = Clock(device), LossPipe(device)
+    metrics, reached, tokens, flops = {}, False, 0, 0.0
+    flops_per_token = {s: model.flops_per_token(s.windows, s.max_doc_len) for s in set(stages)}
+
+    def receive():
+        """Losses that have arrived: check, log, show."""
+        for at, loss in losses.ready():
+            if not math.isfinite(loss):
+                raise InputError(f"step {at + 1}: the training loss is {loss}; stopped, nothing saved after it: "
+                                 "lower --muon-lr and --adam-lr, or try --dtype float32")
+            elapsed = clock.now()
+            log.step(at + 1, c.steps, "train", loss, elapsed)
+            log.progress(at + 1, f"loss {loss:.3f}  {tokens / elapsed:,.0f} tok/s  {flops / elapsed / peak:.0%} of peak")
+
+    def validate(step):
+        clock.stop()
+        loss = evaluate(c, forward, val_loader, device, rank, world_size, val_micro_rows)
+        bpb = loss * val_loader.n_targets / math.log(2) / val_bytes if val_bytes else None
+        metrics.update(val_loss=loss, val_bpb=bpb)
+        log.step(step, c.steps, "val", loss, clock.total, val_bpb=bpb)
+        if not math.isfinite(loss):
+            raise InputError(f"step {step}: the validation loss is {loss}; lower --muon-lr and --adam-lr")
+        return c.target is not None and metrics[c.target_metric] <= c.target
+
+    prefetcher = Prefetcher(batches(), device)
+    try:
+        cold_start = time.perf_counter() - START
+        clock.start()
+        for step, batch in enumerate(prefetcher):
+            progress, stage = step / c.steps, stages[step]
+            loss, work = accumulate(batch, stage)
+            if work is not None:
+                work.wait()
+            losses.put(step, loss)
+            tokens += stage.rows * c.row_len
+            flops += stage.rows * c.row_len * flops_per_token[stage]
+            receive()
+            optimizer.step(lr_scale(c, progress), muon_momentum(progress))
+            done = step + 1
+            if done == c.steps or done % c.eval_every == 0:
+                reached = validate(done)
+                receive()
+                if reached:
+                    break
+                clock.start()
+        if clock.since:
+            clock.stop()
+    finally:
+        prefetcher.close()
+
+    # --- results
+    result = dict(track=c.track, target_metric=c.target_metric, target=c.target,
+                  reached=reached if c.target is not None else None, **metrics,
+                  train_time_s=round(clock.total, 3), cold_start_s=round(cold_start, 2), steps=done, tokens=tokens,
+                  tokens_per_s=round(tokens / clock.total), peak_share=round(flops / clock.total / peak, 3),
+                  params=params, device=environment["device"], world_size=world_size, seed=c.seed,
+                  data=dataset.name, data_fingerprint=dataset.fingerprint, run_dir=str(run_dir))
+    if rank == 0:
+        from safetensors.torch import save_file
+        save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, run_dir / "model.safetensors")
+        (run_dir / "result.json").write_text(json.dumps(result, indent=1))
+        if val_bytes and c.sample_tokens:
+            sample = dataset.tokenizer.decode(generate(model, [dataset.eot], c.sample_tokens, c.seed))
+            log.say(f"--- a sample\n{sample}\n---")
+    if world_size > 1:
+        dist.barrier()  # nobody leaves while rank 0 writes: the launcher would end the others
+    return result
+
+
+class Head:
+    """The first rows of a validation loader, to warm up on."""
+
+    def __init__(self, loader, rows):
+        self.loader, self.n_targets, self.rows = loader, loader.n_targets, rows
+
+    def micro_batches(self, rank, world_size, micro_rows):
+        yield next(self.loader.micro_batches(rank, world_size, micro_rows))
+
+
+def can_compile(device, log):
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        log.say("no C++ compiler found: running without torch.compile, slower (install g++ to change this)")
+        return False
+    return True
+
+
+def first_rank_first(rank, world_size, device, prepare):
+    """Call prepare() on rank 0, then on the others, who find its work done; a failure ends all of them."""
+    if world_size == 1:
+        return prepare()
+    failed, result = torch.zeros((), device=device), None
+    for turn in (True, False):
+        error = None
+        if (rank == 0) == turn:
+            try:
+                result = prepare()
+            except InputError as e:
+                error = e
+                failed += 1
+        dist.all_reduce(failed)
+        if failed:
+            raise error or InputError("another rank could not prepare the data")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The door
+
+
+def launch(argv, n):
+    """Start n copies of this program with torchrun; returns the exit status of the first that failed, else 0."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args as torchrun_args, run as torchrun
+    try:
+        torchrun(torchrun_args(["--standalone", f"--nproc_per_node={n}", str(Path(__file__).resolve()), *argv]))
+    except ChildFailedError as e:
+        return e.get_first_failure()[1].exitcode
+    return 0
+
+
+def main(argv=None):
+    """Parse, launch one process per GPU if there are several, train, print the result. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        c = parse_args(argv)
+        found = torch.cuda.device_count()
+        if "RANK" not in os.environ:
+            if c.gpus > found:
+                raise InputError(f"--gpus {c.gpus}: this machine has {found}; leave the option out to use what there is")
+            if (c.gpus or found) > 1:
+                return launch(argv, c.gpus or found)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if found else torch.device("cpu")
+        if found:
+            torch.cuda.set_device(device)
+        if world_size > 1:
+            # the first rank may be downloading for a long time while the others wait
+            dist.init_process_group("nccl" if found else "gloo", timeout=datetime.timedelta(hours=6))
+        result = train(c, rank, world_size, device)
+    except InputError as e:
+        if rank == 0:
+            print(f"error: {e}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank == 0:
+        print(json.dumps(result), flush=True)
+    return 3 if result["reached"] is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
