@@ -10,10 +10,12 @@ import time
 START = time.perf_counter()  # the cold start is counted from here
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import difflib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -25,9 +27,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
-from data import InputError, Prefetcher, TrainLoader, ValLoader, open_dataset
+from data import Dataset, InputError, Prefetcher, TrainLoader, ValLoader, open_dataset, pack
 from kernels import attention, choose_backend, polar_express, softcap_cross_entropy
 from records import Log, describe_environment, matmul_rate, synchronize
 
@@ -333,6 +336,7 @@ class Rule:
     optim: str  # "muon" or "adam"
     lr: float
     betas: tuple = (0.0, 0.0)
+    eps: float = 1e-10
     weight_decay: float = 0.0
     sharded: bool = True
 
@@ -342,7 +346,9 @@ def parameter_table(c):
     small ones first, the long Muon updates last, so that they hide the others' gathers."""
     lr = c.adam_lr
     return {
-        "lambdas": Rule("adam", lr * 5, (0.9, 0.99), sharded=False),
+        # every block's input is normalised, so while the blocks' outputs are zero these have rounding errors for
+        # gradients: the larger eps keeps Adam from blowing those up to full steps
+        "lambdas": Rule("adam", lr * 5, (0.9, 0.99), eps=1e-6, sharded=False),
         "value_gates": Rule("adam", lr, (0.9, 0.99), sharded=False),
         "value_embeds": Rule("adam", lr * 75, (0.75, 0.95)),
         "embed": Rule("adam", lr * 75, (0.75, 0.95)),
@@ -352,16 +358,15 @@ def parameter_table(c):
     }
 
 
-def adam_update(p, master, grad, m, v, lr, beta1, beta2, step, eps=1e-10):
-    """Adam (Kingma & Ba) on flat tensors. p: weights in their dtype or None; master: fp32; the rest 0-d tensors."""
+def adam_update(p, master, grad, m, v, lr, beta1, beta2, eps, step):
+    """Adam (Kingma & Ba) on flat tensors. p: weights in the model's dtype; master, m, v: fp32; the rest 0-d."""
     g = grad.float()
     m.lerp_(g, 1 - beta1)
     v.lerp_(g * g, 1 - beta2)
     m_hat = m / (1 - beta1**step)
     v_hat = v / (1 - beta2**step)
     master.sub_(lr * m_hat / (v_hat.sqrt() + eps))
-    if p is not None:
-        p.copy_(master)
+    p.copy_(master)
 
 
 def muon_update(p, master, grad, m, lr, momentum, decay):
@@ -371,8 +376,7 @@ def muon_update(p, master, grad, m, lr, momentum, decay):
     update = polar_express(g.lerp(m, momentum).to(grad.dtype)).float()
     scale = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
     master.mul_(1 - lr * decay).sub_(lr * scale * update)
-    if p is not None:
-        p.copy_(master)
+    p.copy_(master)
 
 
 class Optimizer:
@@ -405,7 +409,7 @@ class Optimizer:
             n = -(-len(whole) // self.world_size) if rule.sharded else len(whole)
             start = min(self.rank * n, len(whole)) if rule.sharded else 0
             own = whole[start:start + n]  # may be shorter than n, or empty, on the last ranks
-            state = dict(whole=whole, n=n, own=own, master=own if own.dtype == torch.float32 else own.float())
+            state = dict(whole=whole, n=n, own=own, master=own.to(torch.float32, copy=True))
             state["m"] = torch.zeros_like(state["master"])
             if rule.optim == "adam":
                 state["v"] = torch.zeros_like(state["master"])
@@ -423,13 +427,12 @@ class Optimizer:
                 work.wait()
             s = self.state[name]
             if len(s["own"]):
-                p = None if s["master"] is s["own"] else s["own"]
                 scalar = lambda x: torch.tensor(x, dtype=torch.float32)  # 0-d, so a new value compiles nothing
                 if rule.optim == "adam":
-                    self.adam(p, s["master"], grad[:len(s["own"])], s["m"], s["v"], scalar(rule.lr * lr_scale),
-                              scalar(rule.betas[0]), scalar(rule.betas[1]), scalar(float(self.step_count)))
+                    self.adam(s["own"], s["master"], grad[:len(s["own"])], s["m"], s["v"], scalar(rule.lr * lr_scale),
+                              *map(scalar, rule.betas), scalar(rule.eps), scalar(float(self.step_count)))
                 else:
-                    self.muon(p, s["master"], grad[:len(s["own"])], s["m"], scalar(rule.lr * lr_scale),
+                    self.muon(s["own"], s["master"], grad[:len(s["own"])], s["m"], scalar(rule.lr * lr_scale),
                               scalar(momentum), scalar(rule.weight_decay))
             gathers.append(self._gather(name))
             self.params[name].grad = None
@@ -474,16 +477,16 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 @torch.no_grad()
-def evaluate(c, forward, loader, device, rank, world_size, micro_rows):
-    """Mean loss in nats per token over the whole validation split (every rank returns it)."""
-    short, long = c.val_windows or (c.short_window[-1], c.long_window[-1])
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro in loader.micro_batches(rank, world_size, micro_rows):
-        inputs, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in micro)
-        total += forward(inputs, targets, cu_seqlens, c.val_row_len, layer_windows(c, short, long), VAL_CHUNK)
-    if world_size > 1:
+def evaluate(c, forward, micro_batches, world):
+    """Summed loss in nats over the micro-batches of all ranks."""
+    windows = layer_windows(c, *(c.val_windows or (c.short_window[-1], c.long_window[-1])))
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for micro in micro_batches:
+        inputs, targets, cu_seqlens = (t.to(world.device, non_blocking=True) for t in micro)
+        total += forward(inputs, targets, cu_seqlens, c.val_row_len, windows, VAL_CHUNK)
+    if world.size > 1:
         dist.all_reduce(total)
-    return total.item() / loader.n_targets
+    return total.item()
 
 
 VAL_CHUNK = 8192  # at GPT-2's vocabulary: 0.8 GB of bf16 logits instead of 26 GB for a row of 262,144
@@ -550,190 +553,192 @@ class LossPipe:
             yield step, host.item()
 
 
-def native_bfloat16(device):
-    """Whether bf16 matrix products run on the hardware: Ampere and later, or a CPU with AVX512-BF16 or AMX."""
+def native_dtype(device):
+    """bfloat16 where the hardware multiplies it, Ampere and later, a CPU with AVX512-BF16 or AMX; else float32."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
         flags = Path("/proc/cpuinfo")
-        return flags.exists() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16"))
-    return False
+        native = flags.exists() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
-def fit_micro_rows(c, model, device, row_limit):
-    """Rows per forward pass: micro_tokens if given, else as many as the free memory holds."""
-    if c.micro_tokens:
-        return max(1, min(row_limit, c.micro_tokens // c.row_len))
-    if device.type != "cuda":
-        return max(1, min(row_limit, 16384 // c.row_len))
-    # Saved for backward, in bytes of bf16: about 16 widths a layer, the value embeddings; logits and their gradient,
-    # with fp32 in passing. Gradients, moments and masters of the weights come on top.
-    size = model.embed.element_size()
-    per_token = size * c.n_embd * (16 * c.n_layer + 4 * len(c.value_embed_layers)) + (2 * size + 4) * model.embed.size(0)
-    weights = sum(p.numel() * (size + 12) for p in model.parameters())
-    room = 0.85 * torch.cuda.mem_get_info(device)[0] - weights
-    rows = max(1, min(row_limit, int(room / (per_token * c.row_len))))
-    return 2 ** int(math.log2(rows)) if rows < row_limit else rows
+class World(typing.NamedTuple):
+    """Which process this is, of how many, on what device."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
 
 
-def train(c, rank=0, world_size=1, device=torch.device("cpu")):
-    """Run the whole thing; returns the result (the JSON line) as a dict. Raises InputError for what a user can mend."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(c.cache_dir) / "inductor"))
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-    run_dir = Path(c.run_dir or ROOT / "runs" / f"{stamp}-{c.track or 'run'}")
-    log = Log(run_dir, c.steps, rank == 0)
-    try:
-        return run(c, log, run_dir, rank, world_size, device)
-    finally:
-        log.close()
+class Data(typing.NamedTuple):
+    dataset: Dataset
+    train: TrainLoader
+    val: ValLoader
+    val_bytes: int | None  # text the validation targets stand for; None if the vocabulary is out of reach
 
 
-def run(c, log, run_dir, rank, world_size, device):
-    # --- data
-    dataset = first_rank_first(rank, world_size, device, lambda: open_dataset(
+def load_data(c, stages, world):
+    """Prepare the corpus (the first rank does the work) and open its loaders."""
+    dataset = first_rank_first(world, lambda: open_dataset(
         c.text if c.data == "text" else c.data, c.tokenizer, Path(c.cache_dir) / "data", c.train_shards))
-    stages = [stage_at(c, step / c.steps) for step in range(c.steps)]
-    loader = TrainLoader(dataset.train, eot=dataset.eot, n_vocab=dataset.n_vocab, row_len=c.row_len,
-                         batch_rows=lambda step: stages[min(step, c.steps - 1)].rows,
-                         max_doc_len=lambda step: stages[min(step, c.steps - 1)].max_doc_len,
-                         long_docs=c.long_docs, shuffle=c.shuffle, seed=c.seed)
-    val_loader = ValLoader(dataset.val, eot=dataset.eot, n_vocab=dataset.n_vocab, row_len=c.val_row_len,
-                           n_tokens=c.val_tokens or None)
+    known = dict(eot=dataset.eot, n_vocab=dataset.n_vocab)
+    train = TrainLoader(dataset.train, **known, row_len=c.row_len, batch_rows=lambda step: stages[step].rows,
+                        max_doc_len=lambda step: stages[step].max_doc_len, long_docs=c.long_docs,
+                        shuffle=c.shuffle, seed=c.seed)
+    val = ValLoader(dataset.val, **known, row_len=c.val_row_len, n_tokens=c.val_tokens or None)
     try:
-        val_bytes = int(dataset.tokenizer.token_bytes[val_loader.targets].sum())
-    except InputError as e:  # GPT-2's vocabulary is out of reach: nothing but bits per byte and the sample needs it
+        val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
+    except InputError:  # GPT-2's vocabulary comes over the network; only bits per byte and the sample need it
         if c.target_metric == "val_bpb":
             raise
         val_bytes = None
-        log.say(f"no bits per byte and no sample: {e}")
+    return Data(dataset, train, val, val_bytes)
 
+
+def fit_micro_rows(c, model, device, rows):
+    """Rows per forward pass such that `rows` take as few passes as the memory allows, equally large."""
+    if c.micro_tokens:
+        most = c.micro_tokens // c.row_len
+    elif device.type != "cuda":
+        most = 16384 // c.row_len
+    else:
+        # Saved for backward: about 16 widths a layer, 4 a value embedding; logits, their gradient and fp32 in
+        # passing. Gradients, moments and masters of the weights come on top.
+        size = model.embed.element_size()
+        per_token = (size * c.n_embd * (16 * c.n_layer + 4 * len(c.value_embed_layers))
+                     + (2 * size + 4) * model.embed.size(0))
+        weights = sum(p.numel() * (size + 12) for p in model.parameters())
+        most = int((0.85 * torch.cuda.mem_get_info(device)[0] - weights) / (per_token * c.row_len))
+    passes = -(-rows // max(1, most))
+    return -(-rows // passes)
+
+
+def train(c, world=World()):
+    """Train as configured; returns the result (the JSON line) as a dict. Raises InputError for what a user can mend."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(c.cache_dir) / "inductor"))
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+    run_dir = Path(c.run_dir or ROOT / "runs" / f"{stamp}-{c.track or 'run'}")
+    if (run_dir / "log.txt").exists():
+        raise InputError(f"--run-dir {run_dir}: holds a run already; choose another folder")
+    stages = [stage_at(c, step / c.steps) for step in range(c.steps)]
+    data = load_data(c, stages, world)
+    with Log(run_dir, c.steps, active=world.rank == 0) as log:
+        return run(c, world, data, stages, log)
+
+
+def run(c, world, data, stages, log):
+    """Build, compile, train, validate, save."""
     # --- model and optimizer
-    dtype = getattr(torch, c.dtype) if c.dtype != "auto" else \
-        torch.bfloat16 if native_bfloat16(device) else torch.float32
+    device = world.device
+    dtype = native_dtype(device) if c.dtype == "auto" else getattr(torch, c.dtype)
     backend = choose_backend(device, dtype, c.n_embd // c.n_head)
     compile = c.compile and can_compile(device, log)
     with device:
-        model = GPT(c, dataset.n_vocab, dtype, backend)
+        model = GPT(c, data.dataset.n_vocab, dtype, backend)
     model.init_weights(c.seed)
-    optimizer = Optimizer(model, parameter_table(c), rank, world_size, compile)
+    optimizer = Optimizer(model, parameter_table(c), world.rank, world.size, compile)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
-    micro_rows = [fit_micro_rows(c, model, device, -(-s.rows // world_size)) for s in stages]
-    val_micro_rows = max(1, min(micro_rows[-1] * c.row_len, 16384) // c.val_row_len)
+    micro_rows = {s: fit_micro_rows(c, model, device, -(-s.rows // world.size)) for s in set(stages)}
+    val_micro_rows = max(1, min(micro_rows[stages[-1]] * c.row_len, 16384) // c.val_row_len)
 
-    environment = describe_environment(device) | dict(dtype=str(dtype)[6:], attention=backend, world_size=world_size)
-    peak = matmul_rate(device, dtype) * world_size
-    if rank == 0:
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1))
-    log.say(Path(__file__).read_text() + "\n" + "=" * 100, quiet=True)
-    log.say(json.dumps(dict(environment=environment, config=dataclasses.asdict(c), data=dataset.fingerprint), indent=1)
-            + "\n" + "=" * 100, quiet=True)
+    peak = matmul_rate(device, dtype) * world.size
     params = sum(p.numel() for p in model.parameters())
+    environment = describe_environment(device) | dict(dtype=str(dtype)[6:], attention=backend, world_size=world.size)
+    log.header(Path(__file__).read_text(), environment=environment, config=dataclasses.asdict(c),
+               data=data.dataset.fingerprint)
     log.say(f"{c.track}: {params / 1e6:.1f}M parameters, {environment['dtype']}, attention {backend}, "
-            f"{world_size} x {environment['device']}, {peak / 1e12:.2f} TFLOP/s in matrix products")
+            f"{world.size} x {environment['device']}, {peak / 1e12:.2f} TFLOP/s in matrix products")
     goal = f"until {c.target_metric} is {c.target} or less" if c.target is not None else "to the last step"
-    log.say(f"training on {dataset.name} {goal}, at most {c.steps} steps; log in {run_dir}")
+    log.say(f"training on {data.dataset.name} {goal}, at most {c.steps} steps; log in {log.folder}")
+    if data.val_bytes is None:
+        log.say("no bits per byte and no sample: the tokenizer's vocabulary could not be downloaded")
 
-    # --- warm-up: compile everything outside the clock, on a batch of padding, then start afresh
     def accumulate(batch, stage):
-        """Forward and backward over this rank's micro-batches. Returns the global mean loss (0-d, on the device)."""
+        """Forward and backward over this rank's micro-batches; returns the global mean loss, 0-d, on the device."""
         total = torch.zeros((), device=device)
         for inputs, targets, cu_seqlens in batch:
             loss = forward(inputs, targets, cu_seqlens, stage.max_doc_len, stage.windows) / (stage.rows * c.row_len)
             loss.backward()
             total += loss.detach()
-        return total, (dist.all_reduce(total, async_op=True) if world_size > 1 else None)
+        if world.size > 1:
+            dist.all_reduce(total)
+        return total
 
-    for stage, rows in sorted(set(zip(stages, micro_rows))):
-        first = stages.index(stage)
-        batch = next(loader.micro_batches(first, rank, world_size, rows))
-        accumulate([[t.to(device) for t in batch]], stage)
-    optimizer.step(0.0, 0.0)
-    evaluate(c, forward, Head(val_loader, val_micro_rows * world_size), device, rank, world_size, val_micro_rows)
-    model.init_weights(c.seed)
-    optimizer.reset()
+    def val_batches():
+        return data.val.micro_batches(world.rank, world.size, val_micro_rows)
+
+    # --- warm-up, outside the clock: compile everything on batches of padding, whose loss and gradients are zero
+    if compile:
+        log.say("compiling ... (a minute or so the first time, seconds from then on)")
+        for stage in sorted(set(stages)):
+            padding = pack([None] * micro_rows[stage], c.row_len, data.train.max_docs, stage.max_doc_len)
+            accumulate([[t.to(device) for t in padding]], stage)
+        optimizer.step(0.0, 0.0)  # at learning rate 0
+        optimizer.reset()
+        evaluate(c, forward, itertools.islice(val_batches(), 1), world)
 
     # --- the loop
-    def batches():
-        for step in range(c.steps):
-            yield list(loader.micro_batches(step, rank, world_size, micro_rows[step]))
-
     clock, losses = Clock(device), LossPipe(device)
     metrics, reached, tokens, flops = {}, False, 0, 0.0
     flops_per_token = {s: model.flops_per_token(s.windows, s.max_doc_len) for s in set(stages)}
 
+    def batches():
+        for step in range(c.steps):
+            yield list(data.train.micro_batches(step, world.rank, world.size, micro_rows[stages[step]]))
+
     def receive():
         """Losses that have arrived: check, log, show."""
-        for at, loss in losses.ready():
+        for step, loss in losses.ready():
             if not math.isfinite(loss):
-                raise InputError(f"step {at + 1}: the training loss is {loss}; stopped, nothing saved after it: "
+                raise InputError(f"step {step}: the training loss is {loss}, so the run stopped there: "
                                  "lower --muon-lr and --adam-lr, or try --dtype float32")
             elapsed = clock.now()
-            log.step(at + 1, c.steps, "train", loss, elapsed)
-            log.progress(at + 1, f"loss {loss:.3f}  {tokens / elapsed:,.0f} tok/s  {flops / elapsed / peak:.0%} of peak")
+            log.step(step, c.steps, "train", loss, elapsed)
+            log.progress(step, f"loss {loss:.3f}  {tokens / elapsed:,.0f} tok/s  {flops / elapsed / peak:.0%} of peak")
 
     def validate(step):
         clock.stop()
-        loss = evaluate(c, forward, val_loader, device, rank, world_size, val_micro_rows)
-        bpb = loss * val_loader.n_targets / math.log(2) / val_bytes if val_bytes else None
-        metrics.update(val_loss=loss, val_bpb=bpb)
-        log.step(step, c.steps, "val", loss, clock.total, val_bpb=bpb)
-        if not math.isfinite(loss):
-            raise InputError(f"step {step}: the validation loss is {loss}; lower --muon-lr and --adam-lr")
+        nats = evaluate(c, forward, val_batches(), world)
+        metrics.update(val_loss=nats / data.val.n_targets,
+                       val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None)
+        log.step(step, c.steps, "val", metrics["val_loss"], clock.total, val_bpb=metrics["val_bpb"])
+        if not math.isfinite(nats):
+            raise InputError(f"step {step}: the validation loss is {metrics['val_loss']}, so the run stopped there")
         return c.target is not None and metrics[c.target_metric] <= c.target
 
-    prefetcher = Prefetcher(batches(), device)
-    try:
-        cold_start = time.perf_counter() - START
+    cold_start = time.perf_counter() - START
+    with contextlib.closing(Prefetcher(batches(), device)) as prefetcher:
         clock.start()
-        for step, batch in enumerate(prefetcher):
-            progress, stage = step / c.steps, stages[step]
-            loss, work = accumulate(batch, stage)
-            if work is not None:
-                work.wait()
-            losses.put(step, loss)
+        for step, batch in enumerate(prefetcher, start=1):
+            stage, progress = stages[step - 1], (step - 1) / c.steps
             tokens += stage.rows * c.row_len
             flops += stage.rows * c.row_len * flops_per_token[stage]
+            losses.put(step, accumulate(batch, stage))
             receive()
             optimizer.step(lr_scale(c, progress), muon_momentum(progress))
-            done = step + 1
-            if done == c.steps or done % c.eval_every == 0:
-                reached = validate(done)
+            if step == c.steps or step % c.eval_every == 0:
+                reached = validate(step)
                 receive()
                 if reached:
                     break
                 clock.start()
-        if clock.since:
-            clock.stop()
-    finally:
-        prefetcher.close()
 
     # --- results
     result = dict(track=c.track, target_metric=c.target_metric, target=c.target,
                   reached=reached if c.target is not None else None, **metrics,
-                  train_time_s=round(clock.total, 3), cold_start_s=round(cold_start, 2), steps=done, tokens=tokens,
+                  train_time_s=round(clock.total, 3), cold_start_s=round(cold_start, 2), steps=step, tokens=tokens,
                   tokens_per_s=round(tokens / clock.total), peak_share=round(flops / clock.total / peak, 3),
-                  params=params, device=environment["device"], world_size=world_size, seed=c.seed,
-                  data=dataset.name, data_fingerprint=dataset.fingerprint, run_dir=str(run_dir))
-    if rank == 0:
-        from safetensors.torch import save_file
-        save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, run_dir / "model.safetensors")
-        (run_dir / "result.json").write_text(json.dumps(result, indent=1))
-        if val_bytes and c.sample_tokens:
-            sample = dataset.tokenizer.decode(generate(model, [dataset.eot], c.sample_tokens, c.seed))
+                  params=params, device=environment["device"], world_size=world.size, seed=c.seed,
+                  data=data.dataset.name, data_fingerprint=data.dataset.fingerprint, run_dir=str(log.folder))
+    if world.rank == 0:
+        save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, log.folder / "model.safetensors")
+        (log.folder / "result.json").write_text(json.dumps(result, indent=1))
+        if data.val_bytes and c.sample_tokens:
+            sample = data.dataset.tokenizer.decode(generate(model, [data.dataset.eot], c.sample_tokens, c.seed))
             log.say(f"--- a sample\n{sample}\n---")
-    if world_size > 1:
-        dist.barrier()  # nobody leaves while rank 0 writes: the launcher would end the others
+    if world.size > 1:
+        dist.barrier()  # nobody leaves while the first rank writes: the launcher would end the others
     return result
-
-
-class Head:
-    """The first rows of a validation loader, to warm up on."""
-
-    def __init__(self, loader, rows):
-        self.loader, self.n_targets, self.rows = loader, loader.n_targets, rows
-
-    def micro_batches(self, rank, world_size, micro_rows):
-        yield next(self.loader.micro_batches(rank, world_size, micro_rows))
 
 
 def can_compile(device, log):
@@ -743,22 +748,21 @@ def can_compile(device, log):
     return True
 
 
-def first_rank_first(rank, world_size, device, prepare):
-    """Call prepare() on rank 0, then on the others, who find its work done; a failure ends all of them."""
-    if world_size == 1:
-        return prepare()
-    failed, result = torch.zeros((), device=device), None
+def first_rank_first(world, prepare):
+    """Call prepare() on the first rank, then on the others, who find its work done; a failure ends all of them."""
+    result, error = None, None
     for turn in (True, False):
-        error = None
-        if (rank == 0) == turn:
+        if (world.rank == 0) == turn:
             try:
                 result = prepare()
             except InputError as e:
                 error = e
-                failed += 1
-        dist.all_reduce(failed)
-        if failed:
-            raise error or InputError("another rank could not prepare the data")
+        if world.size > 1:
+            failed = torch.tensor(float(error is not None), device=world.device)
+            dist.all_reduce(failed)
+            error = error or (InputError("another rank could not prepare the data") if failed else None)
+        if error:
+            raise error
     return result
 
 
@@ -780,7 +784,7 @@ def launch(argv, n):
 def main(argv=None):
     """Parse, launch one process per GPU if there are several, train, print the result. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         c = parse_args(argv)
         found = torch.cuda.device_count()
@@ -792,14 +796,16 @@ def main(argv=None):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if found else torch.device("cpu")
         if found:
             torch.cuda.set_device(device)
-        if world_size > 1:
+        if size > 1:
             # the first rank may be downloading for a long time while the others wait
             dist.init_process_group("nccl" if found else "gloo", timeout=datetime.timedelta(hours=6))
-        result = train(c, rank, world_size, device)
+        result = train(c, World(rank, size, device))
     except InputError as e:
         if rank == 0:
             print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .loader import Prefetcher, TrainLoader, ValLoader
+from .loader import Prefetcher, TrainLoader, ValLoader, pack
 from .shards import InputError, ShardWriter, read_shard
 from .text import prepare_text
 from .tokenizers import Tokenizer, gpt2_tokenizer
 
 __all__ = ["Dataset", "InputError", "Prefetcher", "ShardWriter", "Tokenizer", "TrainLoader", "ValLoader",
-           "open_dataset", "read_shard"]
+           "open_dataset", "pack", "read_shard"]
 
 
 @dataclass

@@ -147,7 +147,8 @@ def _write(root, files, source, tokenizer_name, folder):
                     if seen > BPE_BYTES and tokenizer_name != "chars":
                         return
 
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenizing {source}", delay=2)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenizing {source}",
+               disable=None)
     bar.set_postfix_str("learning the vocabulary")
     tokenizer = make_tokenizer(tokenizer_name, texts)
     bar.set_postfix_str("")

@@ -19,11 +19,19 @@ class Log:
     """Writes into `folder`; with active=False (ranks other than the first) it does nothing."""
 
     def __init__(self, folder, steps, active=True):
-        self.active = active
+        self.folder, self.active = folder, active
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             self.text, self.metrics = open(folder / "log.txt", "w"), open(folder / "metrics.jsonl", "w")
             self.bar = tqdm(total=steps, disable=None, dynamic_ncols=True, leave=False, bar_format=BAR)
+
+    def header(self, source, **described):
+        """The recipe's source and what it runs on, into log.txt; the latter into config.json as well."""
+        if self.active:
+            text = json.dumps(described, indent=1)
+            (self.folder / "config.json").write_text(text)
+            line = "=" * 100
+            self.say(f"{source}\n{line}\n{text}\n{line}", quiet=True)
 
     def say(self, message, quiet=False):
         """A line in log.txt, and on stderr unless quiet."""
@@ -47,7 +55,10 @@ class Log:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         if self.active:
             self.bar.close()
             self.text.close()

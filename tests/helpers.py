@@ -1,0 +1,71 @@
+"""Small configurations, corpora and runs that several tests share."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import train_gpt as tg
+
+ROOT = Path(tg.__file__).parent
+WORDS = "the a cat dog sees likes chases finds and but then why who red small old tree house river moon".split()
+
+
+def write_text(path, n_words=20000, seed=0):
+    """A text with something to learn in it: random sentences over a few words."""
+    r = random.Random(seed)
+    path.write_text("".join(r.choice(WORDS) + (".\n" if r.random() < 0.1 else " ") for _ in range(n_words)))
+    return path
+
+
+def tiny(text, tmp_path, **fields):
+    """A Config that trains in a second or two on one core, fp32, uncompiled."""
+    base = dict(track="tiny", data="text", text=str(text), tokenizer="bytes", cache_dir=str(tmp_path / "cache"),
+                run_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, value_embed_layers=(0, 1), row_len=32,
+                val_row_len=64, max_doc_len=(32,), short_window=(8,), long_window=(32,), batch_tokens=(256,),
+                steps=20, eval_every=10, val_tokens=1000, dtype="float32", compile=False, sample_tokens=8)
+    return tg.Config(**(base | fields))
+
+
+def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, backend="blockwise", **fields):
+    """(Config, GPT) with every parameter random, so that nothing is hidden behind a zero."""
+    c = dataclasses.replace(tg.Config(n_layer=3, n_embd=32, n_head=2, value_embed_layers=(0, 2), row_len=24,
+                                      val_row_len=24, batch_tokens=(24,), max_doc_len=(24,)), **fields)
+    model = tg.GPT(c, n_vocab, dtype, backend)
+    model.init_weights(seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+    return c, model
+
+
+def run_trainer(*args, launcher=(), env=None, timeout=300):
+    """Start train_gpt.py as a user would; returns the finished process (stdout, stderr as text)."""
+    command = [sys.executable, *launcher, str(ROOT / "train_gpt.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+
+
+def options(c):
+    """A Config as command-line options, on top of the laptop track."""
+    args = []
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        name = f.name.replace("_", "-")
+        if f.name == "track" or value is None:
+            continue
+        elif f.type is bool:
+            args.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            args += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return ["--track", "laptop", *args]
+
+
+def train_losses(run_dir):
+    """Training losses of a finished run, by step."""
+    rows = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
+    return [r["train_loss"] for r in rows if "train_loss" in r]
