@@ -116,8 +116,9 @@ class Config:
         need(all(0 <= i < self.n_layer for i in self.value_embed_layers), "value_embed_layers",
              f"layers from 0 to {self.n_layer - 1}")
         need(len(self.softcap) in (0, 3), "softcap", "three numbers, or none")
-        need(len(self.val_windows) in (0, 2), "val_windows", "a short and a long window, or none")
-        need(0 <= self.cooldown <= 1, "cooldown", "a fraction")
+        need(len(self.val_windows) in (0, 2) and min(self.val_windows, default=1) > 0, "val_windows", "a short and a long window, or none")
+        for f in ("cooldown", "lr_floor"):
+            need(0 <= getattr(self, f) <= 1, f, "a fraction")
         need(self.data in ("stdlib", "fineweb10B", "text"), "data", "stdlib, fineweb10B or text")
         need(self.data != "text" or self.text, "text", f"the path of a file or folder: track {self.track} needs a text")
 
@@ -289,7 +290,7 @@ class GPT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedules: plain functions of progress (0 at the first step, 1 at the last)
+# Schedules: plain functions of progress, the fraction of steps behind us
 
 
 def by_stage(values, progress):
@@ -337,8 +338,11 @@ class Rule:
     lr: float
     betas: tuple = (0.0, 0.0)
     eps: float = 1e-10
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # Muon's only
     sharded: bool = True
+
+    def __post_init__(self):
+        assert self.optim in ("adam", "muon") and not (self.optim == "adam" and self.weight_decay)
 
 
 def parameter_table(c):
@@ -390,7 +394,10 @@ class Optimizer:
     def __init__(self, model, table, rank=0, world_size=1, compile=False):
         self.params = dict(model.named_parameters())
         assert list(sorted(table)) == sorted(self.params), "the table must name every parameter"
-        self.table, self.rank, self.world_size = table, rank, world_size
+        self.table = {name: rule for name, rule in table.items() if self.params[name].numel()}
+        self.rank, self.world_size = rank, world_size
+        # 0-d tensors, so that a new value compiles nothing
+        self.scalar = (lambda x: torch.tensor(x, dtype=torch.float32)) if compile else float
         # one Adam kernel for all lengths; Muon's products are worth their own for each shape
         self.adam = torch.compile(adam_update, fullgraph=True, dynamic=True) if compile else adam_update
         self.muon = torch.compile(muon_update, fullgraph=True, dynamic=False) if compile else muon_update
@@ -398,7 +405,7 @@ class Optimizer:
 
     def units(self, name, x):
         """View of a parameter-shaped tensor with what ranks divide on dim 0."""
-        return x if self.table[name].optim == "muon" else x.view(-1)
+        return x if self.table[name].optim == "muon" else x.view(-1).data  # .data: compiled code looks at a view's base
 
     @torch.no_grad()
     def reset(self):
@@ -427,7 +434,7 @@ class Optimizer:
                 work.wait()
             s = self.state[name]
             if len(s["own"]):
-                scalar = lambda x: torch.tensor(x, dtype=torch.float32)  # 0-d, so a new value compiles nothing
+                scalar = self.scalar
                 if rule.optim == "adam":
                     self.adam(s["own"], s["master"], grad[:len(s["own"])], s["m"], s["v"], scalar(rule.lr * lr_scale),
                               *map(scalar, rule.betas), scalar(rule.eps), scalar(float(self.step_count)))
@@ -631,7 +638,10 @@ def run(c, world, data, stages, log):
     # --- model and optimizer
     device = world.device
     dtype = native_dtype(device) if c.dtype == "auto" else getattr(torch, c.dtype)
-    backend = choose_backend(device, dtype, c.n_embd // c.n_head)
+    try:
+        backend = choose_backend(device, dtype, c.n_embd // c.n_head)
+    except ValueError as e:
+        raise InputError(e) from None
     compile = c.compile and can_compile(device, log)
     with device:
         model = GPT(c, data.dataset.n_vocab, dtype, backend)

@@ -230,3 +230,8 @@ def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
     result = tg.train(c)
     assert result["reached"] and result["val_bpb"] is None
     assert math.isfinite(result["val_loss"])
+
+
+def test_a_bad_attention_backend_is_one_line(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ATTENTION_BACKEND", "nope")
+    assert "unknown attention backend 'nope'" in refused(options(tiny(text, tmp_path)), capsys)
