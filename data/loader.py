@@ -88,11 +88,10 @@ class TrainLoader:
         self.max_docs = max_docs or default_max_docs(row_len)
         self._tokens, self._starts, self._pieces_of = {}, {}, {}
         self._next = (0, Cursor())  # (step, where its batch starts)
-        available = sum(self._count(i) for i in range(len(self.shards)))
-        need = batch_rows(0) * row_len
-        if available < need:
-            raise InputError(f"the training text has {available} tokens; one batch needs {need}: "
-                             "give more text or lower --batch-tokens")
+        need = len(self.rows(0))
+        if self._next[1].epoch:  # the first batch went through all there is
+            raise InputError(f"the training text has {sum(self._rows_in_epoch_0()) * row_len} tokens in rows of "
+                             f"{row_len}; one batch needs {need * row_len}: give more text or lower --batch-tokens")
 
     def rows(self, step):
         """The global batch of `step`: a list of rows, each a list of (tokens, start, length)."""
@@ -125,10 +124,16 @@ class TrainLoader:
     def _max_len(self, step):
         return min(self.max_doc_len(step), self.row_len)
 
+    def _rows_in_epoch_0(self):
+        """Yields 1 for every row of the first epoch."""
+        cursor = Cursor()
+        while not (cursor := self._row(cursor, self._max_len(0))[1]).epoch:
+            yield 1
+
     def _row(self, cursor, max_len):
         """Fill one row from the cursor on; returns (segments, cursor after it)."""
         epoch, shard, piece, offset = cursor
-        while True:
+        for _ in range(2 * len(self.shards) + 1):
             tokens, starts, lengths, ends = self._pieces(epoch, shard, max_len)
             before = (ends[piece - 1] if piece else 0) + offset
             if piece < len(ends) and ends[-1] - before >= self.row_len:
@@ -136,6 +141,9 @@ class TrainLoader:
             shard, piece, offset = shard + 1, 0, 0  # what is left of a shard does not fill a row
             if shard == len(self.shards):
                 epoch, shard = epoch + 1, 0
+        else:
+            raise InputError(f"no shard of the training text fills a row of {self.row_len} tokens with documents of at "
+                             f"most {max_len}: give more text or lower --row-len")
         row, room = [], self.row_len
         while room:
             length = min(int(lengths[piece]) - offset, room)
@@ -157,6 +165,9 @@ class TrainLoader:
             tokens = self._open(which)
             starts = self._starts[which]
             ends = np.append(starts[1:], len(tokens) - 1)  # the shard's last token is only ever a target
+            if self.split and starts[0] > 0:  # the end of a document that began in the shard before
+                starts, ends = np.append(0, starts), np.append(starts[0], ends)
+            starts, ends = starts[starts < ends], ends[starts < ends]
             if self.split:
                 starts, ends = split_pieces(starts, ends, max_len, int(rng.integers(max_len)) if shuffled else 0)
             lengths = np.minimum(ends - starts, max_len)
@@ -171,13 +182,6 @@ class TrainLoader:
             self._tokens[which] = read_shard(self.shards[which], self.n_vocab)
             self._starts[which] = document_starts(self._tokens[which], self.eot)
         return self._tokens[which]
-
-    def _count(self, which):
-        """Tokens that rows can hold from this shard in one epoch. Only the shards a run reaches are read here."""
-        if which > 0 and len(self.shards) > 1:
-            return self.row_len * self.batch_rows(0)
-        usable = int(self._pieces(0, 0, self._max_len(0))[3][-1])
-        return usable // self.row_len * self.row_len
 
 
 def split_pieces(starts, ends, max_len, phase):

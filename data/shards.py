@@ -66,14 +66,16 @@ class ShardWriter:
         self._file, self._count = None, 0
 
     def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._final = self.folder
+        self._guard(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         return self
 
     def write(self, tokens):
         """Append token ids: any integer sequence with values in [0, 65535]."""
         tokens = np.asarray(tokens)
         if tokens.size and (tokens.min() < 0 or tokens.max() > 65535):
-            raise InputError(f"token {tokens.max()} does not fit the shard format's uint16")
+            bad = tokens[(tokens < 0) | (tokens > 65535)].flat[0]
+            raise InputError(f"token {bad} does not fit the shard format's uint16")
         tokens = tokens.astype("<u2", copy=False)
         while len(tokens):
             if self._file is None:
@@ -104,8 +106,8 @@ class ShardWriter:
         self._guard(self._file.write, header.tobytes())
         self._guard(self._file.flush)
         self._guard(os.fsync, self._file.fileno())
-        self._file.close()
-        os.replace(self._aside, self._final)
+        self._guard(self._file.close)
+        self._guard(os.replace, self._aside, self._final)
         self.paths.append(self._final)
         self.n_tokens += self._count
         self._file = None

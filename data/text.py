@@ -19,9 +19,11 @@ from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer
 
 VAL_FRACTION = 0.1
 BPE_BYTES = 200_000_000  # a BPE vocabulary settles long before this much text
-LAYOUT = 1  # change it when what is written below changes, so old caches are not read
-# Left out of the standard library because distributions differ in them.
-NOT_STDLIB = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+LAYOUT = 2  # change it when what is written below changes, so old caches are not read
+# Left out of the standard library: what differs between distributions and versions, and pydoc_data, one generated
+# file of English prose that would be nearly half of the validation text.
+NOT_STDLIB = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "distutils", "turtledemo",
+              "ensurepip", "pydoc_data"}
 
 
 def prepare_text(source, tokenizer, cache):
@@ -60,7 +62,7 @@ def list_files(source):
         skip = NOT_STDLIB
     else:
         root, keep, skip = Path(source), is_text, ()
-        if not root.exists():
+        if not os.path.exists(root):  # unlike Path.exists, False for what cannot be a path
             raise InputError(f"{source}: no such file or folder; --text expects a text file or a folder of them")
         if root.is_file():
             if root.stat().st_size == 0:
@@ -88,7 +90,7 @@ def is_text(path):
 
 
 def _path_hash(rel):
-    return hashlib.sha256(rel.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(rel)).hexdigest()
 
 
 def split_documents(root, files):
@@ -106,30 +108,41 @@ def split_documents(root, files):
 def read_blocks(path, first, end, block=1 << 20):
     """Yield bytes [first, end) of a UTF-8 file as (str, starts a document?), about `block` bytes at a time.
 
-    Blocks end after a newline where there is one, so that no token is cut; a byte range that begins or ends
-    inside a character is moved to that character's first byte. Invalid UTF-8 becomes U+FFFD.
+    Blocks end after a newline or space where there is one, so that no token is cut; a byte range that begins or ends
+    inside a character or a mark is moved to where that begins. Invalid UTF-8 becomes U+FFFD.
     """
+    mark = END_OF_TEXT.encode()
+
+    def boundary(data, at):
+        """The last position at or before `at` that is inside neither a mark nor a character."""
+        inside = data.find(mark, max(0, at - len(mark) + 1), at + len(mark) - 1)
+        at = inside if 0 <= inside < at else at
+        return next((i for i in range(at, max(-1, at - 4), -1) if i < len(data) and data[i] & 0xC0 != 0x80), at)
+
     with open(path, "rb") as f:
-        def char_start(at):
-            f.seek(at)
-            tail = f.read(3)
-            while tail and tail[0] & 0xC0 == 0x80:
-                tail, at = tail[1:], at + 1
-            return at
-        first, end = char_start(first), char_start(end)
+        def move(at):
+            before = max(0, at - 16)
+            f.seek(before)
+            data = f.read(32)
+            return before + boundary(data, at - before) if at - before < len(data) else at
+
+        first, end = move(first), move(end)
         f.seek(first)
-        rest, starts = b"", True
-        while data := f.read(min(block, end - f.tell())) if f.tell() < end else b"":
-            data, done = rest + data, f.tell() >= end
-            at = len(data) if done else max(data.rfind(b"\n"), data.rfind(b" ") if len(data) > 2 * block else -1) + 1
-            if not at and len(data) > 4 * block:  # neither newline nor space in megabytes: cut before a character
-                at = next(i for i in range(len(data) - 1, 0, -1) if data[i] & 0xC0 != 0x80)
-            data, rest = data[:at], data[at:]
-            for i, part in enumerate(data.decode(errors="replace").split(END_OF_TEXT)):
+        data, starts, done = b"", True, False
+        while not done:
+            read = f.read(min(block, end - f.tell()))
+            data, done = data + read, not read or f.tell() >= end  # no read: the file became shorter
+            at = len(data)
+            if not done:
+                at = max(data.rfind(b"\n"), data.rfind(b" ") if at > 2 * block else -1) + 1
+                if not at and len(data) > max(4 * block, 64):  # one endless word
+                    at = boundary(data, len(data) - 16)
+            for i, part in enumerate(data[:at].decode(errors="replace").split(END_OF_TEXT)):
                 starts = starts or i > 0
                 if part:
                     yield part, starts
                     starts = False
+            data = data[at:]
 
 
 def _write(root, files, source, tokenizer_name, folder):
@@ -170,9 +183,9 @@ def _write(root, files, source, tokenizer_name, folder):
             pending.clear()
 
         for split, rel, first, end in splits:
-            digest.update(f"\0{split}\0{rel if len(files) > 1 else ''}\0".encode())
+            digest.update(f"\0{split}\0".encode() + (os.fsencode(rel) if len(files) > 1 else b"") + b"\0")
             for text, starts in read_blocks(root / rel, first, end):
-                digest.update(text.encode())
+                digest.update((b"\0" if starts else b"") + text.encode())
                 pending.append((split, text, starts))
                 if sum(len(t) for _, t, _ in pending) > 4 << 20 or len(pending) >= 256:
                     flush()

@@ -16,6 +16,7 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-4's split pattern with at most two digits a piece (nanochat measured 2 better than 1 or 3).
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]|\s+(?!\S)|\s+")
+LONG_RUN, PIECE = re.compile(r"\s{10000}"), re.compile(r"(?s).{1,5000}")
 
 
 class Tokenizer:
@@ -44,7 +45,10 @@ class Tokenizer:
             return [np.frombuffer(t.encode(), dtype=np.uint8).astype(np.uint16) for t in texts]
         if self.kind == "chars":
             return [self._encode_chars(t) for t in texts]
-        return [np.array(ids, dtype=np.uint16) for ids in self._bpe.encode_ordinary_batch(texts, num_threads=4)]
+        # the pattern's lookahead overflows tiktoken's stack on a very long run of spaces
+        parts = [PIECE.findall(t) if LONG_RUN.search(t) else [t] for t in texts]
+        ids = iter(self._bpe.encode_ordinary_batch([p for ps in parts for p in ps], num_threads=4))
+        return [np.array([i for _ in ps for i in next(ids)], dtype=np.uint16) for ps in parts]
 
     def _encode_chars(self, text):
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

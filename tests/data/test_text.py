@@ -1,0 +1,585 @@
+"""data/text.py: every character of a corpus ends up once in train or val, nothing half-made is left."""
+
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import tempfile
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import TrainLoader, open_dataset, text, tokenizers
+from data.shards import InputError, ShardWriter, read_shard
+from data.text import list_files, prepare_text, read_blocks, split_documents
+
+MARK = "<|endoftext|>"
+FAST = settings(deadline=None, max_examples=150)
+PIECES = ["a", "bc", " ", "\n", "\r\n", "\t", "é", "中", "🙂", "\u2028", "x" * 9, "🙂" * 5]
+TEXT = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
+LINES = "".join(f"line {i}: the quick brown fox\n" for i in range(400))
+
+
+def put(path, content):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def is_val(rel):
+    """The rule, said again: the first tenth of the hashes of the relative paths."""
+    return int(hashlib.sha256(rel.encode()).hexdigest()[:8], 16) / 16**8 < 0.1
+
+
+def names(n, val):
+    """The first n names f0, f1, ... that belong to val, or to train."""
+    return [f"f{i}" for i in range(1000) if is_val(f"f{i}") == val][:n]
+
+
+def ids_of(folder, meta, split):
+    return np.concatenate([read_shard(folder / name, meta["n_vocab"]) for name in meta[f"{split}_shards"]])
+
+
+def prepared(source, cache, tokenizer="bytes"):
+    """{split: list of documents, as str} of a prepared corpus, checking that each begins with eot."""
+    folder, meta, tok = prepare_text(source, tokenizer, cache)
+    result = {}
+    for split in ("train", "val"):
+        ids = ids_of(folder, meta, split)
+        assert ids[0] == tok.eot and len(ids) == meta[f"{split}_tokens"]
+        result[split] = [tok.decode(d) for d in np.split(ids, np.flatnonzero(ids == tok.eot))[1:]]
+    return result
+
+
+def refused(source, cache, tokenizer="bytes"):
+    """The one line with which `source` is refused; nothing may stay in the cache."""
+    with pytest.raises(InputError) as e:
+        prepare_text(source, tokenizer, cache)
+    assert "\n" not in str(e.value)
+    assert not cache.is_dir() or os.listdir(cache) == []
+    return str(e.value)
+
+
+# reading blocks
+
+def documents(blocks):
+    """Blocks joined to the documents they say they make."""
+    found = []
+    for part, starts in blocks:
+        assert part and MARK not in part
+        if starts:
+            found.append(part)
+        else:
+            found[-1] += part
+    return found
+
+
+def blocks_of(content, block, first=0, end=None):
+    with tempfile.TemporaryDirectory() as folder:
+        path = put(Path(folder) / "x", content)
+        return list(read_blocks(path, first, len(content) if end is None else end, block))
+
+
+@FAST
+@given(TEXT, st.integers(1, 12))
+@example("🙂" * 30, 1)
+@example("x" * 100 + "\n", 3)
+def test_blocks_join_to_the_file(whole, block):
+    assert documents(blocks_of(whole.encode(), block)) == ([whole] if whole else [])
+
+
+@FAST
+@given(TEXT, st.integers(1, 12), st.data())
+def test_two_ranges_join_to_the_file_wherever_they_meet(whole, block, data):
+    """A border inside a character belongs to one of the two."""
+    content = whole.encode()
+    cut = data.draw(st.integers(0, len(content)))
+    parts = blocks_of(content, block, 0, cut) + blocks_of(content, block, cut)
+    assert "".join(part for part, _ in parts) == whole
+
+
+@FAST
+@given(st.lists(st.sampled_from([*PIECES, MARK, MARK, "<|end", "<|endoftext|"]), max_size=20).map("".join),
+       st.integers(1, 40))
+@example(f"abcdefghijkl{MARK}mnopqrstuvwxyz" * 3, 4)
+def test_marks_divide_documents_wherever_blocks_end(whole, block):
+    assert documents(blocks_of(whole.encode(), block)) == [d for d in whole.split(MARK) if d]
+
+
+@FAST
+@given(st.lists(st.one_of(st.binary(max_size=6), st.sampled_from([*map(str.encode, PIECES), b"\x80" * 20])),
+                max_size=12).map(b"".join), st.integers(1, 12))
+@example(b"\x80" * 100, 4)
+@example("🙂".encode()[:3] + b"\n" + "é".encode()[:1], 1)
+def test_invalid_utf8_becomes_the_replacement_character(content, block):
+    """What a decoder makes of the whole file, but that long runs of stray bytes may be cut."""
+    found = "".join(part for part, _ in blocks_of(content, block))
+    expected = content.decode(errors="replace")
+    assert found.replace("\ufffd", "") == expected.replace("\ufffd", "")
+    assert ("\ufffd" in found) == ("\ufffd" in expected)
+
+
+def test_blocks_end_after_a_newline_and_stay_small(tmp_path):
+    """So no word is cut and memory is bounded; a line longer than two blocks ends at a space."""
+    path = put(tmp_path / "x", "some words\n" * 1000)
+    parts = [p for p, _ in read_blocks(path, 0, 11_000, 100)]
+    assert all(p.endswith("\n") and len(p) < 200 for p in parts) and len(parts) > 90
+    parts = [p for p, _ in read_blocks(put(tmp_path / "y", "some words " * 1000), 0, 11_000, 100)]
+    assert all(p.endswith(" ") and len(p) <= 400 for p in parts) and len(parts) > 20
+    parts = [p for p, _ in read_blocks(put(tmp_path / "z", "x" * 11_000), 0, 11_000, 100)]
+    assert max(map(len, parts)) <= 600
+
+
+def test_a_file_that_became_shorter(tmp_path):
+    """Since it was listed: what is left of it, and no endless wait for the rest."""
+    def fail(*_):
+        raise AssertionError("still reading")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        blocks = list(read_blocks(put(tmp_path / "x", "one\ntwo"), 0, 1000, 4))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert "".join(part for part, _ in blocks) == "one\ntwo"
+
+
+# a single file
+
+@pytest.mark.parametrize("n", [*range(10, 32), 1999])
+def test_val_of_a_file_is_its_last_tenth(tmp_path, n):
+    whole = (LINES * 2)[:n]
+    got = prepared(put(tmp_path / "a.txt", whole), tmp_path / "cache")
+    assert got == {"train": [whole[:int(n * 0.9)]], "val": [whole[int(n * 0.9):]]}
+
+
+@FAST
+@given(TEXT.filter(bool), st.integers(1, 12))
+def test_multibyte_characters_at_the_cut(whole, block):
+    """Train then val is the whole text, and val is a tenth but for the character at the cut."""
+    with tempfile.TemporaryDirectory() as folder:
+        put(Path(folder) / "x", whole)
+        parts = {"train": "", "val": ""}
+        for split, rel, first, end in split_documents(Path(folder), ["x"]):
+            parts[split] += "".join(part for part, _ in read_blocks(Path(folder) / rel, first, end, block))
+    assert parts["train"] + parts["val"] == whole
+    size = len(whole.encode())
+    assert abs(len(parts["train"].encode()) - int(size * 0.9)) < 4
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:400"])
+def test_train_and_val_tokens_decode_to_the_whole_file(tmp_path, tokenizer):
+    whole = "naïve café — 中文字符 🙂\r\n\ttabs  and\nno newline at the end" * 97
+    got = prepared(put(tmp_path / "a.txt", whole), tmp_path / "cache", tokenizer)
+    assert "".join(got["train"] + got["val"]) == whole and len(got["train"]) == len(got["val"]) == 1
+
+
+def test_every_tokenizer_splits_at_the_same_place(tmp_path):
+    path = put(tmp_path / "a.txt", "é中🙂 x\n" * 333)
+    found = [prepared(path, tmp_path / "cache", t) for t in ("bytes", "chars", "bpe:300")]
+    assert found[0] == found[1] == found[2]
+
+
+def test_marks_divide_documents(tmp_path):
+    """Each begins with eot; marks at the start, the end or in a row make no empty documents."""
+    docs = [f"document {i}\n" + "word " * i for i in range(40)]
+    path = put(tmp_path / "a.txt", MARK + (MARK * 2).join(docs[:20]) + MARK + MARK.join(docs[20:]) + MARK)
+    got = prepared(path, tmp_path / "cache")
+    assert got["train"][:-1] == docs[:len(got["train"]) - 1] and len(got["train"]) > 30
+    assert "".join(got["train"] + got["val"]) == "".join(docs)
+    assert len(got["train"]) + len(got["val"]) == 41  # one was cut in two
+
+
+@pytest.mark.parametrize("at", range(0, 16, 3))
+def test_mark_at_the_cut_is_still_a_mark(tmp_path, at):
+    """The last tenth begins inside of it, but neither half is learned as text."""
+    before, after = "a" * (900 - at), "b" * (100 - len(MARK) + at)
+    got = prepared(put(tmp_path / "x", before + MARK + after), tmp_path / "cache")
+    assert got["train"][0] == before and "".join(got["train"][1:] + got["val"]) == after
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
+def test_meta_counts_tokens_and_bytes(tmp_path, tokenizer):
+    folder, meta, tok = prepare_text(put(tmp_path / "a.txt", "é中🙂 x\n" * 500), tokenizer, tmp_path / "cache")
+    for split in ("train", "val"):
+        ids = ids_of(folder, meta, split)
+        assert meta[f"{split}_tokens"] == len(ids) and meta[f"{split}_bytes"] == tok.token_bytes[ids].sum()
+    assert meta["train_bytes"] + meta["val_bytes"] == 12 * 500
+    assert (meta["tokenizer"], meta["n_vocab"], meta["files"]) == (tokenizer, tok.n_vocab, 1)
+    assert sorted(os.listdir(folder)) == ["meta.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
+
+
+def test_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "ShardWriter", partial(ShardWriter, shard_tokens=1000))
+    path = put(tmp_path / "a.txt", LINES)
+    assert prepared(path, tmp_path / "cache")["train"] == [LINES[:int(len(LINES) * 0.9)]]
+    meta = prepare_text(path, "bytes", tmp_path / "cache")[1]
+    assert meta["train_shards"][:2] == ["train_000000.bin", "train_000001.bin"]
+    assert len(meta["val_shards"]) == 2
+
+
+def test_vocabulary_is_learned_from_train_alone_but_has_every_character(tmp_path):
+    path = put(tmp_path / "a.txt", "the cat sat\n" * 300 + "zqzq§" * 60)
+    cache = tmp_path / "cache"
+    assert prepare_text(path, "chars", cache)[2].n_vocab == len(set("the cat sat\nzq§")) + 1
+    tokens = prepare_text(path, "bpe:400", cache)[2].tokens
+    assert b"cat" in tokens and b"zq" not in tokens and b"\xc2\xa7" not in tokens
+
+
+# folders
+
+def test_folder_is_split_by_the_hash_of_the_path(tmp_path):
+    """A tenth of the files is val, in the order of the hashes, subfolders with "/" in their names."""
+    rels = [f"sub{i % 3}/f{i}.txt" for i in range(200)] + ["top.txt"]
+    for rel in rels:
+        put(tmp_path / "in" / rel, rel)
+    got = prepared(tmp_path / "in", tmp_path / "cache")
+    rels.sort(key=lambda rel: hashlib.sha256(rel.encode()).digest())
+    assert got == {"train": [r for r in rels if not is_val(r)], "val": [r for r in rels if is_val(r)]}
+    assert 5 < len(got["val"]) < 40
+
+
+def test_adding_files_moves_none_to_the_other_split(tmp_path):
+    """Nor does it change the order of those there were."""
+    for i in range(40):
+        put(tmp_path / "in" / f"f{i}", f"f{i}")
+    before = prepared(tmp_path / "in", tmp_path / "cache")
+    for i in range(40, 80):
+        put(tmp_path / "in" / f"f{i}", f"f{i}")
+    after = prepared(tmp_path / "in", tmp_path / "cache")
+    for split in before:
+        assert [d for d in after[split] if d in before[split]] == before[split]
+        assert len(after[split]) > len(before[split])
+
+
+def test_listing_order_does_not_matter(tmp_path, monkeypatch):
+    for i in range(30):
+        put(tmp_path / "in" / f"d{i % 4}" / f"f{i}", f"text {i}")
+    folder, meta, _ = prepare_text(tmp_path / "in", "bytes", tmp_path / "cache1")
+    walk = os.walk
+
+    def backwards(top):
+        for at, folders, files in walk(top):
+            folders.sort(reverse=True)
+            yield at, folders, sorted(files, reverse=True)
+
+    listings = []
+    for order in (walk, backwards):
+        monkeypatch.setattr(os, "walk", order)
+        listings.append(list_files(tmp_path / "in"))
+    assert listings[0] == listings[1]
+    folder2, meta2, _ = prepare_text(tmp_path / "in", "bytes", tmp_path / "cache2")
+    assert meta2 == meta and folder2.name == folder.name
+
+
+def test_hidden_binary_and_empty_files_are_left_out(tmp_path):
+    put(tmp_path / "in" / "sub" / "kept.txt", "kept")
+    put(tmp_path / "in" / "no_suffix", "kept too")
+    for rel in (".hidden", ".git/config", "__pycache__/x.txt", "sub/.x/y.txt"):
+        put(tmp_path / "in" / rel, "hidden")
+    put(tmp_path / "in" / "image.txt", b"PNG\0\1\2")
+    put(tmp_path / "in" / "late.txt", b"x" * 8191 + b"\0")
+    put(tmp_path / "in" / "empty.txt", "")
+    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "in" / "pipe")
+    assert sorted(list_files(tmp_path / "in")[1]) == ["no_suffix", "sub/kept.txt"]
+
+
+def test_a_hidden_folder_named_outright_is_read(tmp_path):
+    put(tmp_path / ".in" / "a.txt", "text")
+    assert list_files(tmp_path / ".in") == (tmp_path / ".in", ["a.txt"])
+
+
+@pytest.mark.parametrize("val_files", [0, 1, 2])
+def test_two_files_give_a_train_and_a_val_part(tmp_path, val_files):
+    """If the hash puts both on one side, the last tenth of each is val."""
+    files = names(2 - val_files, False) + names(val_files, True)
+    for name in files:
+        put(tmp_path / "in" / name, f"{name:10}" * 10)
+    files.sort(key=lambda rel: hashlib.sha256(rel.encode()).digest())
+    got = prepared(tmp_path / "in", tmp_path / "cache")
+    if val_files == 1:
+        assert got == {s: [f"{f:10}" * 10 for f in files if is_val(f) == (s == "val")] for s in got}
+    else:
+        assert got == {"train": [f"{f:10}" * 9 for f in files], "val": [f"{f:10}" for f in files]}
+
+
+def test_file_names_that_are_not_utf8(tmp_path):
+    """Old archives hold Latin-1 names; their text is as good as any."""
+    put(tmp_path / "in" / "a.txt", "text")
+    try:
+        put(tmp_path / "in" / os.fsdecode(b"caf\xe9.txt"), "more text")
+    except OSError:
+        pytest.skip("this file system wants UTF-8 names")
+    got = prepared(tmp_path / "in", tmp_path / "cache")
+    assert len("".join(got["train"] + got["val"])) == len("text" + "more text")
+
+
+def test_stdlib(tmp_path):
+    """Python's own library without its tests, what was installed beside it, or the builder's paths."""
+    root, files = list_files("stdlib")
+    assert {"os.py", "json/decoder.py", "typing.py"} <= set(files) and len(files) > 300
+    parts = {part for rel in files for part in rel.split("/")}
+    assert not parts & {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
+    assert all(rel.endswith(".py") and "_sysconfigdata" not in rel for rel in files)
+    folder, meta, tok = prepare_text("stdlib", "bytes", tmp_path / "cache")
+    total = sum((root / rel).stat().st_size for rel in files)
+    assert abs(meta["train_bytes"] + meta["val_bytes"] - total) < 1000  # invalid UTF-8 on purpose, marks
+    assert 0.03 < meta["val_bytes"] / total < 0.2 and meta["files"] == len(files)
+    val = tok.decode(ids_of(folder, meta, "val"))
+    assert all((root / rel).read_text(errors="replace") in val for rel in files[:3])
+    assert "stdlib-bytes-" in folder.name
+
+
+# the cache
+
+def forbid_work(monkeypatch):
+    monkeypatch.setattr(text, "make_tokenizer", lambda *_: pytest.fail("tokenized again"))
+
+
+def test_second_call_only_looks(tmp_path, monkeypatch):
+    path = put(tmp_path / "a.txt", LINES)
+    first = prepare_text(path, "bpe:300", tmp_path / "cache")
+    forbid_work(monkeypatch)
+    second = prepare_text(path, "bpe:300", tmp_path / "cache")
+    assert second[:2] == first[:2] and second[2].to_json() == first[2].to_json()
+    assert os.listdir(tmp_path / "cache") == [first[0].name]
+
+
+@pytest.mark.parametrize("change", ["content", "time", "tokenizer", "added", "removed", "renamed", "cache"])
+def test_any_change_is_noticed(tmp_path, monkeypatch, change):
+    for name in "abc":
+        put(tmp_path / "in" / name, LINES)
+    tokenizer, cache = "bytes", tmp_path / "cache"
+    prepare_text(tmp_path / "in", tokenizer, cache)
+    if change == "content":
+        os.utime(put(tmp_path / "in" / "a", LINES + "x"), ns=(0, (tmp_path / "in" / "b").stat().st_mtime_ns))
+    elif change == "time":
+        os.utime(put(tmp_path / "in" / "a", LINES.upper()), ns=(0, 10**18))
+    elif change == "tokenizer":
+        tokenizer = "chars"
+    elif change == "added":
+        put(tmp_path / "in" / "d", "d")
+    elif change == "removed":
+        (tmp_path / "in" / "a").unlink()
+    elif change == "renamed":
+        (tmp_path / "in" / "a").rename(tmp_path / "in" / "z")
+    else:
+        cache = tmp_path / "other"
+
+    class Noticed(Exception):
+        pass
+
+    def notice(*_):
+        raise Noticed
+
+    monkeypatch.setattr(text, "make_tokenizer", notice)
+    with pytest.raises(Noticed):
+        prepare_text(tmp_path / "in", tokenizer, cache)
+
+
+def test_unfinished_folder_is_made_anew(tmp_path):
+    """A folder without meta.json is not trusted."""
+    path = put(tmp_path / "a.txt", LINES)
+    folder, meta, _ = prepare_text(path, "bytes", tmp_path / "cache")
+    (folder / "meta.json").unlink()
+    (folder / "train_000000.bin").write_bytes(b"junk")
+    assert prepared(path, tmp_path / "cache")["train"][0] == LINES[:meta["train_bytes"]]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("where", ["ShardWriter.write", "Tokenizer.to_json", "Tokenizer.encode"])
+def test_failure_midway_leaves_nothing(tmp_path, monkeypatch, error, where):
+    """Neither a folder under the final name nor one aside; the next try works."""
+    path = put(tmp_path / "a.txt", LINES)
+    owner = {"ShardWriter": ShardWriter, "Tokenizer": tokenizers.Tokenizer}[where.split(".")[0]]
+    calls, method = [], getattr(owner, where.split(".")[1])
+
+    def fail(self, *args):
+        calls.append(args)
+        if len(calls) == (3 if where == "ShardWriter.write" else 1):
+            raise error("midway")
+        return method(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where.split(".")[1], fail)
+        with pytest.raises(InputError if error is OSError else error, match="midway"):
+            prepare_text(path, "bytes", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists() or os.listdir(tmp_path / "cache") == []
+    assert prepared(path, tmp_path / "cache")["val"] == [LINES[int(len(LINES) * 0.9):]]
+
+
+@pytest.mark.parametrize("n, limit, what", [(10_000, 5000, "train_000000.bin"), (100, 1400, "prepare")])
+def test_full_disk(tmp_path, n, limit, what):
+    """The system refuses the tokens, or only the vocabulary after them."""
+    path = put(tmp_path / "a.txt", LINES[:n])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        line = refused(path, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert what in line
+
+
+def test_failing_rename(tmp_path, monkeypatch):
+    """The last act of all: the folder appears by one rename, or not."""
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(source).is_dir():
+            raise OSError("device busy")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert "device busy" in refused(put(tmp_path / "a.txt", LINES), tmp_path / "cache")
+
+
+def test_cache_that_cannot_be_made(tmp_path):
+    put(tmp_path / "cache", "a file")
+    line = refused(put(tmp_path / "a.txt", LINES), tmp_path / "cache")
+    assert str(tmp_path / "cache") in line
+
+
+# fingerprint
+
+def fingerprint(source, cache, tokenizer="bytes"):
+    return prepare_text(source, tokenizer, cache)[1]["fingerprint"]
+
+
+def test_fingerprint_is_of_the_text_not_the_place(tmp_path):
+    for i in range(20):
+        put(tmp_path / "in" / f"s{i % 2}" / f"f{i}", f"text {i} é\n" * 9)
+    shutil.copytree(tmp_path / "in", tmp_path / "elsewhere")
+    cache = tmp_path / "cache"
+    one = fingerprint(tmp_path / "in", cache)
+    assert one == fingerprint(tmp_path / "elsewhere", cache) == fingerprint(tmp_path / "in", cache, "chars")
+    assert one != fingerprint(tmp_path / "in" / "s0", cache)
+    put(tmp_path / "elsewhere" / "s1" / "f3", "text 3 é\n" * 8 + "text 3 e\n")
+    assert one != fingerprint(tmp_path / "elsewhere", cache)
+
+
+def test_fingerprint_of_a_file_does_not_depend_on_its_name_or_block_borders(tmp_path, monkeypatch):
+    one = fingerprint(put(tmp_path / "a.txt", LINES), tmp_path / "cache")
+    assert one == fingerprint(put(tmp_path / "b" / "c.md", LINES), tmp_path / "cache")
+    monkeypatch.setattr(text, "read_blocks", partial(read_blocks, block=100))
+    assert one == fingerprint(tmp_path / "a.txt", tmp_path / "other")
+
+
+@pytest.mark.parametrize("other", [
+    ["xyz" * 10 + "p", "q" + "pq" * 9],  # moved from one file to the next
+    ["xyz" * 10 + "pq" * 10],
+    ["xyz" * 5 + MARK + "xyz" * 5, "pq" * 10],  # documents divided
+    ["xyz" * 10 + "\n", "pq" * 10],
+    ["xyz" * 9 + "xyy", "pq" * 10],
+])
+def test_fingerprint_tells_corpora_apart(tmp_path, other):
+    """Different train tokens with the same val file."""
+    found = []
+    for i, contents in enumerate([["xyz" * 10, "pq" * 10], other]):
+        put(tmp_path / str(i) / names(1, True)[0], "validation")
+        for name, content in zip(names(2, False), contents):
+            put(tmp_path / str(i) / name, content)
+        found.append(fingerprint(tmp_path / str(i), tmp_path / "cache"))
+    assert found[0] != found[1]
+
+
+# bad input
+
+@pytest.mark.parametrize("content, reason", [
+    ("", "is empty"),
+    (b"\x89PNG\r\n\0\0", "binary"),
+    ("text".encode("utf-16"), "binary"),
+    ("a", "train split is empty"),
+    ("🙂", "split is empty"),
+    (MARK * 50, "too little"),
+])
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
+def test_bad_files(tmp_path, content, reason, tokenizer):
+    path = put(tmp_path / "a.txt", content)
+    line = refused(path, tmp_path / "cache", tokenizer)
+    assert str(path) in line and (reason in line or "too little" in reason and "empty" in line)
+
+
+def test_missing_paths(tmp_path):
+    assert "no such file" in refused(tmp_path / "no", tmp_path / "cache")
+    assert "no such file" in refused(str(tmp_path / "no"), tmp_path / "cache")
+    assert refused(put(tmp_path / "file", "x") / "below", tmp_path / "cache")
+
+
+def test_text_in_place_of_its_path(tmp_path):
+    """The system says "name too long" and not "no such file"."""
+    assert "x" * 300 in refused("x" * 300, tmp_path / "cache")
+
+
+def test_empty_folders(tmp_path):
+    (tmp_path / "in").mkdir()
+    assert "no text files" in refused(tmp_path / "in", tmp_path / "cache")
+    put(tmp_path / "in" / ".hidden", "x")
+    put(tmp_path / "in" / "binary", b"\0")
+    put(tmp_path / "in" / "empty", "")
+    (tmp_path / "in" / "sub").mkdir()
+    assert "no text files" in refused(tmp_path / "in", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("tokenizer", ["nonsense", "bpe:12", "../x", "bpe:"])
+def test_bad_tokenizers(tmp_path, tokenizer):
+    assert tokenizer in refused(put(tmp_path / "a.txt", LINES), tmp_path / "cache", tokenizer)
+
+
+def test_a_folder_of_one_byte_files(tmp_path):
+    for name in names(2, False):
+        put(tmp_path / "in" / name, "x")
+    assert "train split is empty" in refused(tmp_path / "in", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("character", [" ", "\t", "x"])
+def test_megabytes_of_one_character_are_encoded(tmp_path, character):
+    """A table padded with spaces, say. In val, because learning from it is another matter."""
+    name, = names(1, True)
+    put(tmp_path / "in" / name, character * 1_500_000 + "end")
+    for i, name in enumerate(names(2, False)):
+        put(tmp_path / "in" / name, LINES)
+    got = prepared(tmp_path / "in", tmp_path / "cache", "bpe:300")
+    assert got["val"] == [character * 1_500_000 + "end"]
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    peaks = []
+    for megabytes in (4, 24):
+        whole = "It was the best of times, it was the age\n" * (25_000 * megabytes)
+        path = put(tmp_path / f"{megabytes}.txt", whole)
+        tracemalloc.start()
+        prepare_text(path, "bytes", tmp_path / "cache")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] and peaks[1] < 100e6, peaks
+
+
+# the way in for the trainer
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
+def test_open_dataset(tmp_path, tokenizer):
+    path = put(tmp_path / "a.txt", LINES)
+    dataset = open_dataset(str(path), tokenizer, tmp_path / "cache")
+    tok = dataset.tokenizer
+    assert (dataset.name, dataset.eot, dataset.n_vocab) == (str(path), tok.eot, tok.n_vocab)
+    assert dataset.fingerprint == fingerprint(path, tmp_path / "cache")
+    (train,), (val,) = dataset.train, dataset.val
+    assert tok.decode(read_shard(train, tok.n_vocab)) + tok.decode(read_shard(val, tok.n_vocab)) == LINES
+    loader = TrainLoader(dataset.train, eot=dataset.eot, n_vocab=dataset.n_vocab, row_len=64,
+                         batch_rows=lambda step: 4, max_doc_len=lambda step: 64, long_docs="split")
+    assert all(tok.decode(t[s:s + n]) in LINES for row in loader.rows(3) for t, s, n in row)
+
+
+def test_open_dataset_refuses_what_prepare_text_refuses(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        open_dataset(str(tmp_path / "no"), "bytes", tmp_path / "cache")
