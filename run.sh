@@ -24,12 +24,12 @@ install() {  # into .venv, once for each state of the requirements
     local python; python=$(find_python)
     echo "installing the pinned dependencies into .venv with $("$python" --version) (once; torch is large) ..." >&2
     [[ -x $venv/bin/python ]] || "$python" -m venv "$venv" >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" >&2 \
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$here/requirements.txt" >&2 \
         || fail "the dependencies did not install; the lines above say why. Run ./run.sh again when that is mended"
     local capability
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1 || true)
     if [[ ${capability%%.*} =~ ^[0-9]+$ && ${capability%%.*} -ge 9 ]]; then
-        "$venv/bin/python" -m pip install --quiet -c "$here/requirements.txt" -r "$here/requirements-flash.txt" >&2 \
+        "$venv/bin/python" -m pip install -qq -c "$here/requirements.txt" -r "$here/requirements-flash.txt" >&2 \
             || echo "FlashAttention 4 did not install; going on with the attention built into torch" >&2
     fi
     echo "$wanted" > "$stamp"

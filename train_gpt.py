@@ -41,19 +41,18 @@ ROOT = Path(__file__).resolve().parent
 # Configuration: every field is a command-line option
 
 
-def option(default, help):
-    return dataclasses.field(default=default, metadata=dict(help=help))
+def option(default, help, group=None):
+    """A field of Config; group: the heading it begins in --help."""
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything a run depends on. Tuples with one entry per stage divide training into equal stages."""
-    # goal
-    track: str = option("", "named set of defaults, data and target")
+    track: str = option("", "named set of defaults, data and target", "goal")
     target: float | None = option(None, "stop when the validation metric is at or below this")
     target_metric: str = option("val_loss", "val_loss (nats per token) or val_bpb (bits per byte)")
-    # data
-    data: str = option("stdlib", "stdlib, fineweb10B, or text (then --text says which)")
+    data: str = option("stdlib", "stdlib, fineweb10B, or text (then --text says which)", "data")
     text: str = option("", "train on this file or folder of text")
     tokenizer: str = option("bpe:4096", "for text: chars, bytes, bpe:N or gpt2")
     train_shards: int = option(9, "how many FineWeb shards of 100M tokens to use")
@@ -61,16 +60,14 @@ class Config:
     long_docs: str = option("split", "what happens to a document beyond max_doc_len: split or drop")
     shuffle: bool = option(True, "documents in random order already in the first epoch")
     val_tokens: int = option(0, "validate on the first this many tokens of the validation split; 0 is all")
-    # model
-    n_layer: int = option(4, "transformer blocks")
+    n_layer: int = option(4, "transformer blocks", "model")
     n_embd: int = option(256, "width")
     n_head: int = option(4, "attention heads")
     mlp_ratio: int = option(4, "hidden width of the MLP over n_embd")
     value_embed_layers: tuple[int, ...] = option((0, 3), "layers whose values get a second token embedding")
     softcap: tuple[float, ...] = option((23.0, 5.0, 7.5), "logits become a * sigmoid((z + b) / c)")
     rope_base: float = option(1024.0, "longest rotary wavelength over 2 pi, in tokens")
-    # batch, context and schedule
-    steps: int = option(500, "optimizer steps")
+    steps: int = option(500, "optimizer steps", "batch, context and schedule")
     row_len: int = option(256, "tokens in a packed row; attention never leaves a row")
     val_row_len: int = option(1024, "the same for validation")
     batch_tokens: tuple[int, ...] = option((8192,), "tokens per step, by stage")
@@ -81,12 +78,10 @@ class Config:
     stage_lr: tuple[float, ...] = option((1.0,), "learning rate multiplier, by stage")
     cooldown: float = option(0.6, "fraction of training over which the learning rate falls linearly")
     lr_floor: float = option(0.15, "where it falls to, as a fraction")
-    # optimizer
-    muon_lr: float = option(0.05, "Muon, on the matrices of the blocks")
+    muon_lr: float = option(0.03, "Muon, on the matrices of the blocks", "optimizer")
     adam_lr: float = option(0.008, "Adam, on the head; embeddings and scalars have multiples of it")
     weight_decay: float = option(0.0, "decoupled, on the matrices")
-    # run
-    eval_every: int = option(125, "steps between validations; there is always one at the end")
+    eval_every: int = option(125, "steps between validations; there is always one at the end", "run")
     micro_tokens: int = option(0, "tokens per forward pass; 0 fits them to the memory found")
     seed: int = option(0, "of the weights and the order of the data")
     dtype: str = option("auto", "of weights and activations: bfloat16, float32 or auto")
@@ -116,7 +111,8 @@ class Config:
         need(all(0 <= i < self.n_layer for i in self.value_embed_layers), "value_embed_layers",
              f"layers from 0 to {self.n_layer - 1}")
         need(len(self.softcap) in (0, 3), "softcap", "three numbers, or none")
-        need(len(self.val_windows) in (0, 2) and min(self.val_windows, default=1) > 0, "val_windows", "a short and a long window, or none")
+        need(len(self.val_windows) in (0, 2) and min(self.val_windows, default=1) > 0, "val_windows",
+             "a short and a long window, or none")
         for f in ("cooldown", "lr_floor"):
             need(0 <= getattr(self, f) <= 1, f, "a fraction")
         need(self.data in ("stdlib", "fineweb10B", "text"), "data", "stdlib, fineweb10B or text")
@@ -154,25 +150,30 @@ def parse_args(argv):
     """Command line -> Config: defaults, then the track's fields, then the options given."""
     parser = Parser(
         prog="run.sh", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-        usage="./run.sh [--track NAME] [--text FILE_OR_FOLDER] [--OPTION VALUE ...]\n       ./run.sh test [PYTEST ARGUMENTS]",
+        usage="""./run.sh [--OPTION VALUE ...]          train this machine's track
+       ./run.sh --track laptop --steps 50     a track by name, a field changed
+       ./run.sh --text FILE_OR_FOLDER         on your own text
+       ./run.sh test [PYTEST ARGUMENTS]       the tests""",
         description="Train a GPT to a target loss against the clock, on this machine. Without options: track gpt2-small "
                     "where there is a CUDA GPU, else laptop. Progress goes to stderr, the result is one line of JSON "
                     "on stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input.",
-        epilog=f"tracks: {', '.join(track_names())}. Options left out have the track's value; defaults of the "
-               "laptop track are shown.", allow_abbrev=False)
-    shown = load_track("laptop")
+        epilog=f"Tracks: {', '.join(track_names())}. What is in brackets is the laptop track's value. Lists have an "
+               "entry for each of the equally long stages of training, or one for all.", allow_abbrev=False)
+    shown, group = load_track("laptop"), None
     for f in dataclasses.fields(Config):
+        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         kind = typing.get_args(f.type)[0] if typing.get_args(f.type) else f.type
         name, default = "--" + f.name.replace("_", "-"), shown.get(f.name, f.default)
         default = " ".join(map(str, default)) if isinstance(default, tuple) else default
         kwargs = dict(dest=f.name, default=None, help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
         if f.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
+            group.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
         elif typing.get_origin(f.type) is tuple:
-            parser.add_argument(name, type=kind, nargs="*", metavar=kind.__name__.upper(), **kwargs)
+            group.add_argument(name, type=kind, nargs="*", metavar=kind.__name__.upper(), **kwargs)
         else:
-            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+            group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     track = given.pop("track", None) or ("gpt2-small" if torch.cuda.is_available() else "laptop")
     fields = load_track(track, given.get("target"))
     if "text" in given and fields["data"] != "text":  # own text on a track with its own data: the target is not its own
@@ -513,7 +514,8 @@ def generate(model, tokens, n, seed=0, temperature=0.8, top_k=50):
             a, b, s = c.softcap
             logits = a * torch.sigmoid((logits + b) / s)
         top = logits.topk(min(top_k, len(logits)))
-        tokens = tokens + [top.indices[torch.multinomial((top.values / temperature).softmax(-1), 1, generator=g)].item()]
+        choice = torch.multinomial((top.values / temperature).softmax(-1), 1, generator=g)
+        tokens = tokens + [top.indices[choice].item()]
     return tokens
 
 

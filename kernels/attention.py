@@ -29,7 +29,7 @@ def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockw
     if backend == "blockwise":
         return blockwise_attention(q, k, v, cu_seqlens, window, scale)
     B, T, H, D = q.shape
-    flat = (x.reshape(B * T, H, D) for x in (q, k, v))
+    flat = [x.reshape(B * T, H, D) for x in (q, k, v)]
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
         y = varlen_attn(*flat, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(window, 0))

@@ -1,10 +1,12 @@
 """Any number of processes trains on the same tokens and gets the same losses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from helpers import options, run_trainer, tiny, train_losses, write_text
+from helpers import ROOT, options, run_trainer, tiny, train_losses, write_text
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(micro_tokens=32, n_layer=3, stage_lr=(1.0, 1.5),
@@ -36,3 +38,15 @@ def test_bad_input_ends_every_process(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("missing.txt: no such file or folder") == 1
     assert done.stdout == ""
+
+
+def test_launching_several_processes_keeps_the_exit_status(tmp_path):
+    """What --gpus N does: torchrun itself would turn every failure into status 1."""
+    text = write_text(tmp_path / "words.txt")
+    for target, status in ((9.0, 0), (0.1, 3)):
+        c = tiny(text, tmp_path, run_dir=str(tmp_path / f"run{status}"), steps=4, target=target)
+        program = f"import sys, train_gpt; sys.exit(train_gpt.launch({options(c)!r}, 2))"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT)
+        assert done.returncode == status, done.stderr
+        assert json.loads(done.stdout)["world_size"] == 2
+        assert "Traceback" not in done.stderr

@@ -148,7 +148,7 @@ def test_bad_options_are_refused_in_one_line(argv, said, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"", "the file is empty"), (b"a\0b" * 1000, "binary file"), (b"short", "one batch needs"),
+    (b"", "the file is empty"), (b"a\0b" * 1000, "binary file"), (b"short", "fills a row"), (b"many words " * 300, "one batch needs"),
     (b"x", "too little text")])
 def test_bad_texts_are_refused_and_leave_nothing(content, said, capsys, tmp_path):
     (tmp_path / "t.txt").write_bytes(content)

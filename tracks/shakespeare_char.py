@@ -10,7 +10,7 @@ TRACK = dict(
     tokenizer="chars",
     n_layer=4, n_embd=256, n_head=4, value_embed_layers=(0, 3),
     row_len=256, max_doc_len=(256,), val_row_len=1024, short_window=(128,), long_window=(256,),
-    steps=450, batch_tokens=(8192,), muon_lr=0.03, eval_every=50,
+    steps=450, batch_tokens=(8192,), eval_every=50,
 )
 
 # goal: what changes for goals no lower than this

@@ -64,6 +64,12 @@ def test_round_trip_and_byte_count(tokenizer, text):
     check_round_trip(tokenizer, text)
 
 
+@pytest.mark.parametrize("white", [" ", "\t", "\n", " \n", "\r\n", "\u3000"])
+def test_very_long_runs_of_whitespace(tokenizer, white):
+    """More than a regex engine has stack for, inside of lines."""
+    check_round_trip(tokenizer, "one\ntwo" + white * 1_000_000 + "three\nfour\n")
+
+
 @FAST
 @given(TEXT)
 @example("<|endoftext|>")
