@@ -115,7 +115,9 @@ def train_bpe(texts, n_tokens):
     from tokenizers import Regex, Tokenizer as HFTokenizer, models, pre_tokenizers, trainers
     hf = HFTokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"), byte_level])
+    # training takes time quadratic in the length of a piece, so an endless word counts as several
+    splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in (PATTERN, "(?m).{1,256}")]
+    hf.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     alphabet = byte_level.alphabet()
     hf.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=n_tokens, initial_alphabet=alphabet,
                                                       show_progress=False))

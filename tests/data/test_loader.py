@@ -23,7 +23,7 @@ from data.loader import (IGNORE, MicroBatch, Prefetcher, TrainLoader, ValLoader,
 from data.shards import MAGIC, VERSION, InputError
 
 EOT, N_VOCAB = 0, 60_000
-FAST = settings(deadline=None, max_examples=80,
+FAST = settings(deadline=None, max_examples=60,
                 suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
 

@@ -116,7 +116,7 @@ def test_token_beyond_the_vocabulary_is_named_with_its_position(tmp_path, at):
 
 # writing
 
-@FAST
+@settings(FAST, max_examples=30)  # each shard waits for the disk
 @given(st.lists(TOKENS, max_size=5), st.integers(1, 12))
 def test_round_trip(parts, shard_tokens):
     """Whatever the pieces and the shard size: full shards in order, only the last shorter, none empty."""
@@ -168,7 +168,7 @@ def test_nothing_written_makes_no_file(tmp_path):
     assert writer.paths == [] and writer.n_tokens == 0 and os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("tokens, bad", [([1, -1, 70000], -1), ([1, 65536], 65536), ([-2], -2), ([2**40], 2**40)])
+@pytest.mark.parametrize("tokens, bad", [([1, -1, 99999], -1), ([65536], 65536), ([2**40], 2**40)])
 def test_values_out_of_uint16_are_refused_and_named(tmp_path, tokens, bad):
     with pytest.raises(InputError, match=rf"token {bad}\b"), ShardWriter(tmp_path, "t") as writer:
         writer.write([7])

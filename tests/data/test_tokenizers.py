@@ -64,10 +64,11 @@ def test_round_trip_and_byte_count(tokenizer, text):
     check_round_trip(tokenizer, text)
 
 
-@pytest.mark.parametrize("white", [" ", "\t", "\n", " \n", "\r\n", "\u3000"])
-def test_very_long_runs_of_whitespace(tokenizer, white):
+@pytest.mark.parametrize("white", [" ", "\t", " \n", "\u3000"])
+def test_very_long_runs_of_whitespace(white):
     """More than a regex engine has stack for, inside of lines."""
-    check_round_trip(tokenizer, "one\ntwo" + white * 1_000_000 + "three\nfour\n")
+    tok = make_tokenizer("bpe:300", once(SAMPLE))
+    check_round_trip(tok, "one\ntwo" + white * 1_000_000 + "three\nfour\n")
 
 
 @FAST
