@@ -43,11 +43,9 @@ def prepare_text(source, tokenizer, cache):
         aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         try:
             _write(root, files, str(source), tokenizer, aside)
-            try:
+            if not (folder / "meta.json").exists():  # else another process has just prepared the same
+                shutil.rmtree(folder, ignore_errors=True)
                 os.replace(aside, folder)
-            except OSError:
-                if not (folder / "meta.json").exists():  # else another process has just prepared the same
-                    raise
         except OSError as e:
             raise InputError(f"{aside}: cannot prepare {source}: {e.strerror or e}") from None
         finally:
