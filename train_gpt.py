@@ -65,7 +65,7 @@ class Config:
     n_head: int = option(4, "attention heads")
     mlp_ratio: int = option(4, "hidden width of the MLP over n_embd")
     value_embed_layers: tuple[int, ...] = option((0, 3), "layers whose values get a second token embedding")
-    softcap: tuple[float, ...] = option((23.0, 5.0, 7.5), "logits become a * sigmoid((z + b) / c)")
+    softcap: tuple[float, ...] = option((), "a, b and c: logits become a * sigmoid((z + b) / c); empty leaves them")
     rope_base: float = option(1024.0, "longest rotary wavelength over 2 pi, in tokens")
     steps: int = option(500, "optimizer steps", "batch, context and schedule")
     row_len: int = option(256, "tokens in a packed row; attention never leaves a row")
@@ -97,6 +97,7 @@ class Config:
         need(self.target_metric in ("val_loss", "val_bpb"), "target_metric", "val_loss or val_bpb")
         need(self.long_docs in ("split", "drop"), "long_docs", "split or drop")
         need(self.dtype in ("auto", "bfloat16", "float32"), "dtype", "auto, bfloat16 or float32")
+        need(self.n_embd >= 12, "n_embd", "12 or more")
         for f in ("n_layer", "n_embd", "n_head", "mlp_ratio", "steps", "row_len", "val_row_len", "eval_every"):
             need(getattr(self, f) > 0, f, "a positive number")
         for f in ("micro_tokens", "val_tokens", "gpus", "sample_tokens", "seed"):
