@@ -9,7 +9,7 @@ venv=$here/.venv
 fail() { echo "error: $*" >&2; exit 2; }
 
 find_python() {
-    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11};  do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"; return
         fi
@@ -20,16 +20,18 @@ find_python() {
 install() {  # into .venv, once for each state of the requirements
     local stamp=$venv/.installed wanted
     wanted=$(cat "$here"/requirements*.txt)
-    [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
+    [[ -f $stamp && -x $venv/bin/python && $(<"$stamp") == "$wanted" ]] && return
+    local quiet=-qq
+    [[ -t 2 ]] && quiet=  # someone is watching: show pip's progress
     local python; python=$(find_python)
     echo "installing the pinned dependencies into .venv with $("$python" --version) (once; torch is large) ..." >&2
-    [[ -x $venv/bin/python ]] || "$python" -m venv "$venv" >&2
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$here/requirements.txt" >&2 \
+    [[ -x $venv/bin/python ]] || "$python" -m venv --clear "$venv" >&2
+    "$venv/bin/python" -m pip install $quiet --disable-pip-version-check -r "$here/requirements.txt" >&2 \
         || fail "the dependencies did not install; the lines above say why. Run ./run.sh again when that is mended"
     local capability
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1 || true)
-    if [[ ${capability%%.*} =~ ^[0-9]+$ && ${capability%%.*} -ge 9 ]]; then
-        "$venv/bin/python" -m pip install -qq -c "$here/requirements.txt" -r "$here/requirements-flash.txt" >&2 \
+    if [[ ${capability%%.*} =~ ^(9|10)$ ]]; then  # what torch's FlashAttention 4 accepts; older cards have 2 built in
+        "$venv/bin/python" -m pip install $quiet -c "$here/requirements.txt" -r "$here/requirements-flash.txt" >&2 \
             || echo "FlashAttention 4 did not install; going on with the attention built into torch" >&2
     fi
     echo "$wanted" > "$stamp"

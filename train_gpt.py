@@ -15,22 +15,22 @@ import dataclasses
 import datetime
 import difflib
 import importlib
-import itertools
 import json
+import logging
 import math
 import os
 import shutil
 import sys
+import sysconfig
 import typing
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from data import Dataset, InputError, Prefetcher, TrainLoader, ValLoader, open_dataset, pack
+from data import Dataset, InputError, Prefetcher, TrainLoader, ValLoader, open_dataset, pack, read_shard
 from kernels import attention, choose_backend, polar_express, softcap_cross_entropy
 from records import Log, describe_environment, matmul_rate, synchronize
 
@@ -50,7 +50,8 @@ def option(default, help, group=None):
 class Config:
     """Everything a run depends on. Tuples with one entry per stage divide training into equal stages."""
     track: str = option("", "named set of defaults, data and target", "goal")
-    target: float | None = option(None, "stop when the validation metric is at or below this")
+    target: float | None = option(None, "stop when the validation metric is this or less; one easier than "
+                                       "the track's own may choose a smaller model")
     target_metric: str = option("val_loss", "val_loss (nats per token) or val_bpb (bits per byte)")
     data: str = option("stdlib", "stdlib, fineweb10B, or text (then --text says which)", "data")
     text: str = option("", "train on this file or folder of text")
@@ -59,7 +60,7 @@ class Config:
     cache_dir: str = option(str(ROOT / ".cache"), "prepared data and compiled code")
     long_docs: str = option("split", "what happens to a document beyond max_doc_len: split or drop")
     shuffle: bool = option(True, "documents in random order already in the first epoch")
-    val_tokens: int = option(0, "validate on the first this many tokens of the validation split; 0 is all")
+    val_tokens: int = option(0, "validate on this many tokens from the start of the validation split; 0 is all")
     n_layer: int = option(4, "transformer blocks", "model")
     n_embd: int = option(256, "width")
     n_head: int = option(4, "attention heads")
@@ -155,9 +156,9 @@ def parse_args(argv):
        ./run.sh --track laptop --steps 50     a track by name, a field changed
        ./run.sh --text FILE_OR_FOLDER         on your own text
        ./run.sh test [PYTEST ARGUMENTS]       the tests""",
-        description="Train a GPT to a target loss against the clock, on this machine. Without options: track gpt2-small "
-                    "where there is a CUDA GPU, else laptop. Progress goes to stderr, the result is one line of JSON "
-                    "on stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input.",
+        description="Train a GPT to a target loss against the clock, on this machine. Without options: track "
+                    "gpt2-small where there is a CUDA GPU, else laptop. Progress goes to stderr, the result is one "
+                    "line of JSON on stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input.",
         epilog=f"Tracks: {', '.join(track_names())}. What is in brackets is the laptop track's value. Lists have an "
                "entry for each of the equally long stages of training, or one for all.", allow_abbrev=False)
     shown, group = load_track("laptop"), None
@@ -175,10 +176,10 @@ def parse_args(argv):
             group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    track = given.pop("track", None) or ("gpt2-small" if torch.cuda.is_available() else "laptop")
-    fields = load_track(track, given.get("target"))
-    if "text" in given and fields["data"] != "text":  # own text on a track with its own data: the target is not its own
-        fields |= dict(data="text", target=None, val_tokens=0)
+    big = torch.cuda.is_available() and "text" not in given
+    fields = load_track(given.pop("track", None) or ("gpt2-small" if big else "laptop"), given.get("target"))
+    if "text" in given and fields["data"] != "text":  # on a track with its own data: keep every token, for its own sake
+        fields |= dict(data="text", target=None, tokenizer=Config.tokenizer, long_docs="split", shuffle=True)
     return Config(**(fields | given))
 
 
@@ -253,6 +254,7 @@ class GPT(nn.Module):
         H, D = c.n_head, c.n_embd // c.n_head
         attn = self.attn_bank.unbind(0)
         mlp = self.mlp_bank.unbind(0)
+        value_embeds = dict(zip(c.value_embed_layers, zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))))
         x = x0 = norm(F.embedding(inputs, self.embed))
         for i in range(c.n_layer):
             x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
@@ -261,10 +263,10 @@ class GPT(nn.Module):
             w_q, w_k, w_v, w_o = attn[4 * i:4 * i + 4]
             q, k, v = (F.linear(h, w).view(B, T, H, D) for w in (w_q, w_k, w_v))
             q, k = self.rotate(norm(q)), self.rotate(norm(k))
-            if i in c.value_embed_layers:
-                j = c.value_embed_layers.index(i)
-                gate = 2 * torch.sigmoid(F.linear(h[..., :12], self.value_gates[j].to(h.dtype)))  # (B, T, H)
-                v = v + gate[..., None] * F.embedding(inputs, self.value_embeds[j]).view(B, T, H, D)
+            if i in value_embeds:
+                table, w_gate = value_embeds[i]
+                gate = 2 * torch.sigmoid(F.linear(h[..., :12], w_gate.to(h.dtype)))  # (B, T, H)
+                v = v + gate[..., None] * F.embedding(inputs, table).view(B, T, H, D)
             # with normalised q and k, 1.36 / sqrt(D) is the record's 0.12 at D = 128
             y = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=windows[i],
                           scale=1.36 * D**-0.5, backend=self.backend)
@@ -367,8 +369,8 @@ def parameter_table(c):
 def adam_update(p, master, grad, m, v, lr, beta1, beta2, eps, step):
     """Adam (Kingma & Ba) on flat tensors. p: weights in the model's dtype; master, m, v: fp32; the rest 0-d."""
     g = grad.float()
-    m.lerp_(g, 1 - beta1)
-    v.lerp_(g * g, 1 - beta2)
+    m.mul_(beta1).add_((1 - beta1) * g)
+    v.mul_(beta2).add_((1 - beta2) * g * g)
     m_hat = m / (1 - beta1**step)
     v_hat = v / (1 - beta2**step)
     master.sub_(lr * m_hat / (v_hat.sqrt() + eps))
@@ -378,11 +380,16 @@ def adam_update(p, master, grad, m, v, lr, beta1, beta2, eps, step):
 def muon_update(p, master, grad, m, lr, momentum, decay):
     """Muon (Jordan et al. 2024) on a bank (n, rows, cols): Nesterov momentum, then the nearest orthogonal matrix."""
     g = grad.float()
-    m.lerp_(g, 1 - momentum)
-    update = polar_express(g.lerp(m, momentum).to(grad.dtype)).float()
+    m.mul_(momentum).add_((1 - momentum) * g)
+    update = polar_express(((1 - momentum) * g + momentum * m).to(grad.dtype)).float()
     scale = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
     master.mul_(1 - lr * decay).sub_(lr * scale * update)
     p.copy_(master)
+
+
+# PyTorch 2.13 renamed these
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Optimizer:
@@ -395,7 +402,7 @@ class Optimizer:
 
     def __init__(self, model, table, rank=0, world_size=1, compile=False):
         self.params = dict(model.named_parameters())
-        assert list(sorted(table)) == sorted(self.params), "the table must name every parameter"
+        assert table.keys() == self.params.keys(), "the table must name every parameter"
         self.table = {name: rule for name, rule in table.items() if self.params[name].numel()}
         self.rank, self.world_size = rank, world_size
         # 0-d tensors, so that a new value compiles nothing
@@ -476,13 +483,11 @@ class Optimizer:
         return all_gather(out, own, async_op=True), finish
 
 
-# PyTorch 2.13 renamed these
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and sampling
+
+
+VAL_CHUNK = 8192  # at GPT-2's vocabulary: 0.8 GB of bf16 logits instead of 26 GB for a row of 262,144
 
 
 @torch.no_grad()
@@ -496,9 +501,6 @@ def evaluate(c, forward, micro_batches, world):
     if world.size > 1:
         dist.all_reduce(total)
     return total.item()
-
-
-VAL_CHUNK = 8192  # at GPT-2's vocabulary: 0.8 GB of bf16 logits instead of 26 GB for a row of 262,144
 
 
 @torch.no_grad()
@@ -590,12 +592,14 @@ class Data(typing.NamedTuple):
 def load_data(c, stages, world):
     """Prepare the corpus (the first rank does the work) and open its loaders."""
     dataset = first_rank_first(world, lambda: open_dataset(
-        c.text if c.data == "text" else c.data, c.tokenizer, Path(c.cache_dir) / "data", c.train_shards))
+        Path(c.text) if c.data == "text" else c.data, c.tokenizer, Path(c.cache_dir) / "data", c.train_shards))
     known = dict(eot=dataset.eot, n_vocab=dataset.n_vocab)
     train = TrainLoader(dataset.train, **known, row_len=c.row_len, batch_rows=lambda step: stages[step].rows,
                         max_doc_len=lambda step: stages[step].max_doc_len, long_docs=c.long_docs,
                         shuffle=c.shuffle, seed=c.seed)
-    val = ValLoader(dataset.val, **known, row_len=c.val_row_len, n_tokens=c.val_tokens or None)
+    there = sum(len(read_shard(p)) for p in dataset.val) - 1
+    n_tokens = c.val_tokens if c.data == "fineweb10B" else min(c.val_tokens, there)  # FineWeb's number is the task
+    val = ValLoader(dataset.val, **known, row_len=c.val_row_len, n_tokens=n_tokens or None)
     try:
         val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
     except InputError:  # GPT-2's vocabulary comes over the network; only bits per byte and the sample need it
@@ -605,22 +609,26 @@ def load_data(c, stages, world):
     return Data(dataset, train, val, val_bytes)
 
 
-def fit_micro_rows(c, model, device, rows):
-    """Rows per forward pass such that `rows` take as few passes as the memory allows, equally large."""
+def most_micro_rows(c, model, world):
+    """How many rows fit into one forward and backward pass, on the rank with the least free memory."""
     if c.micro_tokens:
-        most = c.micro_tokens // c.row_len
-    elif device.type != "cuda":
-        most = 16384 // c.row_len
-    else:
-        # Saved for backward: about 16 widths a layer, 4 a value embedding; logits, their gradient and fp32 in
-        # passing. Gradients, moments and masters of the weights come on top.
-        size = model.embed.element_size()
-        per_token = (size * c.n_embd * (16 * c.n_layer + 4 * len(c.value_embed_layers))
-                     + (2 * size + 4) * model.embed.size(0))
-        weights = sum(p.numel() * (size + 12) for p in model.parameters())
-        most = int((0.85 * torch.cuda.mem_get_info(device)[0] - weights) / (per_token * c.row_len))
-    passes = -(-rows // max(1, most))
-    return -(-rows // passes)
+        return c.micro_tokens // c.row_len
+    if world.device.type != "cuda":
+        return max(1, 16384 // c.row_len)
+    # Saved for backward: about 16 widths a layer, 4 a value embedding; logits, their gradient and fp32 in passing.
+    # Gradients of the weights come on top; moments and masters are there already.
+    size = model.embed.element_size()
+    per_token = size * c.n_embd * (16 * c.n_layer + 4 * len(c.value_embed_layers)) + (2 * size + 4) * len(model.embed)
+    free = 0.85 * torch.cuda.mem_get_info(world.device)[0] - sum(p.numel() * size for p in model.parameters())
+    rows = torch.tensor(max(1, int(free / (per_token * c.row_len))), device=world.device)
+    if world.size > 1:  # ranks that disagreed would train on some rows twice and on others never
+        dist.all_reduce(rows, op=dist.ReduceOp.MIN)
+    return rows.item()
+
+
+def equal_passes(rows, most):
+    """Rows per pass such that `rows` take as few passes as `most` allows, equally large."""
+    return -(-rows // -(-rows // most))
 
 
 def train(c, world=World()):
@@ -632,8 +640,20 @@ def train(c, world=World()):
         raise InputError(f"--run-dir {run_dir}: holds a run already; choose another folder")
     stages = [stage_at(c, step / c.steps) for step in range(c.steps)]
     data = load_data(c, stages, world)
-    with Log(run_dir, c.steps, active=world.rank == 0) as log:
-        return run(c, world, data, stages, log)
+    try:
+        log = Log(run_dir, c.steps, active=world.rank == 0)
+    except OSError as e:
+        raise InputError(f"--run-dir {run_dir}: {e.strerror}; choose a folder that can be written") from None
+    with log:
+        try:
+            return run(c, world, data, stages, log)
+        except torch.OutOfMemoryError as e:
+            error = InputError(f"out of memory on {world.device}: lower --micro-tokens, a multiple of {c.row_len} "
+                               f"({' '.join(str(e).split())[:120]})")
+        except InputError as e:
+            error = e
+        log.say(f"error: {error}", quiet=True)
+        raise error
 
 
 def run(c, world, data, stages, log):
@@ -645,13 +665,14 @@ def run(c, world, data, stages, log):
         backend = choose_backend(device, dtype, c.n_embd // c.n_head)
     except ValueError as e:
         raise InputError(e) from None
-    compile = c.compile and can_compile(device, log)
+    compiled = c.compile and can_compile(log)
     with device:
         model = GPT(c, data.dataset.n_vocab, dtype, backend)
     model.init_weights(c.seed)
-    optimizer = Optimizer(model, parameter_table(c), world.rank, world.size, compile)
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
-    micro_rows = {s: fit_micro_rows(c, model, device, -(-s.rows // world.size)) for s in set(stages)}
+    optimizer = Optimizer(model, parameter_table(c), world.rank, world.size, compiled)
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    most = most_micro_rows(c, model, world)
+    micro_rows = {s: equal_passes(-(-s.rows // world.size), most) for s in set(stages)}
     val_micro_rows = max(1, min(micro_rows[stages[-1]] * c.row_len, 16384) // c.val_row_len)
 
     peak = matmul_rate(device, dtype) * world.size
@@ -677,18 +698,18 @@ def run(c, world, data, stages, log):
             dist.all_reduce(total)
         return total
 
-    def val_batches():
-        return data.val.micro_batches(world.rank, world.size, val_micro_rows)
+    val_batches = list(data.val.micro_batches(world.rank, world.size, val_micro_rows))
 
     # --- warm-up, outside the clock: compile everything on batches of padding, whose loss and gradients are zero
-    if compile:
+    if compiled:
+        torch._dynamo.config.recompile_limit = len(set(stages)) + 8  # a graph for each stage, one for validation
         log.say("compiling ... (a minute or so the first time, seconds from then on)")
         for stage in sorted(set(stages)):
             padding = pack([None] * micro_rows[stage], c.row_len, data.train.max_docs, stage.max_doc_len)
             accumulate([[t.to(device) for t in padding]], stage)
         optimizer.step(0.0, 0.0)  # at learning rate 0
         optimizer.reset()
-        evaluate(c, forward, itertools.islice(val_batches(), 1), world)
+        evaluate(c, forward, val_batches[:1], world)
 
     # --- the loop
     clock, losses = Clock(device), LossPipe(device)
@@ -711,7 +732,7 @@ def run(c, world, data, stages, log):
 
     def validate(step):
         clock.stop()
-        nats = evaluate(c, forward, val_batches(), world)
+        nats = evaluate(c, forward, val_batches, world)
         metrics.update(val_loss=nats / data.val.n_targets,
                        val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None)
         log.step(step, c.steps, "val", metrics["val_loss"], clock.total, val_bpb=metrics["val_bpb"])
@@ -744,8 +765,7 @@ def run(c, world, data, stages, log):
                   params=params, device=environment["device"], world_size=world.size, seed=c.seed,
                   data=data.dataset.name, data_fingerprint=data.dataset.fingerprint, run_dir=str(log.folder))
     if world.rank == 0:
-        save_file({name: p.detach().cpu() for name, p in model.named_parameters()}, log.folder / "model.safetensors")
-        (log.folder / "result.json").write_text(json.dumps(result, indent=1))
+        log.finish(result, {name: p.detach().cpu() for name, p in model.named_parameters()})
         if data.val_bytes and c.sample_tokens:
             sample = data.dataset.tokenizer.decode(generate(model, [data.dataset.eot], c.sample_tokens, c.seed))
             log.say(f"--- a sample\n{sample}\n---")
@@ -754,11 +774,16 @@ def run(c, world, data, stages, log):
     return result
 
 
-def can_compile(device, log):
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        log.say("no C++ compiler found: running without torch.compile, slower (install g++ to change this)")
-        return False
-    return True
+def can_compile(log):
+    """Whether torch.compile finds what it needs; says what is missing."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        missing = "a C++ compiler (g++)"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing = "Python's headers (python3-dev)"
+    else:
+        return True
+    log.say(f"running without torch.compile, which is slower: {missing} would have to be installed for it")
+    return False
 
 
 def first_rank_first(world, prepare):
@@ -785,46 +810,56 @@ def first_rank_first(world, prepare):
 
 def launch(argv, n):
     """Start n copies of this program with torchrun; returns the exit status of the first that failed, else 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args as torchrun_args, run as torchrun
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers' own line says it all
     try:
         torchrun(torchrun_args(["--standalone", f"--nproc_per_node={n}", str(Path(__file__).resolve()), *argv]))
     except ChildFailedError as e:
         return e.get_first_failure()[1].exitcode
+    except SignalException as e:
+        return 128 + e.sigval
     return 0
 
 
 def main(argv=None):
     """Parse, launch one process per GPU if there are several, train, print the result. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, size = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     try:
         c = parse_args(argv)
-        found = torch.cuda.device_count()
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if "RANK" not in os.environ:
             if c.gpus > found:
-                raise InputError(f"--gpus {c.gpus}: this machine has {found}; leave the option out to use what there is")
+                raise InputError(f"--gpus {c.gpus}: this machine has {found}; leave the option out to use all")
             if (c.gpus or found) > 1:
                 return launch(argv, c.gpus or found)
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if found else torch.device("cpu")
+        device = torch.device("cuda", local_rank) if found else torch.device("cpu")
         if found:
+            if local_rank >= found:
+                raise InputError(f"process {local_rank} has no GPU: this machine has {found}, lower --nproc_per_node")
             torch.cuda.set_device(device)
         if size > 1:
             # the first rank may be downloading for a long time while the others wait
-            dist.init_process_group("nccl" if found else "gloo", timeout=datetime.timedelta(hours=6))
+            dist.init_process_group("nccl" if found else "gloo", timeout=datetime.timedelta(hours=6),
+                                    device_id=device if found else None)
         result = train(c, World(rank, size, device))
+        if rank == 0:
+            print(json.dumps(result), flush=True)
+        # only one rank may fail: the launcher ends the others when it sees the first
+        return 3 if rank == 0 and result["reached"] is False else 0
     except InputError as e:
         if rank == 0:
             print(f"error: {e}", file=sys.stderr)
+        else:
+            time.sleep(2)  # for the first rank to say it
         return 2
     except KeyboardInterrupt:
         return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if rank == 0:
-        print(json.dumps(result), flush=True)
-    return 3 if result["reached"] is False else 0
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ class TrainLoader:
         self.max_docs = max_docs or default_max_docs(row_len)
         self._tokens, self._starts, self._pieces_of = {}, {}, {}
         self._next = (0, Cursor())  # (step, where its batch starts)
+        for path in self.shards:  # header and size now, the tokens when they are reached
+            read_shard(path)
         need = len(self.rows(0))
         if self._next[1].epoch:  # the first batch went through all there is
             raise InputError(f"the training text has {sum(self._rows_in_epoch_0()) * row_len} tokens in rows of "

@@ -89,6 +89,8 @@ def choose_backend(device, dtype, head_dim, forced=None):
     """
     device = torch.device(device)
     forced = forced or os.environ.get("ATTENTION_BACKEND")
+    if device.type == "cuda" and forced in (None, "varlen"):
+        _activate_flash_attention(device, dtype, head_dim)
     if forced:
         if forced not in BACKENDS:
             raise ValueError(f"unknown attention backend {forced!r}: expected one of {', '.join(BACKENDS)}")
@@ -97,7 +99,6 @@ def choose_backend(device, dtype, head_dim, forced=None):
         return forced
     if device.type != "cuda":
         return "blockwise"
-    _activate_flash_attention(device, dtype, head_dim)
     return next(b for b in BACKENDS if b == "blockwise" or not _probe(b, device, dtype, head_dim))
 
 

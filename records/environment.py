@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.attention
 
 
 def describe_environment(device):
@@ -19,11 +20,12 @@ def describe_environment(device):
         done = subprocess.run(["git", "-C", Path(__file__).parent, *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
+    flash = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
     changes = git("status", "--porcelain")
     return dict(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), device=device_name(device),
         cpu_cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(),
-        torch=torch.__version__, cuda=torch.version.cuda, platform=platform.platform(),
+        torch=torch.__version__, cuda=torch.version.cuda, flash_attention=flash, platform=platform.platform(),
         git_commit=git("rev-parse", "HEAD"), git_dirty=bool(changes) if changes is not None else None)
 
 

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: log.txt, metrics.jsonl and a progress bar.
+"""What a run writes: log.txt, metrics.jsonl and progress while it trains, result.json and the weights at the end.
 
 Step lines in log.txt are the field's (modded-nanogpt's), so its readers read ours:
     step:S/N train_loss:4.1234 train_time:1234ms step_avg:12.34ms
@@ -8,8 +8,11 @@ metrics.jsonl has one object per step with `step`, `train_loss`, `train_time` (s
 """
 
 import json
+import os
 import sys
+import time
 
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix} [{elapsed}<{remaining}]"
@@ -22,7 +25,8 @@ class Log:
         self.folder, self.active = folder, active
         if active:
             folder.mkdir(parents=True, exist_ok=True)
-            self.text, self.metrics = open(folder / "log.txt", "w"), open(folder / "metrics.jsonl", "w")
+            self.text, self.metrics = open(folder / "log.txt", "w"), open(folder / "metrics.jsonl", "w", 1)
+            self.started = self.shown = time.perf_counter()
             self.bar = tqdm(total=steps, disable=None, dynamic_ncols=True, leave=False, bar_format=BAR)
 
     def header(self, source, **described):
@@ -51,9 +55,29 @@ class Log:
 
     def progress(self, step, text):
         """Show where training is; text: what to put beside the bar."""
-        if self.active:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step - self.bar.n)
+        if not self.active:
+            return
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+        now = time.perf_counter()
+        if self.bar.disable and now - self.shown > 15:  # nobody watches a terminal: a line now and then
+            left = (now - self.started) / step * (self.bar.total - step)
+            print(f"step {step}/{self.bar.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+            self.shown = now
+
+    def finish(self, result, weights):
+        """Write result.json and model.safetensors (name -> CPU tensor), each aside and renamed."""
+        def write(name, save):
+            aside = self.folder / f"{name}.tmp"
+            try:
+                save(aside)
+                os.replace(aside, self.folder / name)
+            except Exception as e:  # safetensors has errors of its own; the run is done and its result still counts
+                aside.unlink(missing_ok=True)
+                self.say(f"{name} could not be written: {e}")
+
+        write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+        write("model.safetensors", lambda path: save_file(weights, path))
 
     def __enter__(self):
         return self

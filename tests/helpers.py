@@ -25,7 +25,8 @@ def write_text(path, n_words=20000, seed=0):
 def tiny(text, tmp_path, **fields):
     """A Config that trains in a second or two on one core, fp32, uncompiled."""
     base = dict(track="tiny", data="text", text=str(text), tokenizer="bytes", cache_dir=str(tmp_path / "cache"),
-                run_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, value_embed_layers=(0, 1), softcap=(23.0, 5.0, 7.5), row_len=32,
+                run_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, value_embed_layers=(0, 1), softcap=(23.0, 5.0, 7.5),
+                row_len=32,
                 val_row_len=64, max_doc_len=(32,), short_window=(8,), long_window=(32,), batch_tokens=(256,),
                 steps=20, eval_every=10, val_tokens=1000, dtype="float32", compile=False, sample_tokens=8)
     return tg.Config(**(base | fields))
@@ -33,7 +34,8 @@ def tiny(text, tmp_path, **fields):
 
 def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, backend="blockwise", **fields):
     """(Config, GPT) with every parameter random, so that nothing is hidden behind a zero."""
-    c = dataclasses.replace(tg.Config(n_layer=3, n_embd=32, n_head=2, value_embed_layers=(0, 2), softcap=(23.0, 5.0, 7.5), row_len=24,
+    c = dataclasses.replace(tg.Config(n_layer=3, n_embd=32, n_head=2, value_embed_layers=(0, 2),
+                                      softcap=(23.0, 5.0, 7.5), row_len=24,
                                       val_row_len=24, batch_tokens=(24,), max_doc_len=(24,)), **fields)
     model = tg.GPT(c, n_vocab, dtype, backend)
     model.init_weights(seed)

@@ -24,8 +24,8 @@ def test_a_run_as_a_user_starts_it(text, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1  # one line of JSON, nothing else
     result = json.loads(done.stdout)
-    assert {"track", "target_metric", "target", "reached", "val_loss", "val_bpb", "train_time_s", "cold_start_s", "steps",
-            "tokens", "tokens_per_s", "params", "device", "world_size", "run_dir", "data_fingerprint"} <= set(result)
+    assert {"track", "target_metric", "target", "reached", "val_loss", "val_bpb", "train_time_s", "cold_start_s",
+            "steps", "tokens", "tokens_per_s", "params", "device", "world_size", "run_dir", "data_fingerprint"} <= set(result)
     assert result["reached"] and result["val_loss"] <= 5.5
     assert result["steps"] < 30 and result["tokens"] == result["steps"] * 256
     assert "a sample" in done.stderr
@@ -89,10 +89,11 @@ def test_bfloat16_weights_with_fp32_masters_follow_float32(text, tmp_path):
     assert half["val_loss"] == pytest.approx(whole["val_loss"], rel=0.03)
 
 
-@pytest.mark.slow
 def test_compiled_run_agrees_with_eager(text, tmp_path):
-    eager = tg.train(tiny(text, tmp_path))
-    compiled = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), compile=True))
+    """The one run through Inductor: forward, backward, both optimizers, validation, two stages."""
+    fields = dict(n_layer=1, value_embed_layers=(0,), short_window=(8, 16), steps=6, eval_every=3)
+    eager = tg.train(tiny(text, tmp_path, **fields))
+    compiled = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), compile=True, **fields))
     assert train_losses(tmp_path / "compiled") == pytest.approx(train_losses(tmp_path / "run"), rel=1e-4)
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-4)
 
@@ -148,7 +149,8 @@ def test_bad_options_are_refused_in_one_line(argv, said, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"", "the file is empty"), (b"a\0b" * 1000, "binary file"), (b"short", "fills a row"), (b"many words " * 300, "one batch needs"),
+    (b"", "the file is empty"), (b"a\0b" * 1000, "binary file"), (b"short", "fills a row"),
+    (b"many words " * 300, "one batch needs"),
     (b"x", "too little text")])
 def test_bad_texts_are_refused_and_leave_nothing(content, said, capsys, tmp_path):
     (tmp_path / "t.txt").write_bytes(content)
@@ -224,8 +226,8 @@ def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
             w.paths = [None] * index  # so that the number is the index
             w.write(tokens)
     c = tg.Config(**(tg.load_track("gpt2-small") | dict(
-        cache_dir=str(tmp_path / "cache"), run_dir=str(tmp_path / "run"), train_shards=2, n_layer=2, n_embd=32, n_head=2,
-        value_embed_layers=(1,), row_len=256, val_row_len=1024, batch_tokens=(512, 1024, 1536), steps=6, eval_every=3,
+        cache_dir=str(tmp_path / "cache"), run_dir=str(tmp_path / "run"), train_shards=2, n_layer=2,
+        n_embd=32, n_head=2, value_embed_layers=(1,), row_len=256, val_row_len=1024, batch_tokens=(512, 1024, 1536), steps=6, eval_every=3,
         val_tokens=5000, compile=False, dtype="float32", target=10.0)))
     result = tg.train(c)
     assert result["reached"] and result["val_bpb"] is None
@@ -235,3 +237,54 @@ def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
 def test_a_bad_attention_backend_is_one_line(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ATTENTION_BACKEND", "nope")
     assert "unknown attention backend 'nope'" in refused(options(tiny(text, tmp_path)), capsys)
+
+
+def test_own_text_on_the_big_track_keeps_every_token(text):
+    c = tg.parse_args(["--track", "gpt2-small", "--text", str(text)])
+    assert (c.long_docs, c.shuffle, c.tokenizer, c.target) == ("split", True, "bpe:4096", None)
+
+
+def test_own_text_without_a_track_is_small_on_every_machine(text, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert tg.parse_args(["--text", str(text)]).track == "laptop"
+    assert tg.parse_args([]).track == "gpt2-small"
+
+
+def test_validation_on_own_text_is_as_long_as_the_tracks_or_the_text(text, tmp_path):
+    for limit, n in ((500, 500), (10**6, None)):
+        c = tiny(text, tmp_path, val_tokens=limit)
+        val = tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World()).val
+        assert val.n_targets == (n or len(val.tokens) - 1)
+
+
+@pytest.mark.parametrize("rows, most, expected", [(24, 16, 12), (24, 24, 24), (24, 1, 1), (3, 5, 3), (8, 5, 4), (7, 3, 3)])
+def test_passes_are_few_and_equal(rows, most, expected):
+    assert tg.equal_passes(rows, most) == expected
+
+
+def test_a_run_dir_that_cannot_be_is_refused(text, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for bad in ("file", "file/run"):
+        assert "--run-dir" in refused(options(tiny(text, tmp_path, run_dir=str(tmp_path / bad))), capsys)
+
+
+def test_weights_that_cannot_be_written_do_not_cost_the_result(text, tmp_path, monkeypatch):
+    def full(weights, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("records.log.save_file", full)
+    result = tg.train(tiny(text, tmp_path, steps=2))
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"log.txt", "metrics.jsonl", "config.json", "result.json"}
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert "model.safetensors could not be written" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("missing, said", [("compiler", "C++ compiler"), ("headers", "python3-dev")])
+def test_without_what_compiling_needs_the_run_goes_on(missing, said, text, tmp_path, monkeypatch, capsys):
+    if missing == "compiler":
+        monkeypatch.setattr(tg.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setattr(tg.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert tg.train(tiny(text, tmp_path, steps=2, compile=True))["steps"] == 2
+    assert said in capsys.readouterr().err
