@@ -252,7 +252,7 @@ class GPT(nn.Module):
         c = self.c
         B, T = inputs.shape
         H, D = c.n_head, c.n_embd // c.n_head
-        attn = self.attn_bank.unbind(0)
+        attn = self.attn_bank.view(c.n_layer, 4 * c.n_embd, c.n_embd).unbind(0)
         mlp = self.mlp_bank.unbind(0)
         value_embeds = dict(zip(c.value_embed_layers, zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))))
         x = x0 = norm(F.embedding(inputs, self.embed))
@@ -260,9 +260,9 @@ class GPT(nn.Module):
             x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
 
             h = norm(x)
-            w_q, w_k, w_v, w_o = attn[4 * i:4 * i + 4]
-            q, k, v = (F.linear(h, w).view(B, T, H, D) for w in (w_q, w_k, w_v))
-            q, k = self.rotate(norm(q)), self.rotate(norm(k))
+            w_qkv, w_o = attn[i].split([3 * c.n_embd, c.n_embd])
+            qk, v = F.linear(h, w_qkv).view(B, T, 3 * H, D).split([2 * H, H], dim=2)
+            q, k = self.rotate(norm(qk)).chunk(2, dim=2)  # (B, T, H, D) each
             if i in value_embeds:
                 table, w_gate = value_embeds[i]
                 gate = 2 * torch.sigmoid(F.linear(h[..., :12], w_gate.to(h.dtype)))  # (B, T, H)
@@ -377,13 +377,16 @@ def adam_update(p, master, grad, m, v, lr, beta1, beta2, eps, step):
     p.copy_(master)
 
 
-def muon_update(p, master, grad, m, lr, momentum, decay):
-    """Muon (Jordan et al. 2024) on a bank (n, rows, cols): Nesterov momentum, then the nearest orthogonal matrix."""
+def nesterov(grad, m, momentum):
+    """Add a gradient to the average m (fp32); returns the look-ahead average in the gradient's dtype."""
     g = grad.float()
     m.mul_(momentum).add_((1 - momentum) * g)
-    update = polar_express(((1 - momentum) * g + momentum * m).to(grad.dtype)).float()
-    scale = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
-    master.mul_(1 - lr * decay).sub_(lr * scale * update)
+    return ((1 - momentum) * g + momentum * m).to(grad.dtype)
+
+
+def descend(p, master, update, lr, shrink):
+    """Step along `update`, with decoupled weight decay. Flat tensors; p: weights; master: their fp32 originals."""
+    master.mul_(1 - shrink).sub_(lr * update.float())
     p.copy_(master)
 
 
@@ -407,14 +410,14 @@ class Optimizer:
         self.rank, self.world_size = rank, world_size
         # 0-d tensors, so that a new value compiles nothing
         self.scalar = (lambda x: torch.tensor(x, dtype=torch.float32)) if compile else float
-        # one Adam kernel for all lengths; Muon's products are worth their own for each shape
-        self.adam = torch.compile(adam_update, fullgraph=True, dynamic=True) if compile else adam_update
-        self.muon = torch.compile(muon_update, fullgraph=True, dynamic=False) if compile else muon_update
+        # all on flat tensors, so that one compiled kernel serves every parameter
+        self.adam, self.nesterov, self.descend = (
+            torch.compile(f, fullgraph=True, dynamic=True) if compile else f for f in (adam_update, nesterov, descend))
         self.reset()
 
     def units(self, name, x):
         """View of a parameter-shaped tensor with what ranks divide on dim 0."""
-        return x if self.table[name].optim == "muon" else x.view(-1).data  # .data: compiled code looks at a view's base
+        return x if self.table[name].optim == "muon" else x.view(-1)
 
     @torch.no_grad()
     def reset(self):
@@ -443,13 +446,17 @@ class Optimizer:
                 work.wait()
             s = self.state[name]
             if len(s["own"]):
-                scalar = self.scalar
+                scalar, grad = self.scalar, grad[:len(s["own"])]
+                # .data: compiled code would look at what a view is a view of
+                p, master, g, m = (x.view(-1).data for x in (s["own"], s["master"], grad, s["m"]))
                 if rule.optim == "adam":
-                    self.adam(s["own"], s["master"], grad[:len(s["own"])], s["m"], s["v"], scalar(rule.lr * lr_scale),
-                              *map(scalar, rule.betas), scalar(rule.eps), scalar(float(self.step_count)))
-                else:
-                    self.muon(s["own"], s["master"], grad[:len(s["own"])], s["m"], scalar(rule.lr * lr_scale),
-                              scalar(momentum), scalar(rule.weight_decay))
+                    self.adam(p, master, g, m, s["v"], scalar(rule.lr * lr_scale), *map(scalar, rule.betas),
+                              scalar(rule.eps), scalar(float(self.step_count)))
+                else:  # Muon (Jordan et al. 2024): momentum, orthogonalised
+                    update = polar_express(self.nesterov(g, m, scalar(momentum)).view(grad.shape))
+                    lr = rule.lr * lr_scale
+                    tall = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
+                    self.descend(p, master, update.reshape(-1).data, scalar(lr * tall), scalar(lr * rule.weight_decay))
             gathers.append(self._gather(name))
             self.params[name].grad = None
         for work, finish in filter(None, gathers):
@@ -487,17 +494,18 @@ class Optimizer:
 # Evaluation and sampling
 
 
-VAL_CHUNK = 8192  # at GPT-2's vocabulary: 0.8 GB of bf16 logits instead of 26 GB for a row of 262,144
+VAL_LOGITS = 8192 * 50304  # at one time: 0.8 GB in bf16, where a row of 65,536 tokens would have 6.6 GB
 
 
 @torch.no_grad()
-def evaluate(c, forward, micro_batches, world):
+def evaluate(c, forward, n_vocab, micro_batches, world):
     """Summed loss in nats over the micro-batches of all ranks."""
     windows = layer_windows(c, *(c.val_windows or (c.short_window[-1], c.long_window[-1])))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    chunk = VAL_LOGITS // n_vocab
     for micro in micro_batches:
         inputs, targets, cu_seqlens = (t.to(world.device, non_blocking=True) for t in micro)
-        total += forward(inputs, targets, cu_seqlens, c.val_row_len, windows, VAL_CHUNK)
+        total += forward(inputs, targets, cu_seqlens, c.val_row_len, windows, chunk)
     if world.size > 1:
         dist.all_reduce(total)
     return total.item()
@@ -709,7 +717,7 @@ def run(c, world, data, stages, log):
             accumulate([[t.to(device) for t in padding]], stage)
         optimizer.step(0.0, 0.0)  # at learning rate 0
         optimizer.reset()
-        evaluate(c, forward, val_batches[:1], world)
+        evaluate(c, forward, model.n_vocab, val_batches[:1], world)
 
     # --- the loop
     clock, losses = Clock(device), LossPipe(device)
@@ -732,7 +740,7 @@ def run(c, world, data, stages, log):
 
     def validate(step):
         clock.stop()
-        nats = evaluate(c, forward, val_batches, world)
+        nats = evaluate(c, forward, model.n_vocab, val_batches, world)
         metrics.update(val_loss=nats / data.val.n_targets,
                        val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None)
         log.step(step, c.steps, "val", metrics["val_loss"], clock.total, val_bpb=metrics["val_bpb"])

@@ -274,9 +274,9 @@ def test_step_clears_gradients_and_keeps_the_parameters_storage():
 
 @pytest.fixture(scope="module")
 def graphs():
-    """How many graphs (Adam's, Muon's) there are after each of three steps of GPT's parameters, compiled as
+    """How many graphs (adam_update's, nesterov's, descend's) there are after each of three steps of GPT's parameters, compiled as
     the optimizer compiles them; the weights must be those of the eager run."""
-    counts, after = [0, 0], []
+    counts, after = [0, 0, 0], []
 
     def counting(i):
         def backend(graph, inputs):
@@ -287,8 +287,9 @@ def graphs():
     for m in models:
         m.init_weights(0)
     compiled, eager = (Optimizer(m, parameter_table(tiny()), compile=m is models[0]) for m in models)
-    compiled.adam = torch.compile(train_gpt.adam_update, fullgraph=True, dynamic=True, backend=counting(0))
-    compiled.muon = torch.compile(train_gpt.muon_update, fullgraph=True, dynamic=False, backend=counting(1))
+    for i, (name, f) in enumerate(dict(adam=train_gpt.adam_update, nesterov=train_gpt.nesterov,
+                                       descend=train_gpt.descend).items()):
+        setattr(compiled, name, torch.compile(f, fullgraph=True, dynamic=True, backend=counting(i)))
     for step in range(3):
         grads = gradients(step, {n: p.shape for n, p in models[0].named_parameters()})
         for m, o in zip(models, (compiled, eager)):
@@ -305,8 +306,8 @@ def test_values_that_change_every_step_compile_nothing(graphs):
     assert graphs[0] == graphs[-1]
 
 
-def test_one_adam_graph_for_all_lengths_and_one_muon_graph_for_each_shape(graphs):
-    assert graphs[0] == (1, 2)
+def test_one_graph_of_each_update_for_all_shapes(graphs):
+    assert graphs[0] == (1, 1, 1)
 
 
 # --- the table

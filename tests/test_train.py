@@ -58,7 +58,7 @@ def test_weights_on_disk_are_the_model(text, tmp_path):
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in weights.items()}
     model.load_state_dict(weights, strict=True)
     loader = tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World()).val
-    nats = tg.evaluate(c, model, loader.micro_batches(), tg.World())
+    nats = tg.evaluate(c, model, 257, loader.micro_batches(), tg.World())
     assert nats / loader.n_targets == pytest.approx(result["val_loss"], rel=1e-5)
 
 
