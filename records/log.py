@@ -15,7 +15,7 @@ import time
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix} [{elapsed}<{remaining}]"
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
 
 
 class Log:
@@ -26,7 +26,7 @@ class Log:
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             self.text, self.metrics = open(folder / "log.txt", "w"), open(folder / "metrics.jsonl", "w", 1)
-            self.started = self.shown = time.perf_counter()
+            self.shown = time.perf_counter()
             self.bar = tqdm(total=steps, disable=None, dynamic_ncols=True, leave=False, bar_format=BAR)
 
     def header(self, source, **described):
@@ -61,8 +61,7 @@ class Log:
         self.bar.update(step - self.bar.n)
         now = time.perf_counter()
         if self.bar.disable and now - self.shown > 15:  # nobody watches a terminal: a line now and then
-            left = (now - self.started) / step * (self.bar.total - step)
-            print(f"step {step}/{self.bar.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"step {step}/{self.bar.total}  {text}", file=sys.stderr, flush=True)
             self.shown = now
 
     def finish(self, result, weights):
