@@ -113,7 +113,10 @@ class Config:
         need(self.micro_tokens % self.row_len == 0, "micro_tokens", f"a multiple of row_len ({self.row_len})")
         need(all(0 <= i < self.n_layer for i in self.value_embed_layers), "value_embed_layers",
              f"layers from 0 to {self.n_layer - 1}")
-        need(len(self.softcap) in (0, 3), "softcap", "three numbers, or none")
+        need(len(self.softcap) in (0, 3) and self.softcap[-1:] != (0,), "softcap", "three numbers, or none")
+        need(self.rope_base > 0, "rope_base", "a positive number")
+        for f in ("muon_lr", "adam_lr", "weight_decay"):
+            need(0 <= getattr(self, f) < math.inf, f, "zero or more")
         need(len(self.val_windows) in (0, 2) and min(self.val_windows, default=1) > 0, "val_windows",
              "a short and a long window, or none")
         for f in ("cooldown", "lr_floor"):
@@ -699,7 +702,8 @@ def run(c, world, data, stages, log):
     peak = matmul_rate(device, dtype) * world.size
     params = sum(p.numel() for p in model.parameters())
     environment = describe_environment(device) | dict(dtype=str(dtype)[6:], attention=backend, world_size=world.size)
-    log.header(Path(__file__).read_text(), environment=environment, config=dataclasses.asdict(c),
+    sources = [Path(__file__), *ROOT.glob(f"tracks/{c.track.replace('-', '_')}.py"), *sorted(ROOT.glob("kernels/*.py"))]
+    log.header("\n".join(p.read_text() for p in sources), environment=environment, config=dataclasses.asdict(c),
                data=data.dataset.fingerprint)
     log.say(f"{c.track}: {params / 1e6:.1f}M parameters, {environment['dtype']}, attention {backend}, "
             f"{world.size} x {environment['device']}, {peak / 1e12:.2f} TFLOP/s in matrix products")
