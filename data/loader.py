@@ -1,12 +1,13 @@
 """Batches of documents, packed into rows.
 
-A row holds `row_len` tokens and begins where a document begins; documents fill it one after another and attention
-never crosses a row, so a row means the same whatever batch, rank or micro-batch it lands in. The global batch of a
-step is a list of rows that depends on (data, seed, step) alone: 1, 3 or 8 ranks train on the same tokens.
+A row holds `row_len` tokens; documents fill it one after another and attention never crosses a row, so a row means
+the same whatever batch, rank or micro-batch it lands in. The global batch of a step is a list of rows that depends on
+(data, seed, step) alone: 1, 3 or 8 ranks train on the same tokens.
 
 A document longer than `max_doc_len` is cut. `long_docs="drop"` drops the rest, as the record does with its billions
-of tokens: beginnings are where the context is complete. `long_docs="split"` keeps every token: documents are cut
-into pieces at a phase that changes each epoch, and the pieces are shuffled.
+of tokens, and every row begins where a document does: there the context is complete. `long_docs="split"` keeps every
+token: documents are cut into pieces at a phase that changes each epoch, the pieces are shuffled, and what a row has
+no room for begins the next.
 Every target is the token that really follows in the data, also at cuts.
 """
 
