@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train_gpt as tg
 from helpers import tiny, tiny_model, train_losses, write_text

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import train_gpt as tg
 from data import InputError, ShardWriter
-from helpers import options, run_trainer, tiny, tiny_model, train_losses, write_text
+from helpers import options, run_trainer, tiny, train_losses, write_text
 
 
 @pytest.fixture(scope="module")
