@@ -1,5 +1,13 @@
-"""One thread per test process: pytest-xdist already uses every core, and small matrices lose to thread barriers."""
+"""One thread per test process: pytest-xdist already uses every core, and small matrices lose to thread barriers.
+
+Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be said before triton is imported.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
