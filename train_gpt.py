@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import functools
 import importlib
 import json
 import logging
@@ -32,8 +33,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Dataset, InputError, Prefetcher, TrainLoader, ValLoader, open_dataset, pack, read_shard
-from kernels import attention, choose_backend, polar_express, softcap_cross_entropy
-from records import Log, describe_environment, matmul_rate, synchronize
+from kernels import adam_update, choose_ops, descend, muon_update, nesterov, new_companion, polar_express
+from records import Log, describe_environment, machine_probe, synchronize
 
 ROOT = Path(__file__).resolve().parent
 
@@ -86,7 +87,9 @@ class Config:
     eval_every: int = option(125, "steps between validations; there is always one at the end", "run")
     micro_tokens: int = option(0, "tokens per forward pass; 0 fits them to the memory found")
     seed: int = option(0, "of the weights and the order of the data")
+    repeat: int = option(1, "runs from this many successive seeds, one after the other in one process")
     dtype: str = option("auto", "of weights and activations: bfloat16, float32 or auto")
+    kernels: tuple[str, ...] = option(("auto",), "auto, reference (PyTorch only), all, or names of ops to run by Triton")
     compile: bool = option(True, "torch.compile; off, a run starts at once and is slower")
     gpus: int = option(0, "how many GPUs; 0 is all there are")
     run_dir: str = option("", "where log, metrics and weights go; empty is runs/<utc>-<track>")
@@ -100,7 +103,7 @@ class Config:
         need(self.long_docs in ("split", "drop"), "long_docs", "split or drop")
         need(self.dtype in ("auto", "bfloat16", "float32"), "dtype", "auto, bfloat16 or float32")
         need(self.n_embd >= 12, "n_embd", "12 or more")
-        for f in ("n_layer", "n_embd", "n_head", "mlp_ratio", "steps", "row_len", "val_row_len", "eval_every"):
+        for f in ("n_layer", "n_embd", "n_head", "mlp_ratio", "steps", "row_len", "val_row_len", "eval_every", "repeat"):
             need(getattr(self, f) > 0, f, "a positive number")
         for f in ("micro_tokens", "val_tokens", "gpus", "sample_tokens", "seed"):
             need(getattr(self, f) >= 0, f, "zero or more")
@@ -192,11 +195,6 @@ def parse_args(argv):
 # Shapes: B rows, T tokens in a row, C width, H heads, D head width, V vocabulary
 
 
-def norm(x):
-    """RMSNorm without gain."""
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
-
-
 class GPT(nn.Module):
     """A decoder-only transformer with the record's main parts.
 
@@ -204,9 +202,9 @@ class GPT(nn.Module):
     orthogonalises them in one batch and ranks share them out evenly.
     """
 
-    def __init__(self, c, n_vocab, dtype=torch.float32, attention_backend="blockwise"):
+    def __init__(self, c, n_vocab, dtype=torch.float32, ops=None):
         super().__init__()
-        self.c, self.n_vocab, self.backend = c, n_vocab, attention_backend
+        self.c, self.n_vocab, self.ops = c, n_vocab, ops or choose_ops("cpu")
         L, C, H, V = c.n_layer, c.n_embd, c.n_head, -(-n_vocab // 64) * 64  # padded: GPUs like multiples of 64
         n_ve = len(c.value_embed_layers)
         self.embed = nn.Parameter(torch.empty(V, C, dtype=dtype))
@@ -245,40 +243,31 @@ class GPT(nn.Module):
         self.value_gates.zero_()
         self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand(L, 2))
 
-    def rotate(self, x):  # (B, T, H, D)
-        T = x.size(1)
-        x1, x2 = x.chunk(2, dim=-1)
-        cos, sin = self.cos[:T], self.sin[:T]
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-
     def hidden(self, inputs, cu_seqlens, max_seqlen, windows):
         """inputs: (B, T) int64; windows: one int per layer -> (B, T, C) ready for the head."""
-        c = self.c
+        c, ops = self.c, self.ops
         B, T = inputs.shape
         H, D = c.n_head, c.n_embd // c.n_head
         attn = self.attn_bank.view(c.n_layer, 4 * c.n_embd, c.n_embd).unbind(0)
         mlp = self.mlp_bank.unbind(0)
         value_embeds = dict(zip(c.value_embed_layers, zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))))
-        x = x0 = norm(F.embedding(inputs, self.embed))
+        x = x0 = ops.rms_norm(F.embedding(inputs, self.embed))
         for i in range(c.n_layer):
             x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
 
-            h = norm(x)
+            h = ops.rms_norm(x)
             w_qkv, w_o = attn[i].split([3 * c.n_embd, c.n_embd])
-            qk, v = F.linear(h, w_qkv).view(B, T, 3 * H, D).split([2 * H, H], dim=2)
-            q, k = self.rotate(norm(qk)).chunk(2, dim=2)  # (B, T, H, D) each
+            q, k, v = ops.qkv_norm_rope(F.linear(h, w_qkv).view(B, T, 3 * H, D), self.cos, self.sin)  # (B, T, H, D)
             if i in value_embeds:
                 table, w_gate = value_embeds[i]
                 gate = 2 * torch.sigmoid(F.linear(h[..., :12], w_gate.to(h.dtype)))  # (B, T, H)
                 v = v + gate[..., None] * F.embedding(inputs, table).view(B, T, H, D)
             # with normalised q and k, 1.36 / sqrt(D) is the record's 0.12 at D = 128
-            y = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=windows[i],
-                          scale=1.36 * D**-0.5, backend=self.backend)
-            x = x + F.linear(y.reshape(B, T, c.n_embd), w_o)
-
-            up, down = mlp[2 * i:2 * i + 2]
-            x = x + F.linear(norm(x), up).relu().square() @ down
-        return norm(x)
+            y = ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=windows[i],
+                              scale=1.36 * D**-0.5)
+            h, x = ops.add_rms_norm(x, F.linear(y.reshape(B, T, c.n_embd), w_o))
+            x = x + ops.relu2_mlp(h, *mlp[2 * i:2 * i + 2])
+        return ops.rms_norm(x)
 
     def forward(self, inputs, targets, cu_seqlens, max_seqlen, windows, chunk=None):
         """Summed cross-entropy (fp32 scalar) over the targets that are not padding.
@@ -288,7 +277,7 @@ class GPT(nn.Module):
         x = self.hidden(inputs, cu_seqlens, max_seqlen, windows).flatten(0, 1)  # (B T, C)
         targets = targets.flatten()
         cap = self.c.softcap or None
-        return sum(softcap_cross_entropy(F.linear(h, self.lm_head), t, cap=cap)
+        return sum(self.ops.linear_cross_entropy(h, self.lm_head, t, cap=cap)
                    for h, t in zip(x.split(chunk or len(x)), targets.split(chunk or len(x))))
 
     def flops_per_token(self, windows, max_doc_len):
@@ -370,30 +359,6 @@ def parameter_table(c):
     }
 
 
-def adam_update(p, master, grad, m, v, lr, beta1, beta2, eps, step):
-    """Adam (Kingma & Ba) on flat tensors. p: weights in the model's dtype; master, m, v: fp32; the rest 0-d."""
-    g = grad.float()
-    m.mul_(beta1).add_((1 - beta1) * g)
-    v.mul_(beta2).add_((1 - beta2) * g * g)
-    m_hat = m / (1 - beta1**step)
-    v_hat = v / (1 - beta2**step)
-    master.sub_(lr * m_hat / (v_hat.sqrt() + eps))
-    p.copy_(master)
-
-
-def nesterov(grad, m, momentum):
-    """Add a gradient to the average m (fp32); returns the look-ahead average in the gradient's dtype."""
-    g = grad.float()
-    m.mul_(momentum).add_((1 - momentum) * g)
-    return ((1 - momentum) * g + momentum * m).to(grad.dtype)
-
-
-def descend(p, master, update, lr, shrink):
-    """Step along `update`, with decoupled weight decay. Flat tensors; p: weights; master: their fp32 originals."""
-    master.mul_(1 - shrink).sub_(lr * update.float())
-    p.copy_(master)
-
-
 # PyTorch 2.13 renamed these
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -404,19 +369,21 @@ class Optimizer:
 
     Each gradient is reduce-scattered, its owner updates its part, the weights are all-gathered; all three overlap
     between parameters. Parts are rows of the flattened parameter (Adam) or whole matrices (Muon); a world size that
-    does not divide them gets padding. Weights are held in the model's dtype, exact fp32 masters by their owner only.
+    does not divide them gets padding. For bf16 weights the owner keeps the 16 bits that make them exact fp32 masters.
     """
 
-    def __init__(self, model, table, rank=0, world_size=1, compile=False):
+    def __init__(self, model, table, rank=0, world_size=1, compile=False, polar_express=polar_express):
         self.params = dict(model.named_parameters())
         assert table.keys() == self.params.keys(), "the table must name every parameter"
         self.table = {name: rule for name, rule in table.items() if self.params[name].numel()}
         self.rank, self.world_size = rank, world_size
         # 0-d tensors, so that a new value compiles nothing
         self.scalar = (lambda x: torch.tensor(x, dtype=torch.float32)) if compile else float
-        # all on flat tensors, so that one compiled kernel serves every parameter
-        self.adam, self.nesterov, self.descend = (
+        # on flat tensors, so that one compiled kernel serves every parameter
+        self.adam, *momentum_and_step = (
             torch.compile(f, fullgraph=True, dynamic=True) if compile else f for f in (adam_update, nesterov, descend))
+        self.muon = functools.partial(muon_update, **dict(zip(("nesterov", "descend"), momentum_and_step)),
+                                      orthogonalise=polar_express)
         self.reset()
 
     def units(self, name, x):
@@ -425,17 +392,17 @@ class Optimizer:
 
     @torch.no_grad()
     def reset(self):
-        """Masters from the current weights, moments at zero."""
+        """Moments at zero, nothing below the weights' last bit."""
         self.state, self.step_count = {}, 0
         for name, rule in self.table.items():
             whole = self.units(name, self.params[name].data)
             n = -(-len(whole) // self.world_size) if rule.sharded else len(whole)
             start = min(self.rank * n, len(whole)) if rule.sharded else 0
             own = whole[start:start + n]  # may be shorter than n, or empty, on the last ranks
-            state = dict(whole=whole, n=n, own=own, master=own.to(torch.float32, copy=True))
-            state["m"] = torch.zeros_like(state["master"])
+            state = dict(whole=whole, n=n, own=own, companion=new_companion(own),
+                         m=torch.zeros_like(own, dtype=torch.float32))
             if rule.optim == "adam":
-                state["v"] = torch.zeros_like(state["master"])
+                state["v"] = torch.zeros_like(state["m"])
             self.state[name] = state
 
     @torch.no_grad()
@@ -450,17 +417,14 @@ class Optimizer:
                 work.wait()
             s = self.state[name]
             if len(s["own"]):
-                scalar, grad = self.scalar, grad[:len(s["own"])]
+                scalar, lr = self.scalar, rule.lr * lr_scale
                 # .data: compiled code would look at what a view is a view of
-                p, master, g, m = (x.view(-1).data for x in (s["own"], s["master"], grad, s["m"]))
+                tensors = s["own"].data, s["companion"], grad[:len(s["own"])].data, s["m"]
                 if rule.optim == "adam":
-                    self.adam(p, master, g, m, s["v"], scalar(rule.lr * lr_scale), *map(scalar, rule.betas),
-                              scalar(rule.eps), scalar(float(self.step_count)))
-                else:  # Muon (Jordan et al. 2024): momentum, orthogonalised
-                    update = polar_express(self.nesterov(g, m, scalar(momentum)).view(grad.shape))
-                    lr = rule.lr * lr_scale
-                    tall = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
-                    self.descend(p, master, update.reshape(-1).data, scalar(lr * tall), scalar(lr * rule.weight_decay))
+                    corrections = (1 - beta**self.step_count for beta in rule.betas)
+                    self.adam(*tensors, s["v"], *map(scalar, (lr, *rule.betas, rule.eps, *corrections)))
+                else:
+                    self.muon(*tensors, *map(scalar, (lr, lr * rule.weight_decay, momentum)))
             gathers.append(self._gather(name))
             self.params[name].grad = None
         for work, finish in filter(None, gathers):
@@ -653,151 +617,184 @@ def equal_passes(rows, most):
     return -(-rows // -(-rows // most))
 
 
-def train(c, world=World()):
-    """Train as configured; returns the result (the JSON line) as a dict. Raises InputError for what a user can mend."""
+class Trainer:
+    """One configuration on one machine: model, optimizer, data and the compiled step, for runs from several seeds."""
+
+    def __init__(self, c, world, data, stages, log):
+        self.c, self.world, self.data, self.stages = c, world, data, stages
+        device = world.device
+        dtype = native_dtype(device) if c.dtype == "auto" else getattr(torch, c.dtype)
+        try:
+            ops = choose_ops(device, dtype, c.n_embd // c.n_head, c.kernels, log.say)
+        except ValueError as e:
+            raise InputError(e) from None
+        self.compiled = c.compile and can_compile(log)
+        with device:
+            self.model = GPT(c, self.data.dataset.n_vocab, dtype, ops)
+        self.optimizer = Optimizer(self.model, parameter_table(c), world.rank, world.size, self.compiled, ops.polar_express)
+        self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compiled else self.model
+        most = most_micro_rows(c, self.model, world)
+        self.micro_rows = {s: equal_passes(-(-s.rows // world.size), most) for s in set(self.stages)}
+        val_rows = max(1, min(self.micro_rows[self.stages[-1]] * c.row_len, 16384) // c.val_row_len)
+        self.val_batches = list(self.data.val.micro_batches(world.rank, world.size, val_rows))
+        self.params = sum(p.numel() for p in self.model.parameters())
+        self.flops_per_token = {s: self.model.flops_per_token(s.windows, s.max_doc_len) for s in set(self.stages)}
+        self.environment = describe_environment(device) | dict(
+            dtype=str(dtype)[6:], kernels=ops.named(), world_size=world.size, probe=machine_probe(device))
+        self.peak = self.environment["probe"]["matmul"][str(dtype)[6:]] * world.size  # "share of peak" is a share of it
+
+    def describe(self, log):
+        """What is about to run: all of it into the log, the gist on the screen."""
+        c, data, environment = self.c, self.data, self.environment
+        sources = [Path(__file__), *ROOT.glob(f"tracks/{c.track.replace('-', '_')}.py"), *ROOT.glob("kernels/*.py")]
+        log.header("\n".join(p.read_text() for p in sorted(sources)), environment=environment,
+                   config=dataclasses.asdict(c), data=data.dataset.fingerprint)
+        triton = [name for name, how in environment["kernels"].items() if how == "triton"]
+        log.say(f"{c.track}: {self.params / 1e6:.1f}M parameters, {environment['dtype']}, attention "
+                f"{environment['kernels']['attention']}, Triton for {', '.join(triton) or 'nothing'}, "
+                f"{self.world.size} x {environment['device']}, {self.peak / 1e12:.2f} TFLOP/s in matrix products")
+        goal = f"until {c.target_metric} is {c.target} or less" if c.target is not None else "to the last step"
+        log.say(f"training on {data.dataset.name} {goal}, at most {c.steps} steps, seed {c.seed}; log in {log.folder}")
+        if data.val_bytes is None:
+            log.say("no bits per byte and no sample: the tokenizer's vocabulary could not be downloaded")
+
+    def warm_up(self, log):
+        """Compile everything on batches of padding, whose loss and gradients are zero, outside the clock."""
+        torch._dynamo.config.recompile_limit = len(self.micro_rows) + 8  # a graph for each stage, one for validation
+        for p in self.model.parameters():
+            p.data.zero_()  # not what the memory happens to hold
+        log.say("compiling ... (a minute or so the first time, seconds from then on)")
+        for stage, rows in sorted(self.micro_rows.items()):
+            padding = pack([None] * rows, self.c.row_len, self.data.train.max_docs, stage.max_doc_len)
+            self.accumulate([[t.to(self.world.device) for t in padding]], stage)
+        self.optimizer.step(0.0, 0.0)  # at learning rate 0
+        evaluate(self.c, self.forward, self.model.n_vocab, self.val_batches[:1], self.world)
+
+    def accumulate(self, batch, stage):
+        """Forward and backward over this rank's micro-batches; returns the global mean loss, 0-d, on the device."""
+        total = torch.zeros((), device=self.world.device)
+        n_tokens = stage.rows * self.c.row_len
+        for inputs, targets, cu_seqlens in batch:
+            loss = self.forward(inputs, targets, cu_seqlens, stage.max_doc_len, stage.windows) / n_tokens
+            loss.backward()
+            total += loss.detach()
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def validate(self, step):
+        """Validation metrics by name; val_bpb is None where the tokenizer's bytes are unknown."""
+        nats = evaluate(self.c, self.forward, self.model.n_vocab, self.val_batches, self.world)
+        if not math.isfinite(nats):
+            raise InputError(f"step {step}: the validation loss is {nats}, so the run stopped there")
+        data = self.data
+        return dict(val_loss=nats / data.val.n_targets,
+                    val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None)
+
+    def batches(self):
+        """This rank's micro-batches, for each step."""
+        for step, stage in enumerate(self.stages):
+            yield list(self.data.train.micro_batches(step, self.world.rank, self.world.size, self.micro_rows[stage]))
+
+    def run(self, log, started):
+        """Train from c.seed to the target or the last step; returns the result as a dict. started: perf_counter()
+        when this run began."""
+        c, world, stages = self.c, self.world, self.stages
+        self.data.train.reseed(c.seed)
+        self.model.init_weights(c.seed)
+        self.optimizer.reset()
+        clock, losses = Clock(world.device), LossPipe(world.device)
+        tokens, flops, metrics, reached = 0, 0.0, {}, False
+
+        def receive():
+            """Losses that have arrived: check, log, show."""
+            for step, loss in losses.ready():
+                if not math.isfinite(loss):
+                    raise InputError(f"step {step}: the training loss is {loss}, so the run stopped there: "
+                                     "lower --muon-lr and --adam-lr, or try --dtype float32")
+                elapsed = clock.now()
+                log.step(step, c.steps, "train", loss, elapsed)
+                left = datetime.timedelta(seconds=int(elapsed / step * (c.steps - step)))  # validations not counted
+                log.progress(step, f"loss {loss:.3f}  {tokens / elapsed:,.0f} tok/s  "
+                                   f"{flops / elapsed / self.peak:.0%} of peak  {left} left at most")
+
+        cold_start = time.perf_counter() - started
+        with contextlib.closing(Prefetcher(self.batches(), world.device)) as prefetcher:
+            clock.start()
+            for step, batch in enumerate(prefetcher, start=1):
+                stage, progress = stages[step - 1], (step - 1) / c.steps
+                tokens += stage.rows * c.row_len
+                flops += stage.rows * c.row_len * self.flops_per_token[stage]
+                losses.put(step, self.accumulate(batch, stage))
+                receive()
+                self.optimizer.step(lr_scale(c, progress), muon_momentum(progress))
+                if step == c.steps or step % c.eval_every == 0:
+                    clock.stop()
+                    metrics = self.validate(step)
+                    log.step(step, c.steps, "val", metrics["val_loss"], clock.total, val_bpb=metrics["val_bpb"])
+                    receive()
+                    reached = c.target is not None and metrics[c.target_metric] <= c.target
+                    if reached:
+                        break
+                    clock.start()
+
+        return dict(track=c.track, target_metric=c.target_metric, target=c.target,
+                    reached=reached if c.target is not None else None, **metrics,
+                    train_time_s=round(clock.total, 3), cold_start_s=round(cold_start, 2), steps=step, tokens=tokens,
+                    tokens_per_s=round(tokens / clock.total), peak_share=round(flops / clock.total / self.peak, 3),
+                    params=self.params, device=self.environment["device"], world_size=world.size, seed=c.seed,
+                    data=self.data.dataset.name, data_fingerprint=self.data.dataset.fingerprint,
+                    run_dir=str(log.folder))
+
+    def save(self, result, log):
+        """The result and the weights, and a sample of text on the screen."""
+        c, data = self.c, self.data.dataset
+        log.finish(result, {name: p.detach().cpu() for name, p in self.model.named_parameters()})
+        if self.data.val_bytes and c.sample_tokens:
+            sample = data.tokenizer.decode(generate(self.model, [data.eot], c.sample_tokens, c.seed))
+            log.say(f"--- a sample\n{sample}\n---")
+
+
+def train(c, world=World(), report=lambda result: None):
+    """Train as configured, c.repeat times from successive seeds. report(result) is called after each run; returns the
+    last result (the JSON line) as a dict. Raises InputError for what a user can mend."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(c.cache_dir) / "inductor"))
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     run_dir = Path(c.run_dir or ROOT / "runs" / f"{stamp}-{c.track or 'run'}")
-    if (run_dir / "log.txt").exists():
+    if run_dir.is_dir() and next(run_dir.rglob("log.txt"), None):
         raise InputError(f"--run-dir {run_dir}: holds a run already; choose another folder")
     if world.device.type == "cpu":
         keep_freed_memory()
     stages = [stage_at(c, step / c.steps) for step in range(c.steps)]
     data = load_data(c, stages, world)
-    try:
-        log = Log(run_dir, c.steps, active=world.rank == 0)
-    except OSError as e:
-        raise InputError(f"--run-dir {run_dir}: {e.strerror}; choose a folder that can be written") from None
-    with log:
+    trainer, started = None, START
+    for seed in range(c.seed, c.seed + c.repeat):
+        c = dataclasses.replace(c, seed=seed)
         try:
-            return run(c, world, data, stages, log)
-        except torch.OutOfMemoryError as e:
-            error = InputError(f"out of memory on {world.device}: lower --micro-tokens, a multiple of {c.row_len} "
-                               f"({' '.join(str(e).split())[:120]})")
-        except InputError as e:
-            error = e
-        log.say(f"error: {error}", quiet=True)
-        raise error
-
-
-def run(c, world, data, stages, log):
-    """Build, compile, train, validate, save."""
-    # --- model and optimizer
-    device = world.device
-    dtype = native_dtype(device) if c.dtype == "auto" else getattr(torch, c.dtype)
-    try:
-        backend = choose_backend(device, dtype, c.n_embd // c.n_head)
-    except ValueError as e:
-        raise InputError(e) from None
-    compiled = c.compile and can_compile(log)
-    with device:
-        model = GPT(c, data.dataset.n_vocab, dtype, backend)
-    model.init_weights(c.seed)
-    optimizer = Optimizer(model, parameter_table(c), world.rank, world.size, compiled)
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    most = most_micro_rows(c, model, world)
-    micro_rows = {s: equal_passes(-(-s.rows // world.size), most) for s in set(stages)}
-    val_micro_rows = max(1, min(micro_rows[stages[-1]] * c.row_len, 16384) // c.val_row_len)
-
-    peak = matmul_rate(device, dtype) * world.size
-    params = sum(p.numel() for p in model.parameters())
-    environment = describe_environment(device) | dict(dtype=str(dtype)[6:], attention=backend, world_size=world.size)
-    sources = [Path(__file__), *ROOT.glob(f"tracks/{c.track.replace('-', '_')}.py"), *sorted(ROOT.glob("kernels/*.py"))]
-    log.header("\n".join(p.read_text() for p in sources), environment=environment, config=dataclasses.asdict(c),
-               data=data.dataset.fingerprint)
-    log.say(f"{c.track}: {params / 1e6:.1f}M parameters, {environment['dtype']}, attention {backend}, "
-            f"{world.size} x {environment['device']}, {peak / 1e12:.2f} TFLOP/s in matrix products")
-    goal = f"until {c.target_metric} is {c.target} or less" if c.target is not None else "to the last step"
-    log.say(f"training on {data.dataset.name} {goal}, at most {c.steps} steps; log in {log.folder}")
-    if data.val_bytes is None:
-        log.say("no bits per byte and no sample: the tokenizer's vocabulary could not be downloaded")
-
-    def accumulate(batch, stage):
-        """Forward and backward over this rank's micro-batches; returns the global mean loss, 0-d, on the device."""
-        total = torch.zeros((), device=device)
-        for inputs, targets, cu_seqlens in batch:
-            loss = forward(inputs, targets, cu_seqlens, stage.max_doc_len, stage.windows) / (stage.rows * c.row_len)
-            loss.backward()
-            total += loss.detach()
-        if world.size > 1:
-            dist.all_reduce(total)
-        return total
-
-    val_batches = list(data.val.micro_batches(world.rank, world.size, val_micro_rows))
-
-    # --- warm-up, outside the clock: compile everything on batches of padding, whose loss and gradients are zero
-    if compiled:
-        torch._dynamo.config.recompile_limit = len(set(stages)) + 8  # a graph for each stage, one for validation
-        log.say("compiling ... (a minute or so the first time, seconds from then on)")
-        for stage in sorted(set(stages)):
-            padding = pack([None] * micro_rows[stage], c.row_len, data.train.max_docs, stage.max_doc_len)
-            accumulate([[t.to(device) for t in padding]], stage)
-        optimizer.step(0.0, 0.0)  # at learning rate 0
-        optimizer.reset()
-        evaluate(c, forward, model.n_vocab, val_batches[:1], world)
-
-    # --- the loop
-    clock, losses = Clock(device), LossPipe(device)
-    metrics, reached, tokens, flops = {}, False, 0, 0.0
-    flops_per_token = {s: model.flops_per_token(s.windows, s.max_doc_len) for s in set(stages)}
-
-    def batches():
-        for step in range(c.steps):
-            yield list(data.train.micro_batches(step, world.rank, world.size, micro_rows[stages[step]]))
-
-    def receive():
-        """Losses that have arrived: check, log, show."""
-        for step, loss in losses.ready():
-            if not math.isfinite(loss):
-                raise InputError(f"step {step}: the training loss is {loss}, so the run stopped there: "
-                                 "lower --muon-lr and --adam-lr, or try --dtype float32")
-            elapsed = clock.now()
-            log.step(step, c.steps, "train", loss, elapsed)
-            left = datetime.timedelta(seconds=int(elapsed / step * (c.steps - step)))  # validations not counted
-            log.progress(step, f"loss {loss:.3f}  {tokens / elapsed:,.0f} tok/s  {flops / elapsed / peak:.0%} of peak  "
-                               f"{left} left at most")
-
-    def validate(step):
-        clock.stop()
-        nats = evaluate(c, forward, model.n_vocab, val_batches, world)
-        metrics.update(val_loss=nats / data.val.n_targets,
-                       val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None)
-        log.step(step, c.steps, "val", metrics["val_loss"], clock.total, val_bpb=metrics["val_bpb"])
-        if not math.isfinite(nats):
-            raise InputError(f"step {step}: the validation loss is {metrics['val_loss']}, so the run stopped there")
-        return c.target is not None and metrics[c.target_metric] <= c.target
-
-    cold_start = time.perf_counter() - START
-    with contextlib.closing(Prefetcher(batches(), device)) as prefetcher:
-        clock.start()
-        for step, batch in enumerate(prefetcher, start=1):
-            stage, progress = stages[step - 1], (step - 1) / c.steps
-            tokens += stage.rows * c.row_len
-            flops += stage.rows * c.row_len * flops_per_token[stage]
-            losses.put(step, accumulate(batch, stage))
-            receive()
-            optimizer.step(lr_scale(c, progress), muon_momentum(progress))
-            if step == c.steps or step % c.eval_every == 0:
-                reached = validate(step)
-                receive()
-                if reached:
-                    break
-                clock.start()
-
-    # --- results
-    result = dict(track=c.track, target_metric=c.target_metric, target=c.target,
-                  reached=reached if c.target is not None else None, **metrics,
-                  train_time_s=round(clock.total, 3), cold_start_s=round(cold_start, 2), steps=step, tokens=tokens,
-                  tokens_per_s=round(tokens / clock.total), peak_share=round(flops / clock.total / peak, 3),
-                  params=params, device=environment["device"], world_size=world.size, seed=c.seed,
-                  data=data.dataset.name, data_fingerprint=data.dataset.fingerprint, run_dir=str(log.folder))
-    if world.rank == 0:
-        log.finish(result, {name: p.detach().cpu() for name, p in model.named_parameters()})
-        if data.val_bytes and c.sample_tokens:
-            sample = data.dataset.tokenizer.decode(generate(model, [data.dataset.eot], c.sample_tokens, c.seed))
-            log.say(f"--- a sample\n{sample}\n---")
-    if world.size > 1:
-        dist.barrier()  # nobody leaves while the first rank writes: the launcher would end the others
+            log = Log(run_dir / f"seed{seed}" if c.repeat > 1 else run_dir, c.steps, world.rank == 0)
+        except OSError as e:
+            raise InputError(f"--run-dir {run_dir}: {e.strerror}; choose a folder that can be written") from None
+        with log:
+            try:
+                first = trainer is None
+                trainer = trainer or Trainer(c, world, data, stages, log)
+                trainer.c = c
+                trainer.describe(log)
+                if first and trainer.compiled:
+                    trainer.warm_up(log)
+                result = trainer.run(log, started)
+                if world.rank == 0:
+                    trainer.save(result, log)
+                    report(result)
+            except (InputError, torch.OutOfMemoryError) as e:
+                if isinstance(e, torch.OutOfMemoryError):
+                    e = InputError(f"out of memory on {world.device}: lower --micro-tokens, a multiple of {c.row_len} "
+                                   f"({' '.join(str(e).split())[:120]})")
+                log.say(f"error: {e}", quiet=True)
+                raise e from None
+            if world.size > 1:
+                dist.barrier()  # nobody leaves while the first rank writes: the launcher would end the others
+        started = time.perf_counter()
     return result
 
 
@@ -871,11 +868,13 @@ def main(argv=None):
             # the first rank may be downloading for a long time while the others wait
             dist.init_process_group("nccl" if found else "gloo", timeout=datetime.timedelta(hours=6),
                                     device_id=device if found else None)
-        result = train(c, World(rank, size, device))
-        if rank == 0:
+        reached = []
+
+        def report(result):
             print(json.dumps(result), flush=True)
-        # only one rank may fail: the launcher ends the others when it sees the first
-        return 3 if rank == 0 and result["reached"] is False else 0
+            reached.append(result["reached"])
+        train(c, World(rank, size, device), report)
+        return 3 if False in reached else 0  # on the first rank only: the launcher ends the others when one fails
     except InputError as e:
         if rank == 0:
             print(f"error: {e}", file=sys.stderr)

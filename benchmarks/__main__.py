@@ -1,31 +1,133 @@
-"""Benchmarks, by name. The result is one JSON object on stdout (or in --json FILE); progress goes to stderr.
+"""Benchmarks, by name: `python -m benchmarks NAME --help`. The result is one JSON object, progress goes to stderr.
 
-    python -m benchmarks loader
+A benchmark is a module here with run(**options) -> dict, and where it needs them:
+    add_arguments(parser)   its own options, named like run's arguments
+    render(result) -> str   the result in Markdown, for --table
+    unavailable() -> str    why it cannot run on this machine, or None
+run may take save, a function to give the result to as it grows, so that a run cut short leaves what it had, and
+trainer_options, the options that are not the benchmark's own. Bad input is an InputError.
 """
 
 import argparse
+import importlib
+import inspect
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-import benchmarks.loader
+from data import InputError
 from records import describe_environment
 
-BENCHMARKS = {"loader": benchmarks.loader.run}
+BENCHMARKS = {
+    "kernels": "every op beside its alternatives, on a CUDA GPU",
+    "loader": "the loader's tokens/s on one core",
+    "resources": "registers, spills and shared memory of every kernel on every chip, without a GPU",
+    "trainer": "the trainer's step, stage by stage, and where its time goes",
+    "start": "from the command to the end of the first step, cold and warm",
+    "cluster": "steps per second on several GPUs and nodes, computed from measured numbers",
+}
+ALL = ("kernels", "loader", "resources")
 
 
-def main():
+def module_of(name):
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def write(path, text):
+    """Aside, then renamed: nobody reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def run(name, save, **options):
+    """Run one benchmark; returns its result with what it was measured on. save gets it as it grows."""
+    module = module_of(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    head = dict(benchmark=name, environment=describe_environment(device))
+    if "save" in inspect.signature(module.run).parameters:
+        options["save"] = lambda result: save(head | result)
+    return head | module.run(**options)
+
+
+def run_all(save):
+    """Of ALL what this machine can run, with default options; what fails is one line."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = dict(benchmark="all", environment=describe_environment(device), results={})
+    for name in ALL:
+        try:
+            reason = getattr(module_of(name), "unavailable", lambda: None)()
+            if reason:
+                result["results"][name] = dict(skipped=reason)
+            else:
+                print(f"--- {name}", file=sys.stderr)
+                result["results"][name] = run(name, lambda r: save(result | dict(results=result["results"] | {name: r})))
+        except (Exception, SystemExit) as e:
+            result["results"][name] = dict(error=f"{type(e).__name__}: {' '.join(str(e).split())}"[:240])
+            print(f"{name}: {result['results'][name]['error']}", file=sys.stderr)
+        save(result)
+    return result
+
+
+def render(result):
+    """Markdown of a result, of each result in one of `all`."""
+    if result["benchmark"] != "all":
+        return module_of(result["benchmark"]).render(result)
+    parts = []
+    for name, r in result["results"].items():
+        if "error" in r or "skipped" in r or not hasattr(module_of(name), "render"):
+            line = r.get("error") or r.get("skipped")
+            parts.append(f"# {name}\n\n{line or 'see the JSON'}\n")
+        else:
+            parts.append(render(r))
+    return "\n".join(parts)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here instead of stdout")
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = dict(benchmark=args.name, environment=describe_environment(device), **BENCHMARKS[args.name]())
-    text = json.dumps(result, indent=1)
-    args.json.write_text(text + "\n") if args.json else print(text)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, about in dict(BENCHMARKS, all=f"those of {', '.join(ALL)} that this machine can run, in one JSON").items():
+        chosen = name == next((a for a in argv if not a.startswith("-")), None)
+        module = module_of(name) if chosen and name != "all" else None  # importing all of them would take seconds
+        sub = names.add_parser(name, help=about, description=getattr(module, "__doc__", about), allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write the result here instead of stdout")
+        if name == "all" or hasattr(module, "render"):
+            sub.add_argument("--table", type=Path, metavar="FILE.md", help="write the result as Markdown, too")
+        getattr(module, "add_arguments", lambda sub: None)(sub)
+    options, rest = parser.parse_known_args(argv)
+    options = vars(options)
+    name, json_file, table = options.pop("name"), options.pop("json"), options.pop("table", None)
+
+    def save(result):
+        if json_file:
+            write(json_file, json.dumps(result, indent=1) + "\n")
+        if table:
+            write(table, render(result))
+
+    if rest and (name == "all" or "trainer_options" not in inspect.signature(module_of(name).run).parameters):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if name == "all":
+        result = run_all(save)
+    else:
+        if reason := getattr(module_of(name), "unavailable", lambda: None)():
+            print(f"error: {reason}", file=sys.stderr)
+            return 2
+        try:
+            result = run(name, save, **options, **(dict(trainer_options=rest) if rest else {}))
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+    save(result)
+    if not json_file:
+        print(json.dumps(result, indent=1))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What every Triton kernel takes of a chip: registers, spilled bytes, shared memory, and which instructions it uses.
 
-    python -m benchmarks resources              compare with the committed table
+    python -m benchmarks resources              print the table as JSON, and say what differs from the committed one
     python -m benchmarks resources --write      write benchmarks/results/kernel_resources.{json,md}
 
 Needs no GPU. Kernels are compiled through their real launchers, from meta tensors with the shapes of the tracks, for
@@ -8,9 +8,11 @@ A100 (sm_80), L40S and 4090 (sm_89), H100 and H200 (sm_90a), B200 (sm_100a), and
 """
 
 import collections
+import json
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 import types
 
@@ -50,6 +52,100 @@ def _():
     x, w, rstd = meta(TOKENS, WIDTH), meta(WIDTH), meta(TOKENS, dtype=torch.float32)
     op.launch_forward(x, x, w, 1e-6)
     op.launch_backward(x, x, x, w, rstd)
+
+
+@case("relu2_mlp")
+def _():
+    from kernels import mlp as op
+    x, w, post = meta(TOKENS, WIDTH), meta(2, HIDDEN, WIDTH)[1], meta(TOKENS, HIDDEN)
+    op.launch_linear_relu2(x, w)
+    op.launch_linear_relu2(x, w, post)
+
+
+@case("relu2_mlp, rows not of 16 bytes")
+def _():
+    from kernels import mlp as op
+    x, w, post = meta(TOKENS, 100), meta(300, 100), meta(TOKENS, 300)
+    op.launch_linear_relu2(x, w)
+    op.launch_linear_relu2(x, w, post)
+
+
+@case("fp8_relu2_mlp", oldest=89)
+def _():
+    from kernels import mlp as op
+    x, w = (meta(n, WIDTH, dtype=torch.float8_e4m3fn) for n in (TOKENS, HIDDEN))
+    scale = meta(dtype=torch.float32)
+    op.launch_linear_relu2(x, w, scales=(scale, scale, scale))
+
+
+@case("qk_norm_rope, qkv_norm_rope")
+def _():
+    from kernels import qk_norm_rope as op
+    H, D = 6, 128
+    qkv, cos = meta(3, TOKENS // 3, 3 * H, D), meta(TOKENS // 3, 1, D // 2)
+    q, k, v = qkv.split(H, dim=2)
+    dq, dk = op.launch_forward(q, k, cos, cos, 1e-6)
+    op.launch_backward(dq, dk, None, q, k, cos, cos, 1e-6, dq, dk, None)
+    op.launch_backward(dq, dk, dq, q, k, cos, cos, 1e-6, *torch.empty_like(qkv).split(H, dim=2))
+
+
+@case("fp8: quantize x; head gradient with transposed copy; head weight with both and amax", oldest=89)
+def _():
+    from kernels import fp8 as op
+    scale = meta(dtype=torch.float32)
+    op.launch_quantize(meta(TOKENS, WIDTH), scale, op.E4M3, False, False)
+    op.launch_quantize(meta(TOKENS, VOCAB), scale, op.E5M2, True, False)
+    op.launch_quantize(meta(VOCAB, WIDTH), scale, op.E4M3, True, True)
+
+
+@case("fp8: transpose_copy of logit gradients, amax of x", oldest=89)
+def _():
+    from kernels import fp8 as op
+    op.launch_transpose(meta(TOKENS, VOCAB, dtype=op.E5M2))
+    op.launch_amax(meta(TOKENS, WIDTH))
+
+
+@case("symmetric_matmul: X X^T, b A + c A A, X^T X of the banks")
+def _():
+    from kernels.symmetric_matmul import launch_symmetric_matmul
+    square, tall = meta(48, WIDTH, WIDTH), meta(24, HIDDEN, WIDTH)
+    launch_symmetric_matmul(square, None, 1.0, 0.0)
+    launch_symmetric_matmul(square, square, 0.5, -2.7)
+    launch_symmetric_matmul(tall.mT, None, 1.0, 0.0)
+
+
+def cross_entropy(gradient, cap=(23.0, 5.0, 7.5), targets=1, config=None):
+    from kernels import cross_entropy as op
+    logits, y = meta(TOKENS, VOCAB), meta(TOKENS, targets, dtype=torch.int64)
+    weights = meta(targets, dtype=torch.float32) if targets > 1 else None
+    dlogits = None if gradient is None else meta(TOKENS, VOCAB, dtype=gradient)
+    fp8_scale = meta(dtype=torch.float32) if gradient == torch.float8_e5m2 else None
+    op.launch_cross_entropy(logits, y, weights, cap, -100, 1 / TOKENS, dlogits, fp8_scale, config)
+
+
+@case("cross_entropy: bf16 gradient, loss only, no cap")
+def _():
+    cross_entropy(torch.bfloat16)
+    cross_entropy(None)
+    cross_entropy(torch.bfloat16, cap=None)
+
+
+@case("cross_entropy: e5m2 gradient, of three targets too")
+def _():
+    cross_entropy(torch.float8_e5m2)
+    cross_entropy(torch.float8_e5m2, targets=3)
+
+
+@case("cross_entropy: row in shared memory; bf16 gradient, e5m2 gradient of three targets", oldest=90)
+def _():
+    cross_entropy(torch.bfloat16, config=("resident", 2048, 8))
+    cross_entropy(torch.float8_e5m2, targets=3, config=("resident", 2048, 8))
+
+
+@case("cross_entropy: scaling by the upstream gradient")
+def _():
+    from kernels import cross_entropy as op
+    op.launch_scale(meta(VOCAB, WIDTH), meta(dtype=torch.float32), 1 / TOKENS)
 
 
 # --- compiling without the chip
@@ -125,3 +221,65 @@ def table(capability):
                     row["kernel"] += f" #{seen[row['kernel']]}"
                 rows.append(dict(case=name) | row)
     return rows
+
+
+# --- the committed table
+
+COMMITTED = pathlib.Path(__file__).parent / "results/kernel_resources.json"
+
+
+def worse(rows, committed):
+    """What rows need more of than the committed table has for the same kernel and chip: one line each."""
+    before = {(r["case"], r["kernel"], r["arch"]): r for r in committed}
+    lines = []
+    for row in rows:
+        old = before.get((row["case"], row["kernel"], row["arch"]))
+        name = f"{row['case']}: {row['kernel']} on {row['arch']}"
+        if old is None:
+            lines.append(f"{name}: not in the table")
+        for what in ("registers", "spilled", "shared"):
+            if old and row[what] > old[what]:
+                lines.append(f"{name}: {row[what]} {what}, {old[what]} in the table")
+    return lines
+
+
+def render(result):
+    """The table in Markdown: a line for each kernel, a column for each chip."""
+    lines = ["# What each kernel takes of a chip", "",
+             f"Compiled for the shapes of `gpt2-small` by Triton {result['triton']} and its ptxas; nothing here was run. "
+             "Registers per thread, shared memory of a block, bytes spilled if any, warps; **W** wgmma, **5** tcgen05, "
+             "**B** bulk tensor copies. Made by `python -m benchmarks resources --write`.", "",
+             "| op | kernel | " + " | ".join(ARCH.values()) + " |", "|---|---|" + "---|" * len(ARCH)]
+    cells = collections.defaultdict(dict)
+    for r in result["rows"]:
+        uses = "".join(mark for mark, what in (("W", "wgmma"), ("5", "tcgen05"), ("B", "bulk_copies")) if r[what])
+        cells[r["case"], r["kernel"]][r["arch"]] = ", ".join(filter(None, (
+            f"{r['registers']} r", f"{r['shared'] / 1024:.1f} KB" if r["shared"] else "",
+            f"{r['spilled']} B spilled" if r["spilled"] else "", f"{r['warps']} w", f"**{uses}**" if uses else "")))
+    for (name, kernel), row in cells.items():
+        lines.append(f"| {name} | `{kernel}` | " + " | ".join(row.get(a, "–") for a in ARCH.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def add_arguments(parser):
+    parser.add_argument("--write", action="store_true", help="replace the committed table")
+    parser.add_argument("--chip", type=int, choices=ARCH, help="this one only (default: all)")
+
+
+def run(write=False, chip=None):
+    """dict(triton, rows); see measure() for the columns."""
+    import triton
+    rows = []
+    for capability in [chip] if chip else ARCH:
+        print(f"compiling {len(CASES)} cases for {ARCH[capability]} ...", file=sys.stderr)
+        rows += table(capability)
+    result = dict(triton=triton.__version__, rows=rows)
+    if write:
+        COMMITTED.parent.mkdir(exist_ok=True)
+        COMMITTED.write_text('{"triton": "%s", "rows": [\n%s\n]}\n' % (
+            triton.__version__, ",\n".join(json.dumps(r) for r in rows)))
+        COMMITTED.with_suffix(".md").write_text(render(result))
+    elif COMMITTED.exists():
+        for line in worse(rows, json.loads(COMMITTED.read_text())["rows"]):
+            print(line, file=sys.stderr)
+    return result

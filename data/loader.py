@@ -96,6 +96,10 @@ class TrainLoader:
             raise InputError(f"the training text has {sum(self._rows_in_epoch_0()) * row_len} tokens in rows of "
                              f"{row_len}; one batch needs {need * row_len}: give more text or lower --batch-tokens")
 
+    def reseed(self, seed):
+        """Begin anew in another order."""
+        self.seed, self._next, self._pieces_of = seed, (0, Cursor()), {}
+
     def rows(self, step):
         """The global batch of `step`: a list of rows, each a list of (tokens, start, length)."""
         at, cursor = self._next

@@ -1,7 +1,10 @@
-"""The operations a training step spends its time in: one file per op, the maths in PyTorch first."""
+"""The operations a training step spends its time in: one file per op, the maths in PyTorch first.
 
-from .attention import attention, choose_backend
-from .cross_entropy import softcap_cross_entropy
+A trainer takes them from choose_ops(), which knows what is fast on which machine, and the optimizer's from here.
+"""
+
+from .choose import Ops, choose_ops
 from .polar_express import polar_express
+from .updates import adam_update, descend, muon_update, nesterov, new_companion
 
-__all__ = ["attention", "choose_backend", "polar_express", "softcap_cross_entropy"]
+__all__ = ["Ops", "adam_update", "choose_ops", "descend", "muon_update", "nesterov", "new_companion", "polar_express"]

@@ -6,12 +6,21 @@ A query sees itself and at most `window` tokens before it, never another documen
 machine offers; every backend means the same by `window`, and tests/kernels pins that.
 
 Backends
-    varlen      torch.nn.attention.varlen (FlashAttention 2 built into PyTorch; 3 or 4 where installed). CUDA.
-    flash_attn  the flash-attn 2 package. CUDA.
-    blockwise   plain PyTorch, any device: queries in blocks of about `window` look at their own and the previous
-                block, so the score matrix is T x 2 window, not T x T. The reference for all others.
+    varlen        torch.nn.attention.varlen: FlashAttention 2 as built into PyTorch, or 3 (Hopper) or 4 (Hopper,
+                  Blackwell) where installed. CUDA.
+    flash_attn_3  the flash-attn 3 package called directly, for a PyTorch that cannot switch it on. Hopper.
+    flash_attn    the flash-attn 2 package. CUDA.
+    flex          torch's flex_attention, Triton kernels that skip the 128 x 128 blocks nobody sees. CUDA; on a CPU
+                  PyTorch has only its forward.
+    sdpa          torch's scaled_dot_product_attention on the blocks of blockwise, told by a mask. Any device.
+    blockwise     plain PyTorch, any device: queries in blocks of about `window` look at their own and the previous
+                  block, so the score matrix is T x 2 window, not T x T. The reference for all others.
+Memory beyond inputs and outputs, in elements, S = min(2 window, T): blockwise B H T S scores, twice as fp32 and as
+weights; sdpa B T S for the mask (on CUDA also as a bias in the inputs' dtype); flex B (T / 128)^2; the others none.
+All can be traced into one graph by torch.compile: documents may change from call to call, shapes and windows not.
 """
 
+import functools
 import inspect
 import os
 
@@ -25,52 +34,111 @@ def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockw
     cu_seqlens: (n + 1,) int32, where documents start in the B * T flattened tokens; every row's start is among them;
     padded at the end with B * T. max_seqlen: longest document; window: tokens before the query that it may see.
     """
-    window = min(window, max_seqlen - 1, q.size(1) - 1)
-    if backend == "blockwise":
-        return blockwise_attention(q, k, v, cu_seqlens, window, scale)
-    B, T, H, D = q.shape
-    flat = [x.reshape(B * T, H, D) for x in (q, k, v)]
-    if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-        y = varlen_attn(*flat, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(window, 0))
-    elif backend == "flash_attn":
-        from flash_attn import flash_attn_varlen_func
-        y = flash_attn_varlen_func(*flat, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale,
-                                   causal=True, window_size=(window, 0))
-    else:
+    if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    return y.view(B, T, H, D)
+    longest = min(max_seqlen, q.size(1))
+    window = min(window, longest - 1)
+    if backend in OF_ROWS:
+        return OF_ROWS[backend](q, k, v, cu_seqlens, window, scale)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]  # (B T, H, D), a view also of a slice of a projection
+    left = -1 if window == longest - 1 else window  # no limit: FlashAttention's plain causal kernels are the faster
+    return OF_TOKENS[backend](*flat, cu_seqlens, longest, left, scale).unflatten(0, q.shape[:2])
 
 
-BACKENDS = ("varlen", "flash_attn", "blockwise")
+# --- FlashAttention: (B T, H, D); window left, as in all its versions: that many tokens before the query, -1 for all
 
 
-def blockwise_attention(q, k, v, cu_seqlens, window, scale):
-    """The reference. Memory: B * T * H scores times (T if window >= T / 2, else 2 window)."""
+def _varlen(q, k, v, cu_seqlens, max_seqlen, left, scale):
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0))
+
+
+def _flash_attn_3(q, k, v, cu_seqlens, max_seqlen, left, scale):
+    from flash_attn_interface import flash_attn_varlen_func
+    y = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+                               max_seqlen_k=max_seqlen, softmax_scale=scale, causal=True, window_size=(left, 0))
+    return y[0] if isinstance(y, tuple) else y  # its first versions also returned the log-sum-exp
+
+
+def _flash_attn(q, k, v, cu_seqlens, max_seqlen, left, scale):
+    from flash_attn import flash_attn_varlen_func
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale,
+                                  causal=True, window_size=(left, 0))
+
+
+# --- the others: (B, T, H, D)
+
+
+def first_seen(cu_seqlens, B, T, window):
+    """(B, T) int32: the first position of the row that each token sees. It sees all from there to itself."""
+    i = torch.arange(B * T, device=cu_seqlens.device, dtype=torch.int32)
+    start = cu_seqlens[torch.bucketize(i, cu_seqlens, right=True) - 1]
+    return (torch.maximum(start, i - window) - i // T * T).clamp(min=0).view(B, T)
+
+
+FLEX_BLOCK = 128
+
+
+def flex(q, k, v, cu_seqlens, window, scale):
+    """Its block mask is made here, from T / 128 numbers a row and no T x T mask, so that it can be part of any graph.
+
+    The layers of a compiled model that have the same window share one: to the compiler it is a common subexpression.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
     B, T, H, D = q.shape
-    doc = torch.bucketize(torch.arange(B * T, device=q.device, dtype=torch.int32), cu_seqlens, right=True).view(B, T)
+    first = first_seen(cu_seqlens, B, T, window)
+
+    # Blocks of keys that a block of queries sees: from `lowest` to its own. All its queries see all keys of those
+    # from `whole` on, but for its own. Neither ever falls from one block to the next, as `first` does not.
+    block = torch.arange(-(-T // FLEX_BLOCK), device=q.device, dtype=torch.int32)  # (n,)
+    n = len(block)
+    lowest = first[:, block * FLEX_BLOCK] // FLEX_BLOCK  # (B, n)
+    last = first[:, (block * FLEX_BLOCK + FLEX_BLOCK - 1).clamp(max=T - 1)]
+    whole = torch.minimum((last + FLEX_BLOCK - 1) // FLEX_BLOCK, block)
+    partly = (whole - lowest)[..., None]  # how many before its own, which is the last in the list
+    block_mask = BlockMask.from_kv_blocks(
+        (whole - lowest + 1)[:, None],
+        torch.where(block == partly, block[:, None], (lowest[..., None] + block) % n)[:, None],
+        (block - whole)[:, None], ((whole[..., None] + block) % n)[:, None], BLOCK_SIZE=FLEX_BLOCK, seq_lengths=(T, T),
+        mask_mod=lambda b, h, i, j: (j >= first[b, i]) & (j <= i))
+
+    run = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    y = run(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=block_mask, scale=scale)
+    return y.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex():
+    """For callers that are not compiled themselves: without a compiler it would make all T x T scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention)
+
+
+def blockwise_attention(q, k, v, cu_seqlens, window, scale, attend=None):
+    """The reference. attend: what computes a block, _softmax_attend if not given."""
+    attend = attend or _softmax_attend
+    B, T, H, D = q.shape
+    first = first_seen(cu_seqlens, B, T, window)
     if 2 * window >= T:  # two blocks would be the whole row
-        i = torch.arange(T, device=q.device)
-        near = (i[:, None] >= i) & (i[:, None] - i <= window)  # (T, T)
-        mask = near & (doc[:, :, None] == doc[:, None, :])  # (B, T, T)
-        return _softmax_attend(q, k, v, mask, scale)
+        i = torch.arange(T, device=q.device, dtype=torch.int32)
+        return attend(q, k, v, (i >= first[:, :, None]) & (i <= i[:, None]), scale)  # mask (B, T, T)
 
     b = max(16, window)
     n = -(-T // b)
     pad = n * b - T
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
-        doc = F.pad(doc, (0, pad), value=-1)
+        first = F.pad(first, (0, pad), value=T)  # padding sees padding
 
-    def with_previous(x, fill):  # (B, n * b, ...) -> (B * n, 2 b, ...): each block behind the one before it
+    def with_previous(x):  # (B, n * b, H, D) -> (B * n, 2 b, H, D): each block behind the one before it
         x = x.unflatten(1, (n, b))
-        previous = torch.cat([torch.full_like(x[:, :1], fill), x[:, :-1]], dim=1)
+        previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         return torch.cat([previous, x], dim=2).flatten(0, 1)
 
-    i = torch.arange(b, 2 * b, device=q.device)[:, None]
-    j = torch.arange(2 * b, device=q.device)
-    mask = (i >= j) & (i - j <= window) & (doc.reshape(B * n, b, 1) == with_previous(doc, -2)[:, None, :])
-    y = _softmax_attend(q.reshape(B * n, b, H, D), with_previous(k, 0), with_previous(v, 0), mask, scale)
+    i = torch.arange(n * b, device=q.device, dtype=torch.int32).view(n, b)
+    j = torch.cat([i - b, i], dim=1)[:, None]  # (n, 1, 2 b); below 0 before the first block
+    mask = (j >= first.view(B, n, b, 1)) & (j <= i[..., None])
+    y = attend(q.reshape(B * n, b, H, D), with_previous(k), with_previous(v), mask.flatten(0, 1), scale)
     return y.reshape(B, n * b, H, D)[:, :T]
 
 
@@ -81,47 +149,67 @@ def _softmax_attend(q, k, v, mask, scale):
     return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
-def choose_backend(device, dtype, head_dim, forced=None):
-    """Name of the fastest backend that works here, found by running each one forward and backward and comparing.
+def _sdpa_attend(q, k, v, mask, scale):
+    """The same by torch's fused kernels."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale).transpose(1, 2)
 
-    forced, or the environment variable ATTENTION_BACKEND: use this one, and fail if it does not work.
-    FlashAttention 3 or 4, where installed, is switched on inside torch's varlen attention.
+
+OF_TOKENS = dict(varlen=_varlen, flash_attn_3=_flash_attn_3, flash_attn=_flash_attn)
+OF_ROWS = dict(flex=flex, sdpa=functools.partial(blockwise_attention, attend=_sdpa_attend),
+               blockwise=blockwise_attention)
+BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference
+
+
+# --- which one
+
+
+def choose_backend(device, dtype, head_dim, forced=None):
+    """Name of the fastest backend that works here, found by running them forward and backward and comparing.
+
+    forced, or the environment variable ATTENTION_BACKEND: use this one; ValueError if it does not work.
+    FlashAttention 3 or 4, where installed, is switched on inside torch's varlen attention. A CPU gets blockwise.
     """
     device = torch.device(device)
     forced = forced or os.environ.get("ATTENTION_BACKEND")
-    if device.type == "cuda" and forced in (None, "varlen"):
-        _activate_flash_attention(device, dtype, head_dim)
-    if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"unknown attention backend {forced!r}: expected one of {', '.join(BACKENDS)}")
-        if error := _probe(forced, device, dtype, head_dim):
-            raise ValueError(f"attention backend {forced!r} does not work here: {error}")
-        return forced
-    if device.type != "cuda":
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"unknown attention backend {forced!r}: expected one of {', '.join(BACKENDS)}")
+    if not forced and device.type != "cuda":
         return "blockwise"
-    return next(b for b in BACKENDS if b == "blockwise" or not _probe(b, device, dtype, head_dim))
+    for backend, implementation in _candidates(device):
+        if forced not in (None, backend) or (implementation and not _switch_on(implementation)):
+            continue
+        error = _probe(backend, device, dtype, head_dim)
+        if error is None:
+            return backend
+        if implementation:
+            torch.nn.attention.restore_flash_attention_impl()
+    raise ValueError(f"attention backend {forced or backend!r} does not work here: {error}")
 
 
-def _activate_flash_attention(device, dtype, head_dim):
-    """Let varlen attention use FlashAttention 3 (Hopper) or 4 (Hopper, Blackwell) if one is installed and works."""
+def _candidates(device):
+    """(backend, FlashAttention to switch on in torch or None), the fastest first."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    newest = {9: [("varlen", "FA3"), ("flash_attn_3", None), ("varlen", "FA4")], 10: [("varlen", "FA4")]}.get(major, [])
+    return newest + [(backend, None) for backend in BACKENDS]
+
+
+def _switch_on(implementation):
+    """Let torch's varlen attention use FA3 or FA4; False if this PyTorch cannot or it is not installed."""
     try:
-        from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
-    except ImportError:
-        return
-    major = torch.cuda.get_device_capability(device)[0]
-    for impl in {9: ("FA3", "FA4"), 10: ("FA4",)}.get(major, ()):
-        try:
-            activate_flash_attention_impl(impl)
-        except Exception:
-            continue  # not installed
-        if not _probe("varlen", device, dtype, head_dim):
-            return
-        restore_flash_attention_impl()
+        from torch.nn.attention import activate_flash_attention_impl
+        activate_flash_attention_impl(implementation)
+    except Exception:  # their imports fail in many ways
+        return False
+    return True
 
 
 def _probe(backend, device, dtype, head_dim):
-    """None if the backend gives the reference's output and gradients on a small case, else what went wrong."""
-    if backend == "varlen" and device.type == "cuda":
+    """None if the backend gives the reference's output and gradients on a small case, else what went wrong.
+
+    A dtype, head width or chip that it was not made for shows here as well.
+    """
+    if backend == "varlen":
         try:
             from torch.nn.attention.varlen import varlen_attn
         except ImportError as e:
@@ -133,12 +221,15 @@ def _probe(backend, device, dtype, head_dim):
     cu_seqlens = torch.tensor([0, 100, 256, 256], dtype=torch.int32, device=device)
     results = []
     for b in (backend, "blockwise"):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        try:
-            y = attention(*leaves, cu_seqlens=cu_seqlens, max_seqlen=156, window=40, scale=head_dim**-0.5, backend=b)
-            results.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
-        except Exception as e:
-            return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+        results.append([])
+        for window in (40, 155):  # the second is no limit
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            try:
+                y = attention(*leaves, cu_seqlens=cu_seqlens, max_seqlen=156, window=window, scale=head_dim**-0.5,
+                              backend=b)
+                results[-1] += [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+            except Exception as e:
+                return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     # torch's max, which keeps a NaN, not Python's, which may lose it
     worst = torch.stack([(a.float() - r.float()).abs().max() for a, r in zip(*results)]).max().item()
     return None if worst < 0.1 else f"differs from the reference by {worst:.2g}"

@@ -68,7 +68,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b in fp32 on the tensor cores. The interpreter multiplies bf16 as integers, so there it is upcast."""
+    """acc + a b in fp32. The interpreter multiplies bf16 as integers, so there it is upcast; fp32 stays fp32, not TF32."""
     if INTERPRET:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -46,15 +46,45 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def best_seconds(device, work, repeats=8, budget=0.2):
+    """Seconds of the fastest of `repeats` calls of work(), of fewer where those after the first (which may load a
+    library) take more than `budget` seconds."""
+    seconds = []
+    while len(seconds) < repeats and sum(seconds[1:]) < budget:
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 def matmul_rate(device, dtype):
     """Measured FLOP/s of a large square matrix product, best of 8: what "share of peak" is a share of."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    if dtype == torch.float8_e4m3fn:  # has no @; the second factor must be column-major, which for a rate is all one
+        one = torch.ones((), device=device)
+        return 2 * n**3 / best_seconds(device, lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16))
+    return 2 * n**3 / best_seconds(device, lambda: a @ b)
+
+
+def copy_rate(device):
+    """Measured bytes/s, read and written, of copying more than any cache holds, best of 8."""
+    n = 2**30 if device.type == "cuda" else 2**28
+    source, target = (torch.ones(n, dtype=torch.uint8, device=device) for _ in range(2))  # ones: pages really there
+    return 2 * n / best_seconds(device, lambda: target.copy_(source))
+
+
+def machine_probe(device):
+    """What this device was measured to do, in under a second: dict(matmul={dtype: FLOP/s}, copy=bytes/s).
+
+    float32 is as torch is set (TF32 is off unless asked for). The fastest call counts: a probe is a floor, and
+    whatever else ran meanwhile lowers it.
+    """
+    dtypes = [torch.float32, torch.bfloat16]
+    if device.type == "cuda":
+        dtypes.append(torch.float16)
+        if torch.cuda.get_device_capability(device) >= (8, 9):
+            dtypes.append(torch.float8_e4m3fn)
+    return dict(matmul={str(d)[6:]: matmul_rate(device, d) for d in dtypes}, copy=copy_rate(device))

@@ -32,12 +32,12 @@ def tiny(text, tmp_path, **fields):
     return tg.Config(**(base | fields))
 
 
-def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, backend="blockwise", **fields):
+def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, ops=None, **fields):
     """(Config, GPT) with every parameter random, so that nothing is hidden behind a zero."""
     c = dataclasses.replace(tg.Config(n_layer=3, n_embd=32, n_head=2, value_embed_layers=(0, 2),
                                       softcap=(23.0, 5.0, 7.5), row_len=24,
                                       val_row_len=24, batch_tokens=(24,), max_doc_len=(24,)), **fields)
-    model = tg.GPT(c, n_vocab, dtype, backend)
+    model = tg.GPT(c, n_vocab, dtype, ops)
     model.init_weights(seed)
     g = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The optimizer of train_gpt.py: numbers against references written here, and sharding without processes."""
 
 import dataclasses
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 
 import train_gpt
+from kernels import updates
 from kernels.polar_express import COEFFICIENTS
+from kernels.updates import join
 from train_gpt import GPT, Config, Optimizer, Rule, parameter_table
 
 # odd sizes, so that no world size but 1 divides them all
@@ -172,6 +175,10 @@ def test_momentum_remembers():
 # --- weights, masters, state
 
 
+def master_of(optimizer, name):
+    return join(optimizer.state[name]["own"], optimizer.state[name]["companion"])
+
+
 def train(optimizer, model, steps, seed=0):
     for k in range(steps):
         give(model, gradients(seed + k))
@@ -190,7 +197,7 @@ def test_bf16_weights_are_the_masters_rounded():
             give(m, gradients(k))
             o.step(1.0, 0.9)
         for name, p in model.named_parameters():
-            master = optimizer.state[name]["master"]
+            master = master_of(optimizer, name)
             assert master.dtype == torch.float32
             assert torch.equal(p.detach().flatten(), master.bfloat16().flatten())
             assert not torch.equal(p.detach().float().flatten(), master.flatten())
@@ -208,7 +215,7 @@ def test_updates_too_small_for_bf16_add_up_in_the_master(rule, shape):
     for _ in range(100):
         model.w.grad = torch.ones(shape, dtype=torch.bfloat16)
         optimizer.step(1.0, 0.0)
-    moved = 1 - optimizer.state["w"]["master"]
+    moved = 1 - master_of(optimizer, "w")
     assert ((0.85e-2 < moved) & (moved < 1.15e-2)).all()
     assert (model.w.float() < 1 - 0.007).all()
 
@@ -287,9 +294,10 @@ def graphs():
     for m in models:
         m.init_weights(0)
     compiled, eager = (Optimizer(m, parameter_table(tiny()), compile=m is models[0]) for m in models)
-    for i, (name, f) in enumerate(dict(adam=train_gpt.adam_update, nesterov=train_gpt.nesterov,
-                                       descend=train_gpt.descend).items()):
-        setattr(compiled, name, torch.compile(f, fullgraph=True, dynamic=True, backend=counting(i)))
+    adam, nesterov, descend = (torch.compile(f, fullgraph=True, dynamic=True, backend=counting(i)) for i, f in
+                               enumerate((updates.adam_update, updates.nesterov, updates.descend)))
+    compiled.adam = adam
+    compiled.muon = functools.partial(updates.muon_update, nesterov=nesterov, descend=descend)
     for step in range(3):
         grads = gradients(step, {n: p.shape for n, p in models[0].named_parameters()})
         for m, o in zip(models, (compiled, eager)):
@@ -379,7 +387,7 @@ def test_parts_of_all_ranks_make_up_every_parameter(world_size):
         whole = p.detach() if rule.optim == "muon" else p.detach().flatten()
         parts = [s["own"] for s in states]
         for s in states:
-            assert s["master"].shape == s["own"].shape == s["m"].shape
+            assert s["own"].shape == s["m"].shape
             assert (rule.optim == "muon") or s["v"].shape == s["own"].shape
         if not rule.sharded:
             assert all(torch.equal(part, whole) for part in parts)
@@ -540,5 +548,5 @@ def test_masters_of_all_ranks_are_those_of_one(world):
         reference.step(1.0, 0.9)
         world.run(lambda rank: (give(models[rank], grads[rank]), optimizers[rank].step(1.0, 0.9)))
     for name in shapes:
-        together = torch.cat([o.state[name]["master"] for o in optimizers])
-        torch.testing.assert_close(together, reference.state[name]["master"], atol=1e-6, rtol=1e-6)
+        together = torch.cat([master_of(o, name) for o in optimizers])
+        torch.testing.assert_close(together, master_of(reference, name), atol=1e-6, rtol=1e-6)

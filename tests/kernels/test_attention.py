@@ -1,4 +1,8 @@
-"""kernels/attention.py against dense attention, a document at a time, in float64 and in the same dtype."""
+"""kernels/attention.py against dense attention, a document at a time, in float64 and in the same dtype.
+
+Every backend is tested: on a GPU those that work there, else the flash ones as fakes that do what is documented, and
+flex through the mathematics PyTorch runs without a compiler. What only the CPU needs runs blockwise, which is default.
+"""
 
 import os
 import subprocess
@@ -8,12 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 import torch.nn.attention.varlen
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention, choose_backend
+from kernel_checks import DEVICE
+from kernels import attention as module
+from kernels.attention import BACKENDS, OF_TOKENS, attention, choose_backend
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 ROOT = Path(__file__).resolve().parents[2]
 HUGE = 10**9
 # lengths of the documents of each row
@@ -64,8 +72,8 @@ def output_and_gradients(fn, q, k, v, dy):
 
 def run(q, k, v, rows, window, scale=0.3, max_seqlen=None, **kwargs):
     longest = max(n for row in rows for n in row)
-    return attention(q, k, v, cu_seqlens=cu_seqlens_of(rows), max_seqlen=max_seqlen or longest, window=window,
-                     scale=scale, **kwargs)
+    return attention(q, k, v, cu_seqlens=cu_seqlens_of(rows).to(q.device), max_seqlen=max_seqlen or longest,
+                     window=window, scale=scale, **kwargs)
 
 
 def visible(rows, window):
@@ -248,29 +256,31 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
 @pytest.mark.parametrize("T, window", [(4096, 0), (4096, 16), (2000, 100), (2048, 512)])
-def test_no_tensor_of_T_times_T_where_the_window_is_small(T, window):
+def test_no_tensor_of_T_times_T_where_the_window_is_small(T, window, backend):
     """Forward and backward: nothing larger than B H T times two blocks, T rounded up to whole blocks."""
     rows = [[T - 10, 10]]
     q, k, v, dy = draw(rows, H=1, D=4)
     block = max(16, window)
     with Largest() as largest:
-        output_and_gradients(lambda *x: run(*x, rows, window), q, k, v, dy)
+        output_and_gradients(lambda *x: run(*x, rows, window, backend=backend), q, k, v, dy)
     assert 0 < largest.numel <= -(-T // block) * block * 2 * block < T * T
 
 
-@pytest.mark.parametrize("window", [3, 40])
-def test_compiles_into_one_graph_for_all_documents(window):
+@pytest.mark.parametrize("window, backend", [(3, "blockwise"), (40, "blockwise"), (3, "sdpa"), (3, "flex")])
+def test_compiles_into_one_graph_for_all_documents(monkeypatch, window, backend):
     """fullgraph; the same numbers; other documents and max_seqlen the same: nothing is compiled anew."""
+    allow_flex_on_cpu(monkeypatch)
     graphs = []
 
-    def backend(graph, inputs):
+    def compiler(graph, inputs):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     def fn(q, k, v, cu_seqlens):
-        return attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=60, window=window, scale=0.3)
-    compiled = torch.compile(fn, fullgraph=True, dynamic=False, backend=backend)
+        return attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=60, window=window, scale=0.3, backend=backend)
+    compiled = torch.compile(fn, fullgraph=True, dynamic=False, backend=compiler)
     for rows in ([[10, 40], [49, 1]], [[1, 49], [25, 25]]):
         cu, inputs = cu_seqlens_of(rows), draw(rows)
         for a, b in zip(output_and_gradients(lambda *x: compiled(*x, cu), *inputs),
@@ -307,9 +317,22 @@ def fake_flash_attn(monkeypatch, extra_window=0, future=0, documents=True, scale
     monkeypatch.setitem(sys.modules, "flash_attn", package)
 
 
+def fake_flash_attn_3(monkeypatch, returns_lse=False):
+    """The flash-attn 3 package, as its signature has it, computed by the fake above."""
+    flash = sys.modules["flash_attn"].flash_attn_varlen_func
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
+                               seqused_k=None, softmax_scale=None, causal=False, window_size=(-1, -1)):
+        y = flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale,
+                  causal=causal, window_size=window_size)
+        return (y, None) if returns_lse else y
+    package = types.ModuleType("flash_attn_interface")
+    package.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+
+
 def fake_varlen(monkeypatch):
     """Torch's own varlen attention, as its signature documents it, computed by the fake above."""
-    fake_flash_attn(monkeypatch)
     flash = sys.modules["flash_attn"].flash_attn_varlen_func
 
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
@@ -318,21 +341,158 @@ def fake_varlen(monkeypatch):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
 
 
+def fake_all(monkeypatch):
+    fake_flash_attn(monkeypatch)
+    fake_flash_attn_3(monkeypatch)
+    fake_varlen(monkeypatch)
+
+
+def allow_flex_on_cpu(monkeypatch):
+    """PyTorch refuses gradients of flex_attention on a CPU for want of kernels; its own mathematics has them."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *args: None)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Every backend that works here or can be played."""
+    if DEVICE.type == "cpu":
+        fake_all(monkeypatch)
+        allow_flex_on_cpu(monkeypatch)
+    elif error := module._probe(request.param, DEVICE, dtype_of(request.param), 64):
+        pytest.skip(error)
+    return request.param
+
+
+def dtype_of(backend):
+    return torch.bfloat16 if DEVICE.type == "cuda" and backend in OF_TOKENS else torch.float32
+
+
+def run_there(q, k, v, rows, window, backend, scale=0.3):
+    """run on the device under test in the backend's dtype; tensors come from and go to the CPU."""
+    there = (x.to(DEVICE, dtype_of(backend)) for x in (q, k, v))
+    return run(*there, rows, window, scale, backend=backend).to(q)
+
+
+def assert_as_exact_as_naive(rows, window, backend, D=64, seed=0):
+    """Output and gradients against float64: at most twice the error of dense attention in the same dtype.
+
+    Three times on a GPU, as in FlashAttention's own tests: products there are summed in another order. Where a token
+    sees only itself, dq and dk are zero, and fused kernels find that by subtracting two sums of D products; and SDPA's
+    exponential has 20 bits on a CPU.
+    """
+    inputs = [x.to(dtype_of(backend)) for x in draw(rows, D=D, seed=seed)]
+    exact = output_and_gradients(lambda *x: naive(*x, rows, window, 0.3), *(x.double() for x in inputs))
+    eager = output_and_gradients(lambda *x: naive(*x, rows, window, 0.3), *inputs)
+    ours = output_and_gradients(lambda *x: run_there(*x, rows, window, backend), *inputs)
+    for name, o, e, r in zip(("y", "dq", "dk", "dv"), ours, eager, exact):
+        slack = 4e-6 * max(1, r.abs().max()) if r.any() else 2 * D * torch.finfo(e.dtype).eps
+        allowed = (2 if DEVICE.type == "cpu" else 3) * (e - r).abs().max() + slack
+        assert (o - r).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("window", [0, 7, 127, 128, 129, HUGE])
+def test_every_backend_is_as_exact_as_eager(backend, window):
+    for rows in ([[300], [128, 172], [1, 127, 1, 129, 42]], [[1, 15, 16, 1, 32]]):
+        assert_as_exact_as_naive(rows, window, backend)
+
+
+def test_every_backend_any_packing_any_window(backend):
+    @settings(deadline=None, max_examples=8 if backend == "flex" else 25, database=None)
+    @given(packings(), st.one_of(st.integers(0, 75), st.just(HUGE)), st.integers(0, 9))
+    def check(rows, window, seed):
+        if backend == "flex":
+            torch._dynamo.reset()  # it counts a compilation for each shape
+        assert_as_exact_as_naive(rows, window, backend, D=16 if DEVICE.type == "cpu" else 64, seed=seed)
+    check()
+
+
+@pytest.mark.parametrize("window", [0, 1, 15, 16, 17, 62, 63, 64])
+def test_every_backend_sees_the_same_window(backend, window):
+    """A token `window` back is seen, one more back is not, nor one of another document or to come."""
+    rows = [[64], [17, 47], [1, 62, 1]]
+    q, k = draw(rows, H=1, D=192, n=2)
+    v = torch.eye(192).view(3, 64, 1, 192)
+    weights = run_there(q, k, v, rows, window, backend, scale=0.1).reshape(192, 192)
+    assert torch.equal(weights > 0, visible(rows, window))
+
+
+def test_every_backend_takes_slices_of_a_projection_and_strided_gradients(backend):
+    rows = [[30, 34], [64]]
+    qkv = draw(rows, H=6, D=64, n=1)[0]
+    dy = draw(rows, D=64, n=1, seed=1)[0].transpose(1, 2).contiguous().transpose(1, 2)
+
+    def gradients(fn):
+        leaf = qkv.clone().requires_grad_()
+        y = fn(*leaf.to(DEVICE, dtype_of(backend)).split(2, dim=2))
+        return torch.autograd.grad(y, leaf, dy.to(y))
+    for a, b in zip(gradients(lambda *x: run(*x, rows, 7, backend=backend)), gradients(lambda *x: run(*x, rows, 7))):
+        torch.testing.assert_close(a, b, atol=1e-5 if dtype_of(backend) == torch.float32 else 0.1, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=60, database=None)
+@given(packings(), st.one_of(st.integers(0, 75), st.just(HUGE)), st.sampled_from([1, 8, 16]))
+def test_flex_is_told_which_blocks_to_skip(rows, window, block):
+    """Blocks it is given are those somebody sees; those it need not mask, those in which all see all."""
+    masks = []
+
+    def flex_attention(q, k, v, block_mask, scale):
+        masks.append(block_mask)
+        return q
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
+        monkeypatch.setattr(module, "FLEX_BLOCK", block)
+        run(*draw(rows, n=3), rows, window, backend="flex")
+    mask, (B, T) = masks[0], (len(rows), sum(rows[0]))
+    seen = torch.stack([visible(rows, window)[b * T:(b + 1) * T, b * T:(b + 1) * T] for b in range(B)])
+    b, i, j = torch.arange(B)[:, None, None], torch.arange(T)[:, None], torch.arange(T)
+    assert mask.shape == (B, 1, T, T) and torch.equal(mask.mask_mod(b, 0, i, j), seen)
+    n = -(-T // block)
+    for b in range(B):
+        for i in range(n):
+            tiles = [seen[b, i * block:(i + 1) * block, j * block:(j + 1) * block] for j in range(n)]
+            partial = mask.kv_indices[b, 0, i, :mask.kv_num_blocks[b, 0, i]].tolist()
+            full = mask.full_kv_indices[b, 0, i, :mask.full_kv_num_blocks[b, 0, i]].tolist()
+            assert sorted(partial + full) == [j for j in range(n) if tiles[j].any()]
+            assert all(tiles[j].all() for j in full)
+            assert i in partial and all(not tiles[j].all() for j in partial if j != i)
+    assert 0 <= mask.kv_indices.min() and mask.kv_indices.max() < n and mask.full_kv_indices.max() < n
+    assert mask.kv_indices.dtype == mask.kv_num_blocks.dtype == torch.int32
+
+
 def test_cpu_gets_blockwise():
     assert choose_backend("cpu", torch.float32, 64) == "blockwise"
     assert choose_backend(torch.device("cpu"), torch.bfloat16, 128) == "blockwise"
 
 
-@pytest.mark.parametrize("name", ["varlen", "flash_attn"])
+@pytest.mark.parametrize("name", OF_TOKENS)
 @pytest.mark.parametrize("window", [0, 1, 7, 16, 63, HUGE])
 def test_flash_backends_are_given_the_same_window(monkeypatch, name, window):
     """The arguments passed to FlashAttention, played by its documented meaning, give what blockwise gives."""
-    fake_varlen(monkeypatch)
+    fake_all(monkeypatch)
     rows = [[1, 15, 16, 1, 31], [64]]
     inputs = draw(rows)
     for a, b in zip(output_and_gradients(lambda *x: run(*x, rows, window, backend=name), *inputs),
                     output_and_gradients(lambda *x: run(*x, rows, window), *inputs)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_flash_backends_are_told_when_there_is_no_limit(monkeypatch, name):
+    """window (-1, 0), for which they have faster kernels, and never a window beyond the longest document."""
+    given = []
+    fake_flash_attn(monkeypatch)
+    flash = sys.modules["flash_attn"].flash_attn_varlen_func
+
+    def recorded(*args, **kwargs):
+        given.append((args[5], args[6], kwargs["window_size"]))
+        return flash(*args, **kwargs)
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", recorded)
+    fake_flash_attn_3(monkeypatch, returns_lse=True)  # as its first versions
+    fake_varlen(monkeypatch)
+    rows = [[30, 34]]
+    for window, max_seqlen in ((32, 34), (33, 34), (HUGE, 34), (62, 100), (63, 100)):
+        run(*draw(rows, n=3), rows, window, max_seqlen=max_seqlen, backend=name)
+    assert given == [(34, 34, (32, 0)), (34, 34, (-1, 0)), (34, 34, (-1, 0)), (64, 64, (62, 0)), (64, 64, (-1, 0))]
 
 
 def test_unknown_backend_lists_the_known_ones(monkeypatch):
@@ -341,7 +501,7 @@ def test_unknown_backend_lists_the_known_ones(monkeypatch):
     for call in (lambda: choose_backend("cpu", torch.float32, 8, forced="flash_atn"),
                  lambda: choose_backend("cpu", torch.float32, 8),
                  lambda: run(*draw(rows, n=3), rows, 3, backend="flash_atn")):
-        with pytest.raises(ValueError, match="'flash_atn'.*varlen, flash_attn, blockwise") as error:
+        with pytest.raises(ValueError, match=f"'flash_atn'.*{', '.join(BACKENDS)}") as error:
             call()
         assert "\n" not in str(error.value)
 
@@ -384,6 +544,81 @@ def test_probe_refuses_a_backend_with_NaN_gradients(monkeypatch, poison):
         choose_backend("cpu", torch.float32, 16, forced="flash_attn")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_can_be_had_on_a_CPU(dtype):
+    assert choose_backend("cpu", dtype, 64, forced="sdpa") == "sdpa"
+
+
+def test_flex_is_refused_on_a_CPU():
+    with pytest.raises(ValueError, match="'flex' does not work here: .*CPU"):
+        choose_backend("cpu", torch.float32, 64, forced="flex")
+
+
+def test_a_varlen_without_windows_is_refused(monkeypatch):
+    """PyTorch 2.10's."""
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        raise AssertionError("called")
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    with pytest.raises(ValueError, match="'varlen' does not work here: .*no window_size"):
+        choose_backend("cpu", torch.float32, 64, forced="varlen")
+
+
+def test_probe_refuses_a_head_width_or_dtype_that_a_backend_cannot_do(monkeypatch):
+    fake_flash_attn(monkeypatch)
+    flash = sys.modules["flash_attn"].flash_attn_varlen_func
+
+    def picky(q, *args, **kwargs):
+        if q.size(-1) > 256 or q.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError("FlashAttention only\nsupports fp16 and bf16, head dimension at most 256")
+        return flash(q, *args, **kwargs)
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", picky)
+    for dtype, head_dim in ((torch.float32, 64), (torch.bfloat16, 264)):
+        with pytest.raises(ValueError, match="'flash_attn' does not work here: RuntimeError: FlashAttention only sup"):
+            choose_backend("cpu", dtype, head_dim, forced="flash_attn")
+    assert choose_backend("cpu", torch.bfloat16, 64, forced="flash_attn") == "flash_attn"
+
+
+@pytest.mark.parametrize("capability, tried", [
+    ((7, 5), []), ((8, 0), []), ((8, 9), []), ((9, 0), ["varlen FA3", "flash_attn_3", "varlen FA4"]),
+    ((10, 0), ["varlen FA4"]), ((12, 0), [])])
+def test_order_of_preference(monkeypatch, capability, tried):
+    """The newest FlashAttention for the chip, the one built in, the others; whatever fails its probe is left again."""
+    active, log = [], []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear)
+
+    def choose(works, forced=None):
+        log.clear()
+
+        def probe(backend, device, dtype, head_dim):
+            log.append(" ".join([backend, *active]))
+            return None if log[-1] == works else "no"
+        monkeypatch.setattr(module, "_probe", probe)
+        return choose_backend("cuda", torch.bfloat16, 128, forced)
+    everything = tried + list(BACKENDS)
+    for i, works in enumerate(everything):
+        if works in everything[:i]:
+            continue  # would have been taken before
+        assert choose(works) == works.split()[0] and log == everything[:i + 1]
+        assert active == works.split()[1:]
+        active.clear()
+        assert choose(works, forced=works.split()[0]) == works.split()[0]
+        active.clear()
+    with pytest.raises(ValueError, match="'varlen' does not work here: no"):
+        choose("flex", forced="varlen")
+    assert not active
+
+
+def test_a_flash_attention_that_is_not_installed_is_passed_over(monkeypatch):
+    def missing(implementation):
+        raise ModuleNotFoundError("flash_attn")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", missing)
+    monkeypatch.setattr(module, "_probe", lambda backend, *args: None if backend == "varlen" else "no")
+    assert choose_backend("cuda", torch.bfloat16, 128) == "varlen"
+
+
 def test_import_touches_no_device():
     """Every way to ask CUDA for something is mined before the import, so that this holds on any build."""
     code = """
@@ -396,7 +631,7 @@ for name in ("is_available", "device_count", "get_device_capability", "get_devic
 import kernels
 import sys
 assert not torch.cuda.is_initialized()
-assert "flash_attn" not in sys.modules and "triton" not in sys.modules
+assert "flash_attn" not in sys.modules and "flash_attn_interface" not in sys.modules
 """
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kernels import polar_express
-from kernels.polar_express import COEFFICIENTS
+from kernel_checks import DEVICE
+from kernels.polar_express import COEFFICIENTS, polar_express
+from kernels.symmetric_matmul import symmetric_matmul, symmetric_matmul_reference
 
 # What five steps make of singular values in [1e-3, 1] of 1.02 |G|_F; bf16 adds its rounding.
 BAND = {torch.float32: (0.858, 1.142), torch.bfloat16: (0.83, 1.16)}
@@ -180,3 +181,35 @@ def test_input_stays_as_it_was():
         copy = G.clone()
         polar_express(G)
         assert torch.equal(G, copy)
+
+
+@pytest.mark.parametrize("dtype", BAND)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_symmetric_products_by_kernels(shape, dtype):
+    """The same polar factor, with the band kept, by the op that computes half of each symmetric product."""
+    G = gaussian(*shape, dtype=dtype).to(DEVICE)
+    X = polar_express(G, symmetric=symmetric_matmul)
+    assert X.shape == G.shape and X.dtype == dtype and X.is_contiguous()
+    assert distance_from_band(torch.linalg.svdvals(X.double()), BAND[dtype]) <= 0
+    torch.testing.assert_close(X, polar_express(G), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+
+
+@pytest.mark.parametrize("shape, symmetric", [((2, 12, 20), (2, 12, 12)), ((2, 20, 12), (2, 12, 12)),
+                                              ((9, 9), (1, 9, 9))], ids=str)
+def test_two_symmetric_products_of_the_smaller_side_per_step(shape, symmetric):
+    found = []
+
+    def spy(X, *args, **kwargs):
+        found.append(symmetric_matmul_reference(X, *args, **kwargs))
+        return found[-1]
+    polar_express(gaussian(*shape), steps=3, symmetric=spy)
+    assert [x.shape for x in found] == [symmetric] * 6
+    for x in found:
+        torch.testing.assert_close(x, x.mT)
+
+
+def test_the_result_is_laid_out_as_a_gradient():
+    """The optimizer flattens it: also for tall, transposed and sliced matrices."""
+    wide = gaussian(3, 40, 60)
+    for G in (wide, wide.mT, wide.mT.contiguous(), wide[::2, :30, 5:20], wide[:, 0]):
+        assert polar_express(G).is_contiguous()

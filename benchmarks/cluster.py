@@ -1,0 +1,228 @@
+"""How long a track takes on a cluster that is not here: a model of its step. Nothing in it is measured unless given.
+
+    python -m benchmarks cluster --gpus 8 --nodes 1
+    python -m benchmarks cluster --from trainer.json --dollars-per-gpu-hour 2.5     from `trainer --tokens ...`
+
+Options other than those below are the trainer's own. For n ranks and a stage of R rows of row_len tokens:
+
+    step    = compute + idle + shared + fixed + communication
+    compute = us_per_token * R * row_len / n
+    idle    = us_per_token * (ceil(R / n) - R / n) * row_len      rows are not cut: ranks without one wait
+    shared  = shared_ms / n                                       the optimizer: ranks divide the parameters
+    fixed   = fixed_ms                                            launching, and what else every rank does
+    communication = sum over collectives of (n - 1) / n * bytes / rate + latency
+    rate    = link inside a node, min(link, GPUs in a node * network) across; n in a ring, as NCCL does it
+    latency = 8.4 us + 3.4 us a hop inside a node + 9.6 us a hop between nodes (NCCL, src/graph/tuning.cc, ring)
+
+Collectives are those of Optimizer.step(): a sharded parameter's gradient is reduce-scattered and its weights are
+all-gathered, padded to n equal parts (of whole matrices for Muon); another's gradient is all-reduced, twice the bytes.
+They begin when backward has ended, so that only updates can hide them: --overlap 0.5 hides half, at most as long as
+`shared`; the default is none. Time to target is the track's steps; validation and start-up are not on its clock.
+Memory is taken to suffice.
+
+Without a measurement: the public record (modded-nanogpt, one H100): 29 ms + 1.534 us a token, fitted to its logs at
+three batches. All 29 ms are shared: they are the optimizer and eight passes of accumulation, of which eight ranks do
+one each. With the record's volumes the model gives its stages on 8 H100s, as three sets of logs have them, within 3%.
+"""
+
+import argparse
+import collections
+import json
+import math
+import sys
+import typing
+from pathlib import Path
+
+import torch
+
+import train_gpt as tg
+from benchmarks.trainer import vocabulary
+from data import InputError
+
+
+class Cost(typing.NamedTuple):
+    """What a step costs one rank."""
+    us_per_token: float
+    shared_ms: float
+    fixed_ms: float
+    source: str = "given"
+
+
+class Links(typing.NamedTuple):
+    """GB/s in one direction, as a GPU sees them: link measured by nccl-tests inside a node, network the card's."""
+    link: float = 360.0
+    network: float = 50.0
+    node: int = 8  # GPUs in it
+
+
+class Collective(typing.NamedTuple):
+    kind: str  # reduce_scatter, all_gather or all_reduce
+    bytes: float  # of the whole
+
+
+RECORD = Cost(1.534, 29.0, 0.0, "the public record on one H100 (11 layers x 768, FP8): 29 ms + 1.534 us per token")
+TERMS = ("compute", "idle", "shared", "fixed", "communication")
+
+
+def model_of(c, n_vocab):
+    with torch.device("meta"):
+        return tg.GPT(c, n_vocab, torch.bfloat16)
+
+
+def collectives_of(c, model, n):
+    """What n ranks exchange in a step."""
+    out = []
+    for name, rule in tg.parameter_table(c).items():
+        p = dict(model.named_parameters())[name]
+        units = len(p) if rule.optim == "muon" else p.numel()
+        if rule.sharded and units:
+            padded = p.nbytes / units * n * -(-units // n)
+            out += [Collective("reduce_scatter", padded), Collective("all_gather", padded)]
+        elif units:
+            out.append(Collective("all_reduce", p.nbytes))
+    return out + [Collective("all_reduce", 4)]  # the loss
+
+
+def communication_ms(collectives, n, links):
+    if n == 1:
+        return 0.0
+    nodes = -(-n // links.node)
+    rate = links.link if nodes == 1 else min(links.link, links.node * links.network)  # GB/s
+    total = 0.0
+    for kind, size in collectives:
+        times = 2 if kind == "all_reduce" else 1
+        hops_us = 3.4 * (n - nodes) + 9.6 * (nodes - 1)
+        total += times * ((n - 1) / n * size / rate / 1e6 + hops_us / 1e3) + 8.4e-3
+    return total
+
+
+def step_ms(rows, row_len, n, cost, collectives, links=Links(), overlap=0.0):
+    """{term: ms} of a step; they sum to it."""
+    tokens, most = rows * row_len / n, -(-rows // n) * row_len
+    shared, wire = cost.shared_ms / n, communication_ms(collectives, n, links)
+    return dict(compute=cost.us_per_token * tokens / 1e3, idle=cost.us_per_token * (most - tokens) / 1e3,
+                shared=shared, fixed=cost.fixed_ms, communication=wire - min(overlap * wire, shared))
+
+
+def predict(c, model, n, cost, links, overlap=0.0, dollars=None):
+    """One line of the table: ms by stage and term, seconds to target, dollars, the largest term."""
+    schedule = collections.Counter(tg.stage_at(c, step / c.steps) for step in range(c.steps))
+    collectives, stages = collectives_of(c, model, n), []
+    for stage, steps in schedule.items():
+        terms = step_ms(stage.rows, c.row_len, n, cost, collectives, links, overlap)
+        stages.append(dict(tokens=stage.rows * c.row_len, steps=steps, ms=sum(terms.values()), terms=terms))
+    seconds = {t: sum(s["steps"] * s["terms"][t] for s in stages) / 1e3 for t in TERMS}
+    total = sum(seconds.values())
+    return dict(gpus=n, nodes=-(-n // links.node), stages=stages, seconds=total, seconds_by_term=seconds,
+                dominates=max(seconds, key=seconds.get), gpu_hours=total * n / 3600,
+                dollars=None if dollars is None else total * n / 3600 * dollars,
+                bytes=sum((2 if k == "all_reduce" else 1) * b * (n - 1) / n for k, b in collectives))
+
+
+def cost_from(path, params):
+    """Cost from the JSON of `python -m benchmarks trainer --tokens A B ...` on one rank. Raises InputError."""
+    try:
+        result = json.loads(Path(path).read_text())
+        result = result.get("results", {}).get("trainer", result)  # one of `all`
+        fit, world_size, measured = result["fit"], result["world_size"], result["params"]
+    except OSError as e:
+        raise InputError(f"--from {path}: {e.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise InputError(f"--from {path}: expected the JSON of `python -m benchmarks trainer`") from None
+    if world_size != 1 or not fit:
+        raise InputError(f"--from {path}: expected one rank at two or more sizes, found {world_size} and "
+                         f"{len(result['stages'])}: measure with `trainer --tokens 16384 32768 49152`")
+    if measured != params:
+        raise InputError(f"--from {path}: measured with {measured:,} parameters, this track has {params:,}: "
+                         "give the options it was measured with")
+    whole = max(0.0, fit["fixed_ms"])
+    shared = min(fit["optimizer_ms"], whole)
+    return Cost(fit["us_per_token"], shared, whole - shared, f"{path}: {result['device']}, one rank")
+
+
+def run(gpus=8, nodes=1, results=None, us_per_token=None, shared_ms=None, fixed_ms=None, link=Links().link,
+        network=Links().network, overlap=0.0, dollars_per_gpu_hour=None, trainer_options=()):
+    """dict(track, cost, links, overlap, predicted=see predict(), table=[the same from 1 to 1,024 GPUs])."""
+    options = list(trainer_options)
+    c = tg.parse_args(options if "--track" in options else ["--track", "gpt2-small", *options])
+    model = model_of(c, vocabulary(c.data, c.tokenizer))
+    params = sum(p.numel() for p in model.parameters())
+    given = dict(us_per_token=us_per_token, shared_ms=shared_ms, fixed_ms=fixed_ms)
+    given = {name: value for name, value in given.items() if value is not None}
+    if results:
+        cost = cost_from(results, params)
+    elif us_per_token is not None:
+        cost = Cost(us_per_token, 0.0, 0.0, "given")
+    elif (c.n_layer, c.n_embd, c.tokenizer) == (11, 768, "gpt2"):
+        cost = RECORD
+    else:
+        raise InputError(f"no measurement of {c.track} as configured: give --from or --us-per-token")
+    if given and cost.source != "given":
+        given["source"] = f"{cost.source}; given: {', '.join(given)}"
+    cost, links = cost._replace(**given), Links(link, network, gpus)
+
+    def line(n):
+        return predict(c, model, n, cost, links, overlap, dollars_per_gpu_hour)
+    result = dict(track=c.track, params=params, steps=c.steps, row_len=c.row_len, cost=cost._asdict(),
+                  links=links._asdict(), overlap=overlap, predicted=line(gpus * nodes),
+                  table=[line(2**i) for i in range(11)])
+    print(render(result), file=sys.stderr)
+    return result
+
+
+def render(result):
+    """The prediction, then a line for each number of GPUs."""
+    p, cost, links = result["predicted"], result["cost"], result["links"]
+    money = p["dollars"] is not None
+    lines = [f"# {result['track']} on {p['gpus']} GPUs, {p['nodes']} node{'s' * (p['nodes'] > 1)}: a prediction", "",
+             f"Cost: {cost['source']}. Per rank {cost['us_per_token']:.3f} us a token and {cost['fixed_ms']:.2f} ms, "
+             f"and {cost['shared_ms']:.2f} ms divided by the ranks. Links: {links['link']:g} GB/s inside a node, "
+             f"{links['network']:g} GB/s a GPU between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a step and "
+             f"rank, {result['overlap']:.0%} of it hidden behind the updates.", "",
+             f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU hours"
+             + (f", **${p['dollars']:,.2f}**" if money else "") + f"; most of it is {p['dominates']}.", "",
+             "| tokens a step | steps | ms | " + " | ".join(TERMS) + " |", "|---|" + "---|" * (len(TERMS) + 2)]
+    for s in p["stages"]:
+        cells = " | ".join(f"{s['terms'][t]:.2f}" for t in TERMS)
+        lines.append(f"| {s['tokens']:,} | {s['steps']} | {s['ms']:.2f} | {cells} |")
+    lines += ["", f"| GPUs | nodes | ms by stage | s to target | GPU hours |{' $ |' * money} largest term |",
+              "|---|" + "---|" * (5 + money)]
+    for t in result["table"]:
+        stages, largest = ", ".join(f"{stage['ms']:.1f}" for stage in t["stages"]), t["dominates"]
+        lines.append(f"| {t['gpus']:,} | {t['nodes']} | {stages} | {t['seconds']:,.1f} | {t['gpu_hours']:.2f} | "
+                     + (f"{t['dollars']:,.2f} | " if money else "")
+                     + f"{largest} {t['seconds_by_term'][largest] / t['seconds']:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def number(kind, ok, expected):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (ok(value) and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+        return value
+    return parse
+
+
+def add_arguments(parser):
+    def add(name, kind, default, metavar, about, **more):
+        shown = "" if default is None else f" [{default:g}]"
+        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=about + shown, **more)
+    whole = number(int, lambda x: x > 0, "a whole number above 0")
+    positive = number(float, lambda x: x > 0, "a number above 0")
+    least_zero = number(float, lambda x: x >= 0, "a number, 0 or more")
+    add("--gpus", whole, 8, "N", "in a node")
+    add("--nodes", whole, 1, "N", "of them")
+    add("--from", Path, None, "FILE", "JSON of `python -m benchmarks trainer --tokens ...` on one rank", dest="results")
+    add("--us-per-token", positive, None, "X", "in its place: microseconds of forward and backward per token")
+    add("--shared-ms", least_zero, None, "X", "milliseconds of a step on one rank that n ranks divide: the optimizer")
+    add("--fixed-ms", least_zero, None, "X", "milliseconds of a step that every rank has")
+    add("--link", positive, Links().link, "GB/S", "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, "
+        "issue 326), A100 235 (NCCL's tuning.cc); PCIe 4 x16 is below 32")
+    add("--network", positive, Links().network, "GB/S", "network of each GPU between nodes: 400 Gb/s is 50")
+    add("--overlap", number(float, lambda x: 0 <= x <= 1, "a fraction"), 0.0, "F",
+        "fraction of communication hidden behind the updates")
+    add("--dollars-per-gpu-hour", positive, None, "X", "price")

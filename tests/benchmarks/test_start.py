@@ -1,0 +1,114 @@
+"""benchmarks/start.py: phases add up, imports by package, a real start with empty and with filled caches."""
+
+import json
+import time
+
+import pytest
+
+from benchmarks import start
+from benchmarks.__main__ import main
+from data import InputError
+from helpers import options, tiny, write_text
+
+
+class Now:
+    def __init__(self):
+        self.t = 0.0
+
+    def __call__(self):
+        return self.t
+
+
+def test_a_phase_does_not_count_those_inside_it():
+    now = Now()
+    phases = start.Phases(now)
+
+    def spend(seconds, *then):
+        now.t += seconds
+        for function in then:
+            function()
+        now.t += seconds
+        return seconds
+    inner = phases.timed(lambda: spend(2), "inner")
+    outer = phases.timed(lambda: spend(10, inner, inner), lambda: "outer")
+    now.t += 1
+    outer(), inner()
+    now.t += 100
+    phases.switch()
+    assert phases.seconds == dict(other=101, outer=20, inner=12) and sum(phases.seconds.values()) == now.t
+    assert list(phases.seconds) == ["other", "outer", "inner"]
+
+
+def test_a_phase_that_raises_ends():
+    now = Now()
+    phases, waited = start.Phases(now), []
+
+    def fail():
+        now.t += 3
+        raise ValueError
+    with pytest.raises(ValueError):
+        phases.timed(fail, "failing", wait=lambda: waited.append(now.t))()
+    now.t += 4
+    phases.switch()
+    assert phases.seconds == dict(other=4, failing=3) and waited == [3] and phases.stack == ["other"]
+
+
+def test_imports_are_summed_by_package():
+    text = """import time: self [us] | cumulative | imported package
+import time:      1000 |       1000 |     torch.nn
+import time:      2000 |       9000 |   torch
+import time:       500 |        500 | train_gpt
+noise
+import time:   1000000 |    1000000 |       numpy._core"""
+    assert start.imports(text) == [("numpy", 1.0), ("torch", 0.003), ("train_gpt", 0.0005)]
+    assert start.imports(text, most=1) == [("numpy", 1.0)]
+
+
+def test_cold_and_warm(tmp_path, capsys):
+    c = tiny(write_text(tmp_path / "text.txt"), tmp_path, tokenizer="bpe:300", target_metric="val_loss")
+    before, out, table = time.perf_counter(), tmp_path / "out.json", tmp_path / "table.md"
+    assert main(["start", "--json", str(out), "--table", str(table), *options(c)]) == 0
+    result = json.loads(out.read_text())
+    assert sum(sum(t) for t in result["totals"].values()) < time.perf_counter() - before
+    for state in ("cold", "warm"):
+        phases = result[state]
+        assert {"interpreter", "imports", "arguments", "data", "model", "kernels", "probe", "log", "first step",
+                "other"} == set(phases)
+        assert min(phases.values()) >= 0 and sum(phases.values()) == pytest.approx(result["totals"][state][0])
+        assert phases["imports"] > 0.3 and phases["first step"] > 0 and phases["probe"] > 0
+    assert result["cold"]["data"] > result["warm"]["data"]  # the tokenizer was trained in the first run only
+    assert "torch" in dict(result["imports"]) and not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    assert "| first step |" in table.read_text() and table.read_text() in capsys.readouterr().err
+
+
+def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
+    """The trainer's process, run here, with torch.compile handing back what it is given."""
+    import torch
+    import train_gpt as tg
+    from unittest import mock
+
+    c = tiny(write_text(tmp_path / "text.txt"), tmp_path, compile=True, batch_tokens=(256, 512))
+    for owner, names in ((tg, ("open_dataset", "parse_args", "load_data", "choose_ops", "describe_environment",
+                               "machine_probe", "evaluate", "keep_freed_memory")),
+                         (tg.Trainer, ("__init__", "describe", "accumulate", "run")), (tg.GPT, ("init_weights",)),
+                         (tg.Optimizer, ("reset", "step"))):
+        for name in names:  # put back what trace() replaces
+            monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(tg, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(tg, "can_compile", lambda log: True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    result = tmp_path / "phases.json"
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        assert start.trace(str(result), time.monotonic(), options(c), synthetic=False) == 130
+    phases = json.loads(result.read_text())
+    assert {"graph of 256 tokens", "graph of 512 tokens", "graph of the optimizer", "graph of validation",
+            "first step"} <= set(phases)
+    assert phases["first step"] < 5 and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_trainer_that_fails_says_why(tmp_path, capsys):
+    assert main(["start", "--n-head", "3"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the trainer ended with status 2 before its first step: --n-embd 256: expected a")
+    with pytest.raises(InputError, match="--repeats 0: expected 1 or more"):
+        start.run(repeats=0)

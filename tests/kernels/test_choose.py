@@ -1,0 +1,95 @@
+"""kernels/choose.py: who gets which implementation, what happens to one that does not work, and a whole training."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import train_gpt as tg
+from helpers import tiny, train_losses, write_text
+from kernel_checks import DEVICE
+from kernels import choose, choose_ops
+
+CUDA = DEVICE.type == "cuda"
+
+
+def triton_ops(ops):
+    return {name for name, how in ops.named().items() if how == "triton"}
+
+
+def test_a_cpu_gets_the_references():
+    assert triton_ops(choose_ops("cpu")) == set()
+    assert choose_ops("cpu").named()["attention"] == "blockwise"
+
+
+@pytest.mark.parametrize("kernels, expected", [
+    (("reference",), set()),
+    (("all",), set(choose.OPS)),
+    (("rms_norm", "relu2_mlp"), {"rms_norm", "relu2_mlp"}),
+])
+def test_ops_by_name(kernels, expected):
+    assert triton_ops(choose_ops(DEVICE, kernels=kernels)) == expected
+
+
+@pytest.mark.parametrize("kernels", [("fast",), (), ("auto", "rms_norm"), ("reference", "all")])
+def test_names_that_do_not_exist_or_contradict_each_other(kernels):
+    with pytest.raises(ValueError, match="expected auto, reference, all, or names out of rms_norm"):
+        choose_ops("cpu", kernels=kernels)
+
+
+def broken(how):
+    def raises(x, *rest, **kwargs):
+        raise RuntimeError("no such instruction")
+
+    def wrong(x, *rest, **kwargs):
+        return choose.rms_norm_reference(x) * 1.2
+
+    def nan(x, *rest, **kwargs):
+        return choose.rms_norm_reference(x) * float("nan")
+    return dict(raises=raises, wrong=wrong, nan=nan)[how]
+
+
+@pytest.mark.parametrize("how, message", [("raises", "no such instruction"), ("wrong", "differs from the reference"),
+                                          ("nan", "differs from the reference")])
+def test_a_kernel_that_does_not_work(monkeypatch, how, message):
+    """Asked for by name it is an error; chosen by auto its reference takes its place, and says so."""
+    monkeypatch.setitem(choose.OPS, "rms_norm", (broken(how), choose.rms_norm_reference))
+    with pytest.raises(ValueError, match=message):
+        choose_ops(DEVICE, kernels=("rms_norm",))
+    monkeypatch.setattr(choose, "AUTO", {80: ("rms_norm", "add_rms_norm")})
+    monkeypatch.setattr(choose, "for_chip", lambda table, x: table[80])
+    monkeypatch.setattr(choose.torch, "device", lambda device: FakeCuda())
+    monkeypatch.setattr(choose.torch, "empty", lambda *args, **kwargs: None)
+    monkeypatch.setattr(choose, "choose_backend", lambda *args: "blockwise")
+    probe = choose.probe
+    monkeypatch.setattr(choose, "probe", lambda name, device, *rest: probe(name, DEVICE, *rest))
+    said = []
+    ops = choose_ops("cuda", say=said.append)
+    assert triton_ops(ops) == {"add_rms_norm"}
+    assert len(said) == 1 and message in said[0] and said[0].startswith("rms_norm by its PyTorch reference")
+
+
+class FakeCuda:
+    type = "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_op_passes_its_probe(dtype):
+    for name in choose.OPS:
+        for head_dim in (64, 128) if name == "qkv_norm_rope" else (64,):
+            assert choose.probe(name, DEVICE, dtype, head_dim) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fifty_steps_with_kernels_are_fifty_steps_without(tmp_path, dtype):
+    """The toy model, every op by Triton (in its interpreter where there is no GPU) and every op by PyTorch."""
+    c = tiny(write_text(tmp_path / "words.txt"), tmp_path, steps=50, batch_tokens=(128,), eval_every=50, val_tokens=256,
+             dtype=dtype, sample_tokens=0)
+    losses = {}
+    for kernels in ("reference", "all"):
+        c = dataclasses.replace(c, kernels=(kernels,), run_dir=str(tmp_path / kernels))
+        result = tg.train(c, tg.World(device=DEVICE))
+        losses[kernels] = torch.tensor(train_losses(tmp_path / kernels) + [result["val_loss"]])
+    assert losses["reference"][-1] < losses["reference"][0] - 1  # it has learnt something
+    difference = (losses["all"] - losses["reference"]).abs().max()
+    assert difference < (1e-3 if dtype == "float32" else 0.05), difference

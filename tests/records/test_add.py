@@ -1,0 +1,352 @@
+"""records/add.py: what may become a record does, whole; anything else is refused and leaves nothing behind."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
+
+import records.__main__
+from records import Log
+from records.add import FILES, load_run, slugify
+from records.compare import losses_to_test, t_test
+from records.read import read_runs
+
+ENVIRONMENT = dict(date="2026-03-04T05:06:07+00:00", device="Some CPU", cpu_cores=2, threads=2, python="3.11.7",
+                   torch="2.13.0", cuda=None, platform="Linux", git_commit="0123456789" * 4, git_dirty=False,
+                   dtype="bfloat16", world_size=1, probe=dict(matmul=dict(bfloat16=1e12), copy=1e10))
+
+
+def make_run(folder, seed=0, losses=(5.0, 4.0, 3.2), target=3.28, steps=30, every=10, ms=100, environment={}, **config):
+    """A finished run's folder, written by Log: a validation with each of these losses, `every` steps apart."""
+    c = dict(track="toy", target=target, target_metric="val_loss", steps=steps, seed=seed, eval_every=every,
+             batch_tokens=[1000], run_dir=str(folder), cache_dir="/home/someone/.cache", text="") | config
+    with Log(folder, steps) as log:
+        log.header("the source\n", environment=ENVIRONMENT | environment, config=c, data="f00d")
+        log.say(f"log in {folder}", quiet=True)
+        for i, loss in enumerate(losses):
+            for step in range(i * every + 1, (i + 1) * every + 1):
+                log.step(step, steps, "train", loss + 1 / step, step * ms / 1000)
+            log.step(step, steps, "val", loss, step * ms / 1000 + 0.0001 * seed, val_bpb=loss / 2)
+        loss = dict(val_loss=loss, val_bpb=loss / 2)
+        log.finish(dict(
+            track=c["track"], target_metric=c["target_metric"], target=target,
+            reached=None if target is None else loss[c["target_metric"]] <= target, **loss,
+            train_time_s=round(step * ms / 1000 + 0.0001 * seed, 3), cold_start_s=1.5, steps=step, tokens=1000 * step,
+            params=12, device=ENVIRONMENT["device"], world_size=1, seed=seed, data="stdlib", data_fingerprint="f00d",
+            run_dir=str(folder)), {"w": torch.zeros(3)})
+    return folder
+
+
+def main(capsys, *args):
+    """(exit status, stdout, stderr) of python -m records."""
+    capsys.readouterr()
+    status = records.__main__.main([str(a) for a in args])
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def add(tmp_path, capsys):
+    """add(run, ..., option, ...) -> (exit status, stdout, stderr), with records in tmp_path/records."""
+    def call(*args, name="a name"):
+        return main(capsys, "add", *args, "--name", name, "--records", tmp_path / "records")
+    return call
+
+
+def refused(result, records, *said):
+    """Exit status 2, one line with each of `said` in it, and nothing in the records' folder."""
+    status, out, err = result
+    assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, result
+    for words in said:
+        assert str(words) in err
+    assert not records.exists() or not any(records.rglob("*"))
+
+
+# --- what is taken
+
+def test_record_of_three_seeds(add, tmp_path):
+    losses = [3.25, 3.26, 3.27]
+    runs = [make_run(tmp_path / f"r{i}", seed, (5.0, 4.0, losses[i]), ms=100 + i) for i, seed in enumerate((2, 0, 1))]
+    status, out, err = add(*runs, name="What's new: ReLU²")
+    folder = tmp_path / "records/toy/2026-03-04_what-s-new-relu2"
+    assert (status, out, err) == (0, f"{folder}\n", "")
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == sorted(
+        ["summary.json", *(f"seed{s}/{name}" for s in range(3) for name in FILES)])  # and no weights
+    s = json.loads((folder / "summary.json").read_text())
+    assert (s["name"], s["track"], s["n"], s["reached"], s["git_dirty"]) == ("What's new: ReLU²", "toy", 3, 3, False)
+    assert s["seeds"] == [0, 1, 2] and s["losses"] == [3.26, 3.27, 3.25] and s["times_s"] == [3.03, 3.06, 3.0]
+    assert s["loss_mean"] == pytest.approx(3.26) and s["loss_sd"] == pytest.approx(0.01)
+    assert s["time_mean_s"] == pytest.approx(3.03) and s["time_sd_s"] == pytest.approx(0.03)
+    assert s["p_value"] == pytest.approx(ttest_1samp(losses, 3.28, alternative="less").pvalue) and s["p_step"] is None
+    assert s["machine_probe"] == ENVIRONMENT["probe"] and s["data_fingerprint"] == "f00d"
+    assert s["environment"]["device"] == "Some CPU" and s["git_commit"] == ENVIRONMENT["git_commit"]
+
+
+def test_one_seed_has_no_spread(add, tmp_path):
+    assert add(make_run(tmp_path / "r"))[0] == 0
+    s = json.loads((tmp_path / "records/toy/2026-03-04_a-name/summary.json").read_text())
+    assert (s["n"], s["loss_sd"], s["time_sd_s"], s["p_value"]) == (1, None, None, None)
+
+
+def test_runs_that_stop_at_the_target_are_tested_where_the_first_stopped(add, tmp_path):
+    runs = [make_run(tmp_path / "r0", 0, (5.0, 3.2)), make_run(tmp_path / "r1", 1, (5.0, 4.0, 3.1))]
+    assert add(*runs)[0] == 0
+    s = json.loads((tmp_path / "records/toy/2026-03-04_a-name/summary.json").read_text())
+    losses, step, looks = losses_to_test([r for path in runs for r in read_runs(path)])
+    assert (s["p_value"], s["p_step"]) == (t_test(losses, 3.28, looks).p, step) and step == 20
+    assert s["p_value"] > 0.5 and s["steps"] == [20, 30]
+
+
+def test_a_folder_of_seeds_is_all_of_them(add, tmp_path):
+    for seed in range(3):
+        make_run(tmp_path / f"runs/seed{seed}", seed)
+    assert add(tmp_path / "runs")[0] == 0
+    assert len(list((tmp_path / "records/toy/2026-03-04_a-name").glob("seed*"))) == 3
+    (tmp_path / "runs/seed1/result.json").unlink()
+    assert "has no result.json" in add(tmp_path / "runs", name="another")[2]
+
+
+def test_paths_of_the_machine_are_not_published(add, tmp_path):
+    run = make_run(tmp_path / "r", text='/home/someone/my "texts"/novel.txt')
+    (run / "log.txt").write_text((run / "log.txt").read_text().replace("the source", 'cache = "/home/someone/.cache"'))
+    before = {name: (run / name).read_text() for name in FILES}
+    assert add(run)[0] == 0
+    kept = tmp_path / "records/toy/2026-03-04_a-name/seed0"
+    c = json.loads((kept / "config.json").read_text())["config"]
+    assert (c["text"], c["cache_dir"], c["run_dir"]) == ("novel.txt", ".cache", "r")
+    for name in FILES:
+        text = (kept / name).read_text()
+        if name == "log.txt":
+            source, text = text.split("\n", 1)
+            assert source == 'cache = "/home/someone/.cache"'  # the source stays as it was
+        assert "someone" not in text and str(tmp_path) not in text
+    assert {name: (run / name).read_text() for name in FILES} == before
+    load_run(kept)
+
+
+def test_a_run_of_the_trainer(add, tmp_path):
+    """What train_gpt.py writes is what is expected here."""
+    import train_gpt as tg
+    from helpers import tiny, write_text
+    tg.train(tiny(write_text(tmp_path / "text.txt"), tmp_path, target=9.0, steps=8, eval_every=4))
+    status, out, err = add(tmp_path / "run", "--allow-dirty")
+    assert status == 0, err
+    s = json.loads((Path(out.strip()) / "summary.json").read_text())
+    assert s["steps"] == [4] and s["machine_probe"]["copy"] > 0
+
+
+# --- what is refused: unfinished, cut or altered runs
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_file(add, tmp_path, name):
+    run = make_run(tmp_path / "r")
+    (run / name).unlink()
+    refused(add(run), tmp_path / "records", run, f"has no {name}")
+
+
+def test_no_such_folder(add, tmp_path):
+    refused(add(tmp_path / "nowhere"), tmp_path / "records", "nowhere", "expected the folder of a run")
+
+
+def edit(run, name, old, new):
+    text = (run / name).read_text()
+    assert old in text
+    (run / name).write_text(text.replace(old, new))
+
+
+ALTERED = {
+    "loss in the result": ("result.json", '"val_loss": 3.2,', '"val_loss": 3.1,'),
+    "bits per byte in the result": ("result.json", '"val_bpb": 1.6,', '"val_bpb": 1.5,'),
+    "time in the result": ("result.json", '"train_time_s": 3.0,', '"train_time_s": 2.0,'),
+    "steps in the result": ("result.json", '"steps": 30,', '"steps": 20,'),
+    "reached in the result": ("result.json", '"reached": true', '"reached": false'),
+    "target in the result": ("result.json", '"target": 3.28', '"target": 3.38'),
+    "seed in the result": ("result.json", '"seed": 0', '"seed": 1'),
+    "data in the result": ("result.json", '"data_fingerprint": "f00d"', '"data_fingerprint": "f00e"'),
+    "last validation in the log": ("log.txt", "step:30/30 val_loss:3.2000", "step:30/30 val_loss:3.1000"),
+    "a time in the log": ("log.txt", "train_time:1500ms", "train_time:1400ms"),
+    "a step less in the log": ("log.txt", "step:30/30 val_loss:3.2000", "# step:30/30 val_loss:3.2000"),
+    "last validation in the metrics": ("metrics.jsonl", '"val_loss": 3.2,', '"val_loss": 3.1,'),
+    "a time in the metrics": ("metrics.jsonl", '"train_time": 1.5}', '"train_time": 1.4}'),
+    "configuration": ("config.json", '"eval_every": 10', '"eval_every": 5'),
+    "steps in the configuration": ("config.json", '"steps": 30', '"steps": 31'),
+    "no number": ("result.json", '"val_loss": 3.2,', '"val_loss": "low",'),
+    "no JSON": ("metrics.jsonl", '{"step": 15,', '{"step": 15'),
+    "a field less": ("result.json", '"params": 12,', ""),
+}
+
+
+@pytest.mark.parametrize("what", ALTERED)
+def test_files_that_contradict_each_other(add, tmp_path, what):
+    run = make_run(tmp_path / "r")
+    edit(run, *ALTERED[what])
+    refused(add(run), tmp_path / "records", run)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
+def test_cut_file(add, tmp_path, name, share):
+    run = make_run(tmp_path / "r")
+    content = (run / name).read_bytes().rstrip()
+    (run / name).write_bytes(content[:int(share * len(content)) - 1 if share else 0])
+    if (name, share) != ("log.txt", 0.999):  # then only the last line's bits per byte are short of digits
+        refused(add(run), tmp_path / "records", run)
+
+
+def test_not_text_and_too_large(add, tmp_path):
+    run = make_run(tmp_path / "r")
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
+    refused(add(run), tmp_path / "records", run)
+    (run / "metrics.jsonl").write_bytes(b" " * 10_000_001)
+    refused(add(run), tmp_path / "records", run, "at most 10,000,000 bytes")
+
+
+def test_no_target_and_no_track(add, tmp_path):
+    refused(add(make_run(tmp_path / "r0", target=None)), tmp_path / "records", "has no target")
+    refused(add(make_run(tmp_path / "r1", track="")), tmp_path / "records", "has no track")
+    refused(add(make_run(tmp_path / "r2", track="../../elsewhere")), tmp_path / "records", "expected a track's name")
+
+
+# --- what is refused: runs that are not one record
+
+@pytest.mark.parametrize("what, fields", [
+    ("config.muon_lr", dict(muon_lr=0.5)), ("config.track", dict(track="toy2")), ("config.steps", dict(steps=40)),
+    ("config.target", dict(target=3.29)), ("environment.device", dict(environment=dict(device="Another CPU"))),
+    ("environment.torch", dict(environment=dict(torch="2.14.0"))),
+    ("environment.git_commit", dict(environment=dict(git_commit="f" * 40)))])
+def test_runs_that_differ_in_more_than_the_seed(add, tmp_path, what, fields):
+    runs = make_run(tmp_path / "r0", muon_lr=0.1), make_run(tmp_path / "r1", seed=1, **(dict(muon_lr=0.1) | fields))
+    if "device" in what:
+        edit(runs[1], "result.json", "Some CPU", "Another CPU")
+    refused(add(*runs), tmp_path / "records", *runs, what)
+
+
+def test_other_data_and_other_source(add, tmp_path):
+    runs = make_run(tmp_path / "r0"), make_run(tmp_path / "r1", seed=1)
+    edit(runs[1], "log.txt", "the source", "another source")
+    refused(add(*runs), tmp_path / "records", "source in log.txt differs")
+    edit(runs[1], "log.txt", "another source", "the source")
+    for name in ("log.txt", "config.json", "result.json"):
+        edit(runs[1], name, "f00d", "beef")
+    refused(add(*runs), tmp_path / "records", "data differs ('f00d' and 'beef')")
+
+
+def test_a_seed_twice(add, tmp_path):
+    run = make_run(tmp_path / "r0")
+    refused(add(run, run), tmp_path / "records", "expected different seeds, found 0 twice")
+
+
+# --- what is refused: source that is no commit
+
+@pytest.mark.parametrize("dirty, said", [(True, "uncommitted changes"), (None, "no git repository")])
+def test_run_without_a_commit(add, tmp_path, dirty, said):
+    run = make_run(tmp_path / "r", environment=dict(git_dirty=dirty))
+    refused(add(run), tmp_path / "records", run, said, "--allow-dirty")
+    assert add(run, "--allow-dirty")[0] == 0
+    assert json.loads((tmp_path / "records/toy/2026-03-04_a-name/summary.json").read_text())["git_dirty"] is True
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_this_repository(tmp_path, capsys):
+    """The commit has to be here, and nothing but records may be uncommitted."""
+    home = tmp_path / "records"
+
+    def git(*args):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True,
+                              text=True).stdout.strip()
+
+    def add(name):
+        return main(capsys, "add", run, "--name", name, "--records", home)
+
+    home.mkdir()
+    (home / "code.py").write_text("1")
+    (tmp_path / ".gitignore").write_text("run\n")
+    git("init", "-q")
+    git("add", "."), git("commit", "-q", "-m", "first")
+    run = make_run(tmp_path / "run", environment=dict(git_commit="f" * 40))
+    assert "is not in this repository" in add("a name")[2]
+    shutil.rmtree(run)
+    make_run(run, environment=dict(git_commit=git("rev-parse", "HEAD")))
+    assert add("a name")[0] == 0
+    (home / "README.md").write_text("made from records")
+    assert add("a second record")[0] == 0  # the first one, uncommitted, does not stand in the way
+    for file in (tmp_path / "new.py", home / "code.py"):
+        file.write_text("2")
+        status, _, err = add("a third")
+        assert status == 2 and file.name in err and "uncommitted changes here" in err
+        git("add", file), git("commit", "-q", "-m", "next")
+    assert add("a third")[0] == 0
+
+
+# --- names and interruptions
+
+@pytest.mark.parametrize("name", ["A  NAME!", "a/name", "../a name"])
+def test_a_name_that_is_taken(add, tmp_path, name):
+    run = make_run(tmp_path / "r")
+    assert add(run)[0] == 0
+    before = sorted(tmp_path.rglob("*"))
+    status, _, err = add(make_run(tmp_path / "r1", environment=dict(date="2026-03-05T00:00:00+00:00")), name=name)
+    assert status == 2 and "2026-03-04_a-name is there already" in err
+    assert [p for p in sorted(tmp_path.rglob("*")) if "r1" not in str(p)] == before
+
+
+@pytest.mark.parametrize("name", ["", "..", "/", "...", "²¾"[1:], "名前"])
+def test_a_name_without_letters(add, tmp_path, name):
+    result = add(make_run(tmp_path / "r"), name=name)
+    if slugify(name):
+        assert result[0] == 0
+    else:
+        refused(result, tmp_path / "records", "expected some letters or digits")
+
+
+@given(st.text(max_size=200))
+def test_slugs_are_safe_folder_names(name):
+    slug = slugify(name)
+    assert set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and len(slug) <= 60
+    assert not slug.startswith("-") and not slug.endswith("-") and slugify(slug) == slug
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("at", range(9))
+def test_an_interrupted_add_leaves_nothing(add, tmp_path, monkeypatch, error, at):
+    """Whichever of the nine files of two runs is being written."""
+    runs, writes, write = [make_run(tmp_path / f"r{s}", s) for s in range(2)], [], Path.write_text
+
+    def fail(path, *args, **kwargs):
+        writes.append(path)
+        if len(writes) > at:
+            raise error
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    status, out, err = add(*runs)
+    assert (status, out) == ((130, "") if error is KeyboardInterrupt else (2, ""))
+    assert not (tmp_path / "records/toy").exists()
+    if status == 2:
+        assert "No space left on device; nothing was added" in err
+    monkeypatch.undo()
+    assert add(*runs)[0] == 0
+
+
+def test_a_record_appears_at_once(add, tmp_path, monkeypatch):
+    """Renamed when it is whole: without a rename there is no record."""
+    def fail(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", fail)
+    refused(add(make_run(tmp_path / "r")), tmp_path / "records", "Invalid cross-device link; nothing was added")
+
+
+def test_what_a_killed_add_left_is_cleared_away(add, tmp_path):
+    stale = tmp_path / "records/toy/.2026-03-04_a-name.tmp/seed7"
+    stale.mkdir(parents=True)
+    assert add(make_run(tmp_path / "r"))[0] == 0
+    assert os.listdir(tmp_path / "records/toy") == ["2026-03-04_a-name"]
+    assert sorted(os.listdir(tmp_path / "records/toy/2026-03-04_a-name")) == ["seed0", "summary.json"]
