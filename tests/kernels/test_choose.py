@@ -1,12 +1,8 @@
-"""kernels/choose.py: who gets which implementation, what happens to one that does not work, and a whole training."""
-
-import dataclasses
+"""kernels/choose.py: who gets which implementation, and what happens to one that does not work."""
 
 import pytest
 import torch
 
-import train_gpt as tg
-from helpers import tiny, train_losses, write_text
 from kernel_checks import DEVICE
 from kernels import choose, choose_ops
 
@@ -78,18 +74,3 @@ def test_every_op_passes_its_probe(dtype):
     for name in choose.OPS:
         for head_dim in (64, 128) if name == "qkv_norm_rope" else (64,):
             assert choose.probe(name, DEVICE, dtype, head_dim) is None
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fifty_steps_with_kernels_are_fifty_steps_without(tmp_path, dtype):
-    """The toy model, every op by Triton (in its interpreter where there is no GPU) and every op by PyTorch."""
-    c = tiny(write_text(tmp_path / "words.txt"), tmp_path, steps=50, batch_tokens=(128,), eval_every=50, val_tokens=256,
-             dtype=dtype, sample_tokens=0)
-    losses = {}
-    for kernels in ("reference", "all"):
-        c = dataclasses.replace(c, kernels=(kernels,), run_dir=str(tmp_path / kernels))
-        result = tg.train(c, tg.World(device=DEVICE))
-        losses[kernels] = torch.tensor(train_losses(tmp_path / kernels) + [result["val_loss"]])
-    assert losses["reference"][-1] < losses["reference"][0] - 1  # it has learnt something
-    difference = (losses["all"] - losses["reference"]).abs().max()
-    assert difference < (1e-3 if dtype == "float32" else 0.05), difference
