@@ -27,7 +27,7 @@ BENCHMARKS = {
     "resources": "registers, spills and shared memory of every kernel on every chip, without a GPU",
     "trainer": "the trainer's step, stage by stage, and where its time goes",
     "start": "from the command to the end of the first step, cold and warm",
-    "cluster": "steps per second on several GPUs and nodes, computed from measured numbers",
+    "cluster": "time to target on a cluster that is not here, computed from measured numbers",
 }
 ALL = ("kernels", "loader", "resources")
 
