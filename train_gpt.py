@@ -68,6 +68,8 @@ class Config:
     n_head: int = option(4, "attention heads")
     mlp_ratio: int = option(4, "hidden width of the MLP over n_embd")
     value_embed_layers: tuple[int, ...] = option((0, 3), "layers whose values get a second token embedding")
+    n_gram: int = option(1, "every n-gram up to this length has an embedding, hashed; 1 is tokens only")
+    ngram_rows: int = option(16384, "rows of the table for each of these lengths")
     softcap: tuple[float, ...] = option((), "a, b and c: logits become a * sigmoid((z + b) / c); empty leaves them")
     rope_base: float = option(1024.0, "longest rotary wavelength over 2 pi, in tokens")
     steps: int = option(500, "optimizer steps", "batch, context and schedule")
@@ -103,7 +105,8 @@ class Config:
         need(self.long_docs in ("split", "drop"), "long_docs", "split or drop")
         need(self.dtype in ("auto", "bfloat16", "float32"), "dtype", "auto, bfloat16 or float32")
         need(self.n_embd >= 12, "n_embd", "12 or more")
-        for f in ("n_layer", "n_embd", "n_head", "mlp_ratio", "steps", "row_len", "val_row_len", "eval_every", "repeat"):
+        for f in ("n_layer", "n_embd", "n_head", "mlp_ratio", "steps", "row_len", "val_row_len", "eval_every", "repeat",
+                  "n_gram", "ngram_rows"):
             need(getattr(self, f) > 0, f, "a positive number")
         for f in ("micro_tokens", "val_tokens", "gpus", "sample_tokens", "seed"):
             need(getattr(self, f) >= 0, f, "zero or more")
@@ -210,6 +213,7 @@ class GPT(nn.Module):
         self.embed = nn.Parameter(torch.empty(V, C, dtype=dtype))
         self.lm_head = nn.Parameter(torch.empty(V, C, dtype=dtype))
         self.value_embeds = nn.Parameter(torch.empty(n_ve, V, C, dtype=dtype))
+        self.ngram_embeds = nn.Parameter(torch.empty(c.n_gram - 1, c.ngram_rows, C, dtype=dtype))
         self.attn_bank = nn.Parameter(torch.empty(L * 4, C, C, dtype=dtype))  # Q, K, V, O of layer 0, of layer 1, ...
         self.mlp_bank = nn.Parameter(torch.empty(L * 2, c.mlp_ratio * C, C, dtype=dtype))  # up, down transposed, ...
         self.value_gates = nn.Parameter(torch.empty(n_ve, H, 12))
@@ -232,6 +236,7 @@ class GPT(nn.Module):
             return torch.randn(shape, generator=g) * std
 
         self.embed.copy_(draw(self.embed.shape, 1.0))
+        self.ngram_embeds.zero_()
         self.lm_head.copy_(draw(self.lm_head.shape, 0.005))
         self.value_embeds.copy_(draw(self.value_embeds.shape, 0.01))
         attn = draw((L, 4, C, C), std)
@@ -243,6 +248,18 @@ class GPT(nn.Module):
         self.value_gates.zero_()
         self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand(L, 2))
 
+    def embed_ngrams(self, inputs, cu_seqlens):
+        """Sum of the embeddings of the 2-gram, 3-gram, ... that end at each token, within its document: (B, T, C)."""
+        starts = torch.zeros(inputs.numel() + 1, dtype=torch.bool, device=inputs.device)
+        starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1].view(inputs.shape)
+        key = before = inputs
+        total = 0
+        for table in self.ngram_embeds.unbind(0):
+            before = F.pad(before[:, :-1], (1, 0)).masked_fill(starts, 0)
+            key = key * (self.n_vocab | 1) + before  # odd, so that rows of a power of two still depend on all tokens
+            total = total + F.embedding(key % len(table), table)
+        return total
+
     def hidden(self, inputs, cu_seqlens, max_seqlen, windows):
         """inputs: (B, T) int64; windows: one int per layer -> (B, T, C) ready for the head."""
         c, ops = self.c, self.ops
@@ -251,7 +268,7 @@ class GPT(nn.Module):
         attn = self.attn_bank.view(c.n_layer, 4 * c.n_embd, c.n_embd).unbind(0)
         mlp = self.mlp_bank.unbind(0)
         value_embeds = dict(zip(c.value_embed_layers, zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))))
-        x = x0 = ops.rms_norm(F.embedding(inputs, self.embed))
+        x = x0 = ops.rms_norm(F.embedding(inputs, self.embed) + self.embed_ngrams(inputs, cu_seqlens))
         for i in range(c.n_layer):
             x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
 
@@ -353,6 +370,7 @@ def parameter_table(c):
         "value_gates": Rule("adam", lr, (0.9, 0.99), sharded=False),
         "value_embeds": Rule("adam", lr * 75, (0.75, 0.95)),
         "embed": Rule("adam", lr * 75, (0.75, 0.95)),
+        "ngram_embeds": Rule("adam", lr * 75, (0.75, 0.95)),
         "lm_head": Rule("adam", lr, (0.75, 0.95)),
         "attn_bank": Rule("muon", c.muon_lr, weight_decay=c.weight_decay),
         "mlp_bank": Rule("muon", c.muon_lr, weight_decay=c.weight_decay),

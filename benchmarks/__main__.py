@@ -28,6 +28,7 @@ BENCHMARKS = {
     "trainer": "the trainer's step, stage by stage, and where its time goes",
     "start": "from the command to the end of the first step, cold and warm",
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
+    "peers": "nanoGPT and nanochat from their checkouts beside this trainer, on one text, to one loss",
 }
 ALL = ("kernels", "loader", "resources")
 

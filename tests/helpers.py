@@ -35,7 +35,7 @@ def tiny(text, tmp_path, **fields):
 def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, ops=None, **fields):
     """(Config, GPT) with every parameter random, so that nothing is hidden behind a zero."""
     c = dataclasses.replace(tg.Config(n_layer=3, n_embd=32, n_head=2, value_embed_layers=(0, 2),
-                                      softcap=(23.0, 5.0, 7.5), row_len=24,
+                                      softcap=(23.0, 5.0, 7.5), n_gram=3, ngram_rows=64, row_len=24,
                                       val_row_len=24, batch_tokens=(24,), max_doc_len=(24,)), **fields)
     model = tg.GPT(c, n_vocab, dtype, ops)
     model.init_weights(seed)

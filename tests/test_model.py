@@ -43,7 +43,15 @@ def plain_loss(model, inputs, targets, cu_seqlens, windows):
         ids = flat[start:end]
         positions = (torch.arange(start, end) % inputs.size(1)).to(P["embed"].dtype)
         t = end - start
-        x = x0 = rms(P["embed"][ids])
+        x = P["embed"][ids]
+        for table, n in zip(P["ngram_embeds"], range(2, c.n_gram + 1)):
+            before = [0] * (n - 1) + ids.tolist()  # nothing before the document
+            for i in range(t):
+                key = 0
+                for token in reversed(before[i:i + n]):
+                    key = key * (model.n_vocab | 1) + token
+                x = x.index_add(0, torch.tensor([i]), table[key % c.ngram_rows][None])
+        x = x0 = rms(x)
         for layer in range(c.n_layer):
             x = P["lambdas"][layer, 0] * x + P["lambdas"][layer, 1] * x0
             h = rms(x)

@@ -334,7 +334,8 @@ def tiny(**kwargs):
 
 
 CONFIGS = dict(default=Config(), tiny=tiny(), one_layer=tiny(n_layer=1, value_embed_layers=(0,)),
-               no_value_embeds=tiny(value_embed_layers=()), no_softcap=tiny(softcap=()))
+               no_value_embeds=tiny(value_embed_layers=()), no_softcap=tiny(softcap=()),
+               ngrams=tiny(n_gram=3, ngram_rows=100))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -509,7 +510,7 @@ def test_many_ranks_do_what_one_does(world, dtype):
 @pytest.mark.parametrize("world", [3], indirect=True)
 def test_many_ranks_train_the_model(world):
     """GPT's own parameters and table, each rank with its row of the batch, as one rank with all rows."""
-    c = tiny()
+    c = tiny(n_gram=2, ngram_rows=100)
     tokens = torch.randint(65, (3, 33), generator=torch.Generator().manual_seed(0))
 
     def fresh(rank=0, world_size=1):

@@ -293,3 +293,28 @@ def test_without_what_compiling_needs_the_run_goes_on(missing, said, text, tmp_p
         monkeypatch.setattr(tg.sysconfig, "get_path", lambda name: str(tmp_path))
     assert tg.train(tiny(text, tmp_path, steps=2, compile=True))["steps"] == 2
     assert said in capsys.readouterr().err
+
+
+# --- several seeds in one process
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_repeated_runs_are_those_of_their_seeds_alone(text, tmp_path, compile):
+    """The second run of --repeat reuses the model, the optimizer and the compiled step, and must not notice."""
+    fields = dict(steps=6, eval_every=6, compile=compile)
+    results = []
+    last = tg.train(tiny(text, tmp_path, repeat=2, seed=3, run_dir=str(tmp_path / "both"), **fields), report=results.append)
+    assert [r["seed"] for r in results] == [3, 4] and last == results[1]
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["seed3", "seed4"]
+    for r in results:
+        alone = tg.train(tiny(text, tmp_path, seed=r["seed"], run_dir=str(tmp_path / f"alone{r['seed']}"), **fields))
+        assert train_losses(r["run_dir"]) == train_losses(alone["run_dir"])
+        assert r["val_loss"] == alone["val_loss"]
+    assert results[0]["val_loss"] != results[1]["val_loss"]
+
+
+def test_repeated_runs_are_a_line_of_json_each(text, tmp_path, capsys):
+    c = tiny(text, tmp_path, repeat=2, steps=2, eval_every=2, target=0.1)
+    assert tg.main(options(c)) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
