@@ -398,8 +398,10 @@ class Optimizer:
         # 0-d tensors, so that a new value compiles nothing
         self.scalar = (lambda x: torch.tensor(x, dtype=torch.float32)) if compile else float
         # on flat tensors, so that one compiled kernel serves every parameter
-        self.adam, *momentum_and_step = (
-            torch.compile(f, fullgraph=True, dynamic=True) if compile else f for f in (adam_update, nesterov, descend))
+        # (on a GPU a kernel for each: with its size known, Inductor loads 16 bytes at a time)
+        dynamic = not next(model.parameters()).is_cuda
+        self.adam, *momentum_and_step = (torch.compile(f, fullgraph=True, dynamic=dynamic) if compile else f
+                                         for f in (adam_update, nesterov, descend))
         self.muon = functools.partial(muon_update, **dict(zip(("nesterov", "descend"), momentum_and_step)),
                                       orthogonalise=polar_express)
         self.reset()
@@ -485,7 +487,7 @@ VAL_LOGITS = 8192 * 50304  # at one time: 0.8 GB in bf16, where a row of 65,536 
 
 @torch.no_grad()
 def evaluate(c, forward, n_vocab, micro_batches, world):
-    """Summed loss in nats over the micro-batches of all ranks."""
+    """Summed loss in nats over the micro-batches of all ranks. n_vocab: how many logits there are, padding included."""
     windows = layer_windows(c, *(c.val_windows or (c.short_window[-1], c.long_window[-1])))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     chunk = VAL_LOGITS // n_vocab
@@ -619,10 +621,12 @@ def most_micro_rows(c, model, world):
         return c.micro_tokens // c.row_len
     if world.device.type != "cuda":
         return max(1, 16384 // c.row_len)
-    # Saved for backward: about 16 widths a layer, 4 a value embedding; logits, their gradient and fp32 in passing.
+    # Saved for backward: about 16 widths a layer, 4 a value embedding. Logits: in one buffer with their gradient where
+    # a kernel writes it there, else also the gradient and fp32 in passing.
     # Gradients of the weights come on top; moments and masters are there already.
     size = model.embed.element_size()
-    per_token = size * c.n_embd * (16 * c.n_layer + 4 * len(c.value_embed_layers)) + (2 * size + 4) * len(model.embed)
+    per_logit = size if model.ops.named()["linear_cross_entropy"] == "triton" else 2 * size + 4
+    per_token = size * c.n_embd * (16 * c.n_layer + 4 * len(c.value_embed_layers)) + per_logit * len(model.embed)
     free = 0.85 * torch.cuda.mem_get_info(world.device)[0] - sum(p.numel() * size for p in model.parameters())
     rows = torch.tensor(max(1, int(free / (per_token * c.row_len))), device=world.device)
     if world.size > 1:  # ranks that disagreed would train on some rows twice and on others never
@@ -686,7 +690,7 @@ class Trainer:
             padding = pack([None] * rows, self.c.row_len, self.data.train.max_docs, stage.max_doc_len)
             self.accumulate([[t.to(self.world.device) for t in padding]], stage)
         self.optimizer.step(0.0, 0.0)  # at learning rate 0
-        evaluate(self.c, self.forward, self.model.n_vocab, self.val_batches[:1], self.world)
+        evaluate(self.c, self.forward, len(self.model.lm_head), self.val_batches[:1], self.world)
 
     def accumulate(self, batch, stage):
         """Forward and backward over this rank's micro-batches; returns the global mean loss, 0-d, on the device."""
@@ -702,7 +706,7 @@ class Trainer:
 
     def validate(self, step):
         """Validation metrics by name; val_bpb is None where the tokenizer's bytes are unknown."""
-        nats = evaluate(self.c, self.forward, self.model.n_vocab, self.val_batches, self.world)
+        nats = evaluate(self.c, self.forward, len(self.model.lm_head), self.val_batches, self.world)
         if not math.isfinite(nats):
             raise InputError(f"step {step}: the validation loss is {nats}, so the run stopped there")
         data = self.data

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from .fp8 import E4M3, E5M2, fp8_matmul, quantize, to_fp8, transpose_copy
-from .launch import INTERPRET, as_rows, cast, for_chip, runs_triton, sm_count, tl, triton
+from .launch import INTERPRETED, as_rows, cast, for_chip, runs_triton, sm_count, tl, triton
 
 try:
     from triton.experimental import gluon
@@ -304,7 +304,7 @@ def launch_cross_entropy(logits, targets, target_weights, cap, ignore_index, gra
     a, b, c = cap or (0.0, 0.0, 1.0)
     maximum = cap is None or abs(a) / 2 + math.log(V) > 80
     gradient = dlogits is not None
-    fast = logits.dtype == torch.bfloat16 and gradient and not INTERPRET.value
+    fast = logits.dtype == torch.bfloat16 and gradient and not INTERPRETED
     if N == 0:
         return losses
     out = dlogits if gradient else losses

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -48,6 +49,8 @@ def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, ops=None, **fields):
 
 def run_trainer(*args, launcher=(), env=None, timeout=300):
     """Start train_gpt.py as a user would; returns the finished process (stdout, stderr as text)."""
+    if launcher:  # more processes than there may be GPUs
+        env = (os.environ if env is None else env) | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, str(ROOT / "train_gpt.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
 

@@ -60,9 +60,10 @@ def test_a_kernel_that_does_not_work(monkeypatch, how, message):
     probe = choose.probe
     monkeypatch.setattr(choose, "probe", lambda name, device, *rest: probe(name, DEVICE, *rest))
     said = []
-    ops = choose_ops("cuda", say=said.append)
+    ops = choose_ops("cuda", torch.bfloat16, say=said.append)
     assert triton_ops(ops) == {"add_rms_norm"}
     assert len(said) == 1 and message in said[0] and said[0].startswith("rms_norm by its PyTorch reference")
+    assert triton_ops(choose_ops("cuda", torch.float32)) == set()
 
 
 class FakeCuda:

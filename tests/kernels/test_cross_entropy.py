@@ -18,6 +18,7 @@ RECORD = (23.0, 5.0, 7.5)
 CAPS = [None, RECORD, 15.0, (400.0, 0.0, 100.0)]  # 15.0: tanh; the last one needs the maximum
 FUNCTIONS = [softcap_cross_entropy, softcap_cross_entropy_reference]
 APPROXIMATE = DEVICE.type == "cuda"  # bf16 logits that need a gradient go through tanh.approx there
+FACTOR = 4 if APPROXIMATE else 2  # and exp2 and division in fp32 are a bit or two short of exact
 caps = pytest.mark.parametrize("cap", CAPS, ids=str)
 functions = pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "reference"])
 
@@ -52,15 +53,17 @@ def draw(N, V, dtype=torch.float32, size=5.0, seed=0, K=None):
 
 
 def check(fn, logits, targets, cap, **kwargs):
-    """Loss and gradient within twice the error of same-dtype eager, plus 1e-6 (of the loss, for the loss)."""
+    """Loss and gradient within FACTOR times the error of same-dtype eager, plus 1e-6 (of the loss, for the loss;
+    1e-3 of it where it is approximate: eager's error in bf16 is larger, but now and then zero by chance)."""
     loss, gradient = loss_and_gradient(fn, logits, targets, cap=cap, **kwargs)
     exact, exact_gradient = loss_and_gradient(formula, logits.double(), targets, cap, **kwargs)
     eager, eager_gradient = loss_and_gradient(formula, logits, targets, cap, **kwargs)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert gradient.dtype == logits.dtype and gradient.shape == logits.shape
-    assert (loss - exact).abs() <= 2 * (eager - exact).abs() + 1e-6 * max(1, exact.abs().item())
+    slack = 1e-3 if APPROXIMATE and logits.dtype == torch.bfloat16 else 1e-6
+    assert (loss - exact).abs() <= FACTOR * (eager - exact).abs() + slack * max(1, exact.abs().item())
     if logits.numel():
-        allowed = 2 * (eager_gradient - exact_gradient).abs().max() + 1e-6
+        allowed = FACTOR * (eager_gradient - exact_gradient).abs().max() + 1e-6
         assert (gradient - exact_gradient).abs().max() <= allowed
     return loss, gradient
 
@@ -138,7 +141,7 @@ def test_gradient_against_differences(cap):
         step = torch.zeros(3, 11, dtype=torch.float64, device=DEVICE)
         step[i, j] = 1e-5
         more, less = (formula(logits.double() + s, targets, cap).item() for s in (step, -step))
-        assert gradient[i, j].item() == pytest.approx((more - less) / 2e-5, abs=2e-6)
+        assert gradient[i, j].item() == pytest.approx((more - less) / 2e-5, abs=2e-5 if APPROXIMATE else 2e-6)
 
 
 @functions
