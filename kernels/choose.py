@@ -61,9 +61,7 @@ def choose_ops(device, dtype=torch.float32, head_dim=64, kernels=("auto",), say=
     if unknown or not kernels or (special and len(kernels) > 1):
         raise ValueError(f"kernels {' '.join(kernels)}: expected auto, reference, all, or names out of {', '.join(OPS)}")
     if kernels == ("auto",):
-        # in fp32 the kernels multiply without tensor cores, which is for tests
-        gpu = device.type == "cuda" and dtype != torch.float32
-        wanted = for_chip(AUTO, torch.empty(0, device=device)) if gpu else ()
+        wanted = automatic(device, dtype)
     else:
         wanted = {"reference": (), "all": tuple(OPS)}.get(kernels[0], kernels)
     chosen = {name: reference for name, (_, reference) in OPS.items()}
@@ -78,6 +76,12 @@ def choose_ops(device, dtype=torch.float32, head_dim=64, kernels=("auto",), say=
     backend = choose_backend(device, dtype, head_dim)
     return Ops(attention=functools.partial(attention, backend=backend),
                polar_express=functools.partial(polar_express, symmetric=chosen.pop("symmetric_matmul")), **chosen)
+
+
+def automatic(device, dtype):
+    """Names of the ops that auto runs by Triton. In fp32 their kernels multiply without tensor cores: for tests only."""
+    gpu = device.type == "cuda" and dtype != torch.float32
+    return for_chip(AUTO, torch.empty(0, device=device)) if gpu else ()
 
 
 def probe(name, device, dtype, head_dim):

@@ -15,7 +15,7 @@ Two kernels, one of which a table picks for a chip:
               L2, if what all the chip's rows in flight take fits there: many warps to a row, so few rows in flight.
     resident  Gluon, compute capability 9.0 and newer. The row stays in shared memory, two blocks to an SM.
 Everything is fp32 between load and store. bf16 logits that need a gradient go through the hardware's tanh (relative
-error 2^-11, below the logits' own rounding); all others, and validation, through an exact sigmoid.
+error 2^-11, below the logits' own rounding); all others, and validation, through an fp32 sigmoid.
 
 Source: Gemma 2's tanh softcap (a tanh is a sigmoid of twice the argument), in the record's asymmetric form
 23 sigmoid((z + 5) / 7.5) (modded-nanogpt record 54); its multi-token targets (53), e5m2 gradients (67), and the row in
@@ -234,7 +234,7 @@ def resident_cross_entropy_kernel(
     row = gl.program_id(0).to(gl.int64)
     logits += row * stride_z
     lanes = gl.arange(0, BLOCK, layout)
-    chunks = ()  # apart, so that the compiler sees that writing one cannot touch another, and needs no barrier
+    chunks = ()  # apart, so that the compiler sees that writing one cannot touch another, and needs fewer barriers
     for i in gl.static_range(CHUNKS):
         chunks = chunks + (gl.allocate_shared_memory(gl.bfloat16, [BLOCK], shared), )
         async_copy.async_copy_global_to_shared(chunks[i], logits + i * BLOCK + lanes, i * BLOCK + lanes < V)

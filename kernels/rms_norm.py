@@ -6,8 +6,8 @@
 
 Minimum bytes for M rows of N elements of e bytes: forward 2 e M N (with the addition 4), backward 3 (4).
 Several rows per program, statistics in fp32, gradients of w from a fixed grid of partial sums (no atomics, so two runs
-agree bit by bit). Source: RMSNorm (Zhang & Sennrich, arXiv:1910.07467); rows per program as in QuACK, the order of the
-backward as in Liger-Kernel.
+agree bit by bit). Source: RMSNorm (Zhang & Sennrich, arXiv:1910.07467); several rows per program as QuACK has them,
+the order of the backward as in Liger-Kernel.
 
 Inductor fuses a norm without weight into its neighbours, so in the trainer this op is on only where measured faster.
 """

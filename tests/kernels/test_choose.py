@@ -52,22 +52,15 @@ def test_a_kernel_that_does_not_work(monkeypatch, how, message):
     monkeypatch.setitem(choose.OPS, "rms_norm", (broken(how), choose.rms_norm_reference))
     with pytest.raises(ValueError, match=message):
         choose_ops(DEVICE, kernels=("rms_norm",))
-    monkeypatch.setattr(choose, "AUTO", {80: ("rms_norm", "add_rms_norm")})
-    monkeypatch.setattr(choose, "for_chip", lambda table, x: table[80])
-    monkeypatch.setattr(choose.torch, "device", lambda device: FakeCuda())
-    monkeypatch.setattr(choose.torch, "empty", lambda *args, **kwargs: None)
-    monkeypatch.setattr(choose, "choose_backend", lambda *args: "blockwise")
-    probe = choose.probe
-    monkeypatch.setattr(choose, "probe", lambda name, device, *rest: probe(name, DEVICE, *rest))
+    monkeypatch.setattr(choose, "automatic", lambda device, dtype: ("rms_norm", "add_rms_norm"))
     said = []
-    ops = choose_ops("cuda", torch.bfloat16, say=said.append)
+    ops = choose_ops(DEVICE, say=said.append)
     assert triton_ops(ops) == {"add_rms_norm"}
     assert len(said) == 1 and message in said[0] and said[0].startswith("rms_norm by its PyTorch reference")
-    assert triton_ops(choose_ops("cuda", torch.float32)) == set()
 
 
-class FakeCuda:
-    type = "cuda"
+def test_auto_leaves_fp32_to_pytorch():
+    assert choose.automatic(torch.device("cuda"), torch.float32) == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
