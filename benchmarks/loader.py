@@ -53,3 +53,14 @@ def run(n_tokens=20_000_000, repeats=5):
         inputs[:], targets[:] = tokens[:n], tokens[1:n + 1]
         seconds.append(time.perf_counter() - start)
     return dict(cores=1, stages=rows, floor_tokens_per_s=round(n / statistics.median(seconds)))
+
+
+def render(result):
+    """The result in Markdown."""
+    lines = ["# Loader: gpt2-small's batches on one core", "",
+             f"Copying alone would be {result['floor_tokens_per_s'] / 1e6:,.0f} M tokens/s.", "",
+             "| tokens a batch | M tokens/s | s to open and index 100M tokens |", "|---|---|---|"]
+    for stage in result["stages"]:
+        lines.append(f"| {stage['batch_tokens']:,} | {stage['tokens_per_s'] / 1e6:.0f} | "
+                     f"{stage['open_and_index_s_per_100M']:.3f} |")
+    return "\n".join(lines) + "\n"
