@@ -216,7 +216,7 @@ def test_what_goes_wrong_is_one_line_and_not_timed():
             forward=staticmethod(lambda ctx, x: 2 * x), backward=staticmethod(lambda ctx, g: factor * g)))
 
     def missing(*_):
-        import a_package_nobody_has  # noqa: F401
+        __import__("a_package_nobody_has")
     rows = measure.measure("toy", toy(dict(
         raises=Variant(raises), raises_later=Variant(lambda *_: raises), missing=Variant(missing),
         nan=Variant(lambda *_: lambda x: x * math.nan), off=Variant(lambda *_: lambda x: 2.1 * x),
@@ -580,7 +580,7 @@ def test_kernels_refuses_without_a_gpu(monkeypatch, capsys):
 @pytest.mark.parametrize("options,said", [
     (["kernels", "--only", "rms_nrom"], "'rms_nrom': expected some of adam_update, add_rms_norm, attention"),
     (["kernels", "--tokens", "100"], "'100': expected a multiple of 128"),
-    (["nonsense"], "invalid choice"), ([], "NAME"), (["loader", "--table", "x"], "--table")])
+    (["nonsense"], "invalid choice"), ([], "NAME"), (["loader", "--only", "x"], "--only")])
 def test_bad_options_end_with_2(options, said, capsys):
     with pytest.raises(SystemExit) as e:
         command.main(options)
