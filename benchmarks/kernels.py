@@ -25,7 +25,7 @@ TOKENS = (GPT2_SMALL.tokens, 16384)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the issue asks of an H200
+# What an H200 should do
 
 
 class Target(typing.NamedTuple):
