@@ -387,7 +387,7 @@ class Optimizer:
 
     Each gradient is reduce-scattered, its owner updates its part, the weights are all-gathered; all three overlap
     between parameters. Parts are rows of the flattened parameter (Adam) or whole matrices (Muon); a world size that
-    does not divide them gets padding. For bf16 weights the owner keeps the 16 bits that make them exact fp32 masters.
+    does not divide them gets padding. For bf16 weights the owner keeps what makes them exact fp32 masters.
     """
 
     def __init__(self, model, table, rank=0, world_size=1, compile=False, polar_express=polar_express):
@@ -397,8 +397,8 @@ class Optimizer:
         self.rank, self.world_size = rank, world_size
         # 0-d tensors, so that a new value compiles nothing
         self.scalar = (lambda x: torch.tensor(x, dtype=torch.float32)) if compile else float
-        # on flat tensors, so that one compiled kernel serves every parameter
-        # (on a GPU a kernel for each: with its size known, Inductor loads 16 bytes at a time)
+        # on flat tensors, so that one compiled kernel serves every parameter; on a GPU one for each size, since
+        # Inductor vectorises loads where it knows the size
         dynamic = not next(model.parameters()).is_cuda
         self.adam, *momentum_and_step = (torch.compile(f, fullgraph=True, dynamic=dynamic) if compile else f
                                          for f in (adam_update, nesterov, descend))
@@ -486,11 +486,11 @@ VAL_LOGITS = 8192 * 50304  # at one time: 0.8 GB in bf16, where a row of 65,536 
 
 
 @torch.no_grad()
-def evaluate(c, forward, n_vocab, micro_batches, world):
-    """Summed loss in nats over the micro-batches of all ranks. n_vocab: how many logits there are, padding included."""
+def evaluate(c, forward, n_logits, micro_batches, world):
+    """Summed loss in nats over the micro-batches of all ranks. n_logits: per token, with padding."""
     windows = layer_windows(c, *(c.val_windows or (c.short_window[-1], c.long_window[-1])))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    chunk = VAL_LOGITS // n_vocab
+    chunk = VAL_LOGITS // n_logits
     for micro in micro_batches:
         inputs, targets, cu_seqlens = (t.to(world.device, non_blocking=True) for t in micro)
         total += forward(inputs, targets, cu_seqlens, c.val_row_len, windows, chunk)

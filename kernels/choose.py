@@ -1,7 +1,7 @@
 """Which implementation of each op a machine gets.
 
-On a CPU all are the PyTorch references, which torch.compile fuses. On a GPU a Triton op is taken where it beats what
-torch.compile makes of its reference: AUTO names those, by chip.
+On a CPU all are the PyTorch references, which torch.compile fuses. On a GPU a Triton op should be taken where it beats
+what torch.compile makes of its reference: AUTO names those, by chip.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Adam and Muon's updates, each in one pass over memory, on bf16 weights with exact fp32 masters, or fp32 weights.
+"""Adam and Muon's updates, on bf16 weights with exact fp32 masters, or fp32 weights; pointwise parts in one pass each.
 
 A weight p comes with a companion, what is missing from its fp32 master:
 
