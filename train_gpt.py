@@ -1,6 +1,6 @@
 """Stopwatch: train a GPT to a target loss against the clock.
 
-One file, in reading order: configuration, model, optimizer, schedules, evaluation and sampling, the run, the door.
+One file, in reading order: configuration, model, schedules, optimizer, evaluation, the run, the door.
 `./run.sh` starts it; `python train_gpt.py` and `torchrun --nproc_per_node=N train_gpt.py` work as well.
 Tracks (tracks/*.py) are small sets of differences from the defaults in Config below.
 """
@@ -9,126 +9,139 @@ import time
 
 START = time.perf_counter()  # the cold start is counted from here
 
-import argparse
 import contextlib
-import ctypes
 import dataclasses
 import datetime
-import difflib
 import functools
 import importlib
-import json
-import logging
 import math
 import os
-import shutil
+import signal
 import sys
-import sysconfig
 import typing
+import zlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from data import Dataset, InputError, Prefetcher, TrainLoader, ValLoader, open_dataset, pack, read_shard
-from kernels import adam_update, choose_ops, descend, muon_update, nesterov, new_companion, polar_express
-from records import Log, describe_environment, machine_probe, synchronize
+from data import InputError, Prefetcher, pack
+from data.loader import IGNORE
+from kernels import choose_ops, embedding, polar_express
+from kernels.cross_entropy import fp8_linear_cross_entropy
+from kernels.mlp import FP8ReLU2MLP
+from kernels.updates import (adam_update, balance, descend, gradient_report, join, muon_update, nesterov, new_companion,
+                             new_second_moment, store)
+from records import Log, describe_environment, machine_probe, to_json
+from runtime import memory, resume
+from runtime.checkpoint import Checkpoints
+from runtime.corpus import load_data
+from runtime.guard import Guard
+from runtime.machine import (Clock, World, can_compile, first_rank_first, join_world, keep_freed_memory, launch,
+                             has_fp8, lost_another, native_dtype, to_device)
+from runtime.options import (BY_STAGE, COUNT, FRACTION, PAIR, POSITIVE, RATE, RunOptions, check_options, interval,
+                             option, parse_options, seconds)
+from runtime.sample import generate
+from runtime.shards import Shard
+from runtime.signals import Interrupted, Requests
 
 ROOT = Path(__file__).resolve().parent
+GATE_INPUTS = 12  # gates look at this many dimensions of a token
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: every field is a command-line option
 
 
-def option(default, help, group=None):
-    """A field of Config; group: the heading it begins in --help."""
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group))
-
-
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything a run depends on. Tuples with one entry per stage divide training into equal stages."""
-    track: str = option("", "named set of defaults, data and target", "goal")
+class Config(RunOptions):
+    """What is trained: the recipe. RunOptions, in runtime/options.py, says how and where a run is kept.
+
+    Tuples with one entry per stage divide training into equal stages.
+    """
+    track: str = option("", "named set of defaults, data and target", group="goal")
     target: float | None = option(None, "stop when the validation metric is this or less; one easier than "
-                                       "the track's own may choose a smaller model")
-    target_metric: str = option("val_loss", "val_loss (nats per token) or val_bpb (bits per byte)")
-    data: str = option("stdlib", "stdlib, fineweb10B, or text (then --text says which)", "data")
+                                       "the track's own may choose a smaller model",
+                                 (lambda x: x is None or math.isfinite(x), "a number"))
+    target_metric: str = option("val_loss", "nats per token or bits per byte", ("val_loss", "val_bpb"))
+    data: str = option("stdlib", "what to train on; for text, --text says which", ("stdlib", "fineweb10B", "text"),
+                       group="data")
     text: str = option("", "train on this file or folder of text")
     tokenizer: str = option("bpe:4096", "for text: chars, bytes, bpe:N or gpt2")
-    train_shards: int = option(9, "how many FineWeb shards of 100M tokens to use")
-    cache_dir: str = option(str(ROOT / ".cache"), "prepared data and compiled code")
-    long_docs: str = option("split", "what happens to a document beyond max_doc_len: split or drop")
+    train_shards: int = option(9, "how many FineWeb shards of 100M tokens to use", POSITIVE)
+    long_docs: str = option("split", "what happens to a document beyond max_doc_len", ("split", "drop"))
     shuffle: bool = option(True, "documents in random order already in the first epoch")
-    val_tokens: int = option(0, "validate on this many tokens from the start of the validation split; 0 is all")
-    n_layer: int = option(4, "transformer blocks", "model")
-    n_embd: int = option(256, "width")
-    n_head: int = option(4, "attention heads")
-    mlp_ratio: int = option(4, "hidden width of the MLP over n_embd")
+    val_tokens: int = option(0, "validate on this many tokens from the start of the validation split; 0 is all", COUNT)
+    n_layer: int = option(4, "transformer blocks", POSITIVE, group="model")
+    n_embd: int = option(256, "width", (lambda n: n >= GATE_INPUTS, f"{GATE_INPUTS} or more"))
+    n_head: int = option(4, "attention heads", POSITIVE)
+    mlp_ratio: int = option(4, "hidden width of the MLP over n_embd", POSITIVE)
     value_embed_layers: tuple[int, ...] = option((0, 3), "layers whose values get a second token embedding")
-    n_gram: int = option(1, "every n-gram up to this length has an embedding, hashed; 1 is tokens only")
-    ngram_rows: int = option(16384, "rows of the table for each of these lengths")
+    n_gram: int = option(1, "every n-gram up to this length has an embedding, hashed; 1 is tokens only", POSITIVE)
+    ngram_rows: int = option(16384, "rows of the table for each of these lengths", POSITIVE)
+    ngram_signs: bool = option(False, "each n-gram flips the signs of its row in a way of its own")
+    smear: bool = option(False, "add a gated share of the previous token's embedding to each token's")
+    attn_gate: bool = option(False, "each head's output has a gate, a function of the token")
+    key_offset: bool = option(False, "half of each key is its predecessor's, in layers that see far")
+    paired_layers: tuple[int, ...] = option((), "layers where two heads see each other's keys")
+    skip: tuple[int, ...] = option((), "two layers: the second has no attention but the first one's output")
+    backout: int = option(-1, "a layer whose output is taken out of the last one's; -1 is none")
+    attn_scale: float = option(1.36, "of normalised queries and keys, times head width to the power of -1/2", POSITIVE)
     softcap: tuple[float, ...] = option((), "a, b and c: logits become a * sigmoid((z + b) / c); empty leaves them")
-    rope_base: float = option(1024.0, "longest rotary wavelength over 2 pi, in tokens")
-    steps: int = option(500, "optimizer steps", "batch, context and schedule")
-    row_len: int = option(256, "tokens in a packed row; attention never leaves a row")
-    val_row_len: int = option(1024, "the same for validation")
-    batch_tokens: tuple[int, ...] = option((8192,), "tokens per step, by stage")
-    max_doc_len: tuple[int, ...] = option((256,), "documents are cut at this many tokens, by stage")
-    short_window: tuple[int, ...] = option((256,), "tokens a query sees behind it in most layers, by stage")
-    long_window: tuple[int, ...] = option((256,), "the same in every fourth layer and the last, by stage")
-    val_windows: tuple[int, ...] = option((), "short and long window in validation; empty means the last stage's")
-    stage_lr: tuple[float, ...] = option((1.0,), "learning rate multiplier, by stage")
-    cooldown: float = option(0.6, "fraction of training over which the learning rate falls linearly")
-    lr_floor: float = option(0.15, "where it falls to, as a fraction")
-    muon_lr: float = option(0.03, "Muon, on the matrices of the blocks", "optimizer")
-    adam_lr: float = option(0.008, "Adam, on the head; embeddings and scalars have multiples of it")
-    weight_decay: float = option(0.0, "decoupled, on the matrices")
-    eval_every: int = option(125, "steps between validations; there is always one at the end", "run")
-    micro_tokens: int = option(0, "tokens per forward pass; 0 fits them to the memory found")
-    seed: int = option(0, "of the weights and the order of the data")
-    repeat: int = option(1, "runs from this many successive seeds, one after the other in one process")
-    dtype: str = option("auto", "of weights and activations: bfloat16, float32 or auto")
-    kernels: tuple[str, ...] = option(("auto",), "auto, reference (PyTorch only), all, or names of ops to run by Triton")
-    compile: bool = option(True, "torch.compile; off, a run starts at once and is slower")
-    gpus: int = option(0, "how many GPUs; 0 is all there are")
-    run_dir: str = option("", "where log, metrics and weights go; empty is runs/<utc>-<track>")
-    sample_tokens: int = option(120, "length of the text sample at the end")
+    rope_base: float = option(1024.0, "longest rotary wavelength over 2 pi, in tokens", POSITIVE)
+    steps: int = option(500, "optimizer steps", POSITIVE, group="batch, context and schedule")
+    row_len: int = option(256, "tokens in a packed row; attention never leaves a row", POSITIVE)
+    val_row_len: int = option(1024, "the same for validation", POSITIVE)
+    batch_tokens: tuple[int, ...] = option((8192,), "tokens per step, by stage", BY_STAGE)
+    max_doc_len: tuple[int, ...] = option((256,), "documents are cut at this many tokens, by stage", BY_STAGE)
+    long_layers: tuple[int, ...] = option((), "layers that see as far as the last one does")
+    short_window: tuple[int, ...] = option((256,), "tokens a query sees behind it in most layers, by stage", BY_STAGE)
+    long_window: tuple[int, ...] = option((256,), "the same in long_layers and the last one, by stage", BY_STAGE)
+    val_windows: tuple[int, ...] = option((), "short and long window in validation; empty means the last stage's", PAIR)
+    stage_lr: tuple[float, ...] = option((1.0,), "learning rate multiplier, by stage", BY_STAGE)
+    yarn: bool = option(False, "rotary frequencies and attention's scale follow the long window")
+    mtp: tuple[int, ...] = option((1,), "next tokens that each one predicts, by stage; the farthest fades out", BY_STAGE)
+    tied: float = option(0.0, "fraction of training in which the head is the embedding as well", FRACTION)
+    extension: int = option(0, "the last so many steps stay where the schedules end", COUNT)
+    cooldown: float = option(0.6, "fraction of training over which the learning rate falls linearly", FRACTION)
+    lr_floor: float = option(0.15, "where it falls to, as a fraction", FRACTION)
+    muon_lr: float = option(0.03, "Muon, on the matrices of the blocks", RATE, group="optimizer")
+    adam_lr: float = option(0.008, "Adam, on the head; embeddings and scalars have multiples of it", RATE)
+    weight_decay: float = option(0.0, "times the squared learning rate, where it agrees with the update", RATE)
+    normuon: bool = option(False, "each neuron's part of Muon's update is scaled to the same size")
+    adam_every: int = option(1, "Adam updates at each so many steps, from the sum of their gradients", POSITIVE)
+    max_skips: int = option(0, "so many steps may have a loss or gradient that is not finite and do not count; 0 stops at "
+                               "the first", COUNT)
+    spike_sigmas: float = option(0.0, "the same for a loss so many standard deviations above the mean of the last "
+                                      "128 steps; 0 is off", RATE)
+    seed: int = option(0, "of the weights and the order of the data", (lambda n: 0 <= n < 2**63, "zero or more"))
+    fp8: bool = option(False, "the head and the MLPs' forward products in 8-bit floats, on Hopper and later")
+    dtype: str = option("auto", "of weights and activations", ("auto", "bfloat16", "float32"))
 
     def __post_init__(self):
-        def need(ok, field, expected):
+        check_options(self)
+        L, layers = self.n_layer, f"layers from 0 to {self.n_layer - 1}"
+        for field, ok, expected in (
+                ("n_embd", self.n_embd % (4 * self.n_head) == 0, f"a multiple of 4 * n_head ({4 * self.n_head})"),
+                ("batch_tokens", not any(b % self.row_len for b in self.batch_tokens), f"multiples of {self.row_len}, row_len"),
+                ("micro_tokens", self.micro_tokens % self.row_len == 0, f"a multiple of row_len ({self.row_len})"),
+                ("eval_every", not self.keep_best or self.eval_every % self.adam_every == 0,
+                 f"a multiple of adam_every ({self.adam_every}), for the best checkpoint to be that of a validation"),
+                ("value_embed_layers", all(0 <= i < L for i in self.value_embed_layers), layers),
+                ("paired_layers", all(0 <= i < L and self.n_head % 2 == 0 for i in self.paired_layers),
+                 f"{layers}, and an even n_head"),
+                ("skip", not self.skip or len(self.skip) == 2 and 0 <= self.skip[0] < self.skip[1] < L
+                 and self.skip[1] not in self.paired_layers + self.value_embed_layers,
+                 "an earlier and a later layer, the later one without pairs and value embeddings, or none"),
+                ("backout", -1 <= self.backout < L - 1, "a layer before the last, or -1"),
+                ("softcap", len(self.softcap) in (0, 3) and all(map(math.isfinite, self.softcap)) and self.softcap[-1:] != (0,),
+                 "three numbers, or none"),
+                ("text", self.data != "text" or self.text, f"a file or folder, which track {self.track} needs")):
             if not ok:
                 raise InputError(f"--{field.replace('_', '-')} {getattr(self, field)}: expected {expected}")
-        need(self.target_metric in ("val_loss", "val_bpb"), "target_metric", "val_loss or val_bpb")
-        need(self.long_docs in ("split", "drop"), "long_docs", "split or drop")
-        need(self.dtype in ("auto", "bfloat16", "float32"), "dtype", "auto, bfloat16 or float32")
-        need(self.n_embd >= 12, "n_embd", "12 or more")
-        for f in ("n_layer", "n_embd", "n_head", "mlp_ratio", "steps", "row_len", "val_row_len", "eval_every", "repeat",
-                  "n_gram", "ngram_rows"):
-            need(getattr(self, f) > 0, f, "a positive number")
-        for f in ("micro_tokens", "val_tokens", "gpus", "sample_tokens", "seed"):
-            need(getattr(self, f) >= 0, f, "zero or more")
-        for f in ("batch_tokens", "max_doc_len", "short_window", "long_window", "stage_lr"):
-            need(getattr(self, f) and min(getattr(self, f)) > 0, f, "one positive number per stage")
-        need(self.n_embd % self.n_head == 0 and self.n_embd // self.n_head % 4 == 0, "n_embd",
-             f"a multiple of 4 * n_head ({4 * self.n_head})")
-        need(all(b % self.row_len == 0 for b in self.batch_tokens), "batch_tokens",
-             f"multiples of row_len ({self.row_len})")
-        need(self.micro_tokens % self.row_len == 0, "micro_tokens", f"a multiple of row_len ({self.row_len})")
-        need(all(0 <= i < self.n_layer for i in self.value_embed_layers), "value_embed_layers",
-             f"layers from 0 to {self.n_layer - 1}")
-        need(len(self.softcap) in (0, 3) and self.softcap[-1:] != (0,), "softcap", "three numbers, or none")
-        need(self.rope_base > 0, "rope_base", "a positive number")
-        for f in ("muon_lr", "adam_lr", "weight_decay"):
-            need(0 <= getattr(self, f) < math.inf, f, "zero or more")
-        need(len(self.val_windows) in (0, 2) and min(self.val_windows, default=1) > 0, "val_windows",
-             "a short and a long window, or none")
-        for f in ("cooldown", "lr_floor"):
-            need(0 <= getattr(self, f) <= 1, f, "a fraction")
-        need(self.data in ("stdlib", "fineweb10B", "text"), "data", "stdlib, fineweb10B or text")
-        need(self.data != "text" or self.text, "text", f"the path of a file or folder: track {self.track} needs a text")
 
 
 def track_names():
@@ -145,23 +158,10 @@ def load_track(name, target=None):
     return fields | (module.EASIER[max(rungs)] if rungs else {})
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for an error, with the nearest valid name."""
-
-    def error(self, message):
-        if message.startswith("unrecognized arguments: "):
-            given = message.split(": ", 1)[1].split()[0]
-            valid = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
-            near = difflib.get_close_matches(given, valid, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            message = f"unknown option {given}: {hint}valid are {' '.join(valid)}"
-        raise InputError(message)
-
-
 def parse_args(argv):
     """Command line -> Config: defaults, then the track's fields, then the options given."""
-    parser = Parser(
-        prog="run.sh", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    given = parse_options(
+        Config, argv, load_track("laptop"), prog="run.sh",
         usage="""./run.sh [--OPTION VALUE ...]          train this machine's track
        ./run.sh --track laptop --steps 50     a track by name, a field changed
        ./run.sh --text FILE_OR_FOLDER         on your own text
@@ -170,22 +170,7 @@ def parse_args(argv):
                     "gpt2-small where there is a CUDA GPU, else laptop. Progress goes to stderr, the result is one "
                     "line of JSON on stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input.",
         epilog=f"Tracks: {', '.join(track_names())}. What is in brackets is the laptop track's value. Lists have an "
-               "entry for each of the equally long stages of training, or one for all.", allow_abbrev=False)
-    shown, group = load_track("laptop"), None
-    for f in dataclasses.fields(Config):
-        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
-        kind = typing.get_args(f.type)[0] if typing.get_args(f.type) else f.type
-        name, default = "--" + f.name.replace("_", "-"), shown.get(f.name, f.default)
-        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        kwargs = dict(dest=f.name, default=None, help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
-        if f.type is bool:
-            group.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
-        elif typing.get_origin(f.type) is tuple:
-            group.add_argument(name, type=kind, nargs="*", metavar=kind.__name__.upper(), **kwargs)
-        else:
-            group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+               "entry for each of the equally long stages of training, or one for all.")
     big = torch.cuda.is_available() and "text" not in given
     fields = load_track(given.pop("track", None) or ("gpt2-small" if big else "laptop"), given.get("target"))
     if "text" in given and fields["data"] != "text":  # on a track with its own data: keep every token, for its own sake
@@ -202,114 +187,201 @@ class GPT(nn.Module):
     """A decoder-only transformer with the record's main parts.
 
     The matrices of all layers with the same shape are one parameter (a bank), so that the optimizer
-    orthogonalises them in one batch and ranks share them out evenly.
+    orthogonalises them in one batch and ranks share them out evenly. Parts that are switched off have no elements.
     """
 
     def __init__(self, c, n_vocab, dtype=torch.float32, ops=None):
         super().__init__()
-        self.c, self.n_vocab, self.ops = c, n_vocab, ops or choose_ops("cpu")
+        self.c, self.n_vocab, self.ops, self.recompute = c, n_vocab, ops or choose_ops("cpu"), c.recompute == "on"
         L, C, H, V = c.n_layer, c.n_embd, c.n_head, -(-n_vocab // 64) * 64  # padded: GPUs like multiples of 64
-        n_ve = len(c.value_embed_layers)
-        self.embed = nn.Parameter(torch.empty(V, C, dtype=dtype))
-        self.lm_head = nn.Parameter(torch.empty(V, C, dtype=dtype))
-        self.value_embeds = nn.Parameter(torch.empty(n_ve, V, C, dtype=dtype))
-        self.ngram_embeds = nn.Parameter(torch.empty(c.n_gram - 1, c.ngram_rows, C, dtype=dtype))
-        self.attn_bank = nn.Parameter(torch.empty(L * 4, C, C, dtype=dtype))  # Q, K, V, O of layer 0, of layer 1, ...
-        self.mlp_bank = nn.Parameter(torch.empty(L * 2, c.mlp_ratio * C, C, dtype=dtype))  # up, down transposed, ...
-        self.value_gates = nn.Parameter(torch.empty(n_ve, H, 12))
-        self.lambdas = nn.Parameter(torch.empty(L, 2))  # per layer: weight of the residual stream, of the embedding
+        self.attn_layers = [i for i in range(L) if i not in c.skip[1:]]  # those with attention
 
-        D, T = C // H, max(c.row_len, c.val_row_len)
-        freqs = c.rope_base ** -torch.linspace(0, 1, D // 4)  # half of the head's dimensions rotate, half stand still
-        angles = torch.arange(T)[:, None] * torch.cat([freqs, torch.zeros(D // 4)])  # (T, D / 2)
-        self.register_buffer("cos", angles.cos()[:, None].to(dtype), persistent=False)  # (T, 1, D / 2)
-        self.register_buffer("sin", angles.sin()[:, None].to(dtype), persistent=False)
+        def parameter(*shape, dtype=dtype):
+            return nn.Parameter(torch.zeros(shape, dtype=dtype))
+        self.embed, self.lm_head = parameter(V, C), parameter(V, C)
+        self.value_embeds = parameter(len(c.value_embed_layers), V, C)
+        self.ngram_embeds = parameter(c.n_gram - 1, c.ngram_rows, C)
+        self.attn_bank = parameter(len(self.attn_layers) * 4, C, C)  # Q, K, V, O of one layer, of the next, ...
+        self.mlp_bank = parameter(L * 2, c.mlp_ratio * C, C)  # up, down transposed, ...
+        self.value_gates = parameter(len(c.value_embed_layers), H, GATE_INPUTS, dtype=torch.float32)
+        self.attn_gates = parameter(len(self.attn_layers) * c.attn_gate, H, GATE_INPUTS, dtype=torch.float32)
+        self.smear_gate = parameter(int(c.smear), GATE_INPUTS, dtype=torch.float32)
+        self.lambdas = parameter(L, 2, dtype=torch.float32)  # of each layer: of residual stream, embedding
+        self.scalars = parameter(3, dtype=torch.float32)  # weights of smear, skip and backout
+
+        D, T = C // H, max(c.row_len, c.val_row_len) * (2 if c.paired_layers else 1)
+        for name in "cos", "sin":  # filled by rotate()
+            self.register_buffer(name, torch.zeros(T, 1, D // 2, dtype=dtype), persistent=False)
+        signs = torch.randint(2, (1024 * c.ngram_signs, C), generator=torch.Generator().manual_seed(0), device="cpu")
+        self.register_buffer("signs", (2 * signs - 1).to(self.cos), persistent=False)
+        self.rotate(c.long_window[:1])
+        self.mlps = nn.ModuleList(FP8ReLU2MLP() for _ in range(L)) if c.fp8 else [self.ops.relu2_mlp] * L
 
     @torch.no_grad()
     def init_weights(self, seed):
         """Outputs of all blocks start at zero, so that the model starts as embedding -> head."""
-        g = torch.Generator().manual_seed(seed)  # on the CPU, so that every device starts from the same weights
-        L, C = self.c.n_layer, self.c.n_embd
-        std = 0.5 * C**-0.5
+        def draw(name, std):  # on the CPU, for every device alike, and by name, whatever other parameters there are
+            g = torch.Generator().manual_seed((seed << 20) % 2**62 + zlib.crc32(name.encode()) % 2**20)
+            return torch.randn(self.get_parameter(name).shape, generator=g) * std
 
-        def draw(shape, std):
-            return torch.randn(shape, generator=g) * std
-
-        self.embed.copy_(draw(self.embed.shape, 1.0))
+        std = 0.5 * self.c.n_embd**-0.5
+        self.embed.copy_(draw("embed", 1.0))
         self.ngram_embeds.zero_()
-        self.lm_head.copy_(draw(self.lm_head.shape, 0.005))
-        self.value_embeds.copy_(draw(self.value_embeds.shape, 0.01))
-        attn = draw((L, 4, C, C), std)
-        attn[:, 3] = 0
-        mlp = draw((L, 2, *self.mlp_bank.shape[1:]), std)
-        mlp[:, 1] = 0
-        self.attn_bank.copy_(attn.flatten(0, 1))
-        self.mlp_bank.copy_(mlp.flatten(0, 1))
-        self.value_gates.zero_()
-        self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand(L, 2))
+        self.lm_head.copy_(draw("lm_head", 0.005))
+        self.value_embeds.copy_(draw("value_embeds", 0.01))
+        self.attn_bank.copy_(draw("attn_bank", std))
+        self.attn_bank[3::4].zero_()
+        self.mlp_bank.copy_(draw("mlp_bank", std))
+        self.mlp_bank[1::2].zero_()
+        for gates in (self.value_gates, self.attn_gates, self.smear_gate):
+            gates.zero_()
+        self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand_as(self.lambdas))
+        self.scalars.copy_(torch.tensor([0.0, 0.2, -0.5]))
 
-    def embed_ngrams(self, inputs, cu_seqlens):
+    def scales(self):
+        """What FP8 products know of the activations they multiply, [] without them."""
+        return [mlp.post for mlp in self.mlps] if self.c.fp8 else []
+
+    def rotate(self, long_windows):
+        """Fill the rotary tables for a stage, given the long windows of all stages up to it."""
+        D = self.c.n_embd // self.c.n_head
+        freqs = rope_frequencies(self.c, D // 4, long_windows).to(self.cos.device)
+        angles = torch.arange(len(self.cos), device=freqs.device)[:, None] * F.pad(freqs, (0, D // 4))  # (T, D / 2)
+        self.cos.copy_(angles.cos()[:, None])
+        self.sin.copy_(angles.sin()[:, None])
+
+    def embed_ngrams(self, inputs, starts):
         """Sum of the embeddings of the 2-gram, 3-gram, ... that end at each token, within its document: (B, T, C)."""
-        starts = torch.zeros(inputs.numel() + 1, dtype=torch.bool, device=inputs.device)
-        starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1].view(inputs.shape)
         key = before = inputs
         total = 0
         for table in self.ngram_embeds.unbind(0):
-            before = F.pad(before[:, :-1], (1, 0)).masked_fill(starts, 0)
+            before = previous(before, starts, torch.zeros_like(before))
             key = key * (self.n_vocab | 1) + before  # odd, so that rows of a power of two still depend on all tokens
-            total = total + F.embedding(key % len(table), table)
+            x = embedding(key % len(table), table)
+            if len(self.signs):  # those that share a row get it with other signs
+                x = x * F.embedding(key // len(table) % len(self.signs), self.signs)
+            total = total + x
         return total
 
-    def hidden(self, inputs, cu_seqlens, max_seqlen, windows):
-        """inputs: (B, T) int64; windows: one int per layer -> (B, T, C) ready for the head."""
+    def hidden(self, inputs, cu_seqlens, stage):
+        """inputs: (B, T) int64; stage: a Stage -> (B, T, C) ready for the head."""
         c, ops = self.c, self.ops
         B, T = inputs.shape
         H, D = c.n_head, c.n_embd // c.n_head
-        attn = self.attn_bank.view(c.n_layer, 4 * c.n_embd, c.n_embd).unbind(0)
+        attn = dict(zip(self.attn_layers, self.attn_bank.view(-1, 4 * c.n_embd, c.n_embd).unbind(0)))
+        attn_gates = dict(zip(self.attn_layers, self.attn_gates.unbind(0)))
         mlp = self.mlp_bank.unbind(0)
         value_embeds = dict(zip(c.value_embed_layers, zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))))
-        x = x0 = ops.rms_norm(F.embedding(inputs, self.embed) + self.embed_ngrams(inputs, cu_seqlens))
-        for i in range(c.n_layer):
-            x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
+        starts = document_starts(inputs, cu_seqlens)
 
-            h = ops.rms_norm(x)
-            w_qkv, w_o = attn[i].split([3 * c.n_embd, c.n_embd])
-            q, k, v = ops.qkv_norm_rope(F.linear(h, w_qkv).view(B, T, 3 * H, D), self.cos, self.sin)  # (B, T, H, D)
-            if i in value_embeds:
-                table, w_gate = value_embeds[i]
-                gate = 2 * torch.sigmoid(F.linear(h[..., :12], w_gate.to(h.dtype)))  # (B, T, H)
-                v = v + gate[..., None] * F.embedding(inputs, table).view(B, T, H, D)
-            # with normalised q and k, 1.36 / sqrt(D) is the record's 0.12 at D = 128
-            y = ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=windows[i],
-                              scale=1.36 * D**-0.5)
-            h, x = ops.add_rms_norm(x, F.linear(y.reshape(B, T, c.n_embd), w_o))
-            x = x + ops.relu2_mlp(h, *mlp[2 * i:2 * i + 2])
+        x = embedding(inputs, self.lm_head if stage.tied else self.embed)
+        x = ops.rms_norm(x) if c.tied else x  # to the size of the n-grams' embeddings
+        x = ops.rms_norm(x + self.embed_ngrams(inputs, starts))
+        for w_gate in self.smear_gate.unbind(0):
+            x = x + self.scalars[0] * gate(x, w_gate[None]) * previous(x, starts[..., None], torch.zeros_like(x))
+        x0, outputs = x, []
+
+        def block(i, x, skipped):
+            x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
+            if i in attn:
+                h = ops.rms_norm(x)
+                w_qkv, w_o = attn[i].split([3 * c.n_embd, c.n_embd])
+                qkv, pair = F.linear(h, w_qkv).view(B, T, 3 * H, D), i in c.paired_layers
+                q, k, v = ops.qkv_norm_rope(pair_heads(qkv) if pair else qkv, self.cos, self.sin)  # (B, T, H, D)
+                if c.key_offset and sees_far(c, i) and not pair:
+                    # what stands still of a key is its predecessor's: a query finds what came after a token
+                    still = torch.arange(D, device=x.device) % (D // 2) >= D // 4
+                    k = torch.where(still, previous(k, starts[..., None, None], k), k)
+                if i in value_embeds:
+                    table, w_gate = value_embeds[i]
+                    ve = gate(h, w_gate)[..., None] * embedding(inputs, table).view(B, T, H, D)
+                    v = v + (pair_heads(ve) if pair else ve)
+                n = 1 + pair
+                y = ops.attention(q, k, v, cu_seqlens=n * cu_seqlens, max_seqlen=n * stage.max_doc_len,
+                                  window=n * stage.windows[i], scale=stage.attn_scale)
+                y = y.view(B, T, 2, H // 2, D).transpose(2, 3).reshape(B, T, H, D) if pair else y
+                if c.attn_gate:
+                    y = gate(h, attn_gates[i])[..., None] * y
+                y = F.linear(y.reshape(B, T, c.n_embd), w_o)
+            else:
+                y = self.scalars[1] * skipped
+            h, x = ops.add_rms_norm(x, y)
+            return x + self.mlps[i](h, *mlp[2 * i:2 * i + 2])
+
+        for i in range(c.n_layer):
+            x = self.keep_less(block, i, x, outputs[c.skip[0]] if i not in attn else None)
+            outputs.append(x)
+        if c.backout >= 0:
+            x = x + self.scalars[2] * outputs[c.backout]
         return ops.rms_norm(x)
 
-    def forward(self, inputs, targets, cu_seqlens, max_seqlen, windows, chunk=None):
+    def keep_less(self, function, *args):
+        """function(*args); with recompute, backward computes it again instead of keeping what is inside."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
+
+    def forward(self, inputs, targets, cu_seqlens, stage, target_weights=None, chunk=0):
         """Summed cross-entropy (fp32 scalar) over the targets that are not padding.
 
-        chunk: tokens whose logits exist at one time; None is all of them (training needs their gradient anyway).
+        target_weights: (n,) fp32 for predicting the n next tokens from each, None for one.
+        chunk: tokens whose logits exist at one time, 0 for all of them.
         """
-        x = self.hidden(inputs, cu_seqlens, max_seqlen, windows).flatten(0, 1)  # (B T, C)
-        targets = targets.flatten()
-        cap = self.c.softcap or None
-        return sum(self.ops.linear_cross_entropy(h, self.lm_head, t, cap=cap)
-                   for h, t in zip(x.split(chunk or len(x)), targets.split(chunk or len(x))))
+        x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
+        later, ends = [targets], F.pad(document_starts(inputs, cu_seqlens)[:, 1:], (0, 1), value=True)
+        for _ in range(stage.n_targets - 1):  # the next document's tokens are no target
+            later.append(torch.where(ends, IGNORE, later[-1].roll(-1, dims=1)))
+        targets = torch.stack(later, dim=2).flatten(0, 1)  # (B T, n)
+        loss = functools.partial(fp8_linear_cross_entropy if self.c.fp8 else self.ops.linear_cross_entropy,
+                                 cap=self.c.softcap or None, target_weights=target_weights)
+        size = chunk or (4096 if self.recompute else len(x))
+        return sum(self.keep_less(loss, h, self.lm_head, t) for h, t in zip(x.split(size), targets.split(size)))
 
-    def flops_per_token(self, windows, max_doc_len):
+    def flops_per_token(self, stage):
         """Training FLOPs per token: 6 per matrix weight, and attention over half of what the window lets it see."""
+        c = self.c
         matrices = self.attn_bank.numel() + self.mlp_bank.numel() + self.lm_head.numel()
-        return 6 * matrices + sum(12 * self.c.n_embd * min(w, max_doc_len) / 2 for w in windows)
+        seen = sum((1 + (i in c.paired_layers)) * min(stage.windows[i], stage.max_doc_len) for i in self.attn_layers)
+        return 6 * matrices + 12 * c.n_embd * seen / 2
+
+
+def document_starts(inputs, cu_seqlens):
+    """(B, T) bool: where a document begins, as every row does."""
+    starts = torch.zeros(inputs.numel() + 1, dtype=torch.bool, device=inputs.device)
+    return starts.index_fill(0, cu_seqlens.long(), True)[:-1].view(inputs.shape)
+
+
+def previous(x, starts, first):
+    """(B, T, ...) -> the value one token earlier; `first` at documents' starts, which each row begins with."""
+    return torch.where(starts, first, x.roll(1, dims=1))
+
+
+def gate(x, w):
+    """x: (..., C), w: (H, GATE_INPUTS) -> (..., H) between 0 and 2, seeing the first dimensions of x only."""
+    return 2 * torch.sigmoid(F.linear(x[..., :GATE_INPUTS], w.to(x.dtype)))
+
+
+def pair_heads(x):
+    """(B, T, H, D) -> (B, 2 T, H / 2, D): two heads take turns in time, so that each query sees both heads' keys."""
+    B, T, H, D = x.shape
+    return x.view(B, T, H // 2, 2, D).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedules: plain functions of progress, the fraction of steps behind us
+# Schedules: plain functions of progress, the fraction of the scheduled steps behind us
+
+
+def progress_at(c, step):
+    """step: how many are behind us."""
+    return min(1.0, step / max(1, c.steps - c.extension))
 
 
 def by_stage(values, progress):
     """The entry for this progress, stages being equally long."""
-    return values[min(int(progress * len(values)), len(values) - 1)]
+    return values[stage_number(values, progress)]
+
+
+def stage_number(values, progress):
+    return min(int(progress * len(values)), len(values) - 1)
 
 
 def lr_scale(c, progress):
@@ -323,22 +395,56 @@ def muon_momentum(progress):
     return 0.85 + 0.10 * min(1.0, progress / 0.2, (1 - progress) / 0.04)
 
 
+def target_weights(c, progress):
+    """1, 1/2, 1/4, ... for the next tokens that are predicted; the farthest fades out over its stage. None for one."""
+    n = by_stage(c.mtp, progress)
+    left = max(0.0, 1 - (progress * len(c.mtp) - stage_number(c.mtp, progress)))
+    return None if n == 1 else [0.5**k * (left if k == n - 1 else 1) for k in range(n)]
+
+
 def layer_windows(c, short, long):
-    """Every fourth layer and the last one see far."""
-    return tuple(long if i % 4 == 3 or i == c.n_layer - 1 else short for i in range(c.n_layer))
+    return tuple(long if sees_far(c, i) else short for i in range(c.n_layer))
+
+
+def sees_far(c, i):
+    return i in c.long_layers or i == c.n_layer - 1
+
+
+def rope_frequencies(c, n, long_windows):
+    """(n,) radians per token. With yarn, at each change of the long window those that turn less than once in the old
+    window are slowed down in proportion, those that turn 32 times stay (Peng et al., arXiv:2309.00071)."""
+    freqs = c.rope_base ** -torch.linspace(0, 1, n)
+    for old, new in zip(long_windows, long_windows[1:] if c.yarn else ()):
+        kept = ((old * freqs / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
+        freqs = freqs * (kept + (1 - kept) * old / new)
+    return freqs
 
 
 class Stage(typing.NamedTuple):
     """What the compiled graph depends on."""
-    windows: tuple
+    windows: tuple  # by layer
     max_doc_len: int
     rows: int  # global batch
+    attn_scale: float
+    tied: bool  # whether the head is the embedding as well
+    n_targets: int
 
 
 def stage_at(c, progress):
     windows = layer_windows(c, by_stage(c.short_window, progress), by_stage(c.long_window, progress))
     max_doc_len = min(by_stage(c.max_doc_len, progress), c.row_len)
-    return Stage(windows, max_doc_len, by_stage(c.batch_tokens, progress) // c.row_len)
+    scale = c.attn_scale * (c.n_embd // c.n_head) ** -0.5
+    if c.yarn:
+        until = c.long_window[:stage_number(c.long_window, progress) + 1]
+        scale *= math.prod(1 + 0.2 * math.log(new / old) for old, new in zip(until, until[1:]))
+    return Stage(windows, max_doc_len, by_stage(c.batch_tokens, progress) // c.row_len, scale,
+                 progress < c.tied, by_stage(c.mtp, progress))
+
+
+def val_stage(c, stage):
+    """The same for validation during or after this stage."""
+    windows = layer_windows(c, *(c.val_windows or (c.short_window[-1], c.long_window[-1])))
+    return stage._replace(windows=windows, max_doc_len=c.val_row_len, rows=0, n_targets=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,293 +456,181 @@ class Rule:
     """How one parameter is updated. lr: peak learning rate; sharded: each rank updates its part only."""
     optim: str  # "muon" or "adam"
     lr: float
-    betas: tuple = (0.0, 0.0)
+    betas: tuple = (0.0, 0.0)  # Adam's
     eps: float = 1e-10
-    weight_decay: float = 0.0  # Muon's only
+    weight_decay: float = 0.0
     sharded: bool = True
-
-    def __post_init__(self):
-        assert self.optim in ("adam", "muon") and not (self.optim == "adam" and self.weight_decay)
 
 
 def parameter_table(c):
     """Every parameter of GPT, declared once, in the order in which gradients are reduced and updated:
     small ones first, the long Muon updates last, so that they hide the others' gathers."""
-    lr = c.adam_lr
+    lr, decay = c.adam_lr, c.weight_decay
     return {
         # every block's input is normalised, so while the blocks' outputs are zero these have rounding errors for
         # gradients: the larger eps keeps Adam from blowing those up to full steps
         "lambdas": Rule("adam", lr * 5, (0.9, 0.99), eps=1e-6, sharded=False),
+        "scalars": Rule("adam", lr * 5, (0.9, 0.99), eps=1e-6, sharded=False),
+        "smear_gate": Rule("adam", lr, (0.9, 0.99), sharded=False),
+        "attn_gates": Rule("adam", lr, (0.9, 0.99), sharded=False),
         "value_gates": Rule("adam", lr, (0.9, 0.99), sharded=False),
-        "value_embeds": Rule("adam", lr * 75, (0.75, 0.95)),
-        "embed": Rule("adam", lr * 75, (0.75, 0.95)),
-        "ngram_embeds": Rule("adam", lr * 75, (0.75, 0.95)),
-        "lm_head": Rule("adam", lr, (0.75, 0.95)),
-        "attn_bank": Rule("muon", c.muon_lr, weight_decay=c.weight_decay),
-        "mlp_bank": Rule("muon", c.muon_lr, weight_decay=c.weight_decay),
+        "value_embeds": Rule("adam", lr * 75, (0.75, 0.95), weight_decay=decay / 50),
+        "embed": Rule("adam", lr * (1 if c.tied else 75), (0.75, 0.95), weight_decay=decay / (1.6 if c.tied else 50)),
+        "ngram_embeds": Rule("adam", lr * 75, (0.75, 0.95), weight_decay=decay / 50),
+        "lm_head": Rule("adam", lr, (0.75, 0.95), weight_decay=decay / 1.6),
+        "attn_bank": Rule("muon", c.muon_lr, weight_decay=decay),
+        "mlp_bank": Rule("muon", c.muon_lr, weight_decay=decay),
     }
 
 
-# PyTorch 2.13 renamed these
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 class Optimizer:
-    """Muon and Adam by the table, shared out over ranks.
+    """Muon and Adam by the table, shared out over the ranks of each machine.
 
-    Each gradient is reduce-scattered, its owner updates its part, the weights are all-gathered; all three overlap
-    between parameters. Parts are rows of the flattened parameter (Adam) or whole matrices (Muon); a world size that
-    does not divide them gets padding. For bf16 weights the owner keeps what makes them exact fp32 masters.
+    Each gradient is reduced to parts, its owner updates its part, the weights are gathered; all of it overlaps between
+    parameters. Parts are rows of the flattened parameter (Adam) or whole matrices (Muon). For bf16 weights the owner
+    keeps what makes them exact fp32 masters.
     """
 
-    def __init__(self, model, table, rank=0, world_size=1, compile=False, polar_express=polar_express):
+    def __init__(self, model, table, world=World(), compile=False, polar_express=polar_express, normuon=False,
+                 adam_every=1):
         self.params = dict(model.named_parameters())
         assert table.keys() == self.params.keys(), "the table must name every parameter"
         self.table = {name: rule for name, rule in table.items() if self.params[name].numel()}
-        self.rank, self.world_size = rank, world_size
+        self.world, self.normuon, self.adam_every = world, normuon, adam_every
         # 0-d tensors, so that a new value compiles nothing
         self.scalar = (lambda x: torch.tensor(x, dtype=torch.float32)) if compile else float
         # on flat tensors, so that one compiled kernel serves every parameter; on a GPU one for each size, since
         # Inductor vectorises loads where it knows the size
         dynamic = not next(model.parameters()).is_cuda
-        self.adam, *momentum_and_step = (torch.compile(f, fullgraph=True, dynamic=dynamic) if compile else f
-                                         for f in (adam_update, nesterov, descend))
-        self.muon = functools.partial(muon_update, **dict(zip(("nesterov", "descend"), momentum_and_step)),
+        self.adam, *parts = (torch.compile(f, fullgraph=True, dynamic=dynamic) if compile else f
+                             for f in (adam_update, nesterov, balance, descend))
+        self.muon = functools.partial(muon_update, **dict(zip(("nesterov", "balance", "descend"), parts)),
                                       orthogonalise=polar_express)
         self.reset()
 
-    def units(self, name, x):
-        """View of a parameter-shaped tensor with what ranks divide on dim 0."""
-        return x if self.table[name].optim == "muon" else x.view(-1)
-
     @torch.no_grad()
     def reset(self):
-        """Moments at zero, nothing below the weights' last bit."""
-        self.state, self.step_count = {}, 0
+        """Moments at zero, nothing below the weights' last bit, no gradients."""
+        self.shards, self.state, self.step_count = {}, {}, 0
         for name, rule in self.table.items():
-            whole = self.units(name, self.params[name].data)
-            n = -(-len(whole) // self.world_size) if rule.sharded else len(whole)
-            start = min(self.rank * n, len(whole)) if rule.sharded else 0
-            own = whole[start:start + n]  # may be shorter than n, or empty, on the last ranks
-            state = dict(whole=whole, n=n, own=own, companion=new_companion(own),
-                         m=torch.zeros_like(own, dtype=torch.float32))
-            if rule.optim == "adam":
-                state["v"] = torch.zeros_like(state["m"])
-            self.state[name] = state
+            whole = self.params[name].data
+            shard = self.shards[name] = Shard(whole if rule.optim == "muon" else whole.view(-1), self.world, rule.sharded)
+            m = torch.zeros_like(shard.own, dtype=torch.float32)
+            v = m.clone() if rule.optim == "adam" else new_second_moment(shard.own) if self.normuon else None
+            self.state[name] = dict(companion=new_companion(shard.own), m=m, v=v)
+            self.params[name].grad = None
 
     @torch.no_grad()
-    def step(self, lr_scale, momentum):
-        """One update from .grad (summed over micro-batches; summed over ranks here). Clears .grad."""
+    def step(self, lr_scale, momentum, ok=None):
+        """One update from .grad (summed over micro-batches; summed over ranks here). Clears .grad of what it updates.
+
+        ok: None, or a 0-d bool tensor on the device: where it is False, weights and moments stay as they are.
+        """
         self.step_count += 1
-        reduced = {name: self._reduce(name) for name in self.table}
+        if ok is not None and ok.device.type == "cpu":  # known already, and checks in every pass would cost 5%
+            if not ok:
+                for name in self.waiting():
+                    self.params[name].grad = None
+            ok = None
+        adam_step, adams_turn = self.step_count // self.adam_every, self.step_count % self.adam_every == 0
+        names = [name for name in self.waiting() if self.table[name].optim == "muon" or adams_turn]
+        reduced = {name: self.shards[name].reduce(self.params[name].grad) for name in names}
+        reduced = {name: self.shards[name].reduce_across(*reduced[name]) for name in names}
         gathers = []
-        for name, rule in self.table.items():
-            work, grad = reduced[name]
+        for name in names:
+            rule, (work, grad), own, s = self.table[name], reduced[name], self.shards[name].own, self.state[name]
             if work is not None:
                 work.wait()
-            s = self.state[name]
-            if len(s["own"]):
-                scalar, lr = self.scalar, rule.lr * lr_scale
+            if len(own):
+                lr = rule.lr * lr_scale
+                shrink = self.scalar(lr * lr * rule.weight_decay)
                 # .data: compiled code would look at what a view is a view of
-                tensors = s["own"].data, s["companion"], grad[:len(s["own"])].data, s["m"]
+                tensors = own.data, s["companion"], grad[:len(own)].data, s["m"]
                 if rule.optim == "adam":
-                    corrections = (1 - beta**self.step_count for beta in rule.betas)
-                    self.adam(*tensors, s["v"], *map(scalar, (lr, *rule.betas, rule.eps, *corrections)))
+                    corrections = (1 - beta**adam_step for beta in rule.betas)
+                    self.adam(*tensors, s["v"], *map(self.scalar, (lr, *rule.betas, rule.eps, *corrections)),
+                              shrink=shrink if rule.weight_decay else None, ok=ok)
                 else:
-                    self.muon(*tensors, *map(scalar, (lr, lr * rule.weight_decay, momentum)))
-            gathers.append(self._gather(name))
+                    self.muon(*tensors, self.scalar(lr), shrink, self.scalar(momentum), s["v"],
+                              cautious=rule.weight_decay > 0, ok=ok)
+            gathers.append(self.shards[name].gather())
             self.params[name].grad = None
-        for work, finish in filter(None, gathers):
-            work.wait()
+        for finish in gathers:
             finish()
 
-    def _reduce(self, name):
-        """Start summing the gradient over ranks; returns (work, this rank's part)."""
-        grad, s = self.units(name, self.params[name].grad), self.state[name]
-        if self.world_size == 1:
-            return None, grad
-        if not self.table[name].sharded:
-            return dist.all_reduce(grad, async_op=True), grad
-        padded = s["n"] * self.world_size
-        if len(grad) != padded:
-            grad = torch.cat([grad, grad.new_zeros(padded - len(grad), *grad.shape[1:])])
-        part = torch.empty_like(grad[:s["n"]])
-        return reduce_scatter(part, grad, async_op=True), part
+    def forget_waiting(self, ok):
+        """Where ok is False, what waits for Adam's turn is zero: a gradient that does not count is no part of the sum."""
+        for name in self.waiting():
+            self.params[name].grad.masked_fill_(~ok, 0)
 
-    def _gather(self, name):
-        """Start collecting the updated parts; returns (work, what to do when it is done)."""
-        s = self.state[name]
-        if self.world_size == 1 or not self.table[name].sharded:
-            return None
-        own = s["own"].clone()
-        if len(own) != s["n"]:
-            own = torch.cat([own, own.new_zeros(s["n"] - len(own), *own.shape[1:])])
-        padded = s["n"] * self.world_size
-        out = s["whole"] if len(s["whole"]) == padded else own.new_empty(padded, *own.shape[1:])
-        finish = (lambda: None) if out is s["whole"] else lambda: s["whole"].copy_(out[:len(s["whole"])])
-        return all_gather(out, own, async_op=True), finish
+    def waiting(self):
+        """Parameters that have a gradient: between steps, those that wait for Adam's turn."""
+        return [name for name in self.table if self.params[name].grad is not None]
+
+    def untie(self):
+        """The embedding leaves the head, whose weights and moments it takes along."""
+        self.params["embed"].data.copy_(self.params["lm_head"].data)
+        for key, x in self.state["lm_head"].items():
+            if x is not None:
+                self.state["embed"][key].copy_(x)
+        if self.params["lm_head"].grad is not None:
+            self.params["embed"].grad = self.params["lm_head"].grad.clone()
+
+    def gather_state(self):
+        """{kind/parameter: whole tensor on the CPU} on the first rank: fp32 weights, m and v, whatever the number of
+        ranks. All ranks have to call it, with no gradients waiting; the others get nothing."""
+        tensors = {}
+        for name, s in self.state.items():
+            shard = self.shards[name]
+            kinds = dict(weights=join(shard.own, s["companion"]), m=s["m"], v=s["v"])
+            whole = {kind: shard.collect(part) for kind, part in kinds.items() if part is not None}
+            if self.world.rank == 0:
+                shape = self.params[name].shape
+                tensors |= {f"{kind}/{name}": (x.view(shape) if x.numel() == shape.numel() else x).to("cpu", copy=True)
+                            for kind, x in whole.items()}
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, fetch, step_count):
+        """Continue from what gather_state gave, on any number of ranks. fetch(name, like): the whole tensor by that
+        name in the shape and dtype and on the device of `like`."""
+        self.reset()
+        self.step_count = step_count
+        for name, s in self.state.items():
+            shard = self.shards[name]
+
+            def own(kind, part):
+                whole = part.new_empty(len(shard.whole), *part.shape[1:], dtype=torch.float32)
+                return fetch(f"{kind}/{name}", whole)[shard.start:shard.start + len(part)]
+            store(shard.own, s["companion"], own("weights", shard.own))
+            for kind in ("m", "v"):
+                if s[kind] is not None:
+                    s[kind].copy_(own(kind, s[kind]))
+            shard.gather()()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and sampling
+# Evaluation
 
 
 VAL_LOGITS = 8192 * 50304  # at one time: 0.8 GB in bf16, where a row of 65,536 tokens would have 6.6 GB
 
 
 @torch.no_grad()
-def evaluate(c, forward, n_logits, micro_batches, world):
+def evaluate(forward, stage, n_logits, micro_batches, world):
     """Summed loss in nats over the micro-batches of all ranks. n_logits: per token, with padding."""
-    windows = layer_windows(c, *(c.val_windows or (c.short_window[-1], c.long_window[-1])))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     chunk = VAL_LOGITS // n_logits
     for micro in micro_batches:
         inputs, targets, cu_seqlens = (t.to(world.device, non_blocking=True) for t in micro)
-        total += forward(inputs, targets, cu_seqlens, c.val_row_len, windows, chunk)
+        total += forward(inputs, targets, cu_seqlens, stage, chunk=chunk)
     if world.size > 1:
         dist.all_reduce(total)
     return total.item()
 
 
-@torch.no_grad()
-def generate(model, tokens, n, seed=0, temperature=0.8, top_k=50):
-    """Continue a list of token ids by n, recomputing the context each time. Returns all ids."""
-    c, g = model.c, torch.Generator().manual_seed(seed)
-    windows = layer_windows(c, c.short_window[-1], c.long_window[-1])
-    for _ in range(n):
-        context = torch.tensor([tokens[-c.row_len:]], device=model.embed.device)
-        cu_seqlens = torch.tensor([0, context.size(1)], dtype=torch.int32, device=context.device)
-        h = model.hidden(context, cu_seqlens, context.size(1), windows)[0, -1]
-        logits = F.linear(h, model.lm_head[:model.n_vocab]).float().cpu()
-        if c.softcap:
-            a, b, s = c.softcap
-            logits = a * torch.sigmoid((logits + b) / s)
-        top = logits.topk(min(top_k, len(logits)))
-        choice = torch.multinomial((top.values / temperature).softmax(-1), 1, generator=g)
-        tokens = tokens + [top.indices[choice].item()]
-    return tokens
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-class Clock:
-    """Training time in seconds: runs between start() and stop(), waiting for the device at both."""
-
-    def __init__(self, device):
-        self.device, self.total, self.since = device, 0.0, None
-
-    def start(self):
-        synchronize(self.device)
-        self.since = time.perf_counter()
-
-    def stop(self):
-        synchronize(self.device)
-        self.total, self.since = self.now(), None
-
-    def now(self):
-        """Without waiting: on a GPU the host runs ahead of it."""
-        return self.total + (time.perf_counter() - self.since if self.since else 0.0)
-
-
-class LossPipe:
-    """Brings each step's loss to the host without making it wait: a loss comes out once its copy has arrived."""
-
-    def __init__(self, device):
-        self.cuda, self.waiting = device.type == "cuda", []
-
-    def put(self, step, loss):
-        host = torch.empty((), dtype=torch.float32, pin_memory=self.cuda)
-        host.copy_(loss, non_blocking=True)
-        event = torch.cuda.Event() if self.cuda else None
-        if event:
-            event.record()
-        self.waiting.append((step, host, event))
-
-    def ready(self):
-        while self.waiting and (self.waiting[0][2] is None or self.waiting[0][2].query()):
-            step, host, _ = self.waiting.pop(0)
-            yield step, host.item()
-
-
-def native_dtype(device):
-    """bfloat16 where the hardware multiplies it, Ampere and later, a CPU with AVX512-BF16 or AMX; else float32."""
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        flags = Path("/proc/cpuinfo")
-        native = flags.exists() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
-def keep_freed_memory():
-    """Have glibc reuse large blocks. It returns them to the system when freed, and on CPUs a step then spends a
-    quarter of its time on page faults: laptop 13,700 -> 17,700 tokens/s on 2 cores."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-2, 2**26)  # M_TOP_PAD
-
-
-class World(typing.NamedTuple):
-    """Which process this is, of how many, on what device."""
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")
-
-
-class Data(typing.NamedTuple):
-    dataset: Dataset
-    train: TrainLoader
-    val: ValLoader
-    val_bytes: int | None  # text the validation targets stand for; None if the vocabulary is out of reach
-
-
-def load_data(c, stages, world):
-    """Prepare the corpus (the first rank does the work) and open its loaders."""
-    dataset = first_rank_first(world, lambda: open_dataset(
-        Path(c.text) if c.data == "text" else c.data, c.tokenizer, Path(c.cache_dir) / "data", c.train_shards))
-    known = dict(eot=dataset.eot, n_vocab=dataset.n_vocab)
-    train = TrainLoader(dataset.train, **known, row_len=c.row_len, batch_rows=lambda step: stages[step].rows,
-                        max_doc_len=lambda step: stages[step].max_doc_len, long_docs=c.long_docs,
-                        shuffle=c.shuffle, seed=c.seed)
-    there = sum(len(read_shard(p)) for p in dataset.val) - 1
-    n_tokens = c.val_tokens if c.data == "fineweb10B" else min(c.val_tokens, there)  # FineWeb's number is the task
-    val = ValLoader(dataset.val, **known, row_len=c.val_row_len, n_tokens=n_tokens or None)
-    try:
-        val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
-    except InputError:  # GPT-2's vocabulary comes over the network; only bits per byte and the sample need it
-        if c.target_metric == "val_bpb":
-            raise
-        val_bytes = None
-    return Data(dataset, train, val, val_bytes)
-
-
-def most_micro_rows(c, model, world):
-    """How many rows fit into one forward and backward pass, on the rank with the least free memory."""
-    if c.micro_tokens:
-        return c.micro_tokens // c.row_len
-    if world.device.type != "cuda":
-        return max(1, 16384 // c.row_len)
-    # Saved for backward: about 16 widths a layer, 4 a value embedding. Logits: in one buffer with their gradient where
-    # a kernel writes it there, else also the gradient and fp32 in passing.
-    # Gradients of the weights come on top; moments and masters are there already.
-    size = model.embed.element_size()
-    per_logit = size if model.ops.named()["linear_cross_entropy"] == "triton" else 2 * size + 4
-    per_token = size * c.n_embd * (16 * c.n_layer + 4 * len(c.value_embed_layers)) + per_logit * len(model.embed)
-    free = 0.85 * torch.cuda.mem_get_info(world.device)[0] - sum(p.numel() * size for p in model.parameters())
-    rows = torch.tensor(max(1, int(free / (per_token * c.row_len))), device=world.device)
-    if world.size > 1:  # ranks that disagreed would train on some rows twice and on others never
-        dist.all_reduce(rows, op=dist.ReduceOp.MIN)
-    return rows.item()
-
-
-def equal_passes(rows, most):
-    """Rows per pass such that `rows` take as few passes as `most` allows, equally large."""
-    return -(-rows // -(-rows // most))
 
 
 class Trainer:
@@ -644,23 +638,31 @@ class Trainer:
 
     def __init__(self, c, world, data, stages, log):
         self.c, self.world, self.data, self.stages = c, world, data, stages
-        device = world.device
+        device, n_vocab = world.device, data.dataset.n_vocab
         dtype = native_dtype(device) if c.dtype == "auto" else getattr(torch, c.dtype)
         try:
             ops = choose_ops(device, dtype, c.n_embd // c.n_head, c.kernels, log.say)
         except ValueError as e:
             raise InputError(e) from None
-        self.compiled = c.compile and can_compile(log)
+        if c.fp8 and (dtype != torch.bfloat16 or not has_fp8(device)):
+            raise InputError(f"--fp8: expected bfloat16 on compute capability 8.9 or later, found {dtype} on {device}")
+        self.compiled = c.compile and can_compile(log.say)
+        with torch.device("meta"):
+            most, recompute, self.memory = memory.fit(c, GPT(c, n_vocab, dtype, ops), world)
         with device:
-            self.model = GPT(c, self.data.dataset.n_vocab, dtype, ops)
-        self.optimizer = Optimizer(self.model, parameter_table(c), world.rank, world.size, self.compiled, ops.polar_express)
+            self.model = GPT(c, n_vocab, dtype, ops)
+        self.model.recompute = recompute
+        self.optimizer = Optimizer(self.model, parameter_table(c), world, self.compiled, ops.polar_express, c.normuon,
+                                   c.adam_every)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compiled else self.model
-        most = most_micro_rows(c, self.model, world)
-        self.micro_rows = {s: equal_passes(-(-s.rows // world.size), most) for s in set(self.stages)}
+        # on a CPU, compiling it would take longer than it does
+        report = torch.compile(gradient_report) if self.compiled and device.type == "cuda" else gradient_report
+        self.guard = Guard(device, report, c.max_skips == 0, c.spike_sigmas)
+        self.micro_rows = {s: memory.equal_passes(-(-s.rows // world.size), most) for s in set(self.stages)}
         val_rows = max(1, min(self.micro_rows[self.stages[-1]] * c.row_len, 16384) // c.val_row_len)
         self.val_batches = list(self.data.val.micro_batches(world.rank, world.size, val_rows))
         self.params = sum(p.numel() for p in self.model.parameters())
-        self.flops_per_token = {s: self.model.flops_per_token(s.windows, s.max_doc_len) for s in set(self.stages)}
+        self.flops_per_token = {s: self.model.flops_per_token(s) for s in set(self.stages)}
         self.environment = describe_environment(device) | dict(
             dtype=str(dtype)[6:], kernels=ops.named(), world_size=world.size, probe=machine_probe(device))
         self.peak = self.environment["probe"]["matmul"][str(dtype)[6:]] * world.size  # "share of peak" is a share of it
@@ -668,13 +670,15 @@ class Trainer:
     def describe(self, log):
         """What is about to run: all of it into the log, the gist on the screen."""
         c, data, environment = self.c, self.data, self.environment
-        sources = [Path(__file__), *ROOT.glob(f"tracks/{c.track.replace('-', '_')}.py"), *ROOT.glob("kernels/*.py")]
+        sources = [Path(__file__), *ROOT.glob(f"tracks/{c.track.replace('-', '_')}.py"), *ROOT.glob("kernels/*.py"),
+                   *ROOT.glob("runtime/*.py")]
         log.header("\n".join(p.read_text() for p in sorted(sources)), environment=environment,
-                   config=dataclasses.asdict(c), data=data.dataset.fingerprint)
+                   config=dataclasses.asdict(c), data=data.dataset.fingerprint, n_vocab=data.dataset.n_vocab)
         triton = [name for name, how in environment["kernels"].items() if how == "triton"]
         log.say(f"{c.track}: {self.params / 1e6:.1f}M parameters, {environment['dtype']}, attention "
                 f"{environment['kernels']['attention']}, Triton for {', '.join(triton) or 'nothing'}, "
                 f"{self.world.size} x {environment['device']}, {self.peak / 1e12:.2f} TFLOP/s in matrix products")
+        log.say(f"memory by estimate: {self.memory}{', blocks recomputed' * self.model.recompute}")
         goal = f"until {c.target_metric} is {c.target} or less" if c.target is not None else "to the last step"
         log.say(f"training on {data.dataset.name} {goal}, at most {c.steps} steps, seed {c.seed}; log in {log.folder}")
         if data.val_bytes is None:
@@ -682,121 +686,244 @@ class Trainer:
 
     def warm_up(self, log):
         """Compile everything on batches of padding, whose loss and gradients are zero, outside the clock."""
-        torch._dynamo.config.recompile_limit = len(self.micro_rows) + 8  # a graph for each stage, one for validation
-        for p in self.model.parameters():
-            p.data.zero_()  # not what the memory happens to hold
+        c, step_of = self.c, {stage: step for step, stage in reversed(list(enumerate(self.stages)))}
+        limit = 2 * len(self.micro_rows) + 8  # each stage may have a graph for validation
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         log.say("compiling ... (a minute or so the first time, seconds from then on)")
         for stage, rows in sorted(self.micro_rows.items()):
-            padding = pack([None] * rows, self.c.row_len, self.data.train.max_docs, stage.max_doc_len)
-            self.accumulate([[t.to(self.world.device) for t in padding]], stage)
-        self.optimizer.step(0.0, 0.0)  # at learning rate 0
-        evaluate(self.c, self.forward, len(self.model.lm_head), self.val_batches[:1], self.world)
+            padding = pack([None] * rows, c.row_len, self.data.train.max_docs, stage.max_doc_len)
+            ok = self.accumulate([[t.to(self.world.device) for t in padding]], 0, stage, progress_at(c, step_of[stage]))
+        for _ in range(c.adam_every):
+            self.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
+        validated = [step for step in range(1, c.steps + 1) if step % c.eval_every == 0 or step == c.steps]
+        for step in {val_stage(c, self.stages[step - 1]): step for step in validated}.values():
+            self.validate(step, self.val_batches[:1])
 
-    def accumulate(self, batch, stage):
-        """Forward and backward over this rank's micro-batches; returns the global mean loss, 0-d, on the device."""
+    def rotate(self, step):
+        """The rotary tables of the stage in which this step, counted from 0, is."""
+        number = stage_number(self.c.long_window, progress_at(self.c, step))
+        self.model.rotate(self.c.long_window[:number + 1])
+
+    def accumulate(self, batch, step, stage, progress, votes=(0, 0, 0)):
+        """Forward and backward over this rank's micro-batches; returns the guard's judgement, 0-d, on the device."""
         total = torch.zeros((), device=self.world.device)
         n_tokens = stage.rows * self.c.row_len
+        weights = target_weights(self.c, progress)
+        weights = None if weights is None else to_device(weights, self.world.device)
         for inputs, targets, cu_seqlens in batch:
-            loss = self.forward(inputs, targets, cu_seqlens, stage.max_doc_len, stage.windows) / n_tokens
+            loss = self.forward(inputs, targets, cu_seqlens, stage, weights) / n_tokens
             loss.backward()
             total += loss.detach()
-        if self.world.size > 1:
-            dist.all_reduce(total)
-        return total
+        return self.guard.judge(step, total, {name: self.optimizer.params[name].grad for name in self.optimizer.table},
+                                votes)
 
-    def validate(self, step):
+    def validate(self, step, batches=None):
         """Validation metrics by name; val_bpb is None where the tokenizer's bytes are unknown."""
-        nats = evaluate(self.c, self.forward, len(self.model.lm_head), self.val_batches, self.world)
+        stage = val_stage(self.c, self.stages[step - 1])
+        nats = evaluate(self.forward, stage, len(self.model.lm_head), batches or self.val_batches, self.world)
         if not math.isfinite(nats):
             raise InputError(f"step {step}: the validation loss is {nats}, so the run stopped there")
         data = self.data
         return dict(val_loss=nats / data.val.n_targets,
                     val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None)
 
-    def batches(self):
-        """This rank's micro-batches, for each step."""
-        for step, stage in enumerate(self.stages):
-            yield list(self.data.train.micro_batches(step, self.world.rank, self.world.size, self.micro_rows[stage]))
+    def batches(self, first):
+        """This rank's micro-batches, for each step from the first on."""
+        for step in range(first, len(self.stages)):
+            yield list(self.data.train.micro_batches(step, self.world.rank, self.world.size,
+                                                     self.micro_rows[self.stages[step]]))
 
-    def run(self, log, started):
-        """Train from c.seed to the target or the last step; returns the result as a dict. started: perf_counter()
-        when this run began."""
+    def run(self, log, started, requests, store=None, start_from=None):
+        """Train from c.seed, or from a checkpoint, to the target or the last step; returns the result as a dict.
+
+        started: perf_counter() when this run began; requests: what signals ask for; store: Checkpoints, on the first
+        rank; start_from: (tensors, meta) of a checkpoint, the tensors on the first rank only. Raises Interrupted when
+        a signal ended the run.
+        """
         c, world, stages = self.c, self.world, self.stages
         self.data.train.reseed(c.seed)
-        self.model.init_weights(c.seed)
-        self.optimizer.reset()
-        clock, losses = Clock(world.device), LossPipe(world.device)
-        tokens, flops, metrics, reached = 0, 0.0, {}, False
+        self.guard.reset()
+        for scale in self.model.scales():
+            scale.reset()
+        if start_from:
+            at = self.restore(*start_from)
+        else:
+            at = resume.Progress()
+            self.model.init_weights(c.seed)
+            if c.warm_start:
+                resume.copy_weights(c.warm_start, self.model)
+            self.optimizer.reset()
+        self.rotate(max(at.step - 1, 0))
+        clock, first = Clock(world.device, at.train_time), at.step + 1
+        save_steps, save_seconds = interval(c.checkpoint_every)
+        save_at, max_time = time.monotonic() + save_seconds, seconds(c.max_time) if c.max_time else math.inf
+        wanted = set()  # by any rank: to stop, to save, to end because time is over
 
-        def receive():
-            """Losses that have arrived: check, log, show."""
-            for step, loss in losses.ready():
-                if not math.isfinite(loss):
-                    raise InputError(f"step {step}: the training loss is {loss}, so the run stopped there: "
-                                     "lower --muon-lr and --adam-lr, or try --dtype float32")
+        def receive(step):
+            """Look at what the steps up to this one have reported, log and show it."""
+            for report in self.guard.reports(step):
+                wanted.update(name for name, votes in zip(("stop", "save", "end"), report.votes) if votes)
+                if report.complaint:
+                    at.skipped += 1
+                    if at.skipped > c.max_skips:
+                        raise InputError(report.refusal())
+                    log.say(f"step {report.step} does not count: {report.complaint} ({at.skipped} of {c.max_skips})")
                 elapsed = clock.now()
-                log.step(step, c.steps, "train", loss, elapsed)
-                left = datetime.timedelta(seconds=int(elapsed / step * (c.steps - step)))  # validations not counted
-                log.progress(step, f"loss {loss:.3f}  {tokens / elapsed:,.0f} tok/s  "
-                                   f"{flops / elapsed / self.peak:.0%} of peak  {left} left at most")
+                log.step(report.step, c.steps, "train", report.loss, elapsed)
+                left = datetime.timedelta(seconds=int(elapsed / report.step * (c.steps - report.step)))
+                log.progress(report.step, f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "
+                                          f"{at.flops / elapsed / self.peak:.0%} of peak  {left} left at most")
+
+        def save(wait=False):
+            """Checkpoint; the training clock goes on, if it runs. Returns whether one was begun, with wait written."""
+            nonlocal save_at
+            if c.checkpoint_every == "off":
+                return False
+            receive(math.inf)
+            at.train_time, save_at = clock.now(), time.monotonic() + save_seconds
+            tensors = self.optimizer.gather_state()
+            if store:
+                tensors |= {f"other/{name}": x.to("cpu", copy=True) for name, x in self.other_state().items()}
+                meta = dict(config=dataclasses.asdict(c), progress=dataclasses.asdict(at),
+                            data_fingerprint=self.data.dataset.fingerprint, environment=self.environment)
+                metric = at.metrics["val_loss"] if at.validated == at.step else None
+                saved = store.save(at.step, tensors, meta, metric, wait)
+                if not saved and not wait:
+                    log.say(f"step {at.step}: no checkpoint, since the last one is still being written")
+                return saved
+
+        def done():
+            reached = at.metrics and c.target is not None and at.metrics[c.target_metric] <= c.target
+            return reached or "end" in wanted or c.patience and at.since_best >= c.patience
+
+        def validate():
+            """Outside the training clock; returns whether it was the best so far."""
+            clock.stop()
+            receive(math.inf)
+            at.metrics, at.validated = self.validate(at.step), at.step
+            log.step(at.step, c.steps, "val", at.metrics["val_loss"], clock.total, val_bpb=at.metrics["val_bpb"])
+            better = at.best is None or at.metrics["val_loss"] < at.best
+            at.best, at.since_best = (at.metrics["val_loss"], 0) if better else (at.best, at.since_best + 1)
+            clock.start()
+            return better
+
+        def due():
+            """Whether a validation is."""
+            return at.step == c.steps or at.step % c.eval_every == 0 or "end" in wanted
 
         cold_start = time.perf_counter() - started
-        with contextlib.closing(Prefetcher(self.batches(), world.device)) as prefetcher:
+        requests.training = True
+        with contextlib.closing(Prefetcher(self.batches(at.step), world.device)) as prefetcher:
             clock.start()
-            for step, batch in enumerate(prefetcher, start=1):
-                stage, progress = stages[step - 1], (step - 1) / c.steps
-                tokens += stage.rows * c.row_len
-                flops += stage.rows * c.row_len * self.flops_per_token[stage]
-                losses.put(step, self.accumulate(batch, stage))
-                receive()
-                self.optimizer.step(lr_scale(c, progress), muon_momentum(progress))
-                if step == c.steps or step % c.eval_every == 0:
-                    clock.stop()
-                    metrics = self.validate(step)
-                    log.step(step, c.steps, "val", metrics["val_loss"], clock.total, val_bpb=metrics["val_bpb"])
-                    receive()
-                    reached = c.target is not None and metrics[c.target_metric] <= c.target
-                    if reached:
+            if at.step and due() and at.validated != at.step:  # a signal came first
+                validate()
+            for step, batch in enumerate(() if done() else prefetcher, start=first):
+                stage, progress = stages[step - 1], progress_at(c, step - 1)
+                before = stages[step - 2] if step > 1 else stage
+                if stage != before:
+                    self.rotate(step - 1)
+                    if before.tied and not stage.tied:
+                        self.optimizer.untie()
+                save_now, requests.save = requests.save or world.rank == 0 and time.monotonic() > save_at, False
+                votes = requests.stop > 0, save_now, clock.now() > max_time
+                ok = self.accumulate(batch, step, stage, progress, votes)
+                self.optimizer.step(lr_scale(c, progress), muon_momentum(progress), ok)
+                if c.max_skips and world.device.type == "cuda":
+                    self.optimizer.forget_waiting(ok)
+                for scale in self.model.scales():
+                    scale.roll()
+                at.step = step
+                at.tokens += stage.rows * c.row_len
+                at.flops += stage.rows * c.row_len * self.flops_per_token[stage]
+                receive(step)
+                better = due() and "stop" not in wanted and validate()
+                if done() or step == c.steps:
+                    break
+                if better and c.keep_best or save_steps and step % save_steps == 0:
+                    wanted.add("save")
+                if wanted and step % c.adam_every == 0:  # else gradients wait for Adam, and would not be saved
+                    if "stop" in wanted:
                         break
-                    clock.start()
+                    wanted.discard("save")
+                    save()
+            clock.stop()
+        saved = save(wait=True) if at.step >= first else False
+        if "stop" in wanted:
+            log.say(f"stopped at step {at.step} by a signal" + f"; --resume {log.folder} goes on from there" * bool(saved))
+            if world.size > 1:
+                dist.barrier()  # as below
+            raise Interrupted(128 + (requests.stop or signal.SIGTERM))
+        if stages[at.step - 1].tied:  # the weights as they will be saved do not depend on where training ended
+            self.optimizer.untie()
 
-        return dict(track=c.track, target_metric=c.target_metric, target=c.target,
-                    reached=reached if c.target is not None else None, **metrics,
-                    train_time_s=round(clock.total, 3), cold_start_s=round(cold_start, 2), steps=step, tokens=tokens,
-                    tokens_per_s=round(tokens / clock.total), peak_share=round(flops / clock.total / self.peak, 3),
-                    params=self.params, device=self.environment["device"], world_size=world.size, seed=c.seed,
+        reached = at.metrics[c.target_metric] <= c.target if c.target is not None else None
+        return dict(track=c.track, target_metric=c.target_metric, target=c.target, reached=reached, **at.metrics,
+                    train_time_s=round(clock.total, 3), cold_start_s=round(cold_start, 2), steps=at.step,
+                    tokens=at.tokens, tokens_per_s=round(at.tokens / clock.total),
+                    peak_share=round(at.flops / clock.total / self.peak, 3), params=self.params,
+                    device=self.environment["device"], world_size=world.size, seed=c.seed,
                     data=self.data.dataset.name, data_fingerprint=self.data.dataset.fingerprint,
-                    run_dir=str(log.folder))
+                    run_dir=str(log.folder), resumed_at=at.resumed_at)
+
+    def restore(self, tensors, meta):
+        """Weights, moments and progress from a checkpoint (the tensors on the first rank)."""
+        at = resume.Progress(**meta["progress"])
+        at.resumed_at.append(at.step)
+
+        def fetch(name, like):
+            """The whole tensor by this name, on all ranks; like: one of its shape, dtype and device."""
+            whole = tensors[name].view(like.shape).to(like) if self.world.rank == 0 else torch.empty_like(like)
+            if self.world.size > 1:
+                dist.broadcast(whole, 0)
+            return whole
+        self.optimizer.load_state(fetch, at.step)
+        for name, x in self.other_state().items():
+            x.copy_(fetch(f"other/{name}", x))
+        return at
+
+    def other_state(self):
+        """Tensors that training goes on from besides the optimizer's."""
+        scales = {f"fp8_scale.{i}": x.scale for i, x in enumerate(self.model.scales())}
+        return dict(recent_losses=self.guard.recent) | scales
 
     def save(self, result, log):
         """The result and the weights, and a sample of text on the screen."""
         c, data = self.c, self.data.dataset
         log.finish(result, {name: p.detach().cpu() for name, p in self.model.named_parameters()})
         if self.data.val_bytes and c.sample_tokens:
-            sample = data.tokenizer.decode(generate(self.model, [data.eot], c.sample_tokens, c.seed))
+            stage = self.stages[result["steps"] - 1]._replace(tied=False)
+            tokens = generate(self.model, stage, [data.eot], c.sample_tokens, c.seed)
+            sample = data.tokenizer.decode(tokens)
             log.say(f"--- a sample\n{sample}\n---")
 
 
-def train(c, world=World(), report=lambda result: None):
+def train(c, world=World(), report=lambda result: None, requests=None):
     """Train as configured, c.repeat times from successive seeds. report(result) is called after each run; returns the
-    last result (the JSON line) as a dict. Raises InputError for what a user can mend."""
+    last result (the JSON line) as a dict. Raises InputError for what a user can mend, Interrupted after a signal."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(c.cache_dir) / "inductor"))
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-    run_dir = Path(c.run_dir or ROOT / "runs" / f"{stamp}-{c.track or 'run'}")
-    if run_dir.is_dir() and next(run_dir.rglob("log.txt"), None):
-        raise InputError(f"--run-dir {run_dir}: holds a run already; choose another folder")
+    first_rank = world.rank == 0
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    folder, resuming = first_rank_first(world, lambda: resume.choose_run_dir(c, ROOT / "runs", restarted)
+                                        if first_rank else (Path(), False))
     if world.device.type == "cpu":
         keep_freed_memory()
-    stages = [stage_at(c, step / c.steps) for step in range(c.steps)]
+    stages = [stage_at(c, progress_at(c, step)) for step in range(c.steps)]
     data = load_data(c, stages, world)
     trainer, started = None, START
     for seed in range(c.seed, c.seed + c.repeat):
         c = dataclasses.replace(c, seed=seed)
-        try:
-            log = Log(run_dir / f"seed{seed}" if c.repeat > 1 else run_dir, c.steps, world.rank == 0)
-        except OSError as e:
-            raise InputError(f"--run-dir {run_dir}: {e.strerror}; choose a folder that can be written") from None
-        with log:
+        run_dir = folder / f"seed{seed}" if c.repeat > 1 else folder
+
+        with contextlib.ExitStack() as closing:
+            result, tensors, meta = resume.begin(c, world, run_dir, resuming, data.dataset.fingerprint, closing)
+            if result:
+                report(result) if first_rank else None
+                continue
+            if c.warm_start and not meta:
+                with torch.device("meta"):  # does it fit? before anything long is begun
+                    resume.copy_weights(c.warm_start, GPT(c, data.dataset.n_vocab))
+            log = closing.enter_context(Log(run_dir, c.steps, first_rank,
+                                            resume_step=meta["progress"]["step"] if meta else 0 if resuming else None))
             try:
                 first = trainer is None
                 trainer = trainer or Trainer(c, world, data, stages, log)
@@ -804,49 +931,22 @@ def train(c, world=World(), report=lambda result: None):
                 trainer.describe(log)
                 if first and trainer.compiled:
                     trainer.warm_up(log)
-                result = trainer.run(log, started)
-                if world.rank == 0:
+                store = None
+                if first_rank and c.checkpoint_every != "off":
+                    store = closing.enter_context(contextlib.closing(
+                        Checkpoints(run_dir / "checkpoints", c.keep_last, c.keep_best, log.say)))
+                result = trainer.run(log, started, requests or Requests(), store, (tensors, meta) if meta else None)
+                if first_rank:
                     trainer.save(result, log)
                     report(result)
-            except (InputError, torch.OutOfMemoryError) as e:
-                if isinstance(e, torch.OutOfMemoryError):
-                    e = InputError(f"out of memory on {world.device}: lower --micro-tokens, a multiple of {c.row_len} "
-                                   f"({' '.join(str(e).split())[:120]})")
+            except torch.OutOfMemoryError as e:
+                raise InputError(memory.advice(c, trainer.memory if trainer else "unknown", e)) from None
+            except InputError as e:
                 log.say(f"error: {e}", quiet=True)
-                raise e from None
+                raise
             if world.size > 1:
                 dist.barrier()  # nobody leaves while the first rank writes: the launcher would end the others
         started = time.perf_counter()
-    return result
-
-
-def can_compile(log):
-    """Whether torch.compile finds what it needs; says what is missing."""
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        missing = "a C++ compiler (g++)"
-    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
-        missing = "Python's headers (python3-dev)"
-    else:
-        return True
-    log.say(f"running without torch.compile, which is slower: {missing} would have to be installed for it")
-    return False
-
-
-def first_rank_first(world, prepare):
-    """Call prepare() on the first rank, then on the others, who find its work done; a failure ends all of them."""
-    result, error = None, None
-    for turn in (True, False):
-        if (world.rank == 0) == turn:
-            try:
-                result = prepare()
-            except InputError as e:
-                error = e
-        if world.size > 1:
-            failed = torch.tensor(float(error is not None), device=world.device)
-            dist.all_reduce(failed)
-            error = error or (InputError("another rank could not prepare the data") if failed else None)
-        if error:
-            raise error
     return result
 
 
@@ -854,57 +954,40 @@ def first_rank_first(world, prepare):
 # The door
 
 
-def launch(argv, n):
-    """Start n copies of this program with torchrun; returns the exit status of the first that failed, else 0."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args as torchrun_args, run as torchrun
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers' own line says it all
-    try:
-        torchrun(torchrun_args(["--standalone", f"--nproc_per_node={n}", str(Path(__file__).resolve()), *argv]))
-    except ChildFailedError as e:
-        return e.get_first_failure()[1].exitcode
-    except SignalException as e:
-        return 128 + e.sigval
-    return 0
-
-
 def main(argv=None):
     """Parse, launch one process per GPU if there are several, train, print the result. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    rank, local_rank, size = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", 0))
+    reached = []
+
+    def report(result):
+        print(to_json(result), flush=True)
+        reached.append(result["reached"])
     try:
         c = parse_args(argv)
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if "RANK" not in os.environ:
-            if c.gpus > found:
-                raise InputError(f"--gpus {c.gpus}: this machine has {found}; leave the option out to use all")
-            if (c.gpus or found) > 1:
-                return launch(argv, c.gpus or found)
-        device = torch.device("cuda", local_rank) if found else torch.device("cpu")
-        if found:
-            if local_rank >= found:
-                raise InputError(f"process {local_rank} has no GPU: this machine has {found}, lower --nproc_per_node")
-            torch.cuda.set_device(device)
-        if size > 1:
-            # the first rank may be downloading for a long time while the others wait
-            dist.init_process_group("nccl" if found else "gloo", timeout=datetime.timedelta(hours=6),
-                                    device_id=device if found else None)
-        reached = []
-
-        def report(result):
-            print(json.dumps(result), flush=True)
-            reached.append(result["reached"])
-        train(c, World(rank, size, device), report)
-        return 3 if False in reached else 0  # on the first rank only: the launcher ends the others when one fails
+            if c.gpus > gpus:
+                raise InputError(f"--gpus {c.gpus}: this machine has {gpus}; leave the option out to use all")
+            if (c.gpus or gpus) > 1:
+                return launch(__file__, argv, c.gpus or gpus, c.max_restarts)
+        with Requests().listen() as requests:
+            train(c, join_world(gpus), report, requests)
+        # on the first rank only: the launcher ends the others when one fails, or starts again, and then 3 is no failure
+        return 3 if False in reached and not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else 0
     except InputError as e:
         if rank == 0:
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         else:
             time.sleep(2)  # for the first rank to say it
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except SystemExit as e:  # a signal
+        return e.code
+    except RuntimeError as e:
+        if not (dist.is_initialized() and lost_another(e)):
+            raise
+        print(f"error: another process has ended or cannot be reached: {str(e).splitlines()[0]}", file=sys.stderr)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -4,8 +4,9 @@ A benchmark is a module here with run(**options) -> dict, and where it needs the
     add_arguments(parser)   its own options, named like run's arguments
     render(result) -> str   the result in Markdown, for --table
     unavailable() -> str    why it cannot run on this machine, or None
-run may take save, a function to give the result to as it grows, so that a run cut short leaves what it had, and
-trainer_options, the options that are not the benchmark's own. Bad input is an InputError.
+run may take save, a function to give the result to as it grows, so that a run cut short leaves what it had;
+previous, what --json FILE holds already, to go on from; and trainer_options, the options that are not the benchmark's
+own. Bad input is an InputError.
 """
 
 import argparse
@@ -28,7 +29,9 @@ BENCHMARKS = {
     "trainer": "the trainer's step, stage by stage, and where its time goes",
     "start": "from the command to the end of the first step, cold and warm",
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
-    "peers": "nanoGPT and nanochat from their checkouts beside this trainer, on one text, to one loss",
+    "peers": "nanoGPT, nanochat or modded-nanogpt from their checkouts beside this trainer, on the same data",
+    "ablate": "what each piece of the recipe is worth: loss at equal tokens, time per step, time to the target",
+    "checkpoint": "what writing and resuming a checkpoint costs",
 }
 ALL = ("kernels", "trainer", "loader", "resources")
 OPTIONS = dict(kernels=dict(seconds=240), trainer=dict(synthetic_data=True))  # in all: 8 minutes, nothing downloaded
@@ -44,6 +47,19 @@ def write(path, text):
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     aside.write_text(text)
     aside.replace(path)
+
+
+def load(name, path):
+    """The result of this benchmark in a file, None if there is no such file. Raises InputError for anything else."""
+    try:
+        result = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"--json {path}: {getattr(e, 'strerror', None) or 'not JSON'}; give another file") from None
+    if not isinstance(result, dict) or result.get("benchmark") != name:
+        raise InputError(f"--json {path}: holds something else than a result of {name}; give another file")
+    return result
 
 
 def run(name, save, **options):
@@ -95,7 +111,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, about in dict(BENCHMARKS, all=f"those of {', '.join(ALL)} that this machine can run, in one JSON").items():
+    everything = f"those of {', '.join(ALL)} that this machine can run, in one JSON"
+    for name, about in dict(BENCHMARKS, all=everything).items():
         chosen = name == next((a for a in argv if not a.startswith("-")), None)
         module = module_of(name) if chosen and name != "all" else None  # importing all of them would take seconds
         sub = names.add_parser(name, help=about, description=getattr(module, "__doc__", about), allow_abbrev=False,
@@ -114,7 +131,8 @@ def main(argv=None):
         if table:
             write(table, render(result))
 
-    if rest and (name == "all" or "trainer_options" not in inspect.signature(module_of(name).run).parameters):
+    takes = inspect.signature(module_of(name).run).parameters if name != "all" else ()
+    if rest and "trainer_options" not in takes:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if name == "all":
         result = run_all(save)
@@ -123,10 +141,17 @@ def main(argv=None):
             print(f"error: {reason}", file=sys.stderr)
             return 2
         try:
-            result = run(name, save, **options, **(dict(trainer_options=rest) if rest else {}))
+            more = dict(trainer_options=rest) if rest else {}
+            if json_file and "previous" in takes:
+                more["previous"] = load(name, json_file)
+            result = run(name, save, **options, **more)
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            kept = f"; {json_file} has what was measured" if json_file and json_file.exists() else ""
+            print(f"interrupted{kept}", file=sys.stderr)
+            return 130
     save(result)
     if not json_file:
         print(json.dumps(result, indent=1))

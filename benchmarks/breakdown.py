@@ -1,10 +1,11 @@
 """Where a training step's time goes: a profiler's trace divided into parts, each instant to the first that has it.
 
 On a GPU:
-    forward, backward, optimizer, other   a kernel launched from there runs (other: from anywhere else)
-    communication                         nothing but NCCL runs: what is not hidden
-    data                                  a copy of the batch runs, or nothing while the host waits for a batch
-    gaps                                  nothing runs
+    forward, backward, guard, optimizer, other   a kernel launched from there runs (other: from anywhere else)
+    communication                                nothing but NCCL runs: what is not hidden
+    data                                         a copy of the batch runs, or nothing while the host waits for a batch
+    gaps                                         nothing runs
+The guard is what judges a step: sums of squares of all gradients, their report to the host.
 On a CPU the host is the device: communication is waiting for other ranks, other is the loop itself, gaps are none.
 """
 
@@ -17,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-import train_gpt as tg
+from runtime import shards
 
-PARTS = ("forward", "backward", "optimizer", "communication", "data", "gaps", "other")
+HOST = ("forward", "backward", "guard", "optimizer")  # in these the main thread spends its time
+PARTS = (*HOST, "communication", "data", "gaps", "other")
 MARK = "stopwatch:"  # before a part's name in the trace
 
 
@@ -56,19 +58,19 @@ def trace_parts(events, cuda):
             device.append(e)
     (start, end), = ranges.pop("profiled")
     if not cuda:
-        layers = {part: ranges[part] for part in ("communication", "data", "forward", "backward", "optimizer")}
+        layers = {part: ranges[part] for part in ("communication", "data", *HOST)}
         lengths, rest = divide(layers, start, end)
         return {part: 0.0 for part in PARTS} | lengths | dict(other=rest)
 
     # whatever thread launched a kernel (backward has its own), the main thread was in one of these meanwhile
-    host = sorted((*span, part) for part in ("forward", "backward", "optimizer", "data") for span in ranges[part])
+    host = sorted((*span, part) for part in (*HOST, "data") for span in ranges[part])
     begins, ran = [a for a, _, _ in host], {part: [] for part in PARTS}
     for e in device:
         at = launched.get(e.get("args", {}).get("correlation"), e["ts"])
         i = bisect.bisect_right(begins, at) - 1
         part = host[i][2] if i >= 0 and at <= host[i][1] else "other"
         ran["communication" if "nccl" in e["name"].lower() else part].append((e["ts"], e["ts"] + e["dur"]))
-    layers = {part: ran[part] for part in ("forward", "backward", "optimizer", "other", "communication")}
+    layers = {part: ran[part] for part in (*HOST, "other", "communication")}
     lengths, rest = divide(layers | dict(data=ran["data"] + ranges["data"]), start, end)
     return {part: 0.0 for part in PARTS} | lengths | dict(gaps=rest)
 
@@ -93,8 +95,9 @@ def named_parts(trainer):
             stack.enter_context(mock.patch.object(owner, name, wrapped))
         wrap(trainer, "forward", named("forward", trainer.forward))
         wrap(torch.Tensor, "backward", named("backward", torch.Tensor.backward))
+        wrap(trainer.guard, "judge", named("guard", trainer.guard.judge))
         wrap(trainer.optimizer, "step", named("optimizer", trainer.optimizer.step))
         if trainer.world.device.type != "cuda":  # there, NCCL's kernels say so themselves
-            for owner, name in ((tg, "reduce_scatter"), (tg, "all_gather"), (dist, "all_reduce")):
+            for owner, name in ((shards, "reduce_scatter"), (shards, "all_gather"), (dist, "all_reduce")):
                 wrap(owner, name, awaited(getattr(owner, name)))
         yield

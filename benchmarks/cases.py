@@ -182,6 +182,30 @@ def _(s):
                 three(4 * e, 8 * e), leaves=(0,))
 
 
+# --- embeddings
+
+
+@case("embedding")
+def _(s):
+    """Token ids are Zipf's: the commonest is one of sixteen, and all of them add to its row of the gradient."""
+    def eager(*_):
+        return lambda index, table: F.embedding(index, table)
+
+    def sums(*_):
+        from kernels.embedding import _Embedding  # what it does on a CPU
+        return compiled(lambda index, table: _Embedding.apply(index, table))
+
+    def inputs(draw):
+        uniform = torch.rand(s.tokens, device=draw.device, generator=draw.generator)
+        return (s.vocab**uniform).long() - 1, draw(s.vocab, s.width)
+
+    e = 2 * s.tokens * s.width
+    return Case(f"({s.tokens:,},) from ({s.vocab:,}, {s.width}) bf16", inputs,
+                {"eager": Variant(eager), "stopwatch": Variant(lambda *x: compiled(ours("embedding", "embedding")(*x))),
+                 "scatter_add in fp32": Variant(sums)},
+                three(2 * e, e + 2 * s.vocab * s.width), leaves=(1,))
+
+
 # --- the head
 
 
@@ -243,9 +267,8 @@ def _(s):
 def _(s):
     product, std = 2 * s.tokens * s.width * s.vocab, 2 * s.width**-0.5
     variants = beside("cross_entropy", "linear_cross_entropy", cap=CAP)
-    fp8 = (6 / 448, 6 * std / 448, 2.0**-15)  # what is drawn stays below 6 sigma, gradients of logits below 1
-    variants["stopwatch, fp8"] = Variant(ours("cross_entropy", "linear_cross_entropy", cap=CAP, fp8=fp8), "fp8",
-                                         tolerance=0.1)
+    variants["stopwatch, fp8"] = Variant(ours("cross_entropy", "fp8_linear_cross_entropy", cap=CAP),
+                                         {INFERENCE: "bf16", BOTH: "fp8"}, tolerance=0.1)
     return Case(f"({s.tokens:,}, {s.width}) x ({s.vocab:,}, {s.width}) bf16", lambda draw: (
         draw(s.tokens, s.width), draw(s.vocab, s.width, scale=std), draw.below(s.vocab, s.tokens)), variants,
         {INFERENCE: product, BOTH: 3 * product}, leaves=(0, 1), unit="FLOPs", peak_bytes=34 * s.tokens * s.vocab)
@@ -264,15 +287,10 @@ def _(s):
 
 @case("relu2_mlp")
 def _(s):
-    def fp8(x, w_up, w_down):
-        """Weights quantised beforehand, as they serve many micro-batches; x in passing."""
-        from kernels.fp8 import quantize
-        from kernels.mlp import fp8_relu2_mlp
-        x_scale, w_scale, post_scale = (torch.full((), largest / 448, device=x.device) for largest in (6, 6 * std, 36))
-        w_up8 = quantize(w_up, w_scale)[0], w_scale
-        w_down8 = quantize(w_down, w_scale, transpose=True)[1], w_scale
-        return lambda x, w_up, w_down: fp8_relu2_mlp(x, w_up, w_down, (quantize(x, x_scale)[0], x_scale), w_up8, w_down8,
-                                                     post_scale)[0]
+    def fp8(x, *_):
+        """Quantising x and the weights included, as in every micro-batch."""
+        from kernels.mlp import FP8ReLU2MLP
+        return FP8ReLU2MLP().to(x.device)
 
     product, std = 2 * s.tokens * s.width * s.hidden, s.width**-0.5
     mixed = {FORWARD: "fp8", BACKWARD: "bf16"}
@@ -404,47 +422,104 @@ def _(s):
         {FORWARD: flops}, unit="FLOPs")
 
 
-def update(name, s, inputs, bytes_each, *scalars, torch_op=None):
-    """A function of kernels/updates.py, which the trainer compiles, on an embedding table."""
-    n = s.vocab * s.width
-    scalars = [torch.tensor(x) for x in scalars]
-
+def update(shape, inputs, work, call, torch_op=None):
+    """What the trainer compiles of kernels/updates.py on a GPU: call(the module, *inputs), with the guard's ok last."""
     def plain(*_):
-        fn = getattr(importlib.import_module("kernels.updates"), name)
-        return lambda *tensors: fn(*tensors, *scalars)
+        module = importlib.import_module("kernels.updates")
+        return lambda *tensors: call(module, *tensors)
 
-    variants = {"eager": Variant(plain), "stopwatch": Variant(lambda *x: compiled(plain(*x), dynamic=True))}
+    variants = {"eager": Variant(plain), "stopwatch": Variant(lambda *x: compiled(plain(*x)))}
     if torch_op:
         variants["torch.optim"] = Variant(torch_op, graph=False, tolerance=None)
-    return Case(f"({s.vocab:,}, {s.width}) bf16 with fp32 masters", lambda draw: inputs(draw, n), variants,
-                {FORWARD: bytes_each * n}, mutates=True)
+    return Case(shape, lambda draw: (*inputs(draw), torch.ones((), dtype=torch.bool, device=draw.device)), variants,
+                {FORWARD: work}, mutates=True)
 
 
-def low_bits(draw, n):
-    return draw.below(2**15, n, dtype=torch.int16, low=-2**15)
+def low_bits(draw, *shape):
+    return draw.below(2**15, *shape, dtype=torch.int16, low=-2**15)
+
+
+def on_cpu(*scalars):
+    """Where the trainer has hyperparameters: as 0-d tensors they are no constants to the compiler."""
+    return [torch.tensor(x) for x in scalars]
 
 
 @case("adam_update", per_token=False)
 def _(s):
+    n = s.vocab * s.width
+    *hyper, shrink = on_cpu(1e-3, 0.75, 0.95, 1e-10, 1 - 0.75**10, 1 - 0.95**10, 1e-4)
+
     def torch_adam(p, *_):
         p = torch.nn.Parameter(p.float())
         p.grad = p.detach().clone()
         optimizer = torch.optim.Adam([p], fused=p.is_cuda)
         return lambda *_: optimizer.step()
 
-    return update("adam_update", s, lambda draw, n: (
-        draw(n), low_bits(draw, n), draw(n), draw(n, dtype=FP32), draw(n, dtype=FP32).square()), 26,
-        1e-3, 0.75, 0.95, 1e-10, 1 - 0.75**10, 1 - 0.95**10, torch_op=torch_adam)
+    return update(f"({s.vocab:,}, {s.width}) bf16 with fp32 masters, cautious decay", lambda draw: (
+        draw(n), low_bits(draw, n), draw(n), draw(n, dtype=FP32), draw(n, dtype=FP32).square()), 26 * n,
+        lambda updates, p, low, grad, m, v, ok: updates.adam_update(p, low, grad, m, v, *hyper, shrink=shrink, ok=ok),
+        torch_adam)
 
 
 @case("nesterov", per_token=False)
 def _(s):
-    return update("nesterov", s, lambda draw, n: (draw(n), draw(n, dtype=FP32)), 12, 0.95)
+    k, rows, cols = matrices(s)[1]
+    n, (momentum,) = k * rows * cols, on_cpu(0.95)
+    return update(f"{k} x ({rows:,}, {cols}) bf16", lambda draw: (draw(n), draw(n, dtype=FP32)), 12 * n,
+                  lambda updates, grad, m, ok: updates.nesterov(grad, m, momentum, ok))
+
+
+@case("balance", per_token=False)
+def _(s):
+    shape = k, rows, cols = matrices(s)[1]
+    return update(f"{k} x ({rows:,}, {cols}) bf16", lambda draw: (
+        draw(*shape, scale=rows**-0.5), draw(k, rows, 1, dtype=FP32).square_()), 2 * k * rows * cols,
+        lambda updates, x, v, ok: updates.balance(x, v, 0.9, ok))
+
+
+def descend(s, balanced):
+    shape = k, rows, cols = matrices(s)[1]
+    n, (lr, shrink) = k * rows * cols, on_cpu(1e-3, 1e-4)
+
+    def inputs(draw):
+        of = shape if balanced else (n,)
+        scale = (draw(k, rows, 1, dtype=FP32).exp_(),) if balanced else ()
+        return draw(*of), low_bits(draw, *of), draw(*of), *scale
+
+    return update(f"{k} x ({rows:,}, {cols}) bf16 with fp32 masters, cautious decay", inputs, 10 * n,
+                  lambda updates, p, low, x, *rest: updates.descend(p, low, x, lr, shrink, *rest[:-1], cautious=True,
+                                                                    ok=rest[-1]))
 
 
 @case("descend", per_token=False)
 def _(s):
-    return update("descend", s, lambda draw, n: (draw(n), low_bits(draw, n), draw(n)), 10, 1e-3, 1e-4)
+    return descend(s, balanced=False)
+
+
+@case("descend, NorMuon", per_token=False)
+def _(s):
+    return descend(s, balanced=True)
+
+
+@case("gradient_report", per_token=False)
+def _(s):
+    """What the guard reads: every gradient, once a step."""
+    def eager(*_):
+        return lambda *grads: torch.stack([g.float().square().sum() for g in grads])
+
+    def foreach(*_):
+        return lambda *grads: torch.stack(torch._foreach_norm(grads, 2, dtype=FP32)).square()
+
+    def ours(*_):
+        from kernels.updates import gradient_report
+        return lambda *grads: gradient_report(grads)
+
+    shapes = ((s.vocab, s.width), (s.vocab, s.width), *matrices(s))
+    return Case(f"2 x ({s.vocab:,}, {s.width}) and Muon's matrices, bf16",
+                lambda draw: tuple(draw(*shape) for shape in shapes),
+                {"eager": Variant(eager), "stopwatch": Variant(ours),
+                 "torch.compile": Variant(lambda *x: compiled(ours(*x))), "torch._foreach_norm": Variant(foreach)},
+                {FORWARD: 2 * sum(map(math.prod, shapes))})
 
 
 # --- attention

@@ -3,26 +3,31 @@
     python -m benchmarks cluster --gpus 8 --nodes 1
     python -m benchmarks cluster --from trainer.json --dollars-per-gpu-hour 2.5     from `trainer --tokens ...`
 
-Options other than those below are the trainer's own. For n ranks and a stage of R rows of row_len tokens:
+Options other than those below are the trainer's own. For n ranks in nodes of k and a stage of R rows of row_len tokens:
 
     step    = compute + idle + shared + fixed + communication
     compute = us_per_token * R * row_len / n
     idle    = us_per_token * (ceil(R / n) - R / n) * row_len      rows are not cut: ranks without one wait
-    shared  = shared_ms / n                                       the optimizer: ranks divide the parameters
+    shared  = shared_ms / k                                       the optimizer: a node's ranks divide the parameters
     fixed   = fixed_ms                                            launching, and what else every rank does
-    communication = sum over collectives of (n - 1) / n * bytes / rate + latency
-    rate    = link inside a node, min(link, GPUs in a node * network) across; n in a ring, as NCCL does it
+    communication = sum over collectives of (m - 1) / m * bytes / rate + latency, for m ranks in a ring, as NCCL does it
+    rate    = link inside a node, min(link, network) from each rank to its like on other nodes, min(link, k * network)
+              in one ring over all
     latency = 8.4 us + 3.4 us a hop inside a node + 9.6 us a hop between nodes (NCCL, src/graph/tuning.cc, ring)
 
-Collectives are those of Optimizer.step(): a sharded parameter's gradient is reduce-scattered and its weights are
-all-gathered, padded to n equal parts (of whole matrices for Muon); another's gradient is all-reduced, twice the bytes.
-They begin when backward has ended, so that only updates can hide them: --overlap 0.5 hides half, at most as long as
-`shared`; the default is none. Time to target is the track's steps; validation and start-up are not on its clock.
-Memory is taken to suffice.
+Collectives are those of a step of the trainer (runtime/shards.py). A sharded parameter's gradient is reduce-scattered
+inside each node, padded to k equal parts (of whole matrices for Muon), each part is all-reduced across nodes, and the
+weights are all-gathered inside each node; another's gradient is all-reduced over all ranks, as is the guard's report.
+An all-reduce is twice the bytes. Adam's count once in adam_every steps; while the head is the embedding as well, the
+one of its own has no gradient. Where nodes of k do not make n, the optimizer is divided by n, in one ring. Collectives
+begin when backward has ended, so that only updates can hide them: --overlap 0.5 hides half, for as long as they take;
+the default is none. Time to target is the track's steps; validation and start-up are not on its clock. Memory is taken
+to suffice.
 
 Without a measurement: the public record (modded-nanogpt, one H100): 29 ms + 1.534 us a token, fitted to its logs at
 three batches. All 29 ms are shared: they are the optimizer and eight passes of accumulation, of which eight ranks do
 one each. With the record's volumes the model gives its stages on 8 H100s, as three sets of logs have them, within 3%.
+No run on several nodes has been compared with it.
 """
 
 import argparse
@@ -58,6 +63,8 @@ class Links(typing.NamedTuple):
 class Collective(typing.NamedTuple):
     kind: str  # reduce_scatter, all_gather or all_reduce
     bytes: float  # of the whole
+    group: str = "all"  # who takes part: the ranks of a node, a rank and its like across nodes, or all
+    every: int = 1  # steps between two of them
 
 
 RECORD = Cost(1.534, 29.0, 0.0, "the public record on one H100 (11 layers x 768, FP8): 29 ms + 1.534 us per token")
@@ -69,54 +76,92 @@ def model_of(c, n_vocab):
         return tg.GPT(c, n_vocab, torch.bfloat16)
 
 
-def collectives_of(c, model, n):
-    """What n ranks exchange in a step."""
-    out = []
+def shards(n, node):
+    """How many ranks divide the optimizer among them, of n in nodes of so many: see join_world()."""
+    return node if n % node == 0 else n
+
+
+def has_gradient(name, c, tied):
+    """Whether this parameter of the model is used in a stage with the head tied or not."""
+    return not tied if name == "embed" else name != "scalars" or c.smear or bool(c.skip) or c.backout >= 0
+
+
+def collectives_of(c, model, n, node, tied=False):
+    """What n ranks, in nodes of so many, exchange in a step of a stage with the head tied or not."""
+    k, out, reported = shards(n, node), [], 4  # the loss and three requests
     for name, rule in tg.parameter_table(c).items():
         p = dict(model.named_parameters())[name]
-        units = len(p) if rule.optim == "muon" else p.numel()
-        if rule.sharded and units:
-            padded = p.nbytes / units * n * -(-units // n)
-            out += [Collective("reduce_scatter", padded), Collective("all_gather", padded)]
-        elif units:
-            out.append(Collective("all_reduce", p.nbytes))
-    return out + [Collective("all_reduce", 4)]  # the loss
+        units, every = (len(p), 1) if rule.optim == "muon" else (p.numel(), c.adam_every)
+        if not units or not has_gradient(name, c, tied):
+            continue
+        reported += 1  # the sum of its gradient's squares
+        if rule.sharded and k > 1:
+            part = p.nbytes / units * -(-units // k)
+            out += [Collective(kind, k * part, "node", every) for kind in ("reduce_scatter", "all_gather")]
+            if n > k:
+                out.append(Collective("all_reduce", part, "across", every))
+        else:
+            out.append(Collective("all_reduce", p.nbytes, "all", every))
+    return out + [Collective("all_reduce", 4 * reported)]
+
+
+def times(collective):
+    """How often a ring carries the bytes."""
+    return 2 if collective.kind == "all_reduce" else 1
+
+
+def ranks_in(group, n, node):
+    """How many ranks such a group has, and on how many nodes they are."""
+    k = shards(n, node)
+    return dict(node=(k, -(-k // node)), across=(n // k, n // k), all=(n, -(-n // node)))[group]
+
+
+def sent_bytes(collectives, n, node):
+    """Bytes a rank sends in a step."""
+    total = 0.0
+    for x in collectives:
+        m, _ = ranks_in(x.group, n, node)
+        total += times(x) * (m - 1) / m * x.bytes / x.every
+    return total
 
 
 def communication_ms(collectives, n, links):
-    if n == 1:
-        return 0.0
-    nodes = -(-n // links.node)
-    rate = links.link if nodes == 1 else min(links.link, links.node * links.network)  # GB/s
+    """Milliseconds of a step, one collective after the other."""
     total = 0.0
-    for kind, size in collectives:
-        times = 2 if kind == "all_reduce" else 1
-        hops_us = 3.4 * (n - nodes) + 9.6 * (nodes - 1)
-        total += times * ((n - 1) / n * size / rate / 1e6 + hops_us / 1e3) + 8.4e-3
+    for x in collectives:
+        m, nodes = ranks_in(x.group, n, links.node)
+        cards = m // nodes  # that carry the ring from a node to the next
+        rate = links.link if nodes == 1 else min(links.link, cards * links.network)  # GB/s
+        hops_us = 3.4 * (m - nodes) + 9.6 * (nodes - 1)
+        if m > 1:
+            ms = times(x) * ((m - 1) / m * x.bytes / rate / 1e6 + hops_us / 1e3) + 8.4e-3
+            total += ms / x.every
     return total
 
 
 def step_ms(rows, row_len, n, cost, collectives, links=Links(), overlap=0.0):
     """{term: ms} of a step; they sum to it."""
     tokens, most = rows * row_len / n, -(-rows // n) * row_len
-    shared, wire = cost.shared_ms / n, communication_ms(collectives, n, links)
+    shared, wire = cost.shared_ms / shards(n, links.node), communication_ms(collectives, n, links)
     return dict(compute=cost.us_per_token * tokens / 1e3, idle=cost.us_per_token * (most - tokens) / 1e3,
                 shared=shared, fixed=cost.fixed_ms, communication=wire - min(overlap * wire, shared))
 
 
 def predict(c, model, n, cost, links, overlap=0.0, dollars=None):
     """One line of the table: ms by stage and term, seconds to target, dollars, the largest term."""
-    schedule = collections.Counter(tg.stage_at(c, step / c.steps) for step in range(c.steps))
-    collectives, stages = collectives_of(c, model, n), []
+    schedule = collections.Counter(tg.stage_at(c, tg.progress_at(c, step)) for step in range(c.steps))
+    stages = []
     for stage, steps in schedule.items():
+        collectives = collectives_of(c, model, n, links.node, stage.tied)
         terms = step_ms(stage.rows, c.row_len, n, cost, collectives, links, overlap)
-        stages.append(dict(tokens=stage.rows * c.row_len, steps=steps, ms=sum(terms.values()), terms=terms))
+        stages.append(dict(tokens=stage.rows * c.row_len, steps=steps, ms=sum(terms.values()), terms=terms,
+                           bytes=sent_bytes(collectives, n, links.node)))
     seconds = {t: sum(s["steps"] * s["terms"][t] for s in stages) / 1e3 for t in TERMS}
     total = sum(seconds.values())
     return dict(gpus=n, nodes=-(-n // links.node), stages=stages, seconds=total, seconds_by_term=seconds,
                 dominates=max(seconds, key=seconds.get), gpu_hours=total * n / 3600,
                 dollars=None if dollars is None else total * n / 3600 * dollars,
-                bytes=sum((2 if k == "all_reduce" else 1) * b * (n - 1) / n for k, b in collectives))
+                bytes=sum(s["steps"] * s["bytes"] for s in stages) / c.steps)
 
 
 def cost_from(path, params):
@@ -176,9 +221,9 @@ def render(result):
     money = p["dollars"] is not None
     lines = [f"# {result['track']} on {p['gpus']} GPUs, {p['nodes']} node{'s' * (p['nodes'] > 1)}: a prediction", "",
              f"Cost: {cost['source']}. Per rank {cost['us_per_token']:.3f} us a token and {cost['fixed_ms']:.2f} ms, "
-             f"and {cost['shared_ms']:.2f} ms divided by the ranks. Links: {links['link']:g} GB/s inside a node, "
-             f"{links['network']:g} GB/s a GPU between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a step and "
-             f"rank, {result['overlap']:.0%} of it hidden behind the updates.", "",
+             f"and {cost['shared_ms']:.2f} ms divided by the ranks of a node. Links: {links['link']:g} GB/s inside a "
+             f"node, {links['network']:g} GB/s a GPU between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a "
+             f"step and rank, {result['overlap']:.0%} of it hidden behind the updates.", "",
              f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU hours"
              + (f", **${p['dollars']:,.2f}**" if money else "") + f"; most of it is {p['dominates']}.", "",
              "| tokens a step | steps | ms | " + " | ".join(TERMS) + " |", "|---|" + "---|" * (len(TERMS) + 2)]
@@ -218,7 +263,7 @@ def add_arguments(parser):
     add("--nodes", whole, 1, "N", "of them")
     add("--from", Path, None, "FILE", "JSON of `python -m benchmarks trainer --tokens ...` on one rank", dest="results")
     add("--us-per-token", positive, None, "X", "in its place: microseconds of forward and backward per token")
-    add("--shared-ms", least_zero, None, "X", "milliseconds of a step on one rank that n ranks divide: the optimizer")
+    add("--shared-ms", least_zero, None, "X", "milliseconds of a step on one rank that a node's divide: the optimizer")
     add("--fixed-ms", least_zero, None, "X", "milliseconds of a step that every rank has")
     add("--link", positive, Links().link, "GB/S", "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, "
         "issue 326), A100 235 (NCCL's tuning.cc); PCIe 4 x16 is below 32")

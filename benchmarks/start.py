@@ -80,9 +80,9 @@ def trace(result, spawned, argv, synthetic):
 
     training = []  # not empty once that has begun
 
-    def run(trainer, log, started):
+    def run(*args):
         training.append(True)
-        return trainer_run(trainer, log, started)
+        return trainer_run(*args)
 
     def step(optimizer, *args):
         optimizer_step(optimizer, *args)
@@ -92,14 +92,19 @@ def trace(result, spawned, argv, synthetic):
             aside = Path(f"{result}.aside")
             aside.write_text(json.dumps(phases.seconds))
             aside.replace(result)
-            raise KeyboardInterrupt  # which main() takes for the user's: nobody needs the rest
+            raise SystemExit(130)  # as a signal would: nobody needs the rest
 
     def during(what):
         return lambda *args: "first step" if training else what(*args)
 
+    def graph(trainer, batch, step, stage, progress):
+        targets = f", {stage.n_targets} targets" if stage.n_targets > 1 else ""
+        return f"graph of {stage.rows * trainer.c.row_len:,} tokens{targets}{', tied' * stage.tied}"
+
     if synthetic:
         from benchmarks.trainer import synthetic as make
-        tg.open_dataset = make
+        from runtime import corpus
+        corpus.open_dataset = make
     trainer_run, optimizer_step = tg.Trainer.run, tg.Optimizer.step
     tg.Trainer.run, tg.Optimizer.step = run, step
     for owner, name, phase in (
@@ -107,7 +112,7 @@ def trace(result, spawned, argv, synthetic):
             (tg.Trainer, "__init__", "model"), (tg.GPT, "init_weights", "model"), (tg.Optimizer, "reset", "model"),
             (tg, "describe_environment", "probe"), (tg, "machine_probe", "probe"), (tg.Trainer, "describe", "log"),
             (tg.Trainer, "run", "first step"),
-            (tg.Trainer, "accumulate", during(lambda t, _, stage: f"graph of {stage.rows * t.c.row_len:,} tokens")),
+            (tg.Trainer, "accumulate", during(graph)),
             (tg.Optimizer, "step", during(lambda *_: "graph of the optimizer")),
             (tg, "evaluate", "graph of validation")):
         wrap(owner, name, phase)

@@ -6,15 +6,16 @@
     torchrun --nproc_per_node=8 -m benchmarks trainer                    on several GPUs
 
 Options other than those below are the trainer's own (./run.sh --help). Steps are real ones: batches come from the
-loader's thread, every micro-batch goes forward and backward, the optimizer updates. After 3 steps to warm up, --steps
-are timed; then 3 run under torch.profiler, whose step is divided into the parts of benchmarks/breakdown.py. The parts
-sum to it; it is slower than the timed step where launching is what limits.
+loader's thread, every micro-batch goes forward and backward, the guard judges, the optimizer updates. Each stage is
+entered as in training. After 3 steps to warm up, --steps are timed; then 3 run under torch.profiler, whose step is
+divided into the parts of benchmarks/breakdown.py. The parts sum to it; it is slower than the timed step where launching
+is what limits. With --adam-every N these are groups of N steps, and a step is their mean.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import math
 import os
 import re
 import resource
@@ -34,8 +35,9 @@ import train_gpt as tg
 from benchmarks.breakdown import MARK, PARTS, named_parts, trace_parts
 from benchmarks.timing import CudaClock, HostClock, summary
 from data import Dataset, InputError, Prefetcher, ShardWriter
+from runtime import corpus
 
-WARM, PROFILED = 3, 3  # steps
+WARM, PROFILED = 3, 3  # groups of adam_every steps
 
 
 # --- data, where there is none
@@ -76,53 +78,59 @@ def synthetic(source, tokenizer, cache, train_shards=9, n_tokens=12_000_000):
 # --- measuring
 
 
-def measure(trainer, batches, stage, steps):
-    """One stage: {ms, p20, p80, tokens_per_s, ...}; batches: iterator over this rank's micro-batches by step."""
+def measure(trainer, batches, stage, progress, repeats):
+    """One stage: {ms, p20, p80, tokens_per_s, ...}; batches: iterator over this rank's micro-batches by step; progress:
+    of the track in this stage; repeats: how many groups of adam_every steps are timed."""
     c, world = trainer.c, trainer.world
     cuda = world.device.type == "cuda"
-    clock, losses = CudaClock() if cuda else HostClock(), tg.LossPipe(world.device)
+    clock, numbers = CudaClock() if cuda else HostClock(), itertools.count(1)
+    trainer.guard.reset()
 
-    def step(n=0):
-        with record_function(MARK + "data"):
-            batch = next(batches)
-        losses.put(n, trainer.accumulate(batch, stage))
-        for _, loss in losses.ready():
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss}: expected a finite one; lower --muon-lr and --adam-lr")
-        trainer.optimizer.step(tg.lr_scale(c, 0.0), tg.muon_momentum(0.0))
+    def group():
+        for n in itertools.islice(numbers, c.adam_every):
+            with record_function(MARK + "data"):
+                batch = next(batches)
+            ok = trainer.accumulate(batch, n, stage, progress)
+            trainer.optimizer.step(tg.lr_scale(c, 0.0), tg.muon_momentum(0.0), ok)
+            for scale in trainer.model.scales():
+                scale.roll()
+            for report in trainer.guard.reports(n):
+                if report.complaint:
+                    raise InputError(f"{report.complaint}: expected steps that count; lower --muon-lr and --adam-lr")
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM):
-        step()
+        group()
     clock.wait()
     marks = [clock.mark()]
-    for _ in range(steps):
-        step()
+    for _ in range(repeats):
+        group()
         marks.append(clock.mark())
     clock.wait()
-    times = summary([clock.between(a, b) / 1e3 for a, b in zip(marks, marks[1:])])
+    times = summary([clock.between(a, b) / 1e3 / c.adam_every for a, b in zip(marks, marks[1:])])
     memory = torch.cuda.max_memory_allocated() if cuda else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with tempfile.TemporaryDirectory() as folder:
         with profile(activities=activities) as profiler:
-            step()  # the profiler's own start, and none of the host's lead from before
+            group()  # the profiler's own start, and none of the host's lead from before
             clock.wait()
             with record_function(MARK + "profiled"):
                 for _ in range(PROFILED):
-                    step()
+                    group()
                 clock.wait()
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         parts = trace_parts(json.loads(path.read_text())["traceEvents"], cuda)
-    parts = {part: length / PROFILED / 1e3 for part, length in parts.items()}
+    parts = {part: duration / (PROFILED * c.adam_every) / 1e3 for part, duration in parts.items()}
 
     tokens, ms = stage.rows * c.row_len, times["median_us"]
     return dict(tokens=tokens, tokens_per_rank=tokens // world.size, windows=sorted(set(stage.windows)),
-                max_doc_len=stage.max_doc_len, passes=-(-stage.rows // (trainer.micro_rows[stage] * world.size)),
-                ms=ms, p20=times["p20_us"], p80=times["p80_us"], steps=steps, tokens_per_s=1e3 * tokens / ms,
+                max_doc_len=stage.max_doc_len, n_targets=stage.n_targets, tied=stage.tied,
+                passes=-(-stage.rows // (trainer.micro_rows[stage] * world.size)), ms=ms, p20=times["p20_us"],
+                p80=times["p80_us"], steps=repeats * c.adam_every, tokens_per_s=1e3 * tokens / ms,
                 peak_share=1e3 * tokens * trainer.flops_per_token[stage] / ms / trainer.peak, peak_memory_bytes=memory,
                 profiled_ms=sum(parts.values()), parts=parts)
 
@@ -137,16 +145,12 @@ def fit(stages):
                 optimizer_ms=statistics.mean(s["parts"]["optimizer"] for s in stages))
 
 
-def join():
-    """This process's World, from torchrun's variables if there are any."""
-    rank, local_rank, size = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return tg.World(rank, size, device)
+def at_end(c, batch_tokens):
+    """The Config of a track that all the time does what c does at its end, in such batches."""
+    last = tg.stage_at(c, tg.progress_at(c, c.steps - 1))
+    by_stage = ("max_doc_len", "short_window", "long_window", "stage_lr", "mtp")
+    return dataclasses.replace(c, batch_tokens=batch_tokens, steps=len(batch_tokens), extension=0,
+                               tied=float(last.tied), **{name: getattr(c, name)[-1:] for name in by_stage})
 
 
 def run(steps=10, tokens=(), synthetic_data=False, trainer_options=(), save=lambda result: None):
@@ -159,34 +163,43 @@ def run(steps=10, tokens=(), synthetic_data=False, trainer_options=(), save=lamb
     c = dataclasses.replace(c, target=None, target_metric="val_loss", val_tokens=c.val_row_len)  # nothing to validate
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells when it starts and stops
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(c.cache_dir) / "inductor"))
-    world = join()
+    world = tg.join_world(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     try:
         def say(message):
             if world.rank == 0:
                 print(message, file=sys.stderr, flush=True)
-        stages = list(dict.fromkeys(tg.stage_at(c, step / c.steps) for step in range(c.steps)))
-        if tokens:  # at the last stage's windows
-            stages = [stages[-1]._replace(rows=n // c.row_len * world.size) for n in dict.fromkeys(tokens)]
-        schedule = [stage for stage in stages for _ in range(WARM + steps + 1 + PROFILED)]
+        if tokens:
+            c = at_end(c, tuple(n * world.size for n in dict.fromkeys(tokens)))
+        track = [tg.stage_at(c, tg.progress_at(c, step)) for step in range(c.steps)]
+        begins = {stage: track.index(stage) for stage in dict.fromkeys(track)}  # stage -> its first step
+        repeats = -(-steps // c.adam_every)
+        schedule = [stage for stage in begins for _ in range((WARM + repeats + 1 + PROFILED) * c.adam_every)]
         if world.device.type == "cpu":
             tg.keep_freed_memory()
         say("preparing the data ...")
-        with mock.patch.object(tg, "open_dataset", synthetic if synthetic_data else tg.open_dataset):
-            data = tg.load_data(c, schedule, world)
+        with mock.patch.object(corpus, "open_dataset", synthetic if synthetic_data else corpus.open_dataset):
+            data = corpus.load_data(c, schedule, world)
         log = types.SimpleNamespace(say=say)
-        trainer = tg.Trainer(c, world, data, schedule, log)
+        trainer = tg.Trainer(c, world, data, track, log)
         if trainer.compiled:
             trainer.warm_up(log)
         trainer.model.init_weights(c.seed)  # products of zeros take less power and time
         trainer.optimizer.reset()
+
+        def batches():
+            for step, stage in enumerate(schedule):
+                yield list(data.train.micro_batches(step, world.rank, world.size, trainer.micro_rows[stage]))
         environment = trainer.environment
         result = dict(track=c.track, data=data.dataset.name, device=environment["device"], world_size=world.size,
                       dtype=environment["dtype"], kernels=environment["kernels"], compiled=trainer.compiled,
                       params=trainer.params, n_vocab=data.dataset.n_vocab, peak_flops=trainer.peak, stages=[], fit=None)
-        with contextlib.closing(Prefetcher(trainer.batches(), world.device)) as prefetcher, named_parts(trainer):
-            batches = iter(prefetcher)
-            for stage in stages:
-                result["stages"].append(row := measure(trainer, batches, stage, steps))
+        with contextlib.closing(Prefetcher(batches(), world.device)) as prefetcher, named_parts(trainer):
+            ready = iter(prefetcher)
+            for stage, step in begins.items():
+                trainer.rotate(step)
+                if track[step - 1].tied and not stage.tied:
+                    trainer.optimizer.untie()
+                result["stages"].append(row := measure(trainer, ready, stage, tg.progress_at(c, step), repeats))
                 result["fit"] = fit(result["stages"])
                 say(f"{row['tokens']:,} tokens: {row['ms']:,.2f} ms, {row['tokens_per_s']:,.0f} tokens/s, "
                     f"{row['peak_share']:.1%} of peak")
@@ -207,12 +220,12 @@ def render(result):
              f"{result['params'] / 1e6:.1f}M parameters, {result['dtype']}, "
              f"{'compiled' if result['compiled'] else 'not compiled'}, data {result['data']}, peak "
              f"{result['peak_flops'] / 1e12:.2f} TFLOP/s (measured products).", "",
-             "| tokens a step | windows | documents to | passes | ms (p20–p80) | tokens/s | of peak | peak memory |",
-             "|---|---|---|---|---|---|---|---|"]
+             "| tokens a step | windows | documents to | passes | targets | ms (p20–p80) | tokens/s | of peak | "
+             "peak memory |", "|---|---|---|---|---|---|---|---|---|"]
     for s in result["stages"]:
         lines.append(f"| {s['tokens']:,} | {', '.join(map(str, s['windows']))} | {s['max_doc_len']} | {s['passes']} | "
-                     f"{s['ms']:,.2f} ({s['p20']:,.2f}–{s['p80']:,.2f}) | {s['tokens_per_s']:,.0f} | "
-                     f"{s['peak_share']:.1%} | {s['peak_memory_bytes'] / 1e9:.2f} GB |")
+                     f"{s['n_targets']}{', tied' * s['tied']} | {s['ms']:,.2f} ({s['p20']:,.2f}–{s['p80']:,.2f}) | "
+                     f"{s['tokens_per_s']:,.0f} | {s['peak_share']:.1%} | {s['peak_memory_bytes'] / 1e9:.2f} GB |")
     lines += ["", "Where the time goes, ms of a step under the profiler:", "",
               "| tokens a step | " + " | ".join(PARTS) + " | sum |", "|---|" + "---|" * (len(PARTS) + 1)]
     for s in result["stages"]:

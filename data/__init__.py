@@ -28,7 +28,7 @@ class Dataset:
     def tokenizer(self):
         """The Tokenizer; loaded late because GPT-2's comes over the network. Raises InputError."""
         path = self.folder / "tokenizer.json"
-        return Tokenizer.from_json(path.read_text()) if path.exists() else gpt2_tokenizer()
+        return Tokenizer.from_json(path.read_bytes(), path) if path.exists() else gpt2_tokenizer()
 
 
 def open_dataset(source, tokenizer, cache, train_shards=9):

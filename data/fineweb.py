@@ -5,20 +5,26 @@
 Source: https://huggingface.co/datasets/kjj0/fineweb10B-gpt2 at a pinned revision: one validation shard and
 103 training shards of 100,000,000 tokens (200,001,024 bytes) each, in the format of data/shards.py.
 
-A shard is used once its size and sha256 are what the Hub lists for the revision. `checked.json` beside the
-shards notes which were compared, so the next start needs no network and hashes nothing.
+A shard is used once its size and sha256 are what the Hub lists for the revision. `checked.json` beside the shards
+keeps what it listed, and size and times of change of the file that was compared: the next start needs no network and
+hashes only files whose size or times differ. So a file that was cut, replaced or written to is noticed, also if its
+mtime was set back; bytes that went bad on the disk itself are not, except by
+
+    python -m data.fineweb --train-shards 9 --verify    # hashes every file again
 """
 
 import argparse
 import errno
-import hashlib
 import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
+from .files import aside, difference, one_at_a_time, sha256_of, sweep, write_text
 from .shards import InputError, read_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -34,68 +40,95 @@ ADVICE = {401: REFUSED, 403: REFUSED, 404: "check the revision and HF_ENDPOINT",
 BY_HAND = "or copy the shards into the folder by hand"
 
 
-def download(folder, train_shards=9, *, revision=REVISION):
+def download(folder, train_shards=9, *, revision=REVISION, verify=False):
     """Make sure the validation shard and the first `train_shards` (1 to 103) training shards are in `folder`.
 
-    Returns (train paths, val paths). Asks the Hub only about files not noted in `checked.json`, fetches only
-    what is missing or wrong, and keeps finished files if interrupted. If the Hub cannot be asked, files that
-    are whole by their own header (copied by hand, say) are accepted and stderr says so.
-    Raises InputError: no network, refused, not found, no space, not writable, corrupt twice.
+    Returns (train paths, val paths). verify: hash files though they look untouched. Asks the Hub only about files that
+    are not what `checked.json` says, fetches only what is missing or wrong, aside, and keeps finished files if
+    interrupted. If the Hub cannot be asked, a file is held against `checked.json`; one that is not in there (copied
+    by hand, say) is accepted if whole by its own header, stderr says so, and its sha256 is kept to notice changes.
+    Raises InputError: no network, refused, not found, no space, not writable, altered, corrupt twice.
     """
     if not 1 <= train_shards <= len(TRAIN):
         raise InputError(f"train_shards: expected 1 to {len(TRAIN)}, found {train_shards}")
     folder, names = Path(folder), [VAL, *TRAIN[:train_shards]]
     try:
-        _complete(folder, names, revision)
+        _complete(folder, names, revision, verify)
     except OSError as e:  # a local one: what the Hub client raised is an InputError by now
         raise InputError(f"{e.filename or folder}: {e.strerror or e}; check this path or choose a folder "
                          "you can write to") from e
     return [folder / name for name in names[1:]], [folder / VAL]
 
 
-def _complete(folder, names, revision):
-    known = KNOWN_SHA256 if revision == REVISION else {}
-    checked = _load_notes(folder)
-    names = [n for n in names if not _was_checked(folder / n, checked.get(n, {}), revision, known)]
-    if not names:
-        return
-    try:
-        expected, offline = _ask_hub(names, revision, known), None
-    except InputError as e:
-        expected, offline = {name: (None, known.get(name)) for name in names}, e
+def _complete(folder, names, revision, verify):
+    pinned = KNOWN_SHA256 if revision == REVISION else {}
+    before = _load_notes(folder)
+    notes = dict(before)
 
-    missing, unsure = [], []
-    for name in names:
-        path, (size, sha256) = folder / name, expected[name]
-        problem = _problem(path, size, sha256)
+    def wrong(name, size, sha256, source):
+        """What is wrong with a file, or None and a note that `source`, a revision, says so."""
+        path, note = folder / name, notes.get(name, {})
+        if problem := _problem(path, size):
+            return problem
+        stamp = _stamp(path)  # before hashing, so that a change meanwhile is noticed the next time
+        same = not verify and note.items() >= stamp.items()  # as the file that was hashed before
+        found = note["sha256"] if same else sha256_of(path)
+        if sha256 not in (None, found):
+            return f"expected sha256 {sha256}, found {found}"
+        notes[name] = stamp | {"sha256": found, "revision": source}
+
+    def known(name):
+        """(bytes, sha256, whether they are the revision's own), as far as this machine can tell."""
+        note = notes.get(name, {})
+        own = name in pinned or note.get("revision") == revision
+        return note.get("size"), pinned.get(name, note.get("sha256")), own
+
+    asked = [name for name in _progress(names, folder)
+             if notes.get(name, {}).get("revision") != revision or wrong(name, *known(name)[:2], revision)]
+    expected, offline, missing, unsure = {}, None, {}, []
+    if asked:
+        try:
+            expected = _ask_hub(asked, revision, pinned)
+        except InputError as e:
+            offline = e
+    for name in _progress(asked, folder):
+        path, (size, sha256, own) = folder / name, (*expected[name], True) if not offline else known(name)
+        problem = wrong(name, size, sha256, revision if own else None)
         if problem and offline:
+            if not own and path.exists():
+                problem += f", unlike when first seen (if you replaced it, delete {folder / 'checked.json'})"
             raise InputError(f"{path}: {problem}; {offline}") from offline
-        elif problem:
-            missing.append(name)
+        if problem:
+            if path.is_dir():
+                raise InputError(f"{path}: expected a file, found a folder; move it away")
             if path.exists():
-                _say(f"{path}: {problem}; deleting it and downloading it again")
-                path.unlink()
-        elif sha256:
-            checked[name] = _note(path, sha256, revision)
-        else:
+                _say(f"{path}: {problem}; downloading it again")
+            missing[name] = (size, sha256)
+        elif not own:
             unsure.append(name)
     if unsure:
         _say(f"note: {folder}: checksums not verified for {len(unsure)} shards ({unsure[0]}, ...): {offline}")
-    if len(missing) + len(unsure) < len(names):
-        _save_notes(folder, checked)
-    if not missing:
-        return
+    if notes != before:
+        _save_notes(folder, notes)
+    if missing:
+        _download(folder, missing, revision)
 
+
+def _download(folder, files, revision):
+    """Fetch {name: (bytes, sha256)}, one process at a time: the others find the files there."""
     folder.mkdir(parents=True, exist_ok=True)
-    need, free = sum(expected[name][0] for name in missing), shutil.disk_usage(folder).free
-    if need > free:
-        raise InputError(f"{folder}: expected {need:,} bytes of free disk for {len(missing)} shards, found "
-                         f"{free:,}; free some space, choose another folder or take fewer training shards")
-    for i, name in enumerate(missing, start=1):
-        _say(f"{folder / name}: downloading, file {i} of {len(missing)}, {expected[name][0]:,} bytes")
-        _fetch(folder / name, *expected[name], revision)
-        checked[name] = _note(folder / name, expected[name][1], revision)
-        _save_notes(folder, checked)
+    sweep(folder)
+    with one_at_a_time(folder):
+        files = {name: (size, sha256) for name, (size, sha256) in files.items()
+                 if _problem(folder / name, size) or difference(folder / name, size, sha256)}
+        need, free = sum(size for size, _ in files.values()), shutil.disk_usage(folder).free
+        if need > free:
+            raise InputError(f"{folder}: expected {need:,} bytes of free disk for {len(files)} shards, found "
+                             f"{free:,}; free some space, choose another folder or take fewer training shards")
+        for i, (name, (size, sha256)) in enumerate(files.items(), start=1):
+            _say(f"{folder / name}: downloading, file {i} of {len(files)}, {size:,} bytes")
+            _fetch(folder / name, size, sha256, revision)
+            _save_notes(folder, {name: _stamp(folder / name) | {"sha256": sha256, "revision": revision}})
 
 
 def _ask_hub(names, revision, known):
@@ -109,24 +142,28 @@ def _ask_hub(names, revision, known):
         get_session().timeout = (min(3, wait), wait, wait, wait)  # connect, read, write, pool
         infos = HfApi().get_paths_info(REPO, names, repo_type="dataset", revision=revision)
     found = {info.path: (info.size, known.get(info.path, info.lfs.sha256))
-             for info in infos if getattr(info, "lfs", None)}
+             for info in infos if getattr(info, "lfs", None) and isinstance(info.size, int)}
     if absent := [name for name in names if name not in found]:
         raise InputError(f"the Hub has no {absent[0]} in {REPO} at revision {revision}; {ADVICE[404]}")
     return found
 
 
 def _fetch(path, size, sha256, revision):
-    """Download a file, again if it is corrupt. A lost connection is resumed; a killed process is not."""
+    """Download a file aside, compare it, rename it; once again if it is corrupt. A lost connection is resumed."""
     for attempt in (1, 2):
-        with _hub_errors(f"{path}: "):
-            from huggingface_hub import hf_hub_download
-            # force: the second time past the client's caches, which may be where the bad bytes came from
-            hf_hub_download(REPO, path.name, repo_type="dataset", revision=revision, local_dir=path.parent,
-                            force_download=attempt == 2)
-        problem = _problem(path, size, sha256)
-        if problem is None:
-            return
-        path.unlink(missing_ok=True)
+        folder = aside(path)
+        folder.mkdir()
+        try:
+            with _hub_errors(f"{path}: "):
+                from huggingface_hub import hf_hub_download
+                # force: the second time past the client's caches, which may be where the bad bytes came from
+                hf_hub_download(REPO, path.name, repo_type="dataset", revision=revision, local_dir=folder,
+                                force_download=attempt == 2)
+            problem = _problem(folder / path.name, size) or difference(folder / path.name, size, sha256)
+            if problem is None:
+                return os.replace(folder / path.name, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         _say(f"{path}: corrupt download {attempt} of 2, deleted: {problem}")
     raise InputError(f"{path}: {problem}, in two downloads; check the network, proxy and HF_ENDPOINT")
 
@@ -155,50 +192,42 @@ def _hub_errors(where=""):
         raise InputError(where + text) from e
 
 
-def _problem(path, size=None, sha256=None):
-    """What is wrong with a shard file, cheapest test first, or None."""
-    if not path.exists():
-        return "not there"
-    if size not in (None, path.stat().st_size):
-        return f"expected {size} bytes, found {path.stat().st_size}"
+def _problem(path, size=None):
+    """What is wrong with a shard file but for its tokens, or None."""
+    if problem := difference(path, size):
+        return problem
     try:
         read_shard(path)
     except InputError as e:
         return str(e).removeprefix(f"{path}: ")
-    if sha256:
-        with open(path, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
-        if found != sha256:
-            return f"expected sha256 {sha256}, found {found}"
 
 
-def _note(path, sha256, revision):
+def _stamp(path):
+    """What changes when a file is written to: a program may set mtime back, but not ctime."""
     stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "revision": revision}
-
-
-def _was_checked(path, note, revision, known):
-    """Whether `path` still looks like the file whose sha256 was compared: size, time of change, header."""
-    return _problem(path) is None and note == _note(path, known.get(path.name, note.get("sha256")), revision)
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
 
 
 def _load_notes(folder):
     try:
-        notes = json.loads((folder / "checked.json").read_text())
-        return {name: dict(note) for name, note in notes.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        notes = json.loads((folder / "checked.json").read_bytes())
+        return {name: note for name, note in notes.items()
+                if isinstance(note.get("size"), int) and isinstance(note.get("sha256"), str)}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}  # only a memory of work done: where it is missing or damaged, the work is done again
 
 
 def _save_notes(folder, notes):
-    path, aside = folder / "checked.json", folder / f"checked.json.{os.getpid()}.tmp"
     try:
-        aside.write_text(json.dumps(notes, indent=1))
-        os.replace(aside, path)
+        write_text(folder / "checked.json", json.dumps(_load_notes(folder) | notes, indent=1))
     except OSError as e:  # shards in a read-only folder can be trained on all the same
-        _say(f"note: cannot write {path}: {e.strerror}; the next start will compare the shards again")
-        with suppress(OSError):
-            aside.unlink()
+        _say(f"note: cannot write {folder / 'checked.json'}: {e.strerror}; "
+             "the next start will compare the shards again")
+
+
+def _progress(names, folder):
+    """The names, with a bar once it takes a while: hashing reads every byte."""
+    return tqdm(names, desc=f"comparing {folder.name}", unit="file", delay=2, disable=None, leave=False)
 
 
 def _say(line):
@@ -212,9 +241,10 @@ def main(argv=None):
                         help="training shards, 100M tokens and 200 MB each, 1 to 103 (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / ".cache/data/fineweb10B",
                         help="where the shards are kept (default: where the trainer looks, %(default)s)")
+    parser.add_argument("--verify", action="store_true", help="hash every file again, though it looks untouched")
     args = parser.parse_args(argv)
     try:
-        train, val = download(args.folder, args.train_shards)
+        train, val = download(args.folder, args.train_shards, verify=args.verify)
     except InputError as e:
         _say(f"error: {e}")
         return 2

@@ -8,9 +8,12 @@ its final name is always whole.
 """
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
+
+from .files import aside
 
 MAGIC = 20240520
 VERSION = 1
@@ -30,27 +33,37 @@ def read_shard(path, n_vocab=None):
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=256)
-    except OSError as e:
-        raise InputError(f"{path}: cannot read shard: {e.strerror or e}") from None
-    if len(header) < 256:
-        raise InputError(f"{path}: expected a {HEADER_BYTES}-byte shard header, found a file of {size} bytes")
-    if header[0] != MAGIC:
-        raise InputError(f"{path}: expected magic {MAGIC}, found {header[0]}: not a token shard")
-    if header[1] != VERSION:
-        raise InputError(f"{path}: expected shard version {VERSION}, found {header[1]}")
-    n_tokens = int(header[2])
-    expected = HEADER_BYTES + 2 * n_tokens
-    if n_tokens < 1 or size != expected:
-        raise InputError(f"{path}: expected {expected} bytes for {n_tokens} tokens, found {size}: "
-                         "truncated or altered; delete the file and prepare it again")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
+            raise InputError(f"{path}: cannot read shard: expected a file, found a folder, pipe or device")
+        with open(path, "rb") as f:
+            size, header = os.fstat(f.fileno()).st_size, f.read(HEADER_BYTES)
+            n_tokens = _tokens_in(path, size, header)
+            tokens = np.memmap(f, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+    except InputError:
+        raise
+    except (OSError, ValueError) as e:  # ValueError: it became shorter just now, or a NUL in the path
+        raise InputError(f"{path}: cannot read shard: {getattr(e, 'strerror', None) or e}") from None
     if n_vocab is not None and int(tokens.max()) >= n_vocab:
         at = int(np.argmax(tokens >= n_vocab))
         raise InputError(f"{path}: expected tokens below {n_vocab}, found {tokens[at]} at position {at}: "
                          "was this shard made with another tokenizer?")
     return tokens
+
+
+def _tokens_in(path, size, header):
+    """The token count of a file of `size` bytes that begins with `header`; raises InputError where they disagree."""
+    if len(header) < HEADER_BYTES:
+        raise InputError(f"{path}: expected a {HEADER_BYTES}-byte shard header, found a file of {size} bytes")
+    magic, version, n_tokens = np.frombuffer(header, dtype="<i4", count=3).tolist()
+    if magic != MAGIC:
+        raise InputError(f"{path}: expected magic {MAGIC}, found {magic}: not a token shard")
+    if version != VERSION:
+        raise InputError(f"{path}: expected shard version {VERSION}, found {version}")
+    expected = HEADER_BYTES + 2 * n_tokens
+    if n_tokens < 1 or size != expected:
+        raise InputError(f"{path}: expected {expected} bytes for {n_tokens} tokens, found {size}: "
+                         "truncated or altered; delete the file and prepare it again")
+    return n_tokens
 
 
 class ShardWriter:
@@ -95,8 +108,8 @@ class ShardWriter:
 
     def _open(self):
         self._final = self.folder / f"{self.prefix}_{len(self.paths):06d}.bin"
-        self._aside = self._final.with_suffix(f".bin.{os.getpid()}.tmp")
-        self._file, self._count = self._guard(open, self._aside, "wb"), 0
+        self._aside = aside(self._final)
+        self._file, self._count = self._guard(open, self._aside, "xb"), 0
         self._guard(self._file.write, bytes(HEADER_BYTES))
 
     def _close(self):

@@ -2,24 +2,30 @@
 
 Documents are files (or the parts of a file between `<|endoftext|>` marks). Everything streams: memory does not
 grow with the corpus. The result is a folder of train and validation shards with `meta.json` beside them,
-cached under a key made of the files' paths, sizes, times and the tokenizer, so a second start only looks.
+cached under a key made of the files' paths, sizes, times and the tokenizer, so a second start only reads it.
+
+`meta.json` holds the size and SHA-256 of every file, and each start compares all of them: whatever happened to the
+shards since they were written is noticed, but not a change of `meta.json` made to go with it, nor one during a run.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
+from .files import aside, difference, one_at_a_time, sha256_of, sweep, write_text
 from .shards import InputError, ShardWriter
 from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer
 
 VAL_FRACTION = 0.1
 BPE_BYTES = 200_000_000  # a BPE vocabulary settles long before this much text
-LAYOUT = 4  # change it when what is written below changes, so old caches are not read
+LAYOUT = 5  # change it when what is written below changes, so old caches are not read
 # Left out of the standard library: what differs between distributions and versions, and what is generated: a file of
 # prose, nearly half of the validation text, and character tables, so predictable that the few in the split decide it.
 NOT_STDLIB = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "distutils", "turtledemo",
@@ -32,26 +38,79 @@ def prepare_text(source, tokenizer, cache):
     source: path of a file or folder, or "stdlib"; tokenizer: a name make_tokenizer knows; cache: folder.
     A folder is split by document: sorted by a hash of the relative path, files whose hash falls in the first
     tenth are validation. A single file is split by position, its last tenth being validation.
-    Raises InputError for missing or empty text.
+    Raises InputError for missing or empty text, text that changes while it is read, files that cannot be written,
+    and a prepared corpus that is no longer what was written.
     """
-    root, files = list_files(source)
-    signature = [LAYOUT, str(source), tokenizer]
-    signature += [(rel, s.st_size, s.st_mtime_ns) for rel in files for s in [(root / rel).stat()]]
-    key = hashlib.sha256(json.dumps(signature).encode()).hexdigest()[:16]
-    folder = Path(cache) / f"{Path(source).stem}-{tokenizer.replace(':', '')}-{key}"
-    if not (folder / "meta.json").exists():
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        try:
-            _write(root, files, str(source), tokenizer, aside)
-            if not (folder / "meta.json").exists():  # else another process has just prepared the same
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(aside, folder)
-        except OSError as e:
-            raise InputError(f"{aside}: cannot prepare {source}: {e.strerror or e}") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    meta = json.loads((folder / "meta.json").read_text())
-    return folder, meta, Tokenizer.from_json((folder / "tokenizer.json").read_text())
+    try:
+        root, files = list_files(source)
+        state = _state(root, files)
+        key = hashlib.sha256(json.dumps([LAYOUT, str(source), tokenizer, *state]).encode()).hexdigest()[:16]
+        folder = Path(cache) / f"{Path(source).stem[:40]}-{re.sub(r'[^0-9a-z]', '', tokenizer)}-{key}"
+        if not (folder / "meta.json").exists():
+            _prepare(root, files, state, str(source), tokenizer, folder)
+    except OSError as e:
+        raise InputError(f"{e.filename or cache}: cannot prepare {source}: {e.strerror or e}; "
+                         "put this right and start again") from None
+    return folder, *open_prepared(folder)
+
+
+def open_prepared(folder):
+    """(meta dict, Tokenizer) of a prepared corpus. Reads every file of it once; raises InputError."""
+    again = f"delete {folder} and start again, which makes it anew from the text"
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        names = ["tokenizer.json"]
+        for split in ("train", "val"):
+            shards = meta[f"{split}_shards"]
+            if not (isinstance(shards, list) and shards):
+                raise ValueError(f"no {split} shards")
+            for name in shards:  # a file beside meta.json: it must not lead elsewhere
+                if not re.fullmatch(rf"{split}_[0-9]+\.bin", name):
+                    raise ValueError(f"{name!r} is no name of a {split} shard")
+            names += shards
+        expected = {name: (int(meta["checksums"][name]["bytes"]), str(meta["checksums"][name]["sha256"]))
+                    for name in names}
+        if not isinstance(meta["fingerprint"], str):
+            raise ValueError("no fingerprint")
+    except Exception as e:  # whatever it holds
+        raise InputError(f"{folder / 'meta.json'}: cannot be read ({type(e).__name__}: {e}); {again}") from None
+    try:
+        for name in tqdm(expected, desc=f"comparing checksums of {folder.name}", unit="file", delay=2, disable=None):
+            if problem := difference(folder / name, *expected[name]):
+                raise InputError(f"{folder / name}: {problem}: not what was written; {again}")
+        return meta, Tokenizer.from_json((folder / "tokenizer.json").read_bytes(), folder / "tokenizer.json")
+    except OSError as e:
+        raise InputError(f"{e.filename or folder}: cannot be read: {e.strerror or e}; {again}") from None
+
+
+def _state(root, files):
+    """What tells whether a file has changed: [(relative path, bytes, ns)]."""
+    return [(rel, s.st_size, s.st_mtime_ns) for rel in files for s in [(root / rel).stat()]]
+
+
+def _prepare(root, files, state, source, tokenizer, folder):
+    """Write the corpus aside and rename it into `folder`, meta.json last: without it a folder counts for nothing.
+
+    However many processes do so at once, they write the same, so each rename leaves a whole file of the same content.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
+    temp = aside(folder)
+    try:
+        with one_at_a_time(folder):
+            if (folder / "meta.json").exists():  # another process has just prepared it
+                return
+            _write(root, files, source, tokenizer, temp)
+            if changed := sorted(set(state) - set(_state(root, files))):
+                raise InputError(f"{root / changed[0][0]}: changed while it was read; start again when nothing "
+                                 "writes to it any more")
+            folder.mkdir(exist_ok=True)  # another process that failed may have taken it away
+            for path in sorted(temp.iterdir(), key=lambda path: path.name == "meta.json"):
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()  # if nothing came of it
 
 
 def list_files(source):
@@ -68,9 +127,14 @@ def list_files(source):
         if root.is_file():
             if root.stat().st_size == 0:
                 raise InputError(f"{source}: the file is empty")
+            root.open().close()  # a reason why it cannot be read is worth more than "binary"
             if not is_text(root):
                 raise InputError(f"{source}: expected UTF-8 text, found a binary file")
             return root.parent, [root.name]
+        if not root.is_dir():
+            raise InputError(f"{source}: expected a text file or a folder of them, found a pipe or device; "
+                             "save the text to a file first")
+        os.listdir(root)  # os.walk takes a folder that cannot be read for an empty one
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [d for d in subfolders if d not in skip and not d.startswith((".", "__pycache__"))]
@@ -198,5 +262,7 @@ def _write(root, files, source, tokenizer_name, folder):
         meta[f"{split}_tokens"] = writer.n_tokens
         meta[f"{split}_shards"] = [p.name for p in writer.paths]
     meta["fingerprint"] = digest.hexdigest()
-    (folder / "tokenizer.json").write_text(tokenizer.to_json())
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    write_text(folder / "tokenizer.json", tokenizer.to_json())
+    meta["checksums"] = {path.name: dict(bytes=path.stat().st_size, sha256=sha256_of(path))
+                         for path in sorted(folder.iterdir())}
+    write_text(folder / "meta.json", json.dumps(meta, indent=1))

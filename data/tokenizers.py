@@ -68,11 +68,30 @@ class Tokenizer:
         return json.dumps(dict(kind=self.kind, pattern=self.pattern, tokens=tokens))
 
     @classmethod
-    def from_json(cls, text):
-        d = json.loads(text)
-        if d["kind"] != "chars":
-            d["tokens"] = [base64.b64decode(t) for t in d["tokens"]]
-        return cls(**d)
+    def from_json(cls, text, where="tokenizer.json"):
+        """What to_json wrote, as str or bytes; where: what to call it. Raises InputError for what does not work."""
+        try:
+            d = json.loads(text)
+            kind, pattern, tokens = d["kind"], d["pattern"], list(d["tokens"])
+            if not (kind in ("bytes", "chars", "gpt2") or re.fullmatch(r"bpe:\d+", kind)) or len(tokens) > 65535:
+                raise ValueError(f"{len(tokens)} tokens of kind {kind!r}")
+            if kind != "chars":
+                tokens = [base64.b64decode(t, validate=True) for t in tokens]
+            units = len(tokens) if kind == "chars" else 256
+            if not tokens or len(set(tokens)) < len(tokens) or sum(len(t) == 1 for t in tokens) != units:
+                raise ValueError("a byte without a token, or a token that is there twice")
+            if kind == "bytes" and tokens != [bytes([i]) for i in range(256)]:
+                raise ValueError("bytes out of order")
+            tokenizer = cls(kind, tokens, pattern)
+            probe = "".join(tokens) if kind == "chars" else "Naïve 中文,  don't 12345\r\n\t🙂"
+            if tokenizer.decode(tokenizer.encode([probe])[0]) != probe:
+                raise ValueError("encoding and decoding changes the text")
+            return tokenizer
+        except BaseException as e:  # tiktoken's panics are no Exception
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(e).split())[:200]
+            raise InputError(f"{where}: not a tokenizer of this program ({type(e).__name__}: {reason})") from None
 
 
 def make_tokenizer(name, texts):

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .fp8 import E4M3, E5M2, fp8_matmul, quantize, to_fp8, transpose_copy
+from .fp8 import E4M3, E5M2, dynamic_scale, fp8_matmul, quantize, to_fp8, transpose_copy
 from .launch import INTERPRETED, as_rows, cast, for_chip, runs_triton, sm_count, tl, triton
 
 try:
@@ -108,6 +108,16 @@ def linear_cross_entropy(h, w, targets, *, cap, target_weights=None, ignore_inde
                   for s in fp8]
     return _linear_cross_entropy(h, w, targets, target_weights, *scales, sigmoid_cap(cap), ignore_index, grad_scale,
                                  wanted)[0]
+
+
+def fp8_linear_cross_entropy(h, w, targets, *, cap, target_weights=None):
+    """linear_cross_entropy in fp8 on RMS-normalised h, with scales of its own: h cannot pass sqrt(C), w goes by its
+    largest, and with an upstream gradient applied afterwards that of a logit cannot pass the slope of the cap times the sum of
+    the target weights, for which 4 leaves room (a / 4c = 0.8 in the record's cap). Without gradients, in h's dtype."""
+    fp8 = None
+    if torch.is_grad_enabled():
+        fp8 = h.size(1)**0.5 / 448, dynamic_scale(w), 4 / 57344
+    return linear_cross_entropy(h, w, targets, cap=cap, target_weights=target_weights, fp8=fp8)
 
 
 def sigmoid_cap(cap):

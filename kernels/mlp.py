@@ -24,7 +24,8 @@ from modded-nanogpt's records 59 and 87, post in e4m3 from its record 89.
 import torch
 import torch.nn.functional as F
 
-from .fp8 import absolute_bits, amax_reference, fp8_matmul, quantize_reference, to_fp8
+from .fp8 import (DelayedScale, absolute_bits, amax_reference, dynamic_scale, fp8_matmul, quantize, quantize_reference,
+                  to_fp8)
 from .launch import as_rows, cast, dot, for_chip, runs_triton, sm_count, tl, triton
 
 # Per chip. TMA, the unit of Hopper and later that copies tiles: one program per SM walks over tiles, each of its two
@@ -73,6 +74,30 @@ def fp8_relu2_mlp(x, w_up, w_down, x8, w_up8, w_down8, post_scale):
     """
     y, _, post_max = _fp8_relu2_mlp(x, w_up, w_down, *x8, *w_up8, *w_down8, post_scale)
     return y, post_max.detach()
+
+
+class FP8ReLU2MLP(torch.nn.Module):
+    """relu2_mlp(x, w_up, w_down) on RMS-normalised bf16 x, with scales of its own: x cannot pass sqrt(C); weights go by
+    their largest, looked up in every call; post by its largest in the last step (call post.roll() once a step).
+
+    Without gradients it multiplies in bf16, so that validation measures the weights and not the format.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.post = DelayedScale(amax=32.0)
+
+    def forward(self, x, w_up, w_down):
+        if not torch.is_grad_enabled():
+            return relu2_mlp(x, w_up, w_down)
+        x_scale = torch.full((), x.size(-1)**0.5 / 448, dtype=torch.float32, device=x.device)
+        x8 = quantize(as_rows(x), x_scale)[0].view(x.shape), x_scale
+        up_scale, down_scale = dynamic_scale(w_up), dynamic_scale(w_down)
+        w_up8 = quantize(w_up, up_scale)[0], up_scale
+        w_down8 = quantize(w_down, down_scale, transpose=True)[1], down_scale
+        y, post_max = fp8_relu2_mlp(x, w_up, w_down, x8, w_up8, w_down8, self.post.scale)
+        self.post.amax.copy_(torch.maximum(self.post.amax, post_max))
+        return y
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Adam and Muon's updates, on bf16 weights with exact fp32 masters, or fp32 weights; pointwise parts in one pass each.
+"""Adam, Muon and NorMuon on bf16 weights with exact fp32 masters, or fp32 weights; pointwise parts in one pass each.
 
 A weight p comes with a companion, what is missing from its fp32 master:
 
@@ -7,17 +7,25 @@ A weight p comes with a companion, what is missing from its fp32 master:
               nearest bf16 (halfway cases away from zero), and p with low is the master bit for bit
     p bf16    fp32, the whole master: for CPUs, where Inductor's loops over 16-bit integers are scalar
 
-Minimum bytes per bf16 weight with bf16 gradients: Adam 26, nesterov 12, descend 10; with whole masters Adam 28 and
-descend 12.
-Plain PyTorch on flat tensors for torch.compile(fullgraph=True, dynamic=True), which makes one kernel of each; compiled,
-hyperparameters are 0-d tensors, so that a new value compiles nothing. No autograd: call under torch.no_grad().
-Sources: Adam (Kingma & Ba, arXiv:1412.6980); Muon (Jordan et al., 2024); 16 bits beside a bf16 weight as in
-modded-nanogpt, but signed, so that the weight is its master rounded and not cut off.
+Minimum bytes per bf16 weight with bf16 gradients: Adam 26, nesterov 12, descend 10, and 2 for NorMuon's balance; with
+whole masters Adam 28 and descend 12. Decay and the guard cost no bytes.
+The guard `ok` is a 0-d bool tensor on the weights' device. Where it is False, weights, companions and moments keep
+every bit, whatever the gradient holds; True changes no bit of the result, and None (or Python's True) is no guard. The
+choice is made in the pass that writes, so nothing waits for the device.
+Cautious decay takes shrink * w off a weight w only where the step goes towards zero as well. So it never works against
+the gradient, and adds no minimum of its own to the loss's.
+Plain PyTorch for torch.compile(fullgraph=True), which makes one kernel of adam_update, nesterov and descend each;
+compiled, hyperparameters are 0-d tensors, so that a new value compiles nothing. Flat tensors, so that one kernel serves
+every shape, except where matrices are named. No autograd: call under torch.no_grad().
+Sources: Adam (Kingma & Ba, arXiv:1412.6980); Muon (Jordan et al., 2024); NorMuon (Li et al., arXiv:2510.05491);
+cautious decay (Chen et al., arXiv:2510.12402); 16 bits beside a bf16 weight as in modded-nanogpt, but signed, so that
+the weight is its master rounded and not cut off.
 """
 
 import torch
 
 from .polar_express import polar_express
+from .symmetric_matmul import as_batch
 
 
 def split(master):
@@ -57,38 +65,95 @@ def new_companion(p):
     return torch.zeros_like(p, dtype=torch.int16) if packed else p.float()
 
 
-def adam_update(p, companion, grad, m, v, lr, beta1, beta2, eps, correction1, correction2):
+def choose(ok, new, old):
+    """new if ok, else old, to the bit; arithmetic would not do: 0 * nan is nan, and -0 + 0 is not -0."""
+    return new if ok is None or ok is True else torch.where(ok, new, old)
+
+
+def adam_update(p, companion, grad, m, v, lr, beta1, beta2, eps, correction1, correction2, shrink=None, ok=None):
     """Adam on flat tensors. m, v: fp32; correction1, correction2: 1 - beta**step, of beta1 and of beta2.
 
+    shrink: cautious decay, w <- w - step - shrink w [step w > 0]; None and 0 are none. Not >=, so that rows of a table
+    that no token has used yet keep their weights.
     Powers taken in here would be taken for every element: measured with Inductor on a CPU, twice the time.
     """
-    g = grad.float()
-    m.mul_(beta1).add_((1 - beta1) * g)
-    v.mul_(beta2).add_((1 - beta2) * g * g)
-    store(p, companion, join(p, companion) - lr * (m / correction1) / ((v / correction2).sqrt() + eps))
+    g, master = grad.float(), join(p, companion)
+    m.copy_(choose(ok, m * beta1 + (1 - beta1) * g, m))
+    v.copy_(choose(ok, v * beta2 + (1 - beta2) * g * g, v))
+    step = lr * (m / correction1) / ((v / correction2).sqrt() + eps)
+    decayed = master if shrink is None else torch.where(step * master > 0, master * (1 - shrink), master)
+    store(p, companion, choose(ok, decayed - step, master))
 
 
-def nesterov(grad, m, momentum):
-    """Add a gradient to the average m (fp32); returns the look-ahead average in the gradient's dtype. Flat tensors."""
+def nesterov(grad, m, momentum, ok=None):
+    """Add a gradient to the average m (fp32); returns the look-ahead average in the gradient's dtype. Flat tensors.
+
+    If not ok, what it returns is of no use.
+    """
     g = grad.float()
-    m.mul_(momentum).add_((1 - momentum) * g)
+    m.copy_(choose(ok, m * momentum + (1 - momentum) * g, m))
     return ((1 - momentum) * g + momentum * m).to(grad.dtype)
 
 
-def descend(p, companion, update, lr, shrink):
-    """Step along `update`, with decoupled weight decay: master <- (1 - shrink) master - lr update. Flat tensors."""
-    store(p, companion, join(p, companion) * (1 - shrink) - lr * update.float())
+def new_second_moment(p):
+    """NorMuon's v for matrices p (..., rows, cols): fp32 zeros, (..., rows, 1), or (..., 1, cols) if cols > rows.
+
+    An orthogonal factor's rows are orthonormal if it is wide, its columns if it is tall: what differs in length, and is
+    made alike, is the other side's. The paper takes rows always; by the shape as in modded-nanogpt.
+    """
+    rows, cols = p.shape[-2:]
+    return p.new_zeros(*p.shape[:-2], *((rows, 1) if rows >= cols else (1, cols)), dtype=torch.float32)
 
 
-def muon_update(p, companion, grad, m, lr, shrink, momentum, orthogonalise=polar_express, nesterov=nesterov,
-                descend=descend):
-    """Muon on a batch of matrices (..., rows, cols), all contiguous; m: fp32.
+def balance(update, v, beta2, ok=None):
+    """NorMuon on matrices (..., rows, cols): average their mean squares into v; returns the scale for descend.
+
+    That is 1 / sqrt(v), at most 1e5, times what keeps each matrix's Frobenius norm (so v needs no bias correction);
+    finite for zeros. Apart from descend, since in one graph Inductor takes the roots anew for every few elements.
+    """
+    square = update.float().square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True)
+    v.copy_(choose(ok, v * beta2 + (1 - beta2) * square, v))
+    scale = v.clamp_min(1e-10).rsqrt()
+    before, after = (x.sum((-2, -1), keepdim=True) for x in (square, square * scale * scale))
+    return scale * (before / after.clamp_min(1e-30)).sqrt()
+
+
+def descend(p, companion, update, lr, shrink, scale=None, cautious=False, ok=None):
+    """Step along `update`, with decoupled weight decay: w <- w - lr update - shrink w. Flat tensors.
+
+    cautious: shrink only where update * w >= 0. scale: of the update, from balance; the others are then matrices too.
+    """
+    master, update = join(p, companion), update.float()
+    decayed = master * (1 - shrink)
+    if cautious:
+        decayed = torch.where(update * master >= 0, decayed, master)
+    if scale is not None:
+        update = update * scale
+    store(p, companion, choose(ok, decayed - lr * update, master))
+
+
+def muon_update(p, companion, grad, m, lr, shrink, momentum, v=None, beta2=0.9, cautious=False, ok=None,
+                orthogonalise=polar_express, nesterov=nesterov, balance=balance, descend=descend):
+    """Muon on a batch of matrices (..., rows, cols), all contiguous; m: fp32. NorMuon with v, from new_second_moment.
 
     Momentum, orthogonalised; a tall matrix steps sqrt(rows / cols) times as far. The pointwise parts are arguments, so
     that a caller can hand in compiled ones: the products between them are faster eager.
     """
-    # .data: compiled code would look at what a view is a view of
-    flat_p, flat_c, flat_g, flat_m = (x if x is None else x.view(-1).data for x in (p, companion, grad, m))
-    update = orthogonalise(nesterov(flat_g, flat_m, momentum).view(grad.shape))
+    def view(x, flat=v is None):  # .data: compiled code would look at what a view is a view of
+        return x if x is None else (x.reshape(-1) if flat else as_batch(x)).data
+    update = orthogonalise(nesterov(view(grad, True), view(m, True), momentum, ok).view(grad.shape))
+    scale = None if v is None else balance(view(update), view(v), beta2, ok)
     tall = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
-    descend(flat_p, flat_c, update.reshape(-1).data, lr * tall, shrink)
+    descend(view(p), view(companion), view(update), lr * tall, shrink, scale, cautious, ok)
+
+
+def gradient_report(grads):
+    """Sum of squares of each gradient, (n,) fp32, in a pass over each (eager on a CPU, bf16 is copied to fp32 for it).
+
+    Finite if and only if all of the gradient is, and its norm below 1.8e19 (the root of fp32's largest). In rows of
+    1,024 and then over rows: PyTorch's norm of 4e7 bf16 numbers at once, squared, was 0.6% short on a CPU.
+    """
+    def squares(x):
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square().sum()
+    parts = (g.reshape(-1).split((g.numel() - g.numel() % 1024, g.numel() % 1024)) for g in grads)
+    return torch.stack([squares(rows.view(-1, 1024)) + squares(rest) for rows, rest in parts])

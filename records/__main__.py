@@ -1,4 +1,4 @@
-"""What was achieved: take runs into the records, test their losses, compare and draw them.
+"""What was achieved: take runs into the records, test their losses, compare and draw them, hand their weights over.
 
 Exit status: 0 done (check: passed), 1 check failed, 2 bad input. `python -m records COMMAND --help` says more.
 """
@@ -16,6 +16,7 @@ COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
     "compare": ("compare", "", "runs or groups of runs side by side, with speed-ups"),
     "plot": ("plot", "", "draw loss against time and tokens"),
     "leaderboard": ("leaderboard", "", "the records as a table"),
+    "export": ("export", "", "weights for others: safetensors, a matrix per layer, configuration, tokenizer"),
 }
 
 

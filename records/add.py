@@ -23,7 +23,7 @@ RECORDS = Path(__file__).parent
 FILES = ("log.txt", "metrics.jsonl", "config.json", "result.json")  # never the weights
 MOST_BYTES = 10_000_000  # of a file; the public record's largest logs have 0.3 MB
 RULER = "\n" + "=" * 100 + "\n"  # around the description in log.txt
-PATHS = ("run_dir", "cache_dir", "text")  # of the configuration: where, not what
+PATHS = ("run_dir", "cache_dir", "text", "resume", "warm_start")  # of the configuration: where, not what
 OF_THE_RUN = ("date", "git_dirty", "probe")  # in the environment, and may differ between runs of a record
 STEP_LINE = re.compile(r"step:\d+/\d+ (?:train|val)_loss:\S+ train_time:\d+ms(?= )")
 
@@ -99,7 +99,7 @@ def load_run(folder):
     for name in reversed(FILES):  # result.json, which is written last, first
         path = folder / name
         if not path.is_file():
-            why = ": the run has not finished" if name == "result.json" else ""
+            why = ": the run has not finished, --resume may go on with it" if name == "result.json" else ""
             raise InputError(f"{folder}: has no {name}{why}; only finished runs become records")
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{path}: expected at most {MOST_BYTES:,} bytes, found {path.stat().st_size:,}")
@@ -132,13 +132,14 @@ def check(r):
     parts = r["text"]["log.txt"].split(RULER, 2)
     need(len(parts) == 3, "log.txt ends before the first step")
     need(parts[1] == r["text"]["config.json"], "log.txt and config.json describe different runs")
-    said = [m.group() for m in map(STEP_LINE.match, parts[2].splitlines()) if m]
+    said = [re.sub("_loss:-?inf", "_loss:nan", m.group()) for m in map(STEP_LINE.match, parts[2].splitlines()) if m]
     for line, m in itertools.zip_longest(said, r["metrics"]):
         expected = m and step_line(m, c["steps"])
         need(line == expected, f"log.txt has {line or 'no further step'!r} where metrics.jsonl has "
                                f"{expected or 'no further step'!r}")
     last = next((m for m in reversed(r["metrics"]) if "val_loss" in m), None)
     need(last, "log.txt has no validation")
+    check_resumed(r, parts[2])
     for name, value in dict(steps=last["step"], val_loss=last["val_loss"], val_bpb=last.get("val_bpb"),
                             train_time_s=round(last["train_time"], 3)).items():
         need(result[name] == value, f"result.json has {name} {result[name]}, the last validation in log.txt and "
@@ -159,16 +160,36 @@ def check(r):
          f"result.json has reached {result['reached']} with {c['target_metric']} {loss} and target {c['target']}")
 
 
+def check_resumed(r, steps):
+    """A run that went on from a checkpoint has to be one run on one machine. steps: log.txt behind its header."""
+    def need(ok, problem):
+        if not ok:
+            raise InputError(f"{r['folder']}: {problem}, so it cannot become a record; run it anew")
+
+    found = [int(step) for step in re.findall(r"^resumed from step (\d+)$", steps, re.MULTILINE) if step != "0"]
+    said = r["result"].get("resumed_at", [])
+    need(found == said, f"log.txt says it was resumed from steps {found}, result.json {said}")
+    first = r["metrics"][0]["step"]
+    need(not found or first <= found[0], f"its log begins at step {first}, resumed from a checkpoint in another folder")
+    need(RULER not in steps, "it was resumed with another source")
+    changed = re.search(r"^resumed with (?:.*, )?(environment\..*)$", steps, re.MULTILINE)
+    need(not changed, changed and f"it was resumed with another {changed[1]}")
+    need(not r["config"].get("warm_start"), f"it began with the weights of {r['config'].get('warm_start')}")
+
+
 def step_line(m, total):
     """How Log writes a line of metrics.jsonl into log.txt, up to the time."""
     kind = "train" if "train_loss" in m else "val"
-    return f"step:{m['step']}/{total} {kind}_loss:{m[f'{kind}_loss']:.4f} train_time:{1000 * m['train_time']:.0f}ms"
+    loss = m[f"{kind}_loss"]  # null where it was not finite
+    return (f"step:{m['step']}/{total} {kind}_loss:{math.nan if loss is None else loss:.4f} "
+            f"train_time:{1000 * m['train_time']:.0f}ms")
 
 
 def write_run(r, folder):
     """The run's files into a new folder. Machines' paths are nobody's business: of each its last part is kept."""
     folder.mkdir(parents=True)
-    paths = [path for path in (r["config"][name] for name in PATHS) if os.path.isabs(path)]
+    said = [r["result"].get("run_dir", ""), *(r["config"].get(name, "") for name in PATHS)]
+    paths = [path for path in said if os.path.isabs(path)]
     for name, text in r["text"].items():
         source, ruler, rest = text.partition(RULER) if name == "log.txt" else ("", "", text)
         for path in sorted(paths, key=len, reverse=True):  # a folder after what is in it
@@ -213,6 +234,7 @@ def summarize(runs):
     c, e = runs[0]["config"], runs[0]["environment"]
     results = [r["result"] for r in runs]
     losses, times = ([result[name] for result in results] for name in (c["target_metric"], "train_time_s"))
+    resumed = [result.get("resumed_at", []) for result in results]
     tested, p_step, looks = losses_to_test([r["run"] for r in runs])
     return dict(
         track=c["track"], target_metric=c["target_metric"], target=c["target"], n=len(runs),
@@ -225,7 +247,8 @@ def summarize(runs):
         params=results[0]["params"], git_commit=e["git_commit"],
         git_dirty=any(r["environment"]["git_dirty"] is not False for r in runs),
         data=Path(results[0]["data"]).name, data_fingerprint=runs[0]["data"], machine_probe=e.get("probe"),
-        environment={k: v for k, v in e.items() if k not in OF_THE_RUN and k != "git_commit"})
+        environment={k: v for k, v in e.items() if k not in OF_THE_RUN and k != "git_commit"},
+    ) | (dict(resumed_at=resumed) if any(resumed) else {})
 
 
 def sd(values):

@@ -2,16 +2,17 @@
 
 import bisect
 import dataclasses
-import json
 import math
 import statistics
 from collections import Counter
 from pathlib import Path
 
+from .log import to_json
 from .read import InputError, read_runs
 
 ALPHA = 0.01  # the public record's
-APART = ("seed", "run_dir", "cache_dir", "text", "gpus", "repeat", "micro_tokens", "sample_tokens")  # not the recipe
+APART = ("seed", "run_dir", "cache_dir", "text", "gpus", "repeat", "micro_tokens", "recompute", "sample_tokens",
+         "resume", "checkpoint_every", "keep_last", "keep_best", "max_restarts")  # not the recipe
 RUN_HELP = "a run's folder, a log (ours, modded-nanogpt's, llm.c's, nanoGPT's, nanochat's), or a folder of those"
 
 
@@ -221,7 +222,7 @@ def run(args):
         groups[path] = read_runs(path)
     result = compare(groups)
     if args.json:
-        print(json.dumps(finite(result), indent=1))
+        print(to_json(result, indent=1))
     else:
         print(report(result))
     return 0
@@ -351,15 +352,6 @@ def as_dict(run):
     """A Run for JSON, without its training points."""
     flat = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name != "train"}
     return flat | dict(val=[p._asdict() for p in run.val], stopped_early=run.stopped_early)
-
-
-def finite(value):
-    """JSON has no NaN: null instead, everywhere."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ class Run:
     world_size: int | None = None
     data: str | None = None  # fingerprint
     probe: dict | None = None  # this machine's measured rates: {"matmul": {dtype: FLOP/s}, "copy": bytes/s}, one device
+    resumed_at: list = dataclasses.field(default_factory=list)  # steps of the checkpoints it went on from; of our runs
     config: dict = dataclasses.field(default_factory=dict)  # of our runs
     environment: dict = dataclasses.field(default_factory=dict)  # of our runs
     val: list[Point] = dataclasses.field(default_factory=list)
@@ -236,6 +237,10 @@ def add_result(run, result, path):
         value = kind(result.get(key))
         setattr(run, field, getattr(run, field) if value is None else value)
     run.val = run.val or [Point(steps, run.tokens, seconds, loss)]
+    resumed = result.get("resumed_at")
+    run.resumed_at = [at for at in resumed if whole(at) is not None] if isinstance(resumed, list) else []
+    if run.resumed_at:
+        run.notes.append(f"resumed from a checkpoint at step {', '.join(map(str, run.resumed_at))}")
 
 
 def tokens_at(run, step):
@@ -284,7 +289,7 @@ def conclude(run):
 RULE = "=" * 100
 N, X = r"(\d{1,12})", r"([-+]?\d{1,20}(?:\.\d{0,30})?(?:e[-+]?\d{1,3})?|nan|inf)"  # a count, a number
 COUNT = r"(\d[\d,]{0,20})"  # with separators
-LINES = []  # (pattern, what to do with it), tried in this order
+LINES = []  # (pattern, what to do with it), tried in this order; no unbounded repetition beside another: it backtracks
 
 
 def on(pattern):
@@ -369,8 +374,9 @@ class LogReader:
             run.notes.append(f"line {self.n}: goes on from step {step} after step {self.last}; what came between is "
                              "left out")
             for p in (run.val, run.train):
-                p[:] = [point for point in p if point.step < step]
-            self.clock = next((p.seconds for p in reversed(run.train) if p.seconds), 0.0)
+                while p and p[-1].step >= step:
+                    p.pop()
+            self.clock = run.train[-1].seconds or 0.0 if run.train else 0.0
             self.done, self.seconds = step - (kind == "train"), None
         self.last = step
         return run
@@ -404,7 +410,10 @@ class LogReader:
         if seconds is not None:
             if self.seconds is not None and seconds < self.seconds - 0.1 and dialect == "modded-nanogpt":
                 for p in (run.val, run.train):
-                    p[:] = [point._replace(seconds=None) for point in p]
+                    i = len(p)
+                    while i and p[i - 1].seconds is not None:  # before that they are None already
+                        i -= 1
+                        p[i] = p[i]._replace(seconds=None)
                 run.notes.append(f"the clock begins anew at step {step}: what came before is not in its times")
             self.seconds = seconds
         tokens = tokens_at(run, step) if self.ours else step * self.batch if self.batch else None
@@ -451,7 +460,7 @@ class LogReader:
         seconds = self.clock if step else 0.0
         self.add(step, "llm.c", "val", float(loss), seconds)
 
-    @on(rf"step +{N}/{N} \| (?:train )?loss {X} .*?{X} ms")
+    @on(rf"step {{1,9}}{N}/{N} \| (?:train )?loss {X} .{{0,299}}?{X} ms")
     def llmc_step(self, step, total, loss, ms):
         self.llmc(int(step), float(loss), ms, int(total))
 
@@ -490,7 +499,7 @@ class LogReader:
         known = self.done == int(step) and (run.train or step == "0" * len(step))
         self.add(int(step), "nanochat", "val", float(bpb), self.clock if known else None)
 
-    @on(rf"step {N}(?:/{N})? \({X}%\) \| loss: {X} \|.*?\| dt: {X}ms \|.*?\| total time: {X}m")
+    @on(rf"step {N}(?:/{N})? \({X}%\) \| loss: {X} \|.{{0,99}}?\| dt: {X}ms \|.{{0,199}}?\| total time: {X}m")
     def nanochat_step(self, index, total, _, loss, ms, minutes):
         step = int(index) + 1
         run = self.at(step, "nanochat", "train")
@@ -502,16 +511,17 @@ class LogReader:
 
     # --- headers
 
-    @on(r"\|\s+(\d{1,3})\s+(\S.*?)\s+(?:On|Off)\s+\|")
+    @on(r"\|\s{1,9}(\d{1,3})\s{1,9}(\S.{0,99}?)\s{1,99}(?:On|Off)\s{1,9}\|")
     def nvidia_smi(self, index, name):
         self.gpus = [*(self.gpus if int(index) else []), name]
         self.header.update(world_size=len(self.gpus), hardware=name)
 
-    @on(r"Running .*?\bon (?:device_name=)?(\S.*?)\s+with world_size[ =](\d{1,6})\b")
+    @on(r"Running .{0,199}?\bon (?:device_name=)?(\S.{0,99}?)\s{1,9}with world_size[ =](\d{1,6})\b")
     def hardware_and_world(self, name, size):
         self.header.update(world_size=int(size), hardware=name)
 
-    @on(rf"\S+: .* parameters, (\w+), attention .*, {N} x (.+), {X} TFLOP/s in matrix products")
+    @on(rf"\S{{1,99}}: .{{1,20}} parameters, (\w{{1,20}}), attention .{{0,499}}, {N} x (.{{1,99}}), {X} TFLOP/s in "
+        r"matrix products")
     def our_machine(self, dtype, size, name, rate):
         probe = dict(matmul={dtype: 1e12 * float(rate) / max(1, int(size))})
         self.header.update(world_size=int(size), hardware=name, probe=probe)
@@ -521,11 +531,11 @@ class LogReader:
         if self.run and self.ours:
             self.run.notes.append(f"it ended with: {message[:200]}")
 
-    @on(r"GPU: (\S.*?) \| Peak FLOPS")
+    @on(r"GPU: (\S.{0,99}?) \| Peak FLOPS")
     def nanochat_gpu(self, name):
         self.header.update(hardware=name)
 
-    @on(rf"Tokens / micro-batch( / rank)?: .*?{COUNT}$")
+    @on(rf"Tokens / micro-batch( / rank)?: .{{0,99}}?{COUNT}$")
     def nanochat_world(self, rank, tokens):
         if rank:
             self.rank_tokens = count(tokens)
@@ -537,7 +547,7 @@ class LogReader:
     def batch_size(self, tokens):
         self.batch = count(tokens)
 
-    @on(r"\| (num_processes|device) +\| (\S.*?) +\|")
+    @on(r"\| (num_processes|device) {1,99}\| (\S.{0,99}?) {1,99}\|")
     def llmc_table(self, key, value):
         if key == "device":
             self.header.update(hardware=value)

@@ -4,9 +4,11 @@ import math
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from train_gpt import Config, by_stage, layer_windows, lr_scale, muon_momentum, stage_at
+from train_gpt import (Config, by_stage, layer_windows, lr_scale, muon_momentum, progress_at, rope_frequencies, stage_at,
+                       stage_number, target_weights, val_stage)
 
 quick = settings(deadline=None, max_examples=200, database=None)
 progresses = st.floats(0, 1)
@@ -38,10 +40,19 @@ def test_stages_never_go_back(a, b, n):
     assert by_stage(range(n), min(a, b)) <= by_stage(range(n), max(a, b))
 
 
-@pytest.mark.parametrize("n, far", [(1, {0}), (2, {1}), (4, {3}), (5, {3, 4}), (8, {3, 7}), (11, {3, 7, 10})])
-def test_every_fourth_layer_and_the_last_see_far(n, far):
-    windows = layer_windows(Config(n_layer=n, value_embed_layers=(0,)), 5, 9)
+@pytest.mark.parametrize("n, long, far", [(1, (), {0}), (2, (), {1}), (4, (3,), {3}), (8, (3, 0), {0, 3, 7}), (11, (3, 10), {3, 10})])
+def test_long_layers_and_the_last_see_far(n, long, far):
+    windows = layer_windows(Config(n_layer=n, long_layers=long, value_embed_layers=(0,)), 5, 9)
     assert windows == tuple(9 if i in far else 5 for i in range(n))
+
+
+def test_the_extension_stays_where_the_schedules_end():
+    c = Config(steps=12, extension=2, short_window=(1, 2), batch_tokens=(256, 512), lr_floor=0.15, tied=1.0, mtp=(3, 2))
+    assert [progress_at(c, step) for step in range(12)] == [*(step / 10 for step in range(10)), 1.0, 1.0]
+    assert lr_scale(c, progress_at(c, 11)) == pytest.approx(0.15) and muon_momentum(progress_at(c, 11)) == pytest.approx(0.85)
+    assert target_weights(c, progress_at(c, 11)) == [1.0, 0.0]
+    assert stage_at(c, progress_at(c, 11)) == stage_at(c, progress_at(c, 9))._replace(tied=False)
+    assert [progress_at(Config(steps=4), step) for step in range(4)] == [0, 0.25, 0.5, 0.75]
 
 
 def staged(**kwargs):
@@ -61,7 +72,8 @@ def test_stage_at():
         1.0: ((3, 3, 3, 20), 64, 10),
     }
     for progress, stage in expected.items():
-        assert stage_at(c, progress) == stage
+        assert stage_at(c, progress)[:3] == stage
+        assert stage_at(c, progress)[3:] == (1.36 / 8, False, 1)
 
 
 def test_stages_can_be_told_apart_and_counted():
@@ -76,9 +88,114 @@ def test_stages_can_be_told_apart_and_counted():
 @given(progresses)
 def test_stage_values_are_among_those_configured(progress):
     c = staged()
-    windows, max_doc_len, rows = stage_at(c, progress)
+    windows, max_doc_len, rows, *_ = stage_at(c, progress)
     assert len(windows) == 4 and set(windows[:3]) < {1, 2, 3} and windows[3] in (10, 20)
     assert max_doc_len in (16, 64) and rows in (2, 4, 10)
+
+
+@pytest.mark.parametrize("n_layer", range(1, 12))
+def test_validation_sees_the_last_windows_or_its_own(n_layer):
+    """Whatever the stage; documents are as long as its rows, scale and head are the stage's."""
+    c = staged(n_layer=n_layer, value_embed_layers=(), yarn=True, tied=0.5, mtp=(3, 2), val_row_len=100)
+    for progress in (0.0, 0.4, 0.6, 1.0):
+        stage = stage_at(c, progress)
+        last, own = val_stage(c, stage), val_stage(staged(**{**vars(c), "val_windows": (5, 7)}), stage)
+        assert last.windows == layer_windows(c, 3, 20) and own.windows == layer_windows(c, 5, 7)
+        for val in (last, own):
+            assert val[1:] == (100, 0, stage.attn_scale, stage.tied, 1)
+
+
+def test_tied_for_its_fraction_of_training():
+    for tied, steps in ((0.0, 0), (0.25, 5), (0.66, 14), (1.0, 20)):
+        c = Config(tied=tied)
+        assert [stage_at(c, step / 20).tied for step in range(20)] == [True] * steps + [False] * (20 - steps)
+
+
+# --- the next tokens' weights
+
+
+RECORD = Config(mtp=(3, 2, 1))
+
+
+@pytest.mark.parametrize("progress, weights", [
+    (0.0, [1, 0.5, 0.25]), (1 / 6, [1, 0.5, 0.125]), (1 / 3 - 1e-9, [1, 0.5, 0]),
+    (1 / 3 + 1e-9, [1, 0.5]), (1 / 2, [1, 0.25]), (2 / 3 - 1e-9, [1, 0]), (2 / 3 + 1e-9, None), (1.0, None)])
+def test_target_weights_are_the_records(progress, weights):
+    """Stage 1: 1, .5, .25 -> 0; stage 2: 1, .5 -> 0; stage 3: 1."""
+    assert target_weights(RECORD, progress) == (weights and pytest.approx(weights, abs=1e-7))
+
+
+@quick
+@given(progresses, st.lists(st.integers(1, 5), min_size=1, max_size=5).map(tuple))
+def test_target_weights_of_any_schedule(progress, mtp):
+    """As many as the stage has targets, which is what is compiled for; falling, and all but the last fixed."""
+    c = Config(mtp=mtp)
+    n, weights = stage_at(c, progress).n_targets, target_weights(c, progress)
+    assert n == by_stage(mtp, progress)
+    if n == 1:
+        assert weights is None
+    else:
+        assert len(weights) == n and weights[:-1] == [0.5**k for k in range(n - 1)] and 0 <= weights[-1] <= 0.5**(n - 1)
+
+
+# --- rotary frequencies
+
+
+YARN = Config(n_layer=4, n_embd=128 * 4, n_head=4, row_len=64, batch_tokens=(64,), yarn=True, long_window=(384, 896, 1408))
+
+
+def test_rotary_frequencies_without_yarn():
+    for n, base in ((1, 10.0), (2, 100.0), (32, 1024.0)):
+        expected = [base ** -(k / max(1, n - 1)) for k in range(n)]
+        for windows in ((), (5,), (5, 7, 9)):
+            assert rope_frequencies(Config(rope_base=base), n, windows).tolist() == pytest.approx(expected)
+
+
+def yarn_by_the_formula(freqs, old, new, alpha=1.0, beta=32.0):
+    """Peng et al.: g(lambda) = (1 - ramp) g / s + ramp g, ramp by how many turns a wave makes in the old context."""
+    s, result = new / old, []
+    for g in freqs:
+        wavelength = 2 * math.pi / g
+        r = old / wavelength
+        ramp = 0 if r < alpha else 1 if r > beta else (r - alpha) / (beta - alpha)
+        result.append((1 - ramp) * g / s + ramp * g)
+    return result
+
+
+def test_yarn_is_the_published_formula_at_each_change():
+    for upto in (1, 2, 3):
+        freqs, windows = [1024 ** -(k / 31) for k in range(32)], YARN.long_window[:upto]
+        for old, new in zip(windows, windows[1:]):
+            freqs = yarn_by_the_formula(freqs, old, new)
+        assert rope_frequencies(YARN, 32, windows).tolist() == pytest.approx(freqs, rel=1e-5)
+
+
+def test_yarn_keeps_what_turns_often_and_stretches_what_does_not():
+    before, after = rope_frequencies(YARN, 32, (384,)), rope_frequencies(YARN, 32, (384, 896))
+    turns = 384 * before / (2 * math.pi)
+    assert torch.equal(after[turns >= 32], before[turns >= 32]) and (turns >= 32).any()
+    slow = turns <= 1
+    torch.testing.assert_close(after[slow], before[slow] * 384 / 896)
+    assert slow.any() and (after <= before).all() and (after.diff() < 0).all()
+    assert torch.equal(rope_frequencies(YARN, 32, (384, 384)), before)  # no change of the window, no change
+
+
+def test_yarns_scale_is_the_records():
+    """0.100, 0.117, 0.128 at windows 384, 896, 1408."""
+    scales = [stage_at(YARN, progress).attn_scale for progress in (0.0, 0.5, 1.0)]
+    assert scales[0] == pytest.approx(1.36 / math.sqrt(128))
+    assert [0.1 * s / scales[0] for s in scales] == pytest.approx([0.100, 0.117, 0.128], abs=5e-4)
+    assert {stage_at(Config(**{**vars(YARN), "yarn": False}), p).attn_scale for p in (0.0, 0.5, 1.0)} == {scales[0]}
+
+
+def test_the_tables_and_the_scale_change_at_the_same_steps():
+    """enter() fills the tables for the windows up to a step's stage; the stage holds the scale."""
+    steps = 100
+    for step in range(steps):
+        windows = YARN.long_window[:stage_number(YARN.long_window, step / steps) + 1]
+        assert windows[-1] == stage_at(YARN, step / steps).windows[-1]
+        assert stage_at(YARN, step / steps).attn_scale / stage_at(YARN, 0).attn_scale == pytest.approx(
+            math.prod(1 + 0.2 * math.log(b / a) for a, b in zip(windows, windows[1:])))
 
 
 # --- learning rate

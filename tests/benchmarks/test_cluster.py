@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 
 import train_gpt as tg
@@ -12,14 +14,15 @@ from benchmarks import cluster
 from benchmarks.__main__ import main
 from benchmarks.cluster import RECORD, TERMS, Collective, Cost, Links, communication_ms, step_ms
 from data import InputError
+from helpers import tiny_model
+from runtime import shards
 
 GPT2_SMALL = tg.parse_args(["--track", "gpt2-small"])
 
 # modded-nanogpt: bytes of an Adam step (every second one), then of a Muon step (every one)
-EVERY_SECOND = [Collective("reduce_scatter", 386e6), Collective("all_gather", 386e6), Collective("all_gather", 580e6),
-                *[Collective("all_gather", 77e6)] * 2]
-EVERY = [Collective("reduce_scatter", 167e6), Collective("all_gather", 167e6)]
-RECORD_VOLUMES = [c._replace(bytes=c.bytes / 2) for c in EVERY_SECOND] + EVERY
+RECORD_VOLUMES = [*[Collective(kind, size, "all", 2) for kind, size in (
+    ("reduce_scatter", 386e6), ("all_gather", 386e6), ("all_gather", 580e6), *[("all_gather", 77e6)] * 2)],
+    Collective("reduce_scatter", 167e6), Collective("all_gather", 167e6)]
 
 
 @pytest.mark.parametrize("log", [(31.54, 56.57, 82.38), (32.45, 58.06, 83.97), (31.59, 56.90, 82.74)])
@@ -55,6 +58,18 @@ def test_communication_by_hand():
     assert communication_ms([Collective("all_reduce", 1e9)], 8, links) == pytest.approx(17.5 + 0.056)
     # two nodes: 15/16 at 8 * 5 GB/s; 14 hops inside, 1 between
     assert communication_ms([Collective("reduce_scatter", 1e9)], 16, links) == pytest.approx(23.4375 + 0.0656)
+    # inside each of them as on one; from each rank to its like twice 1/2 of a part, by a card of its own
+    assert communication_ms([Collective("reduce_scatter", 1e9, "node")], 16, links) == pytest.approx(8.75 + 0.0322)
+    assert communication_ms([Collective("all_reduce", 1e9 / 8, "across")], 16, links) == pytest.approx(25 + 0.0276)
+    assert communication_ms([Collective("all_reduce", 1e9 / 8, "across", 4)], 16, links) == pytest.approx(25.0276 / 4)
+    assert communication_ms([Collective("all_reduce", 1e9 / 8, "across")], 8, links) == 0
+    assert cluster.sent_bytes([Collective("all_reduce", 8e6, "across", 4)], 16, 8) == 2 * 1 / 2 * 8e6 / 4
+    # one rank a node: everything crosses, over one card; where nodes are not full, one ring over all ranks
+    assert communication_ms([Collective("all_reduce", 1e9)], 4, links._replace(node=1)) == pytest.approx(300 + 0.066)
+    assert communication_ms([Collective("all_gather", 1e9, "node")], 12, links) == pytest.approx(
+        11 / 12 * 1000 / 30 + 0.052)
+    assert step_ms(8, 1024, 16, Cost(1.0, 24.0, 0.0), [], links)["shared"] == 3.0
+    assert step_ms(8, 1024, 12, Cost(1.0, 24.0, 0.0), [], links)["shared"] == 2.0
 
 
 def test_overlap_hides_no_more_than_the_updates_take():
@@ -64,31 +79,70 @@ def test_overlap_hides_no_more_than_the_updates_take():
     assert wire(1.0, 8.0) == pytest.approx(wire(0.0, 0.0) - 1.0)
 
 
-def test_volumes_are_those_of_the_optimizer(monkeypatch):
-    """What Optimizer.step() hands to torch.distributed on 3 ranks, counted."""
-    c = dataclasses.replace(tg.Config(), n_layer=1, n_embd=16, n_head=2, value_embed_layers=(0,), mlp_ratio=2)
-    model = tg.GPT(c, 70, torch.bfloat16)
-    model.init_weights(0)
+@pytest.fixture
+def exchanged(monkeypatch):
+    """What is handed to torch.distributed, [(kind, bytes, group), ...], with a group for a node and one across them."""
     seen = []
 
-    class Done:
-        def wait(self):
-            pass
-
     def record(kind, whole):
-        def call(*tensors, **_):
-            seen.append((kind, tensors[whole].nbytes))
-            return Done()
+        def call(*tensors, group=None, async_op=False):
+            seen.append((kind, tensors[whole].nbytes, group or "all"))
+            return types.SimpleNamespace(wait=lambda: None)
         return call
-    monkeypatch.setattr(tg, "reduce_scatter", record("reduce_scatter", 1))
-    monkeypatch.setattr(tg, "all_gather", record("all_gather", 0))
-    monkeypatch.setattr(tg.dist, "all_reduce", record("all_reduce", 0))
-    optimizer = tg.Optimizer(model, tg.parameter_table(c), rank=1, world_size=3)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step(0.0, 0.9)
-    expected = cluster.collectives_of(c, cluster.model_of(c, 70), 3)
-    assert sorted(seen) + [("all_reduce", 4)] == sorted(map(tuple, expected[:-1])) + [tuple(expected[-1])]
+    monkeypatch.setattr(shards, "reduce_scatter", record("reduce_scatter", 1))
+    monkeypatch.setattr(shards, "all_gather", record("all_gather", 0))
+    monkeypatch.setattr(dist, "all_reduce", record("all_reduce", 0))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    return seen
+
+
+@pytest.mark.parametrize("n, node", [(3, 8), (6, 2), (15, 3), (3, 1), (5, 3)])
+@pytest.mark.parametrize("fields", [dict(), dict(tied=1.0, adam_every=3, skip=(0, 1), attn_gate=True),
+                                    dict(smear=True, n_gram=2, adam_every=2), dict(backout=0, value_embed_layers=())])
+def test_volumes_are_those_of_the_trainer(n, node, fields, exchanged):
+    """All that a rank exchanges in as many steps as there are between Adam's updates, counted."""
+    c, model = tiny_model(70, dtype=torch.bfloat16, **dict(value_embed_layers=(0,), n_gram=1) | fields)
+    local, groups = (node, ("node", "across")) if n % node == 0 else (n, (None, None))  # as join_world() has it
+    world = tg.World(n - 1, n, torch.device("cpu"), local, *groups)
+    optimizer = tg.Optimizer(model, tg.parameter_table(c), world, adam_every=c.adam_every)
+    guard, stage = tg.Guard(world.device, tg.gradient_report), tg.stage_at(c, 0.0)
+    x, cu = torch.randint(70, (1, c.row_len)), torch.tensor([0, c.row_len], dtype=torch.int32)
+    for step in range(c.adam_every):
+        model(x, x, cu, stage).backward()
+        guard.judge(step, torch.zeros(()), {name: p.grad for name, p in model.named_parameters()}, (0, 0, 0))
+        optimizer.step(0.0, 0.9)  # whatever it judges: nothing is summed here
+    expected = cluster.collectives_of(c, cluster.model_of(c, 70), n, node, stage.tied)
+    for x in expected:
+        count = c.adam_every // x.every
+        group = x.group if n % node == 0 or x.group != "node" else "all"
+        assert exchanged.count((x.kind, x.bytes, group)) >= count, x
+        for _ in range(count):
+            exchanged.remove((x.kind, x.bytes, group))
+    assert exchanged == []
+
+
+def test_several_nodes_send_the_same_inside_and_a_part_between():
+    """Per rank: what one node would send, and twice (N - 1) / N of its eighth to its like on the others."""
+    model, one = cluster.model_of(GPT2_SMALL, 50257), {}
+    for n in (8, 16, 64):
+        volumes = cluster.collectives_of(GPT2_SMALL, model, n, 8)
+        one[n] = {group: cluster.sent_bytes([v for v in volumes if v.group == group], n, 8)
+                  for group in ("node", "across", "all")}
+    assert one[8]["node"] == one[16]["node"] == one[64]["node"] and one[8]["across"] == 0
+    # gradients in, weights out: each 7/8 of it; an eighth of the gradients across
+    whole = one[8]["node"] / 2 * 8 / 7
+    assert one[16]["across"] == pytest.approx(2 * 1 / 2 * whole / 8)
+    assert one[64]["across"] == pytest.approx(2 * 7 / 8 * whole / 8)
+    assert one[64]["all"] < 1e4
+
+
+def test_stages_with_a_tied_head_exchange_less():
+    c = dataclasses.replace(GPT2_SMALL, tied=0.5, adam_every=1)
+    line = cluster.predict(c, cluster.model_of(c, 50257), 8, RECORD, Links())
+    tied, untied = line["stages"][0], line["stages"][-1]
+    assert untied["bytes"] - tied["bytes"] == pytest.approx(2 * 7 / 8 * 50304 * 768 * 2)
+    assert tied["terms"]["communication"] < untied["terms"]["communication"]
+    assert line["bytes"] == pytest.approx((tied["bytes"] + untied["bytes"]) / 2, rel=1e-3)
 
 
 def test_the_tracks_table(capsys, tmp_path):

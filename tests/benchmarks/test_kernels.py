@@ -367,6 +367,28 @@ def test_every_case_agrees_with_its_reference_on_tiny_inputs(name):
             call(0)
 
 
+@pytest.mark.parametrize("name", ["adam_update", "nesterov", "balance", "descend", "descend, NorMuon"])
+def test_updates_are_measured_with_the_guard_and_all_that_the_trainer_hands_over(name):
+    case = CASES[name][0](TINY)
+    *inputs, ok = case.inputs(Draw(DEVICE))
+    before, fn = [x.clone() for x in inputs], case.variants["stopwatch"].make(*inputs, ok)
+    fn(*inputs, ~ok)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+    fn(*inputs, ok)
+    assert not all(torch.equal(a, b) for a, b in zip(inputs, before))
+    if name == "descend, NorMuon":
+        p, low, update, scale = (x.clone() for x in before)
+        fn(p, low, update, scale + 1, ok)
+        assert not torch.equal(p, inputs[0])
+
+
+def test_token_ids_of_the_embedding_are_zipfs():
+    index, table = CASES["embedding"][0](GPT2_SMALL._replace(tokens=200_000, width=1)).inputs(Draw(DEVICE))
+    counts = index.bincount(minlength=len(table))
+    assert index.min() == 0 and index.max() < len(table) and 0.06 < counts[0] / len(index) < 0.068
+    assert counts[9] / counts[99] == pytest.approx(10, rel=0.2)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_work_is_counted_for_the_sizes_measured(name):
     """Each direction's least work at gpt2-small's size takes an H200 more than 10 us and less than 50 ms."""
@@ -665,8 +687,7 @@ def test_a_result_is_saved_as_it_grows(stand_ins, tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(command.module_of("a"), "run", killed)
     monkeypatch.setattr(command.module_of("a"), "add_arguments", lambda parser: None)
-    with pytest.raises(KeyboardInterrupt):
-        command.main(["a", "--json", str(tmp_path / "r.json")])
+    assert command.main(["a", "--json", str(tmp_path / "r.json")]) == 130
     assert json.loads((tmp_path / "r.json").read_text())["rows"] == [1]
 
 

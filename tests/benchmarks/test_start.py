@@ -87,22 +87,22 @@ def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
     import train_gpt as tg
     from unittest import mock
 
-    c = tiny(write_text(tmp_path / "text.txt"), tmp_path, compile=True, batch_tokens=(256, 512))
-    for owner, names in ((tg, ("open_dataset", "parse_args", "load_data", "choose_ops", "describe_environment",
+    c = tiny(write_text(tmp_path / "text.txt"), tmp_path, compile=True, batch_tokens=(256, 512), mtp=(2, 1), tied=0.5)
+    for owner, names in ((tg, ("parse_args", "load_data", "choose_ops", "describe_environment",
                                "machine_probe", "evaluate", "keep_freed_memory")),
                          (tg.Trainer, ("__init__", "describe", "accumulate", "run")), (tg.GPT, ("init_weights",)),
                          (tg.Optimizer, ("reset", "step"))):
         for name in names:  # put back what trace() replaces
             monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(tg, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(tg, "can_compile", lambda log: True)
+    monkeypatch.setattr(tg, "can_compile", lambda say: True)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     result = tmp_path / "phases.json"
     with mock.patch.object(torch, "compile", lambda function, **_: function):
         assert start.trace(str(result), time.monotonic(), options(c), synthetic=False) == 130
     phases = json.loads(result.read_text())
-    assert {"graph of 256 tokens", "graph of 512 tokens", "graph of the optimizer", "graph of validation",
-            "first step"} <= set(phases)
+    assert {"graph of 256 tokens, 2 targets, tied", "graph of 512 tokens", "graph of the optimizer",
+            "graph of validation", "first step"} <= set(phases)
     assert phases["first step"] < 5 and not (tmp_path / "run" / "result.json").exists()
 
 

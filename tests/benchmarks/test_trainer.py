@@ -55,12 +55,13 @@ def one_step():
     return [
         host(MARK + "profiled", 0, 200),
         host(MARK + "data", 0, 20), host(MARK + "forward", 20, 30), host(MARK + "backward", 30, 45),
-        host(MARK + "optimizer", 50, 60), host("Torch-Compiled Region", 0, 200),
+        host(MARK + "guard", 45, 46), host(MARK + "optimizer", 50, 60), host("Torch-Compiled Region", 0, 200),
         host(MARK + "forward", 0, 200, "gpu_user_annotation"),
         *kernel("Memcpy HtoD", 15, 18, 26, "gpu_memcpy"),
         *kernel("gemm", 21, 30, 60), *kernel("triton", 22, 60, 70, launcher="cuda_driver"),
         *kernel("gemm", 35, 75, 110, tid=99),  # backward's own thread launches it
-        *kernel("ncclDevKernel_ReduceScatter", 46, 105, 130), *kernel("fill", 47, 130, 135),
+        *kernel("norm", 45, 108, 118), *kernel("ncclDevKernel_AllReduce", 45, 118, 120),
+        *kernel("ncclDevKernel_ReduceScatter", 47, 105, 130), *kernel("fill", 48, 130, 135),
         *kernel("adam", 52, 130, 160), *kernel("ncclDevKernel_AllGather", 53, 150, 180),
         dict(ph="M", name="process_name"), dict(ph="f", cat="ac2g", name="ac2g", ts=3),
     ]
@@ -69,8 +70,8 @@ def one_step():
 def test_a_gpus_time_goes_to_what_launched_its_kernels():
     parts = trace_parts(one_step(), cuda=True)
     assert parts == dict(
-        forward=40, backward=35, optimizer=30,
-        communication=40,  # 110-130 and 160-180: elsewhere a kernel of ours runs as well
+        forward=40, backward=35, guard=8, optimizer=30,
+        communication=32,  # 118-130 and 160-180: elsewhere a kernel of ours runs as well
         data=26,  # 0-18 waiting for the batch, 18-26 its copy
         gaps=29,  # 26-30, 70-75, 180-200
         other=0)  # 130-135 is the optimizer's already
@@ -87,10 +88,11 @@ def test_kernels_from_elsewhere_are_other_and_nothing_counts_outside():
 
 def test_on_a_cpu_waiting_for_others_is_not_the_optimizers_time():
     events = [host(MARK + "profiled", 0, 100), host(MARK + "data", 0, 10), host(MARK + "forward", 10, 40),
-              host(MARK + "backward", 40, 70), host(MARK + "optimizer", 75, 95), host(MARK + "communication", 80, 85),
+              host(MARK + "backward", 40, 70), host(MARK + "guard", 70, 74), host(MARK + "communication", 72, 73),
+              host(MARK + "optimizer", 75, 95), host(MARK + "communication", 80, 85),
               host("aten::mm", 12, 30, "cpu_op")]
     assert trace_parts(events, cuda=False) == dict(
-        forward=30, backward=30, optimizer=15, communication=5, data=10, gaps=0, other=10)
+        forward=30, backward=30, guard=3, optimizer=15, communication=6, data=10, gaps=0, other=6)
 
 
 # --- fit and data
@@ -136,11 +138,74 @@ def test_a_schedules_stages(tiny_options, capsys):
     for s in result["stages"]:
         assert s["p20"] <= s["ms"] <= s["p80"] and s["tokens_per_s"] == pytest.approx(1e3 * s["tokens"] / s["ms"])
         assert tuple(s["parts"]) == PARTS and sum(s["parts"].values()) == pytest.approx(s["profiled_ms"])
-        assert min(s["parts"][p] for p in ("forward", "backward", "optimizer", "data", "other")) > 0
+        assert min(s["parts"][p] for p in ("forward", "backward", "guard", "optimizer", "data", "other")) > 0
         assert s["parts"]["communication"] == s["parts"]["gaps"] == 0 and s["passes"] == 1
         assert 0 < s["peak_share"] < 1 and s["peak_memory_bytes"] > 1e8
     assert result["fit"]["us_per_token"] is not None and json.loads(json.dumps(result)) == result
-    assert "| 512 | 8, 32 | 32 | 1 |" in trainer.render(result) and trainer.render(result) in capsys.readouterr().err
+    text = trainer.render(result)
+    assert "| 512 | 8, 32 | 32 | 1 | 1 |" in text and text in capsys.readouterr().err
+
+
+def test_every_kind_of_stage_is_entered_and_run(tiny_options, monkeypatch):
+    """Targets, windows and the tied head change at different steps, Adam updates at every third step: each stage runs
+    its own weights, graph and rotary tables, in whole groups of steps."""
+    seen, events, data = [], [], []
+
+    def spy(owner, name, note):
+        function = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            note(*args)
+            return function(*args, **kwargs)
+        monkeypatch.setattr(owner, name, call)
+    spy(tg.GPT, "forward", lambda model, x, y, cu, stage, weights=None: seen.append(
+        (stage.tied, stage.n_targets, weights is not None and weights.tolist(), max(stage.windows), x.numel())))
+    spy(tg.GPT, "rotate", lambda model, windows: events.append(windows))
+    spy(tg.Optimizer, "untie", lambda optimizer: events.append("untie"))
+    spy(tg.Optimizer, "step", lambda optimizer, lr, momentum, ok: data.append((optimizer.step_count, ok.item())))
+    result = trainer.run(steps=4, trainer_options=[
+        *tiny_options, "--mtp", "2", "1", "--tied", "0.25", "--yarn", "--long-window", "16", "32", "--adam-every", "3",
+        "--batch-tokens", "256", "512"])
+    # 4 steps are 2 groups of 3; with 3 groups to warm up, one before and three in the profile
+    n = 3 * (3 + 2 + 1 + 3)
+    assert seen == [(True, 2, [1.0, 0.5], 16, 256)] * n + [(False, 2, [1.0, 0.25], 16, 256)] * n + [
+        (False, 1, False, 32, 512)] * n
+    assert events[-4:] == [(16,), (16,), "untie", (16, 32)]
+    assert data == [(step, True) for step in range(3 * n)]
+    assert [(s["n_targets"], s["tied"], s["steps"], s["tokens"]) for s in result["stages"]] == [
+        (2, True, 6, 256), (2, False, 6, 256), (1, False, 6, 512)]
+    assert "| 256 | 8, 16 | 32 | 1 | 2, tied |" in trainer.render(result)
+
+
+def test_given_tokens_are_run_as_at_the_end_of_the_track(tiny_options, monkeypatch):
+    given, last = [*tiny_options, "--mtp", "2", "1", "--tied", "0.5", "--long-window", "8", "16", "32", "--max-doc-len",
+                    "16", "32", "--short-window", "4", "8", "--stage-lr", "1", "2", "--batch-tokens", "256", "512"], []
+    monkeypatch.setattr(trainer, "measure", lambda t, b, stage, *args, measure=trainer.measure: (
+        last.append(stage) or measure(t, b, stage, *args)))
+    result = trainer.run(steps=1, tokens=[64, 128, 64], trainer_options=given)
+    assert [s["tokens"] for s in result["stages"]] == [64, 128] and result["fit"]
+    end = tg.stage_at(tg.parse_args(given), 1.0)
+    assert last == [end._replace(rows=2), end._replace(rows=4)]
+    trainer.run(steps=1, tokens=[64], trainer_options=[*given, "--tied", "1"])
+    assert last[2] == end._replace(rows=2, tied=True)
+
+
+def test_a_step_is_the_mean_of_those_with_and_without_adam(tiny_options, monkeypatch):
+    step = tg.Optimizer.step
+
+    def slow_every_second(optimizer, *args):
+        time.sleep(0.2 * (optimizer.step_count % 2))
+        step(optimizer, *args)
+    monkeypatch.setattr(tg.Optimizer, "step", slow_every_second)
+    stage, = trainer.run(steps=3, tokens=[64], trainer_options=[*tiny_options, "--adam-every", "2"])["stages"]
+    assert 100 < stage["p20"] <= stage["p80"] < 180 and 100 < stage["parts"]["optimizer"] < 180 and stage["steps"] == 4
+
+
+def test_a_loss_that_is_not_finite_ends_it(tiny_options, monkeypatch):
+    forward = tg.GPT.forward
+    monkeypatch.setattr(tg.GPT, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * math.inf)
+    with pytest.raises(InputError, match="the training loss is inf.*lower --muon-lr"):
+        trainer.run(steps=1, tokens=[64], trainer_options=tiny_options)
 
 
 def test_time_is_booked_where_it_is_spent(tiny_options, monkeypatch):
@@ -153,11 +218,13 @@ def test_time_is_booked_where_it_is_spent(tiny_options, monkeypatch):
             return function(*args, **kwargs)
         monkeypatch.setattr(owner, name, call)
     slower(tg.GPT, "hidden", 100)
-    slower(tg.Optimizer, "_reduce", 20)  # for each of 7 parameters
+    slower(tg.Shard, "reduce", 20)  # for each of 7 parameters
+    slower(tg.Guard, "send", 60)
     slower(TrainLoader, "rows", 400)  # of which the loader's thread hides what the rest takes
     parts = trainer.run(steps=1, tokens=[64], trainer_options=tiny_options)["stages"][0]["parts"]
     assert 100 < parts["forward"] < 290 and parts["optimizer"] > 140 and parts["data"] > 30
-    assert parts["forward"] + parts["optimizer"] + parts["data"] > 0.7 * sum(parts.values())
+    assert 60 < parts["guard"] < 120
+    assert sum(parts[p] for p in ("forward", "guard", "optimizer", "data")) > 0.7 * sum(parts.values())
 
 
 def test_two_processes_wait_for_each_other_and_one_reports(tiny_options, tmp_path):

@@ -7,6 +7,7 @@ about 1 s each (`run`). What ends with the listing, and what no server can play,
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -303,7 +304,7 @@ def test_damaged_files_are_replaced(run, hub, folder):
     done = run()
     assert done.error is None and on_disk(folder) == hub.files
     assert [len(hub.gets(name)) for name in NAMES] == [0, 1, 1]
-    assert f"{TRAIN_1}: expected 3024 bytes, found 3022; deleting it" in done.stderr
+    assert f"{TRAIN_1}: expected 3024 bytes, found 3022; downloading it again" in done.stderr
 
 
 def test_change_after_the_check_is_noticed(here, hub, folder):
@@ -365,6 +366,183 @@ def test_bad_hand_copies_are_refused_offline_and_kept(here, hub, folder, nowhere
     for part in str(folder / name), found, "cannot reach the Hub":
         assert part in error
     assert on_disk(folder) == files
+
+
+def test_a_file_altered_and_its_time_set_back_is_noticed(here, hub, folder, nowhere):
+    """Programs may set mtime, but not ctime. Offline what the Hub listed is still known."""
+    here()
+    path = folder / TRAIN_1
+    before = path.stat()
+    path.write_bytes(flipped(hub.files[TRAIN_1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    here.endpoint(nowhere)
+    error = here.error()
+    for part in (str(path), f"expected sha256 {sha256(hub.files[TRAIN_1])}",
+                 f"found {sha256(flipped(hub.files[TRAIN_1]))}", "cannot reach the Hub"):
+        assert part in error
+    assert path.read_bytes() == flipped(hub.files[TRAIN_1])
+    here.endpoint(hub.url)
+    here.fetched.clear()
+    here()
+    assert here.fetched == [(TRAIN_1, fineweb.REVISION)] and on_disk(folder) == hub.files
+
+
+def test_a_copied_folder_is_hashed_but_needs_no_hub(here, hub, folder, nowhere, capfd, monkeypatch):
+    """Copies have other times."""
+    here()
+    for name in NAMES:
+        os.utime(folder / name)
+    here.endpoint(nowhere)
+    capfd.readouterr()
+    here()
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(fineweb, "sha256_of", lambda path: pytest.fail("hashed again"))
+    here()
+
+
+def test_hand_copies_are_remembered_as_they_were_first_seen(here, hub, folder, nowhere):
+    """Without the Hub nobody knows whether they are right, but a change shows."""
+    fill(folder, hub.files)
+    here.endpoint(nowhere)
+    here()
+    here()
+    (folder / TRAIN_2).write_bytes(flipped(hub.files[TRAIN_2]))
+    error = here.error()
+    for part in str(folder / TRAIN_2), "expected sha256", "unlike when first seen", "checked.json":
+        assert part in error
+    (folder / "checked.json").unlink()  # what it says helps
+    here()
+
+
+def test_verify_hashes_what_looks_untouched(here, hub, folder, capsys):
+    """What the disk itself has changed has the size and times that were noted."""
+    here()
+    (folder / TRAIN_1).write_bytes(flipped(hub.files[TRAIN_1]))
+    notes = json.loads((folder / "checked.json").read_text())
+    notes[TRAIN_1] |= fineweb._stamp(folder / TRAIN_1)
+    (folder / "checked.json").write_text(json.dumps(notes))
+    here.fetched.clear()
+    here()
+    assert here.fetched == [], "a start takes the times' word, as the docstring says"
+    assert fineweb.main(["--folder", str(folder), "--train-shards", "2", "--verify"]) == 0
+    assert here.fetched == [(TRAIN_1, fineweb.REVISION)] and on_disk(folder) == hub.files
+
+
+def test_notes_of_before_have_no_ctime_and_are_completed(here, hub, folder, nowhere):
+    here()
+    notes = json.loads((folder / "checked.json").read_text())
+    old = {name: {k: v for k, v in note.items() if k != "ctime_ns"} for name, note in notes.items()}
+    (folder / "checked.json").write_text(json.dumps(old))
+    here.endpoint(nowhere)
+    here()
+    assert json.loads((folder / "checked.json").read_text()) == notes
+
+
+# ---- nothing lost, nothing outside the folder
+
+def test_a_failing_download_keeps_what_was_there(here, hub, folder):
+    """Also the damaged file it was to replace, until there is a whole one."""
+    here()
+    (folder / TRAIN_1).write_bytes(b"damaged")
+    before = on_disk(folder)
+
+    def half(repo, name, *, local_dir, **_):
+        (local_dir / name).write_bytes(hub.files[name][:1500])
+        raise KeyboardInterrupt
+
+    here.client("hf_hub_download", half)
+    with pytest.raises(KeyboardInterrupt):
+        here()
+    assert on_disk(folder) == before and sorted(os.listdir(folder)) == sorted([*NAMES, "checked.json"])
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_several_processes_download_at_once(here, hub, folder, tmp_path, monkeypatch, locks):
+    """Each file once where the file system has locks; where not, nobody reads or deletes a half."""
+    def listing(self, repo, names, **_):
+        return [SimpleNamespace(path=name, size=len(hub.files[name]),
+                                lfs=SimpleNamespace(sha256=sha256(hub.files[name]))) for name in names]
+
+    def slowly(repo, name, *, local_dir, **_):
+        with open(tmp_path / "fetched", "a") as f:
+            f.write(name + "\n")
+        with open(local_dir / name, "wb") as f:
+            for at in range(0, len(hub.files[name]), 500):
+                f.write(hub.files[name][at:at + 500])
+                f.flush()
+                time.sleep(0.01)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def work():
+        barrier.wait(20)
+        for _ in range(20):
+            train, val = here()
+            assert [len(fineweb.read_shard(path)) for path in train + val] == [1000] * 3
+
+    here.client("get_paths_info", listing)
+    here.client("hf_hub_download", slowly)
+    if not locks:
+        monkeypatch.setattr("data.files.fcntl.flock", no_locks)
+    fill(folder, {TRAIN_2: flipped(hub.files[TRAIN_2])})
+    fork = multiprocessing.get_context("fork")
+    barrier = fork.Barrier(3)
+    workers = [fork.Process(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    assert on_disk(folder) == hub.files and sorted(os.listdir(folder)) == sorted([*NAMES, "checked.json"])
+    assert len((tmp_path / "fetched").read_text().split()) in ([3] if locks else range(4, 10))
+
+
+EVIL = ["../evil.bin", "/tmp/evil.bin", "sub/../../evil.bin", f"../{TRAIN_1}", "checked.json", "", "..", "C:\\evil"]
+
+
+def test_a_listing_cannot_name_files_elsewhere(here, hub, folder, tmp_path):
+    """Only the names that were asked for are taken from it."""
+    def listing(self, repo, names, **_):
+        lfs = SimpleNamespace(sha256=sha256(hub.files[TRAIN_1]))
+        return [SimpleNamespace(path=path, size=len(hub.files[TRAIN_1]), lfs=lfs) for path in EVIL] + [
+            SimpleNamespace(path=name, size=len(hub.files[name]), lfs=SimpleNamespace(sha256=sha256(hub.files[name])))
+            for name in names]
+
+    before = set(tmp_path.iterdir())
+    here.client("get_paths_info", listing)
+    here()
+    assert sorted(name for name, _ in here.fetched) == sorted(NAMES)
+    assert set(tmp_path.iterdir()) - before == {folder}
+    assert sorted(os.listdir(folder)) == sorted([*NAMES, "checked.json"])
+
+
+@pytest.mark.parametrize("size", [None, "3024", -1, 2**80])
+def test_a_listing_with_impossible_sizes(here, hub, folder, size):
+    here.client("get_paths_info", lambda self, repo, names, **_: [
+        SimpleNamespace(path=name, size=size, lfs=SimpleNamespace(sha256="0" * 64)) for name in names])
+    assert here.error() and on_disk(folder) == {}
+
+
+def test_links_are_read_but_not_written_through(here, hub, folder, tmp_path):
+    """A damaged or missing target is replaced by a file in the folder; what lies elsewhere stays as it is."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.write_bytes(hub.files[VAL])
+    bad.write_bytes(b"not ours")
+    folder.mkdir()
+    for name, target in {VAL: good, TRAIN_1: bad, TRAIN_2: tmp_path / "nowhere"}.items():
+        (folder / name).symlink_to(target)
+    here()
+    assert [name for name, _ in here.fetched] == [TRAIN_1, TRAIN_2]
+    assert (folder / VAL).is_symlink() and not (folder / TRAIN_1).is_symlink() and not (folder / TRAIN_2).is_symlink()
+    assert bad.read_bytes() == b"not ours" and not (tmp_path / "nowhere").exists() and on_disk(folder) == hub.files
+
+
+def test_a_pipe_in_a_shards_place_is_not_waited_for(here, hub, folder, nowhere):
+    folder.mkdir()
+    os.mkfifo(folder / VAL)
+    here.endpoint(nowhere)
+    assert str(folder / VAL) in here.error()
 
 
 # ---- what can go wrong

@@ -275,6 +275,44 @@ def test_rows_are_a_function_of_the_step(setup, steps):
 
 
 @FAST
+@given(setups(), st.lists(st.integers(1, 40), min_size=3, max_size=3),
+       st.lists(st.integers(1, 30), min_size=2, max_size=2), st.integers(0, 40), st.integers(0, 3), st.integers(1, 3))
+def test_a_run_that_is_taken_up_again_sees_what_it_would_have_seen(setup, limits, changes, step, ahead, world_size):
+    """A new loader's first step is the last run's next one: over changes of batch and document length, and epochs.
+
+    A prefetcher asked the last run's loader for some steps more than were trained on.
+    """
+    corpus, options = setup
+    stage = lambda step: sum(step >= change for change in np.cumsum(changes))
+    options |= dict(max_doc_len=lambda step: limits[stage(step)], rows=lambda step: [1, 3, 2][stage(step)])
+
+    def outcome(loader, step):
+        """Places and tensors of a step, or the error, where the text no longer fills a row."""
+        try:
+            places = corpus.places(loader.rows(step))
+            return places, [[t.tolist() for t in micro] for rank in range(world_size)
+                            for micro in loader.micro_batches(step, rank, world_size)]
+        except InputError as e:
+            return str(e)
+
+    try:
+        one, two = corpus.loader(**options), corpus.loader(**options)
+    except InputError:
+        assume(False)
+    for s in range(step + ahead):
+        if isinstance(outcome(one, s), str):
+            break
+    for s in range(step, step + 3):
+        assert outcome(two, s) == outcome(one, s)
+    for loader, before in ((one, 5), (two, None)):  # --repeat: another seed, however far the first run came
+        loader.reseed(99)
+        if before is not None:
+            outcome(loader, before)
+    fresh = corpus.loader(**options | dict(seed=99))
+    assert outcome(two, step + 5) == outcome(one, step + 5) == outcome(fresh, step + 5)
+
+
+@FAST
 @given(setups(), st.data())
 def test_batch_size_does_not_change_the_stream(setup, data):
     corpus, options = setup

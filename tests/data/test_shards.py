@@ -245,11 +245,11 @@ def test_failing_disk_when_a_small_shard_is_closed(tmp_path):
 
 
 def test_failing_disk_keeps_finished_shards(tmp_path):
-    """The third shard cannot be opened; the two before it stay."""
+    """The third shard cannot be written; the two before it stay."""
     with pytest.raises(InputError, match="t_000002.bin: cannot"), ShardWriter(tmp_path, "t", 4) as writer:
         writer.write(range(8))
-        (tmp_path / f"t_000002.bin.{os.getpid()}.tmp").mkdir()
-        writer.write([1])
+        with largest_file(0):
+            writer.write(np.ones(100_000, dtype=np.uint16))
     assert [len(read_shard(p)) for p in writer.paths] == [4, 4]
 
 
@@ -266,40 +266,3 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file"), ShardWriter(tmp_path / "file", "t") as writer:
         writer.write([1])
-
-
-# fuzz
-
-def read_or_refuse(content):
-    """Only InputError or exactly the tokens that are in the file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = put(folder, content)
-        try:
-            tokens = read_shard(path, 40_000)
-        except InputError as e:
-            assert "\n" not in str(e) and str(path) in str(e)
-            return None
-        assert tokens.tobytes() == content[1024:] and len(tokens) > 0 and tokens.max() < 40_000
-        return tokens
-
-
-@FAST
-@given(st.binary(max_size=3000))
-def test_random_bytes_are_refused(content):
-    assert read_or_refuse(content) is None
-
-
-@settings(FAST, max_examples=200)
-@given(st.lists(st.integers(0, 45_000), max_size=20), st.data())
-def test_mutated_shards(tokens, data):
-    """A valid shard with header words, bytes or the length changed."""
-    content = bytearray(header(n_tokens=len(tokens)) + body(*tokens))
-    at = data.draw(st.sampled_from([*range(0, 12), 12, 16, 1020, *range(1024, len(content))]))
-    word = data.draw(st.one_of(st.integers(-2**31, 2**31 - 1), st.integers(-3, 25), st.just(20240520)))
-    if data.draw(st.booleans()):
-        content[at:at + 4] = struct.pack("<i", word)[:max(0, len(content) - at)]
-    if data.draw(st.booleans()):
-        del content[data.draw(st.integers(0, len(content))):]
-    if data.draw(st.booleans()):
-        content += data.draw(st.binary(max_size=8))
-    read_or_refuse(bytes(content))

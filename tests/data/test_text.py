@@ -430,17 +430,22 @@ def test_full_disk(tmp_path, n, limit, what):
     assert what in line
 
 
-def test_failing_rename(tmp_path, monkeypatch):
-    """The last act of all: the folder appears by one rename, or not."""
-    replace = os.replace
+@pytest.mark.parametrize("name", ["train_000000.bin", "meta.json"])
+def test_failing_rename(tmp_path, monkeypatch, name):
+    """The last act of all: without meta.json, which comes last, a folder counts for nothing."""
+    path, replace = put(tmp_path / "a.txt", LINES), os.replace
 
     def fail(source, target):
-        if Path(source).is_dir():
+        if Path(target).name == name and not Path(target).parent.name.endswith(".tmp"):
             raise OSError("device busy")
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", fail)
-    assert "device busy" in refused(put(tmp_path / "a.txt", LINES), tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(InputError, match="device busy"):
+            prepare_text(path, "bytes", tmp_path / "cache")
+    assert not [*(tmp_path / "cache").glob("*/meta.json"), *(tmp_path / "cache").glob("*.tmp")]
+    assert prepared(path, tmp_path / "cache")["val"] == [LINES[int(len(LINES) * 0.9):]]
 
 
 def test_cache_that_cannot_be_made(tmp_path):

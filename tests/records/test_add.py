@@ -23,24 +23,46 @@ ENVIRONMENT = dict(date="2026-03-04T05:06:07+00:00", device="Some CPU", cpu_core
                    dtype="bfloat16", world_size=1, probe=dict(matmul=dict(bfloat16=1e12), copy=1e10))
 
 
-def make_run(folder, seed=0, losses=(5.0, 4.0, 3.2), target=3.28, steps=30, every=10, ms=100, environment={}, **config):
-    """A finished run's folder, written by Log: a validation with each of these losses, `every` steps apart."""
+def make_run(folder, seed=0, losses=(5.0, 4.0, 3.2), target=3.28, steps=30, every=10, ms=100, environment={},
+             resumed=(), again={}, torn=7, finish=True, **config):
+    """A finished run's folder, written by Log: a validation with each of these losses, `every` steps apart.
+
+    resumed: at these steps it went on from a checkpoint, having come three steps further and lost the last `torn` bytes
+    of both files; again: what header() is given then, besides the usual.
+    """
     c = dict(track="toy", target=target, target_metric="val_loss", steps=steps, seed=seed, eval_every=every,
              batch_tokens=[1000], run_dir=str(folder), cache_dir="/home/someone/.cache", text="") | config
-    with Log(folder, steps) as log:
-        log.header("the source\n", environment=ENVIRONMENT | environment, config=c, data="f00d")
+    header = dict(source="the source\n", environment=ENVIRONMENT | environment, config=c, data="f00d")
+
+    def train(log, first, last):
+        for step in range(first, min(last, len(losses) * every) + 1):
+            loss = losses[(step - 1) // every]
+            log.step(step, steps, "train", loss + 1 / step, step * ms / 1000)
+            if step % every == 0:
+                log.step(step, steps, "val", loss, step * ms / 1000 + 0.0001 * seed, val_bpb=loss / 2)
+
+    begin = None
+    for at in resumed:
+        with Log(folder, steps, resume_step=begin) as log:
+            log.header(**header)
+            train(log, (begin or 0) + 1, at + 3)
+        for name in ("log.txt", "metrics.jsonl"):
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content[:-torn] if torn else content)
+        header, begin = header | again, at
+    with Log(folder, steps, resume_step=begin) as log:
+        log.header(**header)
         log.say(f"log in {folder}", quiet=True)
-        for i, loss in enumerate(losses):
-            for step in range(i * every + 1, (i + 1) * every + 1):
-                log.step(step, steps, "train", loss + 1 / step, step * ms / 1000)
-            log.step(step, steps, "val", loss, step * ms / 1000 + 0.0001 * seed, val_bpb=loss / 2)
+        train(log, (begin or 0) + 1, steps)
+        step, loss = len(losses) * every, losses[-1]
         loss = dict(val_loss=loss, val_bpb=loss / 2)
-        log.finish(dict(
-            track=c["track"], target_metric=c["target_metric"], target=target,
-            reached=None if target is None else loss[c["target_metric"]] <= target, **loss,
-            train_time_s=round(step * ms / 1000 + 0.0001 * seed, 3), cold_start_s=1.5, steps=step, tokens=1000 * step,
-            params=12, device=ENVIRONMENT["device"], world_size=1, seed=seed, data="stdlib", data_fingerprint="f00d",
-            run_dir=str(folder)), {"w": torch.zeros(3)})
+        if finish:
+            log.finish(dict(
+                track=c["track"], target_metric=c["target_metric"], target=target,
+                reached=None if target is None else loss[c["target_metric"]] <= target, **loss,
+                train_time_s=round(step * ms / 1000 + 0.0001 * seed, 3), cold_start_s=1.5, steps=step,
+                tokens=1000 * step, params=12, device=ENVIRONMENT["device"], world_size=1, seed=seed, data="stdlib",
+                data_fingerprint="f00d", run_dir=str(folder), resumed_at=list(resumed)), {"w": torch.zeros(3)})
     return folder
 
 
@@ -130,6 +152,15 @@ def test_paths_of_the_machine_are_not_published(add, tmp_path):
     load_run(kept)
 
 
+def test_a_run_without_a_named_folder_does_not_publish_it(add, tmp_path):
+    """Then its path is in the result and in the log, but not in the configuration."""
+    run = make_run(tmp_path / "runs/20260304-toy", run_dir="")
+    assert str(tmp_path) in (run / "log.txt").read_text() and add(run)[0] == 0
+    kept = tmp_path / "records/toy/2026-03-04_a-name/seed0"
+    assert not any(str(tmp_path) in (kept / name).read_text() for name in FILES)
+    assert "log in 20260304-toy\n" in (kept / "log.txt").read_text()
+
+
 def test_a_run_of_the_trainer(add, tmp_path):
     """What train_gpt.py writes is what is expected here."""
     import train_gpt as tg
@@ -139,6 +170,103 @@ def test_a_run_of_the_trainer(add, tmp_path):
     assert status == 0, err
     s = json.loads((Path(out.strip()) / "summary.json").read_text())
     assert s["steps"] == [4] and s["machine_probe"]["copy"] > 0
+
+
+# --- runs that were killed and resumed
+
+@pytest.mark.parametrize("torn", [0, 1, 7, 70])
+def test_a_resumed_run_makes_the_record_of_one_that_was_not(add, tmp_path, torn):
+    whole, run = make_run(tmp_path / "whole"), make_run(tmp_path / "r", resumed=(10, 15), torn=torn)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert add(whole, name="whole")[0] == 0
+    status, out, err = add(run, name="resumed")
+    assert (status, err) == (0, "")
+    a, b = (json.loads((tmp_path / f"records/toy/2026-03-04_{name}/summary.json").read_text())
+            for name in ("whole", "resumed"))
+    assert "resumed_at" not in a and b.pop("resumed_at") == [[10, 15]]
+    assert a | dict(name="resumed") == b
+    kept = json.loads((tmp_path / "records/toy/2026-03-04_resumed/seed0/result.json").read_text())
+    assert kept["resumed_at"] == [10, 15]
+
+
+def test_resumed_runs_in_the_other_commands(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"r{i}", i, losses=(5.0, 4.0, 3.20 + i / 100), resumed=resumed)
+            for i, resumed in enumerate([(), (10,), (10, 20)])]
+    status, out, _ = main(capsys, "check", *runs)
+    assert status == 0 and "mean 3.21000" in out
+    assert "note: resumed from a checkpoint at step 10\n" in out
+    assert "note: resumed from a checkpoint at step 10, 20\n" in out
+    status, out, _ = main(capsys, "compare", *runs)
+    assert status == 0 and out.count("warning: resumed from a checkpoint") == 2 and "3.000" in out
+    status, out, _ = main(capsys, "compare", "--json", *runs)
+    assert [r["resumed_at"] for r in json.loads(out)["runs"]] == [[], [10], [10, 20]]
+    assert main(capsys, "plot", *runs, "-o", tmp_path / "p.svg")[0] == 0
+    assert "resumed from" not in main(capsys, "compare", runs[0])[1]
+
+
+def test_unfinished_and_torn_runs(add, tmp_path, capsys):
+    run = make_run(tmp_path / "r", losses=(5.0, 4.0), resumed=(10,), finish=False)
+    for name in ("log.txt", "metrics.jsonl"):
+        (run / name).write_bytes((run / name).read_bytes()[:-5])
+    refused(add(run), tmp_path / "records", run, "has no result.json: the run has not finished, --resume may go on")
+    status, _, err = main(capsys, "check", run)
+    assert status == 2 and "did not end (last step 20 of 30)" in err and err.count("\n") == 1
+    status, out, _ = main(capsys, "compare", run)
+    assert status == 0 and "did not end" in out and "metrics.jsonl:22: no JSON object, skipped" in out
+
+
+def test_resumed_as_something_else(add, tmp_path):
+    """A record is one source on one machine from its first step."""
+    home = tmp_path / "records"
+    other = make_run(tmp_path / "r0", resumed=(10,), again=dict(source="another source\n"))
+    refused(add(other), home, other, "resumed with another source", "run it anew")
+    newer = ENVIRONMENT | dict(torch="2.14.0", threads=1)
+    other = make_run(tmp_path / "r1", resumed=(10,), again=dict(environment=newer))
+    refused(add(other), home, other, "resumed with another environment.t", "'2.14.0' (was '2.13.0')")
+    other = make_run(tmp_path / "r2", resumed=(10,))
+    edit(other, "result.json", "resumed_at", "was_at")
+    refused(add(other), home, "log.txt says it was resumed from steps [10], result.json []")
+    other = make_run(tmp_path / "r3")
+    edit(other, "result.json", '"resumed_at": []', '"resumed_at": "yes"')
+    refused(add(other), home, "result.json yes")
+    other = make_run(tmp_path / "r4", warm_start="/somewhere/else")
+    refused(add(other), home, "began with the weights of /somewhere/else")
+    other = make_run(tmp_path / "r5", resumed=(10,))
+    for name in ("log.txt", "metrics.jsonl"):
+        lines = (other / name).read_text().splitlines(keepends=True)
+        (other / name).write_text("".join(line for line in lines if not line.startswith(
+            tuple(f"step:{i}/" for i in range(1, 11)) + tuple(f'{{"step": {i},' for i in range(1, 11)))))
+    refused(add(other), home, "its log begins at step 11, resumed from a checkpoint in another folder")
+
+
+def test_settings_that_are_free_may_change_where_it_was_resumed(add, tmp_path):
+    config = dict(track="toy", target=3.28, target_metric="val_loss", steps=30, seed=0, eval_every=10,
+                  batch_tokens=[1000], run_dir=str(tmp_path / "r"), cache_dir="/home/someone/.cache", text="",
+                  resume="auto")
+    run = make_run(tmp_path / "r", resumed=(10,), again=dict(config=config | dict(cache_dir="/home/else/.cache")))
+    said = "resumed with config.cache_dir '/home/else/.cache' (was '/home/someone/.cache')"
+    assert said in (run / "log.txt").read_text()
+    assert add(run)[0] == 0
+
+
+def test_how_a_run_was_kept_alive_is_not_its_recipe(add, tmp_path, capsys):
+    runs = [make_run(tmp_path / f"r{i}", i, losses=(5.0, 4.0, 3.2 + i / 100), resume=["", "auto"][i], keep_last=i,
+                     checkpoint_every=["10m", "5"][i], keep_best=i, max_restarts=i, recompute=["on", "off"][i])
+            for i in range(2)]
+    assert add(*runs)[0] == 0
+    assert "differs" not in main(capsys, "check", *runs)[2]
+
+
+def test_steps_that_did_not_count_have_no_loss(add, tmp_path):
+    """NaN in log.txt, as the field writes it, is null in JSON."""
+    run = make_run(tmp_path / "r")
+    for value in ("nan", "inf", "-inf"):
+        edit(run, "log.txt", "step:7/30 train_loss:5.1429", f"step:7/30 train_loss:{value}")
+        if value == "nan":
+            edit(run, "metrics.jsonl", '"train_loss": 5.142857142857143', '"train_loss": null')
+        assert add(run, name=f"with {value}".replace("-", "minus "))[0] == 0
+        edit(run, "log.txt", f"train_loss:{value}", "train_loss:5.1429")
+    refused(add(run), tmp_path / "nothing", "train_loss:nan")
 
 
 # --- what is refused: unfinished, cut or altered runs

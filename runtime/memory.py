@@ -1,0 +1,87 @@
+"""What training will need, by part, against what is free: decided before it starts."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import InputError
+
+CPU_MICRO_TOKENS = 16384  # more bring no speed there
+SHARE = 0.9  # of the free memory; the rest is for the allocator's gaps and libraries
+
+
+def estimate(c, model, shards, rows, recompute):
+    """Bytes by part for passes of `rows` rows. model: a GPT, may be on meta; shards: ranks that share the optimizer.
+
+    Saved for backward are about 12 widths a layer besides the MLP's, 4 a value embedding; with recompute one width a
+    layer, and one layer's while it is computed again. Logits are there once, with their gradient in the same buffer
+    where a kernel writes it there, else with a gradient and in passing in fp32; with recompute, for 4,096 tokens.
+    """
+    size, tokens, n_params = model.embed.element_size(), rows * c.row_len, sum(p.numel() for p in model.parameters())
+    layer = (12 + c.mlp_ratio) * c.n_embd
+    widths = c.n_layer * c.n_embd + layer if recompute else c.n_layer * layer + 4 * len(c.value_embed_layers) * c.n_embd
+    per_logit = size if model.ops.named()["linear_cross_entropy"] == "triton" else 2 * size + 4
+    return dict(weights=n_params * size, gradients=n_params * size,
+                optimizer=n_params * (8 + (4 - size) * (1 if model.embed.is_cuda else 2)) // shards,
+                activations=tokens * size * widths,
+                logits=(min(tokens, 4096) if recompute else tokens) * len(model.embed) * per_logit)
+
+
+def free_memory(device, local_size=1):
+    """Bytes one process may use; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024 // local_size
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def describe(parts, free):
+    """One line: the parts, their sum and what is free, in GB."""
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    return f"{sum(parts.values()) / 1e9:.2f} GB ({listed})" + (f" of {free / 1e9:.2f} GB free" if free else "")
+
+
+def fit(c, model, world):
+    """(rows in a forward pass, whether blocks are recomputed, the estimate in words), the same on all ranks.
+
+    As many rows as fit, without recomputing if one does. Raises InputError when not even one fits with it.
+    """
+    free = free_memory(world.device, world.local_size)
+    wanted = c.micro_tokens // c.row_len or (
+        max(1, CPU_MICRO_TOKENS // c.row_len) if world.device.type == "cpu" else max(c.batch_tokens) // c.row_len)
+
+    def parts(rows, recompute):
+        return estimate(c, model, world.local_size, rows, recompute)
+    rows, recompute = 0, c.recompute == "on"
+    while not rows:
+        rows = wanted
+        while free and rows and sum(parts(rows, recompute).values()) > SHARE * free:
+            rows = 0 if c.micro_tokens else rows - 1
+        if not rows and (recompute or c.recompute == "off"):
+            rows = -1
+        recompute = recompute or not rows
+    chosen = torch.tensor([-rows, int(recompute)], device=world.device)
+    if world.size > 1:  # ranks that disagreed would train on some rows twice and on others never
+        dist.all_reduce(chosen, op=dist.ReduceOp.MAX)
+    rows, recompute = -chosen[0].item(), bool(chosen[1])
+    if rows < 0:
+        need = parts(c.micro_tokens // c.row_len or 1, recompute)
+        raise InputError(f"not enough memory on {world.device}: {describe(need, free)}; lower --micro-tokens (now "
+                         f"{c.micro_tokens or 'chosen to fit'}) or --row-len ({c.row_len}), allow --recompute auto, or "
+                         "take a smaller model")
+    return rows, recompute, describe(parts(rows, recompute), free)
+
+
+def equal_passes(rows, most):
+    """Rows per pass such that `rows` take as few passes as `most` allows, equally large."""
+    return -(-rows // -(-rows // most))
+
+
+def advice(c, estimate, error):
+    """One line for when memory ran out all the same."""
+    return (f"out of memory; the estimate was {estimate}. Lower --micro-tokens, a multiple of {c.row_len}, or give "
+            f"--recompute on ({' '.join(str(error).split())[:120]})")

@@ -1,0 +1,486 @@
+"""records/log.py: a resumed run's files, and what happens where nothing can be written."""
+
+import json
+import math
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from records import Log
+from records.log import finite, to_json
+from records.read import read_runs
+
+ROOT = Path(__file__).parents[2]
+CONFIG = dict(track="toy", target=3.0, target_metric="val_loss", steps=20, seed=0, batch_tokens=[10], eval_every=5)
+ENVIRONMENT = dict(date="2026-03-04T05:06:07+00:00", device="Some CPU", world_size=1, probe=dict(copy=1e10))
+RESULT = dict(track="toy", target_metric="val_loss", target=3.0, reached=False, val_loss=4.0, train_time_s=2.0,
+              steps=20)
+ALL = ["config.json", "log.txt", "metrics.jsonl", "model.safetensors", "result.json"]
+
+
+def header(log, source="the source\n", config=CONFIG, **environment):
+    log.header(source, environment=ENVIRONMENT | environment, config=config, data="f00d")
+
+
+def train(log, first, last, pace=0.1):
+    """Steps as the trainer logs them, with a validation every five and a remark now and then."""
+    for step in range(first, last + 1):
+        log.step(step, 20, "train", 5 - step / 20, step * pace)
+        if step % 5 == 0:
+            log.step(step, 20, "val", 6 - step / 10, step * pace, val_bpb=3 - step / 20)
+        if step % 7 == 0:
+            log.say(f"remark at {step}", quiet=True)
+
+
+def whole_run(folder, last=20, finish=False):
+    with Log(folder, 20) as log:
+        header(log)
+        train(log, 1, last)
+        if finish:
+            log.finish(RESULT, {"w": torch.ones(3)})
+    return folder
+
+
+def resume(folder, step, last=20, pace=0.1, finish=False, **changed):
+    with Log(folder, 20, resume_step=step) as log:
+        header(log, **changed)
+        train(log, step + 1, last, pace)
+        if finish:
+            log.finish(RESULT, {"w": torch.ones(3)})
+    return folder
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def without(folder, *lines):
+    """log.txt without these lines."""
+    return [line for line in (folder / "log.txt").read_text().splitlines() if line not in lines]
+
+
+# --- resuming
+
+@pytest.mark.parametrize("killed_at, step", [(12, 10), (9, 7), (10, 10), (20, 10), (19, 5), (3, 0), (9, 9)])
+def test_a_resumed_run_reads_like_one_that_was_never_killed(tmp_path, capsys, killed_at, step):
+    whole = whole_run(tmp_path / "whole")
+    folder = resume(whole_run(tmp_path / "run", killed_at), step)
+    for name in ("metrics.jsonl", "config.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    said = f"resumed from step {step}"
+    assert without(folder, said) == without(whole) and (folder / "log.txt").read_text().count(f"\n{said}\n") == 1
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(whole))
+    assert said in capsys.readouterr().err
+    run, = read_runs(folder)
+    assert [p.step for p in run.train] == list(range(1, 21)) and [p.step for p in run.val] == [5, 10, 15, 20]
+    assert (run.steps, run.time_s, run.finished, run.notes) == (20, 2.0, True, [])
+    assert read_runs(folder / "log.txt") == read_runs(folder)
+
+
+def test_only_times_differ_on_a_slower_machine(tmp_path):
+    whole, folder = whole_run(tmp_path / "whole"), resume(whole_run(tmp_path / "run", 12), 10, pace=0.2)
+
+    def rows(folder):
+        return [{k: v for k, v in json.loads(line).items() if k != "train_time"}
+                for line in open(folder / "metrics.jsonl")]
+    assert rows(folder) == rows(whole)
+    assert read_runs(folder)[0].time_s == 4.0
+
+
+@given(cut=st.tuples(st.integers(0, 200), st.integers(0, 200)), step=st.integers(0, 12))
+@settings(max_examples=60, deadline=None)
+def test_wherever_the_kill_cut_the_files(tmp_path_factory, cut, step):
+    """Each file ends anywhere after what was there at the checkpoint."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    whole = whole_run(folder.with_name("whole"))
+    whole_run(folder, step)
+    least = {name: len((folder / name).read_bytes()) for name in ("log.txt", "metrics.jsonl")}
+    shutil.rmtree(folder)
+    whole_run(folder, 14)
+    for (name, size), more in zip(least.items(), cut):
+        (folder / name).write_bytes((folder / name).read_bytes()[:size + more])
+    resume(folder, step)
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert without(folder, f"resumed from step {step}") == without(whole)
+
+
+@pytest.mark.parametrize("name, size", [("log.txt", 5), ("log.txt", 150), ("log.txt", 300), ("log.txt", 0)])
+def test_killed_in_the_header(tmp_path, name, size):
+    """Before the first step there is no checkpoint: from step 0 on everything is written again."""
+    folder = whole_run(tmp_path / "run", 0)
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+    resume(folder, 0)
+    assert without(folder, "resumed from step 0") == without(whole_run(tmp_path / "whole"))
+    assert read_runs(folder)[0].config == CONFIG
+
+
+def test_resumed_twice(tmp_path):
+    """From a later step: both are told; from the same or an earlier one: what came of the first attempt is gone."""
+    whole = (whole_run(tmp_path / "whole") / "metrics.jsonl").read_bytes()
+    folder = resume(resume(whole_run(tmp_path / "run", 7), 5, 13), 10)
+    assert [line for line in without(folder) if "resumed" in line] == ["resumed from step 5", "resumed from step 10"]
+    for step in (10, 5, 3):
+        resume(folder, step)
+        said = [line for line in without(folder) if "resumed" in line]
+        assert said == [f"resumed from step {s}" for s in (5, 10) if s < step] + [f"resumed from step {step}"]
+        assert (folder / "metrics.jsonl").read_bytes() == whole
+
+
+def test_losses_that_come_in_after_a_validation_beyond_are_kept(tmp_path):
+    """On a GPU the host runs ahead: step 10 is validated before the losses of steps 8 to 10 have arrived."""
+    folder = tmp_path / "run"
+    with Log(folder, 20) as log:
+        header(log)
+        train(log, 1, 7)
+        log.step(10, 20, "val", 5.0, 1.0)
+        log.say("a remark at 10", quiet=True)
+        train(log, 8, 9)
+    resume(folder, 9, 9)
+    steps = [json.loads(line)["step"] for line in open(folder / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
+    log = without(folder)
+    assert sum(line.startswith("step:") for line in log) == 10 and "a remark at 10" not in log
+
+
+def test_a_resumed_run_whose_source_is_another(tmp_path, capsys):
+    folder = whole_run(tmp_path / "run", 12)
+    before = (folder / "config.json").read_bytes()
+    resume(folder, 10, source="another source\n", date="2027-01-01T00:00:00+00:00")
+    log = (folder / "log.txt").read_text()
+    assert log.startswith("the source\n") and log.count("another source\n") == 1
+    assert "the source is not the one this run began with" in capsys.readouterr().err
+    assert (folder / "config.json").read_bytes() == before
+    run, = read_runs(folder / "log.txt")
+    assert run.steps == 20 and run.tokens == 200
+
+
+def test_a_resumed_run_on_another_machine(tmp_path, capsys):
+    folder = whole_run(tmp_path / "run", 12)
+    before = content(folder)
+    resume(folder, 10, device="Another CPU", date="2027-01-01T00:00:00+00:00", probe=dict(copy=1.0))
+    said = "resumed with environment.device 'Another CPU' (was 'Some CPU')"
+    assert capsys.readouterr().err.count(said) == without(folder).count(said) == 1
+    assert (folder / "config.json").read_bytes() == before["config.json"]
+
+
+def test_what_was_said_before_the_first_header_is_not_another_source(tmp_path):
+    folder = tmp_path / "run"
+    with Log(folder, 20) as log:
+        log.say("running without torch.compile", quiet=True)
+        header(log)
+        train(log, 1, 10)
+    resume(folder, 10)
+    assert (folder / "log.txt").read_text().count("the source\n") == 1
+
+
+def test_config_json_comes_back_from_the_log(tmp_path):
+    folder = whole_run(tmp_path / "run", 12)
+    config = (folder / "config.json").read_bytes()
+    (folder / "config.json").unlink()
+    resume(folder, 10, device="Another CPU")
+    assert (folder / "config.json").read_bytes() == config
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    folder = whole_run(tmp_path / "run", finish=True)
+    before = content(folder)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        Log(folder, 20)
+    assert content(folder) == before
+
+
+def test_resuming_on_a_full_disk_changes_nothing(tmp_path, monkeypatch):
+    folder = whole_run(tmp_path / "run", 12)
+    before = content(folder)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        Log(folder, 20, resume_step=10)
+    assert content(folder) == before
+    with Log(folder, 20, resume_step=12):  # nothing to drop, nothing to write
+        pass
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with Log(tmp_path / "run", 20, active=False, resume_step=3) as log:
+        header(log)
+        train(log, 1, 20)
+        log.progress(3, "x")
+        log.finish(RESULT, {})
+    assert not (tmp_path / "run").exists()
+
+
+# --- disks that are full, folders that are gone
+
+def one_complaint(err, name):
+    said = [line for line in err.splitlines() if "cannot be written" in line]
+    assert len(said) == 1 and name in said[0] and said[0].endswith("training goes on, and writing is tried again"), err
+    return said[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("needs root, to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_and_is_emptied(small_disk, tmp_path, capfd):
+    filler = small_disk / "filler"
+    with Log(small_disk / "run", 20) as log:
+        header(log)
+        train(log, 1, 3)
+        with pytest.raises(OSError), open(filler, "wb", buffering=0) as f:
+            while True:
+                f.write(bytes(512))
+        for _ in range(3):
+            log.say("x" * 3000, quiet=True)  # what is left of the last page
+        train(log, 4, 12)
+        assert "No space left on device" in one_complaint(capfd.readouterr().err, "log.txt")
+        filler.unlink()
+        train(log, 13, 20)
+        log.finish(RESULT, {"w": torch.ones(3)})
+    whole = whole_run(tmp_path / "whole", finish=True)
+    assert without(small_disk / "run", "x" * 3000) == without(whole)
+    for name in ALL[2:]:
+        assert (small_disk / "run" / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(os.listdir(small_disk / "run")) == ALL and "cannot" not in capfd.readouterr().err
+
+
+def test_a_disk_that_stays_full(small_disk, capfd):
+    with Log(small_disk / "run", 20) as log:
+        header(log)
+        train(log, 1, 5)
+        (small_disk / "run/result.json").write_text("of before")
+        before = content(small_disk / "run")
+        with pytest.raises(OSError), open(small_disk / "filler", "wb", buffering=0) as f:
+            while True:
+                f.write(bytes(512))
+        log.say("x" * 5000, quiet=True)
+        train(log, 6, 20)
+        log.finish(RESULT, {"w": torch.ones(10**6)})
+    said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("step:")]
+    assert len(said) == 3 and "training goes on" in said[0]
+    assert "result.json could not be written" in said[1] and "model.safetensors could not be written" in said[2]
+    after = content(small_disk / "run")
+    assert after.keys() == before.keys()
+    assert all(after[name].startswith(before[name]) for name in before)
+
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    """RLIMIT_FSIZE, in a process of its own: what fits is there, the run goes on to its end."""
+    script = f"""
+import resource, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/records')!r}]
+import test_log, torch
+from records import Log
+with Log(sys.argv[1], 20) as log:
+    test_log.header(log)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
+    test_log.train(log, 1, 20)
+    log.finish(test_log.RESULT, dict(w=torch.ones(1000)))
+print("the end")
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "the end\n", done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("step:")]
+    assert len(said) == 2 and "log.txt cannot be written: File too large" in said[0]
+    assert "model.safetensors could not be written" in said[1]
+    assert json.loads((tmp_path / "run/result.json").read_text()) == RESULT
+    whole = whole_run(tmp_path / "whole")
+    for name in ("log.txt", "metrics.jsonl"):
+        text = (tmp_path / "run" / name).read_bytes()
+        assert len(text) <= 1500 and (whole / name).read_bytes().startswith(text)
+    assert sorted(os.listdir(tmp_path / "run")) == [name for name in ALL if name != "model.safetensors"]
+
+
+def test_a_folder_that_is_removed_comes_back_with_the_result(tmp_path, capsys):
+    folder, whole = tmp_path / "run", whole_run(tmp_path / "whole", finish=True)
+    with Log(folder, 20) as log:
+        header(log)
+        train(log, 1, 8)
+        shutil.rmtree(folder)
+        train(log, 9, 20)
+        assert not folder.exists()  # whoever removed it meant to
+        assert "No such file or directory" in one_complaint(capsys.readouterr().err, "log.txt")
+        log.finish(RESULT, {"w": torch.ones(3)})
+    assert content(folder) == content(whole)
+
+
+def test_files_that_are_removed(tmp_path, capsys):
+    folder, whole = tmp_path / "run", whole_run(tmp_path / "whole", finish=True)
+    with Log(folder, 20) as log:
+        header(log)
+        train(log, 1, 8)
+        for name in ALL[:3]:
+            (folder / name).unlink()
+        train(log, 9, 20)
+        log.finish(RESULT, {"w": torch.ones(3)})
+    assert content(folder) == content(whole) and "cannot" not in capsys.readouterr().err
+
+
+def test_a_folder_that_became_a_file(tmp_path, capsys):
+    folder = tmp_path / "run"
+    with Log(folder, 20) as log:
+        header(log)
+        shutil.rmtree(folder)
+        folder.write_text("mine")
+        train(log, 1, 20)
+        log.finish(RESULT, {"w": torch.ones(3)})
+    assert folder.read_text() == "mine"
+    err = capsys.readouterr().err
+    one_complaint(err, "log.txt")
+    assert err.count("could not be written") == 3  # config.json, result.json, model.safetensors
+
+
+@pytest.mark.skipif(not os.geteuid(), reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(tmp_path, capsys):
+    folder = tmp_path / "run"
+    with Log(folder, 20) as log:
+        header(log)
+        folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+        train(log, 1, 20)
+        log.finish(RESULT, {"w": torch.ones(3)})
+        folder.chmod(stat.S_IRWXU)
+    assert capsys.readouterr().err.count("could not be written") == 2
+    assert sorted(os.listdir(folder)) == ALL[:3]
+
+
+def test_a_read_only_file_system(small_disk, capfd):
+    with Log(small_disk / "run", 20) as log:
+        header(log)
+        train(log, 1, 5)
+        before = content(small_disk / "run")
+        log.text.drop()
+        log.metrics.drop()
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        train(log, 6, 20)
+        log.finish(RESULT, {"w": torch.ones(3)})
+        assert content(small_disk / "run") == before
+    err = capfd.readouterr().err
+    assert "Read-only file system" in one_complaint(err, "log.txt") and err.count("could not be written") == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_stderr_that_is_full_or_closed(tmp_path):
+    """As with 2> on the disk that is full."""
+    script = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/records')!r}]
+import test_log, torch
+log = test_log.Log(sys.argv[1], 20)
+with log:
+    test_log.header(log)
+    if sys.argv[2] == "closed":
+        sys.stderr.close()
+    test_log.train(log, 1, 20)
+    log.shown -= 60
+    log.progress(20, "x")
+    log.finish(test_log.RESULT, dict(w=torch.ones(3)))
+print("the end", flush=True)
+os._exit(0)
+"""
+    for how in ("full", "closed"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", script, tmp_path / how, how], stdout=subprocess.PIPE,
+                                  stderr=full)
+        assert done.returncode == 0 and done.stdout == b"the end\n"
+        assert sorted(os.listdir(tmp_path / how)) == ALL
+
+
+# --- what is in the files
+
+def strict(text):
+    """JSON as parsers without Python's extensions read it."""
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_no_nan_in_any_json(tmp_path):
+    folder = tmp_path / "run"
+    with Log(folder, 20) as log:
+        header(log, probe=dict(copy=math.inf))
+        log.step(1, 20, "train", math.nan, 0.1)
+        log.step(1, 20, "val", math.inf, 0.1, val_bpb=-math.inf)
+        log.finish(RESULT | dict(val_loss=math.nan), {"w": torch.ones(3)})
+    assert strict((folder / "config.json").read_text())["environment"]["probe"] == {"copy": None}
+    assert [strict(line) for line in open(folder / "metrics.jsonl")] == [
+        {"step": 1, "train_loss": None, "train_time": 0.1},
+        {"step": 1, "val_loss": None, "val_bpb": None, "train_time": 0.1}]
+    assert strict((folder / "result.json").read_text())["val_loss"] is None
+    assert "train_loss:nan" in (folder / "log.txt").read_text()  # there the field writes nan
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+                    lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=10))
+def test_any_value_becomes_json(value):
+    assert strict(to_json(value)) == finite(value)
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    """A folder may have any bytes for a name."""
+    with Log(tmp_path / "run", 20) as log:
+        log.say("log in " + os.fsdecode(b"/runs/\xff"), quiet=True)
+    assert (tmp_path / "run/log.txt").read_text() == "log in /runs/\\udcff\n"
+
+
+def test_every_line_is_in_the_file_at_once(tmp_path):
+    """What a kill leaves is what was said before it."""
+    log = Log(tmp_path / "run", 20)
+    header(log)
+    train(log, 1, 3)
+    assert content(tmp_path / "run") == content(whole_run(tmp_path / "whole", 3))
+    log.__exit__()
+
+
+def test_two_threads_have_a_line_each(tmp_path):
+    log = Log(tmp_path / "run", 20)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lambda i=i: [log.say(f"{i} {n}", quiet=True) for n in range(500)])
+                   for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    log.__exit__()
+    assert sorted((tmp_path / "run/log.txt").read_text().split("\n")[:-1]) == sorted(
+        f"{i} {n}" for i in range(4) for n in range(500))
+
+
+def test_reading_logs_needs_no_torch():
+    for command in ("check", "compare", "plot", "leaderboard", "add"):
+        script = f"""
+import sys
+import records.__main__
+try:
+    records.__main__.main([{command!r}, "--help"])
+except SystemExit:
+    pass
+assert not {{"torch", "numpy", "scipy", "matplotlib", "safetensors"}} & sys.modules.keys(), "loaded for nothing"
+"""
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    import records
+    assert all(getattr(records, name) for name in records.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        records.nonsense
