@@ -9,10 +9,15 @@ small vectors. In each round, one after the other:
     write      save(wait=True): hash, write, fsync, rename, delete the one before
     read       read as many bytes from the disk, in one loop
     load       load(): hash, compare, and touch every tensor
+Then what they cost training: a track's first 40 steps without checkpoints and with one every 10 (three within the
+training clock), in turns, by one compiled trainer; the difference over three is the price of one, and over 600 s that
+of the default, one every 10 minutes.
 What the system keeps of a file in memory is dropped before it is read, where the system lets us. Medians of the rounds;
 the ratios are medians of each round's own.
 """
 
+import contextlib
+import dataclasses
 import os
 import statistics
 import sys
@@ -27,6 +32,7 @@ from runtime.checkpoint import TENSORS, Checkpoints, latest, load
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 CHUNK = 1 << 24
+STEPS, EVERY = 40, 10  # of the training runs
 
 
 def tensors_of(megabytes):
@@ -108,14 +114,45 @@ def store(megabytes, folder, repeats):
                 load_over_read=statistics.median(row["load"] / row["read"] for row in rounds))
 
 
-def run(megabytes=100, folder=RUNS, repeats=5):
-    """dict(store=...): each part of the benchmark has a key here and a table in render(). What checkpoints cost a
-    training run in step time is one more such part."""
+def training(folder, repeats, options):
+    """What a checkpoint costs a training run: seconds of the training clock, by pairs of runs with and without."""
+    import train_gpt as tg
+    given = tg.parse_args([*options, "--sample-tokens", "0"])
+    c = dataclasses.replace(given, target=None, steps=STEPS, eval_every=STEPS, val_tokens=given.val_row_len)
+    stages = [tg.stage_at(c, tg.progress_at(c, step)) for step in range(STEPS)]
+    pairs = []
+    with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint-") as here:
+        trainer = None
+        for i in range(repeats + 1):  # the first one warms up
+            pair = {}
+            for every in ("off", str(EVERY)):
+                run_dir = Path(here) / f"{i}-{every}"
+                with tg.Log(run_dir, STEPS) as log, contextlib.closing(
+                        Checkpoints(run_dir / "checkpoints", say=log.say)) as checkpoints:
+                    if trainer is None:
+                        trainer = tg.Trainer(c, tg.World(), tg.load_data(c, stages, tg.World()), stages, log)
+                        if trainer.compiled:
+                            trainer.warm_up(log)
+                    trainer.c = dataclasses.replace(c, checkpoint_every=every)
+                    pair[every] = trainer.run(log, 0.0, tg.Requests(), checkpoints)["train_time_s"]
+                size = sum(path.stat().st_size for path in run_dir.rglob("state.safetensors")) / 2  # two are kept
+            if i:
+                pairs.append(dict(without=pair["off"], with_checkpoints=pair[str(EVERY)]))
+                print(f"pair {i}/{repeats}: {STEPS} steps {pair['off']:.2f} s, with checkpoints {pair[str(EVERY)]:.2f} s",
+                      file=sys.stderr)
+    prices = sorted((p["with_checkpoints"] - p["without"]) / (STEPS // EVERY - 1) for p in pairs)
+    return dict(track=c.track, steps=STEPS, every=EVERY, pairs=pairs, bytes=size, seconds_per_checkpoint=prices,
+                share_at_default=statistics.median(prices) / 600)
+
+
+def run(megabytes=100, folder=RUNS, repeats=5, trainer_options=("--track", "laptop")):
+    """dict(store=..., training=...): each part of the benchmark has a key here and a table in render()."""
     if megabytes < 1 or repeats < 1:
         raise InputError(f"--megabytes {megabytes} --repeats {repeats}: expected 1 or more of each")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        return dict(store=store(megabytes, folder, repeats))
+        return dict(store=store(megabytes, folder, repeats),
+                    training=training(folder, repeats, [*map(str, trainer_options)] or ["--track", "laptop"]))
     except OSError as e:
         raise InputError(f"--folder {folder}: {e.strerror or e}; choose one on a disk with space for three times "
                          f"{megabytes} MB") from None
@@ -132,6 +169,11 @@ def render(result):
     about = dict(copy="copy aside (training waits)", floor="floor: write and fsync",
                  write="write a checkpoint (a thread)", read="floor: read", load="load a checkpoint")
     lines += [f"| {about[name]} | {r['seconds'][name]:.3f} | {r['megabytes_per_s'][name]:,.0f} |" for name in about]
+    t = result["training"]
+    lines += ["", f"In training, track {t['track']}: one checkpoint of {t['bytes'] / 1e6:,.1f} MB takes "
+              f"{statistics.median(t['seconds_per_checkpoint']):.2f} s of the training clock (median of {len(t['pairs'])} "
+              f"pairs of {t['steps']} steps; {', '.join(f'{s:.2f}' for s in t['seconds_per_checkpoint'])}): at the default "
+              f"interval of 10 minutes {t['share_at_default']:.2%} of the time."]
     return "\n".join(lines) + "\n"
 
 

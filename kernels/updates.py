@@ -70,6 +70,14 @@ def choose(ok, new, old):
     return new if ok is None or ok is True else torch.where(ok, new, old)
 
 
+def average(x, beta, new, ok):
+    """x <- beta x + new, if ok; without a guard in place, which spares eager runs two passes."""
+    if ok is None or ok is True:
+        x.mul_(beta).add_(new)
+    else:
+        x.copy_(torch.where(ok, x * beta + new, x))
+
+
 def adam_update(p, companion, grad, m, v, lr, beta1, beta2, eps, correction1, correction2, shrink=None, ok=None):
     """Adam on flat tensors. m, v: fp32; correction1, correction2: 1 - beta**step, of beta1 and of beta2.
 
@@ -78,8 +86,8 @@ def adam_update(p, companion, grad, m, v, lr, beta1, beta2, eps, correction1, co
     Powers taken in here would be taken for every element: measured with Inductor on a CPU, twice the time.
     """
     g, master = grad.float(), join(p, companion)
-    m.copy_(choose(ok, m * beta1 + (1 - beta1) * g, m))
-    v.copy_(choose(ok, v * beta2 + (1 - beta2) * g * g, v))
+    average(m, beta1, (1 - beta1) * g, ok)
+    average(v, beta2, (1 - beta2) * g * g, ok)
     step = lr * (m / correction1) / ((v / correction2).sqrt() + eps)
     decayed = master if shrink is None else torch.where(step * master > 0, master * (1 - shrink), master)
     store(p, companion, choose(ok, decayed - step, master))
@@ -91,7 +99,7 @@ def nesterov(grad, m, momentum, ok=None):
     If not ok, what it returns is of no use.
     """
     g = grad.float()
-    m.copy_(choose(ok, m * momentum + (1 - momentum) * g, m))
+    average(m, momentum, (1 - momentum) * g, ok)
     return ((1 - momentum) * g + momentum * m).to(grad.dtype)
 
 
@@ -112,7 +120,7 @@ def balance(update, v, beta2, ok=None):
     finite for zeros. Apart from descend, since in one graph Inductor takes the roots anew for every few elements.
     """
     square = update.float().square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True)
-    v.copy_(choose(ok, v * beta2 + (1 - beta2) * square, v))
+    average(v, beta2, (1 - beta2) * square, ok)
     scale = v.clamp_min(1e-10).rsqrt()
     before, after = (x.sum((-2, -1), keepdim=True) for x in (square, square * scale * scale))
     return scale * (before / after.clamp_min(1e-30)).sqrt()

@@ -277,7 +277,7 @@ def test_a_disk_that_stays_full(small_disk, capfd):
         log.finish(RESULT, {"w": torch.ones(10**6)})
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("step:")]
     assert len(said) == 3 and "training goes on" in said[0]
-    assert "result.json could not be written" in said[1] and "model.safetensors could not be written" in said[2]
+    assert "model.safetensors could not be written" in said[1] and "result.json could not be written" in said[2]
     after = content(small_disk / "run")
     assert after.keys() == before.keys()
     assert all(after[name].startswith(before[name]) for name in before)

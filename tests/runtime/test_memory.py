@@ -56,10 +56,11 @@ def kept_and_expected(compile, dtype, rows=4, **fields):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fields", [dict(), PIECES, PIECES | dict(mtp=(3,))], ids=["nothing", "pieces", "mtp"])
 def test_what_is_kept_is_what_was_expected_within_a_factor(compile, dtype, fields):
-    """Half of it to two and a half times: PyTorch's attention keeps scores, in bf16 as fp32 as well, and logits for each
-    of the next tokens, where a GPU's kernels keep none; compiled, less. Measured here: 1.2 to 2.3 times."""
+    """Three quarters to 1.75 times, in bf16 2.5 times: PyTorch's attention keeps scores, in bf16 as fp32 as well, and
+    the loss logits for each of the next tokens, where a GPU's kernels keep none. Measured here: 1.2 to 1.5 and 1.5 to
+    2.3 times; compiled, in fp32, 1.1 to 1.3."""
     found, expected = kept_and_expected(compile, dtype, **fields)
-    assert expected / 2 < found < 2.5 * expected
+    assert 0.75 < found / expected < (1.75 if dtype == torch.float32 else 2.5)
 
 
 @pytest.mark.parametrize("fields", [dict(), PIECES], ids=["nothing", "pieces"])
@@ -197,7 +198,8 @@ def test_ranks_agree_on_the_least_that_one_of_them_has(free, monkeypatch, theirs
     c = config()
     free(need(c, 5, False) / SHARE + 10)
     other = torch.tensor([-theirs[0], theirs[1]])
-    monkeypatch.setattr(memory.dist, "all_reduce", lambda x, op: x.copy_(torch.maximum(x, other)))
+    how = {torch.distributed.ReduceOp.MAX: torch.maximum, torch.distributed.ReduceOp.MIN: torch.minimum}
+    monkeypatch.setattr(memory.dist, "all_reduce", lambda x, op: x.copy_(how[op](x, other)))
     world = tg.World(0, 2)
     if together:
         assert fit(c, meta(c), world)[:2] == together
