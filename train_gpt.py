@@ -131,6 +131,8 @@ class Config(RunOptions):
                 ("eval_every", not self.keep_best or self.eval_every % self.adam_every == 0,
                  f"a multiple of adam_every ({self.adam_every}), for the best checkpoint to be that of a validation"),
                 ("value_embed_layers", all(0 <= i < L for i in self.value_embed_layers), layers),
+                ("long_layers", all(0 <= i < L for i in self.long_layers), layers),
+                ("extension", self.extension < self.steps, f"fewer than steps ({self.steps})"),
                 ("paired_layers", all(0 <= i < L and self.n_head % 2 == 0 for i in self.paired_layers),
                  f"{layers}, and an even n_head"),
                 ("skip", not self.skip or len(self.skip) == 2 and 0 <= self.skip[0] < self.skip[1] < L

@@ -21,10 +21,16 @@ def estimate(c, model, shards, rows, recompute):
     size, tokens, n_params = model.embed.element_size(), rows * c.row_len, sum(p.numel() for p in model.parameters())
     layer = (12 + c.mlp_ratio) * c.n_embd
     widths = c.n_layer * c.n_embd + layer if recompute else c.n_layer * layer + 4 * len(c.value_embed_layers) * c.n_embd
-    per_logit = size if model.ops.named()["linear_cross_entropy"] == "triton" else 2 * size + 4
+    ops = model.ops.named()
+    per_logit = size if ops["linear_cross_entropy"] == "triton" else 2 * size + 4
+    scores = 0  # which attention by PyTorch's plain means keeps
+    if ops["attention"] in ("blockwise", "sdpa"):
+        windows = [max(c.long_window if i in c.long_layers or i == c.n_layer - 1 else c.short_window)
+                   for i in range(1 if recompute else c.n_layer)]
+        scores = 4 * tokens * c.n_head * sum(min(2 * w, c.row_len) for w in windows)
     return dict(weights=n_params * size, gradients=n_params * size,
                 optimizer=n_params * (8 + (4 - size) * (1 if model.embed.is_cuda else 2)) // shards,
-                activations=tokens * size * widths,
+                activations=tokens * size * widths + scores,
                 logits=(min(tokens, 4096) if recompute else tokens) * len(model.embed) * per_logit)
 
 

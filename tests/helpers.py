@@ -26,21 +26,22 @@ def write_text(path, n_words=20000, seed=0):
 def tiny(text, tmp_path, **fields):
     """A Config that trains in a second or two on one core, fp32, uncompiled."""
     base = dict(track="tiny", data="text", text=str(text), tokenizer="bytes", cache_dir=str(tmp_path / "cache"),
-                run_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, value_embed_layers=(0, 1), softcap=(23.0, 5.0, 7.5),
-                row_len=32,
-                val_row_len=64, max_doc_len=(32,), short_window=(8,), long_window=(32,), batch_tokens=(256,),
+                run_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, value_embed_layers=(0, 1),
+                softcap=(23.0, 5.0, 7.5), row_len=32, val_row_len=64, max_doc_len=(32,), short_window=(8,),
+                long_window=(32,), batch_tokens=(256,),
                 steps=20, eval_every=10, val_tokens=1000, dtype="float32", compile=False, sample_tokens=8,
                 checkpoint_every="off")
     return tg.Config(**(base | fields))
 
 
-# every piece of the model that is off by default. Layers 3 and 4 see far; 0 has pairs and value embeddings, 2 no attention
-PIECES = dict(n_layer=5, n_head=4, long_layers=(3,), value_embed_layers=(0, 3), n_gram=3, ngram_rows=64, ngram_signs=True, smear=True,
-              attn_gate=True, key_offset=True, paired_layers=(0,), skip=(1, 2), backout=2, yarn=True)
+# every piece of the model that is off by default; layer 0 has pairs, 0 and 3 value embeddings, 2 no attention
+PIECES = dict(n_layer=5, n_head=4, long_layers=(3,), value_embed_layers=(0, 3), n_gram=3, ngram_rows=64,
+              ngram_signs=True, smear=True, attn_gate=True, key_offset=True, paired_layers=(0,), skip=(1, 2), backout=2,
+              yarn=True)
 
 # and every other one, for a whole run of two or three stages
 EVERYTHING = PIECES | dict(mtp=(3, 2, 1), tied=0.5, short_window=(4, 8), long_window=(16, 32), max_doc_len=(16, 32),
-                           stage_lr=(1.0, 1.2), weight_decay=1.0, normuon=True, adam_every=2, extension=2, lr_floor=0.15)
+                           stage_lr=(1.0, 1.2), weight_decay=1.0, normuon=True, adam_every=2, extension=2)
 
 
 def stage_of(c, windows=None, **fields):

@@ -124,7 +124,8 @@ def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long
                         y.append((keys @ q[j][i] * stage.attn_scale).softmax(0) @ values)
                     heads.append(torch.stack(y))
                     if c.attn_gate:
-                        heads[j] = heads[j] * 2 * torch.sigmoid(h[:, :12] @ P["attn_gates"][attn_layers.index(layer), j])[:, None]
+                        gate = 2 * torch.sigmoid(h[:, :12] @ P["attn_gates"][attn_layers.index(layer), j])
+                        heads[j] = gate[:, None] * heads[j]
                 x = x + torch.cat(heads, -1) @ w_o.T
             else:
                 x = x + P["scalars"][1] * outputs[c.skip[0]]
@@ -231,8 +232,8 @@ def test_where_the_pieces_start():
     assert (tg.gate(torch.randn(2, 3, 32), model.attn_gates[0]) == 1).all()
     assert not model.attn_bank.view(-1, 4, 32, 32)[:, 3].any() and not model.mlp_bank[1::2].any()
     assert not model.ngram_embeds.any()
-    for p in (model.embed, model.lm_head, model.value_embeds, model.attn_bank.view(-1, 4, 32, 32)[:, :3], model.mlp_bank[::2]):
-        assert p.std() > 0
+    qkv = model.attn_bank.view(-1, 4, 32, 32)[:, :3]
+    assert all(p.std() > 0 for p in (model.embed, model.lm_head, model.value_embeds, qkv, model.mlp_bank[::2]))
 
 
 @pytest.mark.parametrize("fields", [{}, PIECES], ids=["nothing", "all"])

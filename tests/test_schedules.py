@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from train_gpt import (Config, by_stage, layer_windows, lr_scale, muon_momentum, progress_at, rope_frequencies, stage_at,
-                       stage_number, target_weights, val_stage)
+from train_gpt import (Config, by_stage, layer_windows, lr_scale, muon_momentum, progress_at, rope_frequencies,
+                       stage_at, stage_number, target_weights, val_stage)
 
 quick = settings(deadline=None, max_examples=200, database=None)
 progresses = st.floats(0, 1)
@@ -40,7 +40,8 @@ def test_stages_never_go_back(a, b, n):
     assert by_stage(range(n), min(a, b)) <= by_stage(range(n), max(a, b))
 
 
-@pytest.mark.parametrize("n, long, far", [(1, (), {0}), (2, (), {1}), (4, (3,), {3}), (8, (3, 0), {0, 3, 7}), (11, (3, 10), {3, 10})])
+@pytest.mark.parametrize("n, long, far", [
+    (1, (), {0}), (2, (), {1}), (4, (3,), {3}), (8, (3, 0), {0, 3, 7}), (11, (3, 10), {3, 10})])
 def test_long_layers_and_the_last_see_far(n, long, far):
     windows = layer_windows(Config(n_layer=n, long_layers=long, value_embed_layers=(0,)), 5, 9)
     assert windows == tuple(9 if i in far else 5 for i in range(n))
@@ -49,7 +50,8 @@ def test_long_layers_and_the_last_see_far(n, long, far):
 def test_the_extension_stays_where_the_schedules_end():
     c = Config(steps=12, extension=2, short_window=(1, 2), batch_tokens=(256, 512), lr_floor=0.15, tied=1.0, mtp=(3, 2))
     assert [progress_at(c, step) for step in range(12)] == [*(step / 10 for step in range(10)), 1.0, 1.0]
-    assert lr_scale(c, progress_at(c, 11)) == pytest.approx(0.15) and muon_momentum(progress_at(c, 11)) == pytest.approx(0.85)
+    assert lr_scale(c, progress_at(c, 11)) == pytest.approx(0.15)
+    assert muon_momentum(progress_at(c, 11)) == pytest.approx(0.85)
     assert target_weights(c, progress_at(c, 11)) == [1.0, 0.0]
     assert stage_at(c, progress_at(c, 11)) == stage_at(c, progress_at(c, 9))._replace(tied=False)
     assert [progress_at(Config(steps=4), step) for step in range(4)] == [0, 0.25, 0.5, 0.75]
@@ -141,7 +143,7 @@ def test_target_weights_of_any_schedule(progress, mtp):
 # --- rotary frequencies
 
 
-YARN = Config(n_layer=4, n_embd=128 * 4, n_head=4, row_len=64, batch_tokens=(64,), yarn=True, long_window=(384, 896, 1408))
+YARN = Config(n_embd=512, n_head=4, row_len=64, batch_tokens=(64,), yarn=True, long_window=(384, 896, 1408))
 
 
 def test_rotary_frequencies_without_yarn():

@@ -26,7 +26,8 @@ def test_a_run_as_a_user_starts_it(text, tmp_path):
     assert done.stdout.count("\n") == 1  # one line of JSON, nothing else
     result = json.loads(done.stdout)
     assert {"track", "target_metric", "target", "reached", "val_loss", "val_bpb", "train_time_s", "cold_start_s",
-            "steps", "tokens", "tokens_per_s", "params", "device", "world_size", "run_dir", "data_fingerprint"} <= set(result)
+            "steps", "tokens", "tokens_per_s", "params", "device", "world_size", "run_dir",
+            "data_fingerprint"} <= set(result)
     assert result["reached"] and result["val_loss"] <= 5.5
     assert result["steps"] < 30 and result["tokens"] == result["steps"] * 256
     assert "a sample" in done.stderr
@@ -81,7 +82,8 @@ def test_learns_and_is_deterministic(text, tmp_path):
 @pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["nothing", "everything"])
 def test_accumulation_does_not_change_the_losses(text, tmp_path, fields):
     whole = tg.train(tiny(text, tmp_path, **fields))
-    parts = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "parts"), micro_tokens=96, **fields))  # 3 rows, 3, 2 + padding
+    c = tiny(text, tmp_path, run_dir=str(tmp_path / "parts"), micro_tokens=96, **fields)  # 3 rows, 3, 2 + padding
+    parts = tg.train(c)
     assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
     assert train_losses(tmp_path / "parts") == pytest.approx(train_losses(tmp_path / "run"), rel=1e-4)
 
@@ -115,12 +117,13 @@ def test_saved_weights_do_not_depend_on_where_training_ended(text, tmp_path, mon
     model = saved_model(c, tmp_path / "run")
     model.rotate(c.long_window[:1 + (ended > 9)])
     batches = tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World()).val.micro_batches()
-    assert evaluate(model, stage._replace(tied=False), len(model.lm_head), batches, tg.World()) == pytest.approx(nats, rel=1e-5)
+    again = evaluate(model, stage._replace(tied=False), len(model.lm_head), batches, tg.World())
+    assert again == pytest.approx(nats, rel=1e-5)
     assert torch.equal(model.embed, model.lm_head) == (ended <= 9)
 
 
 def test_the_split_is_between_two_steps(text, tmp_path, monkeypatch):
-    """Until then the embedding keeps its first weights and no moments; at the split it is the head; then it has its own."""
+    """Until then the embedding keeps its first weights and no moments; at the split it is the head."""
     at, update = [], tg.Optimizer.step
 
     def listen(self, *args):
@@ -182,7 +185,8 @@ def test_non_finite_loss_stops_at_its_step_and_says_so(text, tmp_path, monkeypat
     assert tg.main(options(tiny(text, tmp_path))) == 2
     out, err = capsys.readouterr()
     assert out == "" and "error: step 6: the training loss is nan" in err
-    assert len(after) == 6 and all(p.equal(after[4][n]) or n == "lm_head" for n, p in after[5].items())  # nothing happened
+    assert len(after) == 6
+    assert all(p.equal(after[4][n]) or n == "lm_head" for n, p in after[5].items())  # nothing happened
     assert len(train_losses(tmp_path / "run")) == 5
 
 
@@ -383,7 +387,8 @@ def test_repeated_runs_are_those_of_their_seeds_alone(text, tmp_path, compile):
     """The second run of --repeat reuses the model, the optimizer and the compiled step, and must not notice."""
     fields = dict(steps=6, eval_every=6, compile=compile)
     results = []
-    last = tg.train(tiny(text, tmp_path, repeat=2, seed=3, run_dir=str(tmp_path / "both"), **fields), report=results.append)
+    c = tiny(text, tmp_path, repeat=2, seed=3, run_dir=str(tmp_path / "both"), **fields)
+    last = tg.train(c, report=results.append)
     assert [r["seed"] for r in results] == [3, 4] and last == results[1]
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["seed3", "seed4"]
     for r in results:

@@ -1,4 +1,4 @@
-"""A whole training with every op by Triton, in its interpreter where there is no GPU, and one with every op by PyTorch."""
+"""Whole trainings with every op by Triton, in its interpreter where there is no GPU, and with every op by PyTorch."""
 
 import dataclasses
 

@@ -45,7 +45,7 @@ def total(group):
     dist.all_reduce(x, group=group)
     return x.item()
 first = first_rank_first(world, lambda: world.rank)
-texts = [share_text(world, text if world.rank == 0 else "other") for text in ("", "é" * 1000, json.dumps({"a": [1, None]}))]
+texts = [share_text(world, text if world.rank == 0 else "other") for text in ("", "é" * 1000, '{"a": [1, null]}')]
 failures = []
 for failing in range(world.size):
     def fail():
@@ -68,8 +68,8 @@ def run_processes(machines):
         port = s.getsockname()[1]
     started, places = [], [(local, n) for n in machines for local in range(n)]
     for rank, (local, n) in enumerate(places):
-        env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(len(places)), LOCAL_WORLD_SIZE=str(n),
-                                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(len(places)),
+                                LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         started.append(subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=tg.ROOT, env=env, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     try:
@@ -106,15 +106,17 @@ def test_processes_of_a_machine_and_those_in_one_place_are_groups(machines, node
 
 
 @pytest.mark.parametrize("flags, dtype", [
-    ("flags : fpu avx2", torch.float32), ("flags : fpu avx512_bf16 sse", torch.bfloat16), ("flags: amx_bf16", torch.bfloat16),
-    ("Features : fp asimd bf16 i8mm", torch.bfloat16), ("flags : not_bf16x", torch.float32)])
+    ("flags : fpu avx2", torch.float32), ("flags : fpu avx512_bf16 sse", torch.bfloat16),
+    ("flags: amx_bf16", torch.bfloat16), ("Features : fp asimd bf16 i8mm", torch.bfloat16),
+    ("flags : not_bf16x", torch.float32)])
 def test_native_dtype_of_a_cpu(flags, dtype, monkeypatch):
     monkeypatch.setattr(machine.Path, "exists", lambda path: True)
     monkeypatch.setattr(machine.Path, "read_text", lambda path: flags)
     assert native_dtype(CPU) == dtype
 
 
-@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize("capability, dtype", [
+    ((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
 def test_native_dtype_of_a_gpu(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert native_dtype(torch.device("cuda", 0)) == dtype

@@ -73,8 +73,9 @@ def test_help_has_every_option_its_group_its_default_and_what_is_shown_instead(c
         parse("--help", count=9)
     text = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0
-    for said in ("--name STR what it is called: 100% free [a]", "--kind STR which one: x, y, z [x]", "--count INT how many [9]",
-                 "--rate FLOAT how fast [None]", "--sizes [INT ...] how large [1 2]", "--fast, --no-fast in a hurry [True]"):
+    for said in ("--name STR what it is called: 100% free [a]", "--kind STR which one: x, y, z [x]",
+                 "--count INT how many [9]", "--rate FLOAT how fast [None]", "--sizes [INT ...] how large [1 2]",
+                 "--fast, --no-fast in a hurry [True]"):
         assert said in text, said
     at = [text.index(heading) for heading in ("first: --name", "second: --rate", "run: --run-dir", "machine: --gpus",
                                               "checkpoints: --checkpoint-every")]
@@ -92,7 +93,7 @@ def test_help_has_every_option_its_group_its_default_and_what_is_shown_instead(c
     (dict(sizes=()), "--sizes : expected one positive number per stage"),
     (dict(keep_last=0), "--keep-last 0: expected a positive number"),
     (dict(recompute="maybe"), "--recompute maybe: expected auto, on or off"),
-    (dict(checkpoint_every="never"), "--checkpoint-every never: expected a number of steps, a time such as 10m, or off"),
+    (dict(checkpoint_every="no"), "--checkpoint-every no: expected a number of steps, a time such as 10m, or off"),
     (dict(max_time="1d"), "--max-time 1d: expected a time such as 90s, 10m or 1.5h"),
 ])
 def test_errors_name_option_value_and_what_is_expected(fields, said):
@@ -148,7 +149,8 @@ def test_an_interval_is_sound_or_refused(text):
 
 def test_every_option_says_what_it_is_and_its_default_is_valid():
     for f in FIELDS.values():
-        assert f.metadata["help"] and f.metadata["help"][0].islower() or f.metadata["help"].startswith(("Muon", "Adam")), f.name
+        help = f.metadata["help"]
+        assert help and (help[0].islower() or help.startswith(("Muon", "Adam"))), f.name
     tg.Config()
     for name in tg.track_names():
         tg.Config(**(tg.load_track(name) | dict(text="a")))
@@ -175,10 +177,12 @@ def test_every_option_reaches_its_field(name):
 
 
 JUNK = st.one_of(st.sampled_from(
-    ["auto", "on", "off", "10m", "text", "laptop", "shakespeare-char", "bytes", "nan", "inf", "-1", "0", "1", "2", "3", "0.5", "",
-     " ", "-", "--", "-h5", "--help", "1e400", "9" * 5000, "\0", "\n", "²", "٣", "é", "\ud800", "%", "{}", "[1]"]), st.text(max_size=6))
+    ["auto", "on", "off", "10m", "text", "laptop", "shakespeare-char", "bytes", "nan", "inf", "-1", "0", "2", "0.5",
+     "", " ", "-", "--", "-h5", "--help", "1e400", "9" * 5000, "\0", "\n", "²", "٣", "é", "\ud800", "%", "{}", "[1]"]),
+    st.text(max_size=6))
 OF_TYPE = {int: st.one_of(st.integers(-2, 9), st.integers(-10, 10**7), st.sampled_from([128, 256, 512, 8192])).map(str),
-           float: st.one_of(st.floats(0, 1), st.floats()).map(str), str: st.sampled_from(["auto", "on", "off", "5m", "7", "a"])}
+           float: st.one_of(st.floats(0, 1), st.floats()).map(str),
+           str: st.sampled_from(["auto", "on", "off", "5m", "7", "a"])}
 
 
 def words(f):
@@ -192,7 +196,8 @@ def words(f):
     return st.lists(value, min_size=1, max_size=most).map(lambda values: [names[0], *values])
 
 
-ARGV = st.lists(st.one_of(*map(words, FIELDS.values()), st.lists(JUNK, max_size=1)), max_size=6).map(lambda parts: sum(parts, []))
+ARGV = st.lists(st.one_of(*map(words, FIELDS.values()), st.lists(JUNK, max_size=1)), max_size=6).map(
+    lambda parts: sum(parts, []))
 
 
 def try_command(argv):
