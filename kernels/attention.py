@@ -128,7 +128,8 @@ def blockwise_attention(q, k, v, cu_seqlens, window, scale, attend=None):
     pad = n * b - T
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
-        first = F.pad(first, (0, pad), value=T)  # padding sees padding
+        # padding sees padding; not by F.pad, whose tail PyTorch 2.13's Inductor leaves unwritten here
+        first = torch.cat([first, first.new_full((len(first), pad), T)], dim=1)
 
     def with_previous(x):  # (B, n * b, H, D) -> (B * n, 2 b, H, D): each block behind the one before it
         x = x.unflatten(1, (n, b))
