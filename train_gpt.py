@@ -689,7 +689,7 @@ class Trainer:
     def warm_up(self, log):
         """Compile everything on batches of padding, whose loss and gradients are zero, outside the clock."""
         c, step_of = self.c, {stage: step for step, stage in reversed(list(enumerate(self.stages)))}
-        limit = 2 * len(self.micro_rows) + 8  # each stage may have a graph for validation
+        limit = 2 * len(self.micro_rows) + 16  # a stage may have a graph for validation, an update one a size
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         log.say("compiling ... (a minute or so the first time, seconds from then on)")
         for stage, rows in sorted(self.micro_rows.items()):

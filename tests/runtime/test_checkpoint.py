@@ -24,7 +24,6 @@ from safetensors import safe_open
 
 from benchmarks import checkpoint as benchmark
 from data import InputError
-from helpers import options, tiny, write_text
 from runtime import checkpoint
 from runtime.checkpoint import COMPLETE, DTYPES, STATE, TENSORS, Checkpoints, complete, differences, latest, load
 
@@ -738,6 +737,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 def tiny_training(tmp_path, monkeypatch):
     """Options that make the benchmark's training part short."""
+    from helpers import options, tiny, write_text  # here: this file is also run as a program, in processes to be killed
     monkeypatch.setattr(benchmark, "STEPS", 6)
     monkeypatch.setattr(benchmark, "EVERY", 2)
     c = tiny(write_text(tmp_path / "words.txt", 4000), tmp_path, run_dir="", sample_tokens=0, checkpoint_every="10m")
