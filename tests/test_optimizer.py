@@ -429,8 +429,9 @@ def test_values_that_change_every_step_compile_nothing(graphs):
 
 
 def test_one_graph_of_each_update_for_all_shapes(graphs):
-    """Two of Adam where some parameters decay and others do not; NorMuon's balance has another for square matrices."""
-    assert graphs[1][0] == ((1, 1, 0, 1) if graphs[0] == "plain" else (2, 1, 2, 1))
+    """Two of Adam where some parameters decay and others do not; NorMuon's balance and descend have another for square
+    matrices."""
+    assert graphs[1][0] == ((1, 1, 0, 1) if graphs[0] == "plain" else (2, 1, 2, 2))
 
 
 # --- the table
