@@ -11,3 +11,11 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def graphs_from_none():
+    """PyTorch limits the graphs of a function in a process, and files share processes."""
+    torch._dynamo.reset()
