@@ -33,16 +33,16 @@ from data.loader import IGNORE
 from kernels import choose_ops, embedding, polar_express
 from kernels.cross_entropy import fp8_linear_cross_entropy
 from kernels.mlp import FP8ReLU2MLP
-from kernels.updates import (adam_update, balance, descend, gradient_report, join, muon_update, nesterov, new_companion,
-                             new_second_moment, store)
+from kernels.updates import (adam_update, balance, descend, gradient_report, muon_update, nesterov, new_companion,
+                             new_second_moment)
 from records import Log, describe_environment, machine_probe, to_json
-from runtime import memory, resume
+from runtime import memory, resume, state
 from runtime.checkpoint import Checkpoints
 from runtime.corpus import load_data
 from runtime.guard import Guard
 from runtime.machine import (Clock, World, can_compile, first_rank_first, join_world, keep_freed_memory, launch,
-                             has_fp8, lost_another, native_dtype, to_device)
-from runtime.options import (BY_STAGE, COUNT, FRACTION, PAIR, POSITIVE, RATE, RunOptions, check_options, interval,
+                             fp8_pays, has_fp8, lost_another, native_dtype, to_device)
+from runtime.options import (AUTO, BY_STAGE, COUNT, FRACTION, PAIR, POSITIVE, RATE, RunOptions, check_options, interval,
                              option, parse_options, seconds)
 from runtime.sample import generate
 from runtime.shards import Shard
@@ -103,7 +103,7 @@ class Config(RunOptions):
     val_windows: tuple[int, ...] = option((), "short and long window in validation; empty means the last stage's", PAIR)
     stage_lr: tuple[float, ...] = option((1.0,), "learning rate multiplier, by stage", BY_STAGE)
     yarn: bool = option(False, "rotary frequencies and attention's scale follow the long window")
-    mtp: tuple[int, ...] = option((1,), "next tokens that each one predicts, by stage; the farthest fades out", BY_STAGE)
+    mtp: tuple[int, ...] = option((1,), "next tokens each one predicts, by stage; the farthest fades out", BY_STAGE)
     tied: float = option(0.0, "fraction of training in which the head is the embedding as well", FRACTION)
     extension: int = option(0, "the last so many steps stay where the schedules end", COUNT)
     cooldown: float = option(0.6, "fraction of training over which the learning rate falls linearly", FRACTION)
@@ -113,12 +113,12 @@ class Config(RunOptions):
     weight_decay: float = option(0.0, "times the squared learning rate, where it agrees with the update", RATE)
     normuon: bool = option(False, "each neuron's part of Muon's update is scaled to the same size")
     adam_every: int = option(1, "Adam updates at each so many steps, from the sum of their gradients", POSITIVE)
-    max_skips: int = option(0, "so many steps may have a loss or gradient that is not finite and do not count; 0 stops at "
-                               "the first", COUNT)
+    max_skips: int = option(0, "so many steps may have a loss or gradient that is not finite and do not count; 0 "
+                               "stops at the first", COUNT)
     spike_sigmas: float = option(0.0, "the same for a loss so many standard deviations above the mean of the last "
                                       "128 steps; 0 is off", RATE)
     seed: int = option(0, "of the weights and the order of the data", (lambda n: 0 <= n < 2**63, "zero or more"))
-    fp8: bool = option(False, "the head and the MLPs' forward products in 8-bit floats, on Hopper and later")
+    fp8: str = option("off", "the head and the MLPs' forward products in 8-bit floats; auto: on Hopper", AUTO)
     dtype: str = option("auto", "of weights and activations", ("auto", "bfloat16", "float32"))
 
     def __post_init__(self):
@@ -126,7 +126,8 @@ class Config(RunOptions):
         L, layers = self.n_layer, f"layers from 0 to {self.n_layer - 1}"
         for field, ok, expected in (
                 ("n_embd", self.n_embd % (4 * self.n_head) == 0, f"a multiple of 4 * n_head ({4 * self.n_head})"),
-                ("batch_tokens", not any(b % self.row_len for b in self.batch_tokens), f"multiples of {self.row_len}, row_len"),
+                ("batch_tokens", not any(b % self.row_len for b in self.batch_tokens),
+                 f"multiples of {self.row_len}, row_len"),
                 ("micro_tokens", self.micro_tokens % self.row_len == 0, f"a multiple of row_len ({self.row_len})"),
                 ("eval_every", not self.keep_best or self.eval_every % self.adam_every == 0,
                  f"a multiple of adam_every ({self.adam_every}), for the best checkpoint to be that of a validation"),
@@ -139,8 +140,8 @@ class Config(RunOptions):
                  and self.skip[1] not in self.paired_layers + self.value_embed_layers,
                  "an earlier and a later layer, the later one without pairs and value embeddings, or none"),
                 ("backout", -1 <= self.backout < L - 1, "a layer before the last, or -1"),
-                ("softcap", len(self.softcap) in (0, 3) and all(map(math.isfinite, self.softcap)) and self.softcap[-1:] != (0,),
-                 "three numbers, or none"),
+                ("softcap", not self.softcap or len(self.softcap) == 3 and all(map(math.isfinite, self.softcap))
+                 and self.softcap[2] != 0, "three numbers, or none"),
                 ("text", self.data != "text" or self.text, f"a file or folder, which track {self.track} needs")):
             if not ok:
                 raise InputError(f"--{field.replace('_', '-')} {getattr(self, field)}: expected {expected}")
@@ -217,7 +218,7 @@ class GPT(nn.Module):
         signs = torch.randint(2, (1024 * c.ngram_signs, C), generator=torch.Generator().manual_seed(0), device="cpu")
         self.register_buffer("signs", (2 * signs - 1).to(self.cos), persistent=False)
         self.rotate(c.long_window[:1])
-        self.mlps = nn.ModuleList(FP8ReLU2MLP() for _ in range(L)) if c.fp8 else [self.ops.relu2_mlp] * L
+        self.mlps = nn.ModuleList(FP8ReLU2MLP() for _ in range(L)) if c.fp8 == "on" else [self.ops.relu2_mlp] * L
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -242,7 +243,7 @@ class GPT(nn.Module):
 
     def scales(self):
         """What FP8 products know of the activations they multiply, [] without them."""
-        return [mlp.post for mlp in self.mlps] if self.c.fp8 else []
+        return [mlp.post for mlp in self.mlps] if self.c.fp8 == "on" else []
 
     def rotate(self, long_windows):
         """Fill the rotary tables for a stage, given the long windows of all stages up to it."""
@@ -286,10 +287,13 @@ class GPT(nn.Module):
         def block(i, x, skipped):
             x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
             if i in attn:
-                h = ops.rms_norm(x)
+                h, pair = ops.rms_norm(x), i in c.paired_layers
                 w_qkv, w_o = attn[i].split([3 * c.n_embd, c.n_embd])
-                qkv, pair = F.linear(h, w_qkv).view(B, T, 3 * H, D), i in c.paired_layers
-                q, k, v = ops.qkv_norm_rope(pair_heads(qkv) if pair else qkv, self.cos, self.sin)  # (B, T, H, D)
+                n = 1 + pair  # heads h and h + H / 2 take turns in time, so that each query sees both heads' keys
+                if pair:  # Q, K, V of the first half of the heads, then of the second: then a view is all it takes
+                    w_qkv = w_qkv.view(3, 2, -1, c.n_embd).transpose(0, 1).flatten(0, 2)
+                qkv = F.linear(h, w_qkv).view(B, n * T, 3 * H // n, D)
+                q, k, v = ops.qkv_norm_rope(qkv, self.cos, self.sin)  # (B, n T, H / n, D)
                 if c.key_offset and sees_far(c, i) and not pair:
                     # what stands still of a key is its predecessor's: a query finds what came after a token
                     still = torch.arange(D, device=x.device) % (D // 2) >= D // 4
@@ -297,13 +301,11 @@ class GPT(nn.Module):
                 if i in value_embeds:
                     table, w_gate = value_embeds[i]
                     ve = gate(h, w_gate)[..., None] * embedding(inputs, table).view(B, T, H, D)
-                    v = v + (pair_heads(ve) if pair else ve)
-                n = 1 + pair
+                    v = v + ve.view(v.shape)
                 y = ops.attention(q, k, v, cu_seqlens=n * cu_seqlens, max_seqlen=n * stage.max_doc_len,
                                   window=n * stage.windows[i], scale=stage.attn_scale)
-                y = y.view(B, T, 2, H // 2, D).transpose(2, 3).reshape(B, T, H, D) if pair else y
                 if c.attn_gate:
-                    y = gate(h, attn_gates[i])[..., None] * y
+                    y = gate(h, attn_gates[i])[..., None] * y.reshape(B, T, H, D)
                 y = F.linear(y.reshape(B, T, c.n_embd), w_o)
             else:
                 y = self.scalars[1] * skipped
@@ -333,7 +335,7 @@ class GPT(nn.Module):
         for _ in range(stage.n_targets - 1):  # the next document's tokens are no target
             later.append(torch.where(ends, IGNORE, later[-1].roll(-1, dims=1)))
         targets = torch.stack(later, dim=2).flatten(0, 1)  # (B T, n)
-        loss = functools.partial(fp8_linear_cross_entropy if self.c.fp8 else self.ops.linear_cross_entropy,
+        loss = functools.partial(fp8_linear_cross_entropy if self.c.fp8 == "on" else self.ops.linear_cross_entropy,
                                  cap=self.c.softcap or None, target_weights=target_weights)
         size = chunk or (4096 if self.recompute else len(x))
         return sum(self.keep_less(loss, h, self.lm_head, t) for h, t in zip(x.split(size), targets.split(size)))
@@ -360,12 +362,6 @@ def previous(x, starts, first):
 def gate(x, w):
     """x: (..., C), w: (H, GATE_INPUTS) -> (..., H) between 0 and 2, seeing the first dimensions of x only."""
     return 2 * torch.sigmoid(F.linear(x[..., :GATE_INPUTS], w.to(x.dtype)))
-
-
-def pair_heads(x):
-    """(B, T, H, D) -> (B, 2 T, H / 2, D): two heads take turns in time, so that each query sees both heads' keys."""
-    B, T, H, D = x.shape
-    return x.view(B, T, H // 2, 2, D).transpose(2, 3).reshape(B, 2 * T, H // 2, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,7 +512,8 @@ class Optimizer:
         self.shards, self.state, self.step_count = {}, {}, 0
         for name, rule in self.table.items():
             whole = self.params[name].data
-            shard = self.shards[name] = Shard(whole if rule.optim == "muon" else whole.view(-1), self.world, rule.sharded)
+            parts = whole if rule.optim == "muon" else whole.view(-1)
+            shard = self.shards[name] = Shard(parts, self.world, rule.sharded)
             m = torch.zeros_like(shard.own, dtype=torch.float32)
             v = m.clone() if rule.optim == "adam" else new_second_moment(shard.own) if self.normuon else None
             self.state[name] = dict(companion=new_companion(shard.own), m=m, v=v)
@@ -561,7 +558,7 @@ class Optimizer:
             finish()
 
     def forget_waiting(self, ok):
-        """Where ok is False, what waits for Adam's turn is zero: a gradient that does not count is no part of the sum."""
+        """Where ok is False, what waits for Adam's turn is zero: it does not count and is no part of the sum."""
         for name in self.waiting():
             self.params[name].grad.masked_fill_(~ok, 0)
 
@@ -577,38 +574,6 @@ class Optimizer:
                 self.state["embed"][key].copy_(x)
         if self.params["lm_head"].grad is not None:
             self.params["embed"].grad = self.params["lm_head"].grad.clone()
-
-    def gather_state(self):
-        """{kind/parameter: whole tensor on the CPU} on the first rank: fp32 weights, m and v, whatever the number of
-        ranks. All ranks have to call it, with no gradients waiting; the others get nothing."""
-        tensors = {}
-        for name, s in self.state.items():
-            shard = self.shards[name]
-            kinds = dict(weights=join(shard.own, s["companion"]), m=s["m"], v=s["v"])
-            whole = {kind: shard.collect(part) for kind, part in kinds.items() if part is not None}
-            if self.world.rank == 0:
-                shape = self.params[name].shape
-                tensors |= {f"{kind}/{name}": (x.view(shape) if x.numel() == shape.numel() else x).to("cpu", copy=True)
-                            for kind, x in whole.items()}
-        return tensors
-
-    @torch.no_grad()
-    def load_state(self, fetch, step_count):
-        """Continue from what gather_state gave, on any number of ranks. fetch(name, like): the whole tensor by that
-        name in the shape and dtype and on the device of `like`."""
-        self.reset()
-        self.step_count = step_count
-        for name, s in self.state.items():
-            shard = self.shards[name]
-
-            def own(kind, part):
-                whole = part.new_empty(len(shard.whole), *part.shape[1:], dtype=torch.float32)
-                return fetch(f"{kind}/{name}", whole)[shard.start:shard.start + len(part)]
-            store(shard.own, s["companion"], own("weights", shard.own))
-            for kind in ("m", "v"):
-                if s[kind] is not None:
-                    s[kind].copy_(own(kind, s[kind]))
-            shard.gather()()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,8 +611,9 @@ class Trainer:
             ops = choose_ops(device, dtype, c.n_embd // c.n_head, c.kernels, log.say)
         except ValueError as e:
             raise InputError(e) from None
-        if c.fp8 and (dtype != torch.bfloat16 or not has_fp8(device)):
-            raise InputError(f"--fp8: expected bfloat16 on compute capability 8.9 or later, found {dtype} on {device}")
+        if c.fp8 == "on" and (dtype != torch.bfloat16 or not has_fp8(device)):
+            raise InputError(f"--fp8 on: expected bfloat16 on compute capability 8.9 or later, found {dtype} on "
+                             f"{device}")
         self.compiled = c.compile and can_compile(log.say)
         with torch.device("meta"):
             most, recompute, self.memory = memory.fit(c, GPT(c, n_vocab, dtype, ops), world)
@@ -658,7 +624,8 @@ class Trainer:
                                    c.adam_every)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compiled else self.model
         # on a CPU, compiling it would take longer than it does
-        report = torch.compile(gradient_report) if self.compiled and device.type == "cuda" else gradient_report
+        compile = self.compiled and device.type == "cuda"
+        report = torch.compile(gradient_report, dynamic=False) if compile else gradient_report
         self.guard = Guard(device, report, c.max_skips == 0, c.spike_sigmas)
         self.micro_rows = {s: memory.equal_passes(-(-s.rows // world.size), most) for s in set(self.stages)}
         val_rows = max(1, min(self.micro_rows[self.stages[-1]] * c.row_len, 16384) // c.val_row_len)
@@ -691,7 +658,7 @@ class Trainer:
         c, step_of = self.c, {stage: step for step, stage in reversed(list(enumerate(self.stages)))}
         limit = 2 * len(self.micro_rows) + 16  # a stage may have a graph for validation, an update one a size
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-        log.say("compiling ... (a minute or so the first time, seconds from then on)")
+        log.say("compiling ... (minutes the first time, seconds from then on)")
         for stage, rows in sorted(self.micro_rows.items()):
             padding = pack([None] * rows, c.row_len, self.data.train.max_docs, stage.max_doc_len)
             ok = self.accumulate([[t.to(self.world.device) for t in padding]], 0, stage, progress_at(c, step_of[stage]))
@@ -729,6 +696,23 @@ class Trainer:
         return dict(val_loss=nats / data.val.n_targets,
                     val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None)
 
+    def enter(self, step):
+        """Make ready for this step, counted from 0, if a stage begins with it."""
+        stage, before = self.stages[step], self.stages[max(step - 1, 0)]
+        if stage != before:
+            self.rotate(step)
+        if before.tied and not stage.tied:
+            self.optimizer.untie()
+
+    def step(self, batch, step, stage, progress, votes=(0, 0, 0)):
+        """One step, numbered from 1: the update counts if the guard says so. votes: see Run."""
+        ok = self.accumulate(batch, step, stage, progress, votes)
+        self.optimizer.step(lr_scale(self.c, progress), muon_momentum(progress), ok)
+        if self.c.max_skips and self.world.device.type == "cuda":
+            self.optimizer.forget_waiting(ok)
+        for scale in self.model.scales():
+            scale.roll()
+
     def batches(self, first):
         """This rank's micro-batches, for each step from the first on."""
         for step in range(first, len(self.stages)):
@@ -742,13 +726,13 @@ class Trainer:
         rank; start_from: (tensors, meta) of a checkpoint, the tensors on the first rank only. Raises Interrupted when
         a signal ended the run.
         """
-        c, world, stages = self.c, self.world, self.stages
+        c, world = self.c, self.world
         self.data.train.reseed(c.seed)
         self.guard.reset()
         for scale in self.model.scales():
             scale.reset()
         if start_from:
-            at = self.restore(*start_from)
+            at = state.restore(self, *start_from)
         else:
             at = resume.Progress()
             self.model.init_weights(c.seed)
@@ -756,137 +740,19 @@ class Trainer:
                 resume.copy_weights(c.warm_start, self.model)
             self.optimizer.reset()
         self.rotate(max(at.step - 1, 0))
-        clock, first = Clock(world.device, at.train_time), at.step + 1
-        save_steps, save_seconds = interval(c.checkpoint_every)
-        save_at, max_time = time.monotonic() + save_seconds, seconds(c.max_time) if c.max_time else math.inf
-        wanted = set()  # by any rank: to stop, to save, to end because time is over
-
-        def receive(step):
-            """Look at what the steps up to this one have reported, log and show it."""
-            for report in self.guard.reports(step):
-                wanted.update(name for name, votes in zip(("stop", "save", "end"), report.votes) if votes)
-                if report.complaint:
-                    at.skipped += 1
-                    if at.skipped > c.max_skips:
-                        raise InputError(report.refusal())
-                    log.say(f"step {report.step} does not count: {report.complaint} ({at.skipped} of {c.max_skips})")
-                elapsed = clock.now()
-                log.step(report.step, c.steps, "train", report.loss, elapsed)
-                left = datetime.timedelta(seconds=int(elapsed / report.step * (c.steps - report.step)))
-                log.progress(report.step, f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "
-                                          f"{at.flops / elapsed / self.peak:.0%} of peak  {left} left at most")
-
-        def save(wait=False):
-            """Checkpoint; the training clock goes on, if it runs. Returns whether one was begun, with wait written."""
-            nonlocal save_at
-            if c.checkpoint_every == "off":
-                return False
-            receive(math.inf)
-            at.train_time, save_at = clock.now(), time.monotonic() + save_seconds
-            tensors = self.optimizer.gather_state()
-            if store:
-                tensors |= {f"other/{name}": x.to("cpu", copy=True) for name, x in self.other_state().items()}
-                meta = dict(config=dataclasses.asdict(c), progress=dataclasses.asdict(at),
-                            data_fingerprint=self.data.dataset.fingerprint, environment=self.environment)
-                metric = at.metrics["val_loss"] if at.validated == at.step else None
-                saved = store.save(at.step, tensors, meta, metric, wait)
-                if not saved and not wait:
-                    log.say(f"step {at.step}: no checkpoint, since the last one is still being written")
-                return saved
-
-        def done():
-            reached = at.metrics and c.target is not None and at.metrics[c.target_metric] <= c.target
-            return reached or "end" in wanted or c.patience and at.since_best >= c.patience
-
-        def validate():
-            """Outside the training clock; returns whether it was the best so far."""
-            clock.stop()
-            receive(math.inf)
-            at.metrics, at.validated = self.validate(at.step), at.step
-            log.step(at.step, c.steps, "val", at.metrics["val_loss"], clock.total, val_bpb=at.metrics["val_bpb"])
-            better = at.best is None or at.metrics["val_loss"] < at.best
-            at.best, at.since_best = (at.metrics["val_loss"], 0) if better else (at.best, at.since_best + 1)
-            clock.start()
-            return better
-
-        def due():
-            """Whether a validation is."""
-            return at.step == c.steps or at.step % c.eval_every == 0 or "end" in wanted
-
         cold_start = time.perf_counter() - started
         requests.training = True
-        with contextlib.closing(Prefetcher(self.batches(at.step), world.device)) as prefetcher:
-            clock.start()
-            if at.step and due() and at.validated != at.step:  # a signal came first
-                validate()
-            for step, batch in enumerate(() if done() else prefetcher, start=first):
-                stage, progress = stages[step - 1], progress_at(c, step - 1)
-                before = stages[step - 2] if step > 1 else stage
-                if stage != before:
-                    self.rotate(step - 1)
-                    if before.tied and not stage.tied:
-                        self.optimizer.untie()
-                save_now, requests.save = requests.save or world.rank == 0 and time.monotonic() > save_at, False
-                votes = requests.stop > 0, save_now, clock.now() > max_time
-                ok = self.accumulate(batch, step, stage, progress, votes)
-                self.optimizer.step(lr_scale(c, progress), muon_momentum(progress), ok)
-                if c.max_skips and world.device.type == "cuda":
-                    self.optimizer.forget_waiting(ok)
-                for scale in self.model.scales():
-                    scale.roll()
-                at.step = step
-                at.tokens += stage.rows * c.row_len
-                at.flops += stage.rows * c.row_len * self.flops_per_token[stage]
-                receive(step)
-                better = due() and "stop" not in wanted and validate()
-                if done() or step == c.steps:
-                    break
-                if better and c.keep_best or save_steps and step % save_steps == 0:
-                    wanted.add("save")
-                if wanted and step % c.adam_every == 0:  # else gradients wait for Adam, and would not be saved
-                    if "stop" in wanted:
-                        break
-                    wanted.discard("save")
-                    save()
-            clock.stop()
-        saved = save(wait=True) if at.step >= first else False
-        if "stop" in wanted:
-            log.say(f"stopped at step {at.step} by a signal" + f"; --resume {log.folder} goes on from there" * bool(saved))
-            if world.size > 1:
-                dist.barrier()  # as below
-            raise Interrupted(128 + (requests.stop or signal.SIGTERM))
-        if stages[at.step - 1].tied:  # the weights as they will be saved do not depend on where training ended
+        train_time = Run(self, log, requests, store, at).train()
+        if self.stages[at.step - 1].tied:  # the weights as they will be saved do not depend on where training ended
             self.optimizer.untie()
-
         reached = at.metrics[c.target_metric] <= c.target if c.target is not None else None
         return dict(track=c.track, target_metric=c.target_metric, target=c.target, reached=reached, **at.metrics,
-                    train_time_s=round(clock.total, 3), cold_start_s=round(cold_start, 2), steps=at.step,
-                    tokens=at.tokens, tokens_per_s=round(at.tokens / clock.total),
-                    peak_share=round(at.flops / clock.total / self.peak, 3), params=self.params,
+                    train_time_s=round(train_time, 3), cold_start_s=round(cold_start, 2), steps=at.step,
+                    tokens=at.tokens, tokens_per_s=round(at.tokens / train_time),
+                    peak_share=round(at.flops / train_time / self.peak, 3), params=self.params,
                     device=self.environment["device"], world_size=world.size, seed=c.seed,
                     data=self.data.dataset.name, data_fingerprint=self.data.dataset.fingerprint,
                     run_dir=str(log.folder), resumed_at=at.resumed_at)
-
-    def restore(self, tensors, meta):
-        """Weights, moments and progress from a checkpoint (the tensors on the first rank)."""
-        at = resume.Progress(**meta["progress"])
-        at.resumed_at.append(at.step)
-
-        def fetch(name, like):
-            """The whole tensor by this name, on all ranks; like: one of its shape, dtype and device."""
-            whole = tensors[name].view(like.shape).to(like) if self.world.rank == 0 else torch.empty_like(like)
-            if self.world.size > 1:
-                dist.broadcast(whole, 0)
-            return whole
-        self.optimizer.load_state(fetch, at.step)
-        for name, x in self.other_state().items():
-            x.copy_(fetch(f"other/{name}", x))
-        return at
-
-    def other_state(self):
-        """Tensors that training goes on from besides the optimizer's."""
-        scales = {f"fp8_scale.{i}": x.scale for i, x in enumerate(self.model.scales())}
-        return dict(recent_losses=self.guard.recent) | scales
 
     def save(self, result, log):
         """The result and the weights, and a sample of text on the screen."""
@@ -899,6 +765,122 @@ class Trainer:
             log.say(f"--- a sample\n{sample}\n---")
 
 
+class Run:
+    """The loop: one run of a Trainer, where it is (at: Progress), and what ranks have voted for: to stop, to save, to
+    end because time is over. A vote counts in the same step on all of them."""
+
+    def __init__(self, trainer, log, requests, store, at):
+        self.trainer, self.c, self.log, self.requests, self.store = trainer, trainer.c, log, requests, store
+        self.at, self.wanted, self.first_rank = at, set(), trainer.world.rank == 0
+        self.clock = Clock(trainer.world.device, at.train_time)
+        self.save_steps, self.save_seconds = interval(self.c.checkpoint_every)
+        self.save_at = time.monotonic() + self.save_seconds
+        self.max_time = seconds(self.c.max_time) if self.c.max_time else math.inf
+
+    def train(self):
+        """From where it is to the target, the last step, or as far as is wanted; returns seconds of training. Raises
+        Interrupted when a signal ended it."""
+        c, at, trainer, wanted, first = self.c, self.at, self.trainer, self.wanted, self.at.step + 1
+        with contextlib.closing(Prefetcher(trainer.batches(at.step), trainer.world.device)) as prefetcher:
+            self.clock.start()
+            if at.step and self.validation_due() and at.validated != at.step:  # a signal came first
+                self.validate()
+            for step, batch in enumerate(() if self.done() else prefetcher, start=first):
+                stage = trainer.stages[step - 1]
+                trainer.enter(step - 1)
+                trainer.step(batch, step, stage, progress_at(c, step - 1), self.votes())
+                at.step = step
+                at.tokens += stage.rows * c.row_len
+                at.flops += stage.rows * c.row_len * trainer.flops_per_token[stage]
+                self.receive(step)
+                better = self.validation_due() and "stop" not in wanted and self.validate()
+                if self.done() or step == c.steps:
+                    break
+                if better and c.keep_best or self.save_steps and step % self.save_steps == 0:
+                    wanted.add("save")
+                if wanted and step % c.adam_every == 0:  # else gradients wait for Adam, and would not be saved
+                    if "stop" in wanted:
+                        break
+                    wanted.discard("save")
+                    self.save()
+            self.clock.stop()
+        saved = self.save(wait=True) if at.step >= first else False
+        if "stop" in wanted:
+            then = f"; --resume {self.log.folder} goes on from there" if saved else ""
+            self.log.say(f"stopped at step {at.step} by a signal{then}")
+            if trainer.world.size > 1:
+                dist.barrier()  # nobody leaves while the first rank writes: the launcher would end the others
+            raise Interrupted(128 + (self.requests.stop or signal.SIGTERM))
+        return self.clock.total
+
+    def votes(self):
+        """This rank's: to stop, to save, to end. When a checkpoint is due by time, the first rank's clock says."""
+        due = self.first_rank and time.monotonic() > self.save_at
+        save_now, self.requests.save = self.requests.save or due, False
+        return self.requests.stop > 0, save_now, self.clock.now() > self.max_time
+
+    def receive(self, step):
+        """Look at what the steps up to this one have reported, log and show it."""
+        c, at = self.c, self.at
+        for report in self.trainer.guard.reports(step):
+            self.wanted.update(name for name, votes in zip(("stop", "save", "end"), report.votes) if votes)
+            if report.complaint:
+                at.skipped += 1
+                if at.skipped > c.max_skips:
+                    raise InputError(report.refusal())
+                self.log.say(f"step {report.step} does not count: {report.complaint} ({at.skipped} of {c.max_skips})")
+            elapsed = self.clock.now()
+            self.log.step(report.step, c.steps, "train", report.loss, elapsed)
+            left = datetime.timedelta(seconds=int(elapsed / report.step * (c.steps - report.step)))
+            self.log.progress(report.step, f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "
+                                           f"{at.flops / elapsed / self.trainer.peak:.0%} of peak  {left} left at most")
+
+    def validation_due(self):
+        return self.at.step == self.c.steps or self.at.step % self.c.eval_every == 0 or "end" in self.wanted
+
+    def validate(self):
+        """Outside the training clock; returns whether it was the best so far."""
+        at = self.at
+        self.clock.stop()
+        self.receive(math.inf)
+        at.metrics, at.validated = self.trainer.validate(at.step), at.step
+        loss = at.metrics["val_loss"]
+        self.log.step(at.step, self.c.steps, "val", loss, self.clock.total, val_bpb=at.metrics["val_bpb"])
+        better = at.best is None or loss < at.best
+        at.best, at.since_best = (loss, 0) if better else (at.best, at.since_best + 1)
+        self.clock.start()
+        return better
+
+    def done(self):
+        c, at = self.c, self.at
+        reached = at.metrics and c.target is not None and at.metrics[c.target_metric] <= c.target
+        return reached or "end" in self.wanted or c.patience and at.since_best >= c.patience
+
+    def save(self, wait=False):
+        """Checkpoint; the training clock goes on, if it runs. Returns whether one was begun, with wait written."""
+        c, at, trainer = self.c, self.at, self.trainer
+        if c.checkpoint_every == "off":
+            return False
+        self.receive(math.inf)
+        at.train_time, self.save_at = self.clock.now(), time.monotonic() + self.save_seconds
+        tensors = state.gather(trainer)  # all ranks take part
+        if not self.store:
+            return False
+        meta = dict(config=dataclasses.asdict(c), progress=dataclasses.asdict(at),
+                    data_fingerprint=trainer.data.dataset.fingerprint, environment=trainer.environment)
+        metric = at.metrics["val_loss"] if at.validated == at.step else None
+        saved = self.store.save(at.step, tensors, meta, metric, wait)
+        if not saved and not wait:
+            self.log.say(f"step {at.step}: no checkpoint, since the last one is still being written")
+        return saved
+
+
+def settle(c, device):
+    """The Config with what depends on the machine decided, as it goes into logs and checkpoints."""
+    auto = c.dtype != "float32" and fp8_pays(device)
+    return dataclasses.replace(c, fp8="on" if auto else "off") if c.fp8 == "auto" else c
+
+
 def train(c, world=World(), report=lambda result: None, requests=None):
     """Train as configured, c.repeat times from successive seeds. report(result) is called after each run; returns the
     last result (the JSON line) as a dict. Raises InputError for what a user can mend, Interrupted after a signal."""
@@ -909,6 +891,7 @@ def train(c, world=World(), report=lambda result: None, requests=None):
                                         if first_rank else (Path(), False))
     if world.device.type == "cpu":
         keep_freed_memory()
+    c = settle(c, world.device)
     stages = [stage_at(c, progress_at(c, step)) for step in range(c.steps)]
     data = load_data(c, stages, world)
     trainer, started = None, START
@@ -941,13 +924,13 @@ def train(c, world=World(), report=lambda result: None, requests=None):
                 if first_rank:
                     trainer.save(result, log)
                     report(result)
-            except torch.OutOfMemoryError as e:
-                raise InputError(memory.advice(c, trainer.memory if trainer else "unknown", e)) from None
-            except InputError as e:
+            except (InputError, torch.OutOfMemoryError) as e:
+                if isinstance(e, torch.OutOfMemoryError):
+                    e = InputError(memory.advice(c, trainer.memory if trainer else "unknown", e))
                 log.say(f"error: {e}", quiet=True)
-                raise
+                raise e from None
             if world.size > 1:
-                dist.barrier()  # nobody leaves while the first rank writes: the launcher would end the others
+                dist.barrier()  # as in Run.train
         started = time.perf_counter()
     return result
 

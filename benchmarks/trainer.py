@@ -90,10 +90,7 @@ def measure(trainer, batches, stage, progress, repeats):
         for n in itertools.islice(numbers, c.adam_every):
             with record_function(MARK + "data"):
                 batch = next(batches)
-            ok = trainer.accumulate(batch, n, stage, progress)
-            trainer.optimizer.step(tg.lr_scale(c, 0.0), tg.muon_momentum(0.0), ok)
-            for scale in trainer.model.scales():
-                scale.roll()
+            trainer.step(batch, n, stage, progress)
             for report in trainer.guard.reports(n):
                 if report.complaint:
                     raise InputError(f"{report.complaint}: expected steps that count; lower --muon-lr and --adam-lr")
@@ -168,6 +165,7 @@ def run(steps=10, tokens=(), synthetic_data=False, trainer_options=(), save=lamb
         def say(message):
             if world.rank == 0:
                 print(message, file=sys.stderr, flush=True)
+        c = tg.settle(c, world.device)
         if tokens:
             c = at_end(c, tuple(n * world.size for n in dict.fromkeys(tokens)))
         track = [tg.stage_at(c, tg.progress_at(c, step)) for step in range(c.steps)]
@@ -196,9 +194,7 @@ def run(steps=10, tokens=(), synthetic_data=False, trainer_options=(), save=lamb
         with contextlib.closing(Prefetcher(batches(), world.device)) as prefetcher, named_parts(trainer):
             ready = iter(prefetcher)
             for stage, step in begins.items():
-                trainer.rotate(step)
-                if track[step - 1].tied and not stage.tied:
-                    trainer.optimizer.untie()
+                trainer.enter(step)
                 result["stages"].append(row := measure(trainer, ready, stage, tg.progress_at(c, step), repeats))
                 result["fit"] = fit(result["stages"])
                 say(f"{row['tokens']:,} tokens: {row['ms']:,.2f} ms, {row['tokens_per_s']:,.0f} tokens/s, "

@@ -6,9 +6,11 @@ A query sees itself and at most `window` tokens before it, never another documen
 machine offers; every backend means the same by `window`, and tests/kernels pins that.
 
 Backends
-    varlen        torch.nn.attention.varlen: FlashAttention 2 as built into PyTorch, or 3 (Hopper) or 4 (Hopper,
-                  Blackwell) where installed. CUDA.
-    flash_attn_3  the flash-attn 3 package called directly, for a PyTorch that cannot switch it on. Hopper.
+    flash_attn_3  the flash-attn 3 package. Hopper.
+    flash_attn_4  the flash-attn-4 package, whose kernels are compiled when they are first used. Hopper, Blackwell. By
+                  its own functions: PyTorch up to 2.13 can switch its varlen attention over to it, but expects fewer
+                  results than they return by now.
+    varlen        torch.nn.attention.varlen: FlashAttention 2 as built into PyTorch. CUDA.
     flash_attn    the flash-attn 2 package. CUDA.
     flex          torch's flex_attention, Triton kernels that skip the 128 x 128 blocks nobody sees. CUDA; on a CPU
                   PyTorch has only its forward.
@@ -23,6 +25,7 @@ All can be traced into one graph by torch.compile: documents may change from cal
 import functools
 import inspect
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +51,68 @@ def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockw
 # --- FlashAttention: (B T, H, D); window left, as in all its versions: that many tokens before the query, -1 for all
 
 
-def _varlen(q, k, v, cu_seqlens, max_seqlen, left, scale):
-    from torch.nn.attention.varlen import varlen_attn
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0))
-
-
 def _flash_attn_3(q, k, v, cu_seqlens, max_seqlen, left, scale):
     from flash_attn_interface import flash_attn_varlen_func
     y = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
                                max_seqlen_k=max_seqlen, softmax_scale=scale, causal=True, window_size=(left, 0))
     return y[0] if isinstance(y, tuple) else y  # its first versions also returned the log-sum-exp
+
+
+def _flash_attn_4(q, k, v, cu_seqlens, max_seqlen, left, scale):
+    return _flash_attn_4_forward(q, k, v, cu_seqlens, max_seqlen, left, scale)[0]
+
+
+@torch.library.custom_op("stopwatch::flash_attn_4", mutates_args=())
+def _flash_attn_4_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+                          left: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> y like q, logsumexp (H, B T) fp32. Its own autograd function cannot be traced, so this is an op."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+    y, logsumexp, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        softmax_scale=scale, causal=True, window_size_left=None if left < 0 else left, return_lse=True)
+    return y.contiguous(), logsumexp.contiguous()
+
+
+@_flash_attn_4_forward.register_fake
+def _(q, k, v, cu_seqlens, max_seqlen, left, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("stopwatch::flash_attn_4_backward", mutates_args=())
+def _flash_attn_4_backward(
+        dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, logsumexp: torch.Tensor,
+        cu_seqlens: torch.Tensor, max_seqlen: int, left: int,
+        scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+    dq, dk, dv, *_ = _flash_attn_bwd(
+        q, k, v, y, dy.contiguous(), logsumexp, softmax_scale=scale, causal=True, cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        window_size_left=None if left < 0 else left)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_flash_attn_4_backward.register_fake
+def _(dy, q, k, v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _flash_attn_4_save(ctx, inputs, output):
+    *qkv, cu_seqlens, ctx.max_seqlen, ctx.left, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*qkv, *output, cu_seqlens)
+
+
+def _flash_attn_4_gradients(ctx, dy, _):
+    return *_flash_attn_4_backward(dy, *ctx.saved_tensors, ctx.max_seqlen, ctx.left, ctx.scale), *[None] * 4
+
+
+_flash_attn_4_forward.register_autograd(_flash_attn_4_gradients, setup_context=_flash_attn_4_save)
+
+
+def _varlen(q, k, v, cu_seqlens, max_seqlen, left, scale):
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0))
 
 
 def _flash_attn(q, k, v, cu_seqlens, max_seqlen, left, scale):
@@ -156,7 +211,7 @@ def _sdpa_attend(q, k, v, mask, scale):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale).transpose(1, 2)
 
 
-OF_TOKENS = dict(varlen=_varlen, flash_attn_3=_flash_attn_3, flash_attn=_flash_attn)
+OF_TOKENS = dict(flash_attn_3=_flash_attn_3, flash_attn_4=_flash_attn_4, varlen=_varlen, flash_attn=_flash_attn)
 OF_ROWS = dict(flex=flex, sdpa=functools.partial(blockwise_attention, attend=_sdpa_attend),
                blockwise=blockwise_attention)
 BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference
@@ -168,8 +223,8 @@ BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference
 def choose_backend(device, dtype, head_dim, forced=None):
     """Name of the fastest backend that works here, found by running them forward and backward and comparing.
 
-    forced, or the environment variable ATTENTION_BACKEND: use this one; ValueError if it does not work.
-    FlashAttention 3 or 4, where installed, is switched on inside torch's varlen attention. A CPU gets blockwise.
+    forced, or the environment variable ATTENTION_BACKEND: use this one; ValueError if it does not work. A CPU gets
+    blockwise.
     """
     device = torch.device(device)
     forced = forced or os.environ.get("ATTENTION_BACKEND")
@@ -177,32 +232,17 @@ def choose_backend(device, dtype, head_dim, forced=None):
         raise ValueError(f"unknown attention backend {forced!r}: expected one of {', '.join(BACKENDS)}")
     if not forced and device.type != "cuda":
         return "blockwise"
-    for backend, implementation in _candidates(device):
-        if forced not in (None, backend) or (implementation and not _switch_on(implementation)):
-            continue
+    for backend in [forced] if forced else _candidates(torch.cuda.get_device_capability(device)[0]):
         error = _probe(backend, device, dtype, head_dim)
         if error is None:
             return backend
-        if implementation:
-            torch.nn.attention.restore_flash_attention_impl()
-    raise ValueError(f"attention backend {forced or backend!r} does not work here: {error}")
+    raise ValueError(f"attention backend {backend!r} does not work here: {error}")
 
 
-def _candidates(device):
-    """(backend, FlashAttention to switch on in torch or None), the fastest first."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    newest = {9: [("varlen", "FA3"), ("flash_attn_3", None), ("varlen", "FA4")], 10: [("varlen", "FA4")]}.get(major, [])
-    return newest + [(backend, None) for backend in BACKENDS]
-
-
-def _switch_on(implementation):
-    """Let torch's varlen attention use FA3 or FA4; False if this PyTorch cannot or it is not installed."""
-    try:
-        from torch.nn.attention import activate_flash_attention_impl
-        activate_flash_attention_impl(implementation)
-    except Exception:  # their imports fail in many ways
-        return False
-    return True
+def _candidates(major):
+    """Backends for GPUs of this compute capability, the fastest first."""
+    made_for = dict(flash_attn_3=(9,), flash_attn_4=(9, 10))
+    return [backend for backend in BACKENDS if major in made_for.get(backend, (major,))]
 
 
 def _probe(backend, device, dtype, head_dim):
@@ -217,6 +257,8 @@ def _probe(backend, device, dtype, head_dim):
             return str(e)
         if "window_size" not in inspect.signature(varlen_attn).parameters:
             return "this PyTorch's varlen_attn has no window_size"
+    if backend == "flash_attn_4":  # its compiler's, for arguments that are not given
+        warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")
     g = torch.Generator(device="cpu").manual_seed(0)
     q, k, v, dy = (torch.randn(1, 256, 2, head_dim, generator=g).to(device, dtype) for _ in range(4))
     cu_seqlens = torch.tensor([0, 100, 256, 256], dtype=torch.int32, device=device)

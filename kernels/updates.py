@@ -163,5 +163,11 @@ def gradient_report(grads):
     """
     def squares(x):
         return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square().sum()
-    parts = (g.reshape(-1).split((g.numel() - g.numel() % 1024, g.numel() % 1024)) for g in grads)
-    return torch.stack([squares(rows.view(-1, 1024)) + squares(rest) for rows, rest in parts])
+
+    def total(g):
+        rest = g.numel() % 1024
+        rows, rest = g.split((len(g) - rest, rest))
+        # not of nothing: with sizes unknown while compiling, that was not finite on a GPU (PyTorch 2.11)
+        parts = [squares(x) for x in (rows.view(-1, 1024), rest) if x.numel()]
+        return sum(parts, g.new_zeros((), dtype=torch.float32))
+    return torch.stack([total(g.reshape(-1)) for g in grads])

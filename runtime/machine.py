@@ -123,6 +123,11 @@ def has_fp8(device):
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def fp8_pays(device):
+    """Where it was measured to be faster than bf16: on Hopper, 1.12 times (gpt2-small's step on an H200)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def can_compile(say):
     """Whether torch.compile finds what it needs; says what is missing."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):

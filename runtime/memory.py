@@ -83,8 +83,8 @@ def fit(c, model, world):
 
 
 def equal_passes(rows, most):
-    """Rows per pass such that `rows` take as few passes as `most` allows, equally large."""
-    return -(-rows // -(-rows // most))
+    """Rows per pass, all passes being alike: at most `most`, more than half of it, such that few are padding."""
+    return min(range(min(most, rows), min(most, rows) // 2, -1), key=lambda n: -(-rows // n) * n)
 
 
 def advice(c, estimate, error):

@@ -13,6 +13,7 @@ from data import InputError
 POSITIVE = lambda x: 0 < x < math.inf, "a positive number"
 COUNT = lambda n: n >= 0, "zero or more"
 RATE = lambda x: 0 <= x < math.inf, "zero or more"
+AUTO = "auto", "on", "off"
 FRACTION = lambda x: 0 <= x <= 1, "a fraction"
 PAIR = lambda xs: len(xs) in (0, 2) and all(x > 0 for x in xs), "two positive numbers, or none"
 BY_STAGE = lambda xs: bool(xs) and all(0 < x < math.inf for x in xs), "one positive number per stage"
@@ -75,7 +76,7 @@ class RunOptions:
     gpus: int = option(0, "how many GPUs; 0 is all there are", COUNT, group="machine")
     micro_tokens: int = option(0, "tokens per forward pass; 0 fits them to the memory found", COUNT)
     recompute: str = option("auto", "compute blocks again in backward instead of keeping them; auto: if memory is short",
-                            ("auto", "on", "off"))
+                            AUTO)
     kernels: tuple[str, ...] = option(("auto",), "auto, reference (PyTorch only), all, or names of ops to run by Triton")
     compile: bool = option(True, "torch.compile; off, a run starts at once and is slower")
     checkpoint_every: str = option("10m", "so many steps, or such a time; also at the end and on SIGTERM, SIGINT and "

@@ -188,8 +188,7 @@ def child(tg, argv, folder, rank, host, fsync=(), step=0, at=(), limit=None, clo
             nobody, end = os.pipe()
             os.close(nobody)
             os.dup2(end, 2)
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)  # however the tests were started
         os.environ.update(env)
         if networks:
             with open(f"/run/netns/{networks[host]}") as f:

@@ -14,6 +14,7 @@ from kernels import updates
 from kernels.polar_express import COEFFICIENTS
 from kernels.updates import join
 from runtime import shards
+from runtime.state import gather_optimizer, load_optimizer
 from train_gpt import GPT, Config, Optimizer, Rule, World, parameter_table, stage_at
 
 # odd sizes, so that no world size but 1 divides them all
@@ -774,7 +775,7 @@ def test_masters_of_all_ranks_are_those_of_one(ranks):
 
 
 def from_tensors(tensors):
-    """The fetch for load_state."""
+    """The fetch for load_optimizer."""
     return lambda name, like: tensors[name].view(like.shape).to(like)
 
 
@@ -794,16 +795,16 @@ def test_state_that_was_gathered_and_loaded_goes_on_bit_for_bit(dtype, every):
     steps(other, continued, [7])
     assert bool(continued.waiting()) == (every == 2)
     steps(model, optimizer, range(4))
-    tensors = optimizer.gather_state()
+    tensors = gather_optimizer(optimizer)
     assert all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors.values())
     before = {name: x.clone() for name, x in tensors.items()}
-    continued.load_state(from_tensors(tensors), 4)
+    load_optimizer(continued, from_tensors(tensors), 4)
     assert_equal(weights(model), weights(other))
     steps(model, optimizer, range(4, 6))
     assert_equal(tensors, before)  # a copy: training goes on while it is written
     steps(other, continued, range(4, 6))
     assert_equal(weights(model), weights(other))
-    assert_equal(optimizer.gather_state(), continued.gather_state())
+    assert_equal(gather_optimizer(optimizer), gather_optimizer(continued))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, (4, 2)], indirect=True, ids=str)
@@ -825,18 +826,18 @@ def test_state_of_many_ranks_is_that_of_one_and_loads_on_any_number(ranks):
             reference.step(0.7, 0.9)
             ranks.run(lambda rank: (accumulate(models[rank], grads[rank]), optimizers[rank].step(0.7, 0.9)))
     steps(range(4), models, optimizers, alone, reference)
-    tensors = ranks.run(lambda rank: optimizers[rank].gather_state())
+    tensors = ranks.run(lambda rank: gather_optimizer(optimizers[rank]))
     assert not any(tensors[1:])
-    theirs, fetch = reference.gather_state(), from_tensors(tensors[0])
+    theirs, fetch = gather_optimizer(reference), from_tensors(tensors[0])
     assert tensors[0].keys() == theirs.keys()
     for name, x in tensors[0].items():
         torch.testing.assert_close(x, theirs[name], atol=1e-5, rtol=1e-5)
     fresh = [Parameters(seed=5) for _ in range(ranks.size)]
     continued = [Optimizer(m, TABLE, world, adam_every=2) for m, world in zip(fresh, ranks.worlds)]
-    ranks.run(lambda rank: continued[rank].load_state(fetch, 4))
+    ranks.run(lambda rank: load_optimizer(continued[rank], fetch, 4))
     one = Parameters(seed=6)
     on_one = Optimizer(one, TABLE, adam_every=2)
-    on_one.load_state(fetch, 4)
+    load_optimizer(on_one, fetch, 4)
     steps(range(4, 6), fresh, continued, one, on_one)
     steps(range(4, 6), models, optimizers, alone, reference)
     assert_equal(weights(fresh[0]), weights(models[0]))

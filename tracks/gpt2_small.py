@@ -15,5 +15,6 @@ TRACK = dict(
     row_len=16384, val_row_len=65536, long_layers=(3,),
     steps=1285, extension=15, batch_tokens=(131_072, 262_144, 393_216), stage_lr=(1.0, 1.52, 1.73),
     max_doc_len=(896, 2048, 2048), short_window=(128, 384, 640), long_window=(384, 896, 1408), val_windows=(768, 2560),
-    yarn=True, mtp=(3, 2, 1), tied=2 / 3, muon_lr=0.023, weight_decay=1.2, normuon=True, adam_every=2, eval_every=250,
+    yarn=True, mtp=(3, 2, 1), tied=2 / 3, muon_lr=0.023, weight_decay=1.2, normuon=True, adam_every=2, fp8="auto",
+    eval_every=250,
 )

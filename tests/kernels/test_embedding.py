@@ -38,8 +38,9 @@ def test_rows_and_their_gradient(shape, rows, C, dtype):
     assert torch.equal(y, table[index])
     expected = exact(index, dy.cpu(), rows)
     assert grad.shape == table.shape and grad.dtype == dtype
-    # one rounding, of a sum in fp32
-    torch.testing.assert_close(grad.cpu().double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    # one rounding, of a sum in fp32; on CUDA PyTorch's own op, which rounds in between as well
+    roundings = 1 if DEVICE.type == "cpu" else 4
+    torch.testing.assert_close(grad.cpu().double(), expected, rtol=roundings * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=100, database=None)

@@ -204,7 +204,9 @@ def test_fp8_multiplies_quantises_and_finds_the_maximum(shape, kernel):
     assert torch.equal(q.view(torch.uint8), quantize_reference(post, post_scale)[0].view(torch.uint8))
     assert largest == same_largest == post.max() and not same_largest.requires_grad
     y_reference, _, _ = fp8_relu2_mlp_reference(x8, up8, down8, post_scale)
-    torch.testing.assert_close(y, y_reference, rtol=2**-6, atol=2**-8 * y_reference.abs().max().item())
+    # Hopper's tensor cores sum fp8 products in 14 bits, and a post rounded the other way is one of fp8's steps off
+    rough = 2**-8 if DEVICE.type == "cpu" else 2**-6
+    torch.testing.assert_close(y, y_reference, rtol=2**-6, atol=rough * y_reference.abs().max().item())
 
 
 def test_fp8_saturates_and_keeps_nan(kernel):

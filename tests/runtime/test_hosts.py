@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, options, tiny, write_text
-from processes import Nursery, alive, remains, rows, same, wait_for
+from helpers import ROOT, options, tiny
+from processes import alive, remains, rows, same, wait_for
 
 FIELDS = dict(steps=40, eval_every=20, n_layer=2, row_len=16, batch_tokens=(128,), checkpoint_every="3",
               sample_tokens=0, keep_last=3)
@@ -43,17 +43,6 @@ def hosts():
     finally:
         for name in names:
             ip("netns", "delete", name)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt", 4000)
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 import train_gpt as tg
 from helpers import PIECES, options, tiny, write_text
-from processes import Nursery, remains, rows, same
+from processes import remains, rows, same
 
 # Everything that has a state or changes on the way: the head is untied after step 6, batches grow after 8 and 16,
 # windows (with yarn) and the number of targets change after 12; Adam updates in even steps, and stops wait for it.
@@ -17,17 +17,6 @@ ALL = PIECES | dict(steps=24, eval_every=4, batch_tokens=(128, 192, 256), max_do
                     short_window=(8, 16), long_window=(16, 32), stage_lr=(1.0, 1.2), mtp=(2, 1), tied=0.25,
                     normuon=True, weight_decay=0.1, adam_every=2, spike_sigmas=6.0, max_skips=2,
                     checkpoint_every="10m", sample_tokens=3, keep_best=1)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt", 4000)
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as nursery:
-        yield nursery
 
 
 class Runner:

@@ -12,28 +12,11 @@ import time
 import pytest
 
 import train_gpt as tg
-from helpers import ROOT, options, tiny, write_text
-from processes import Nursery, alive, remains, rows, same, wait_for
+from helpers import ROOT, options, tiny
+from processes import alive, remains, rows, same, wait_for
 
 SMALL = dict(steps=12, eval_every=4, n_layer=1, value_embed_layers=(), row_len=16, batch_tokens=(64,),
              checkpoint_every="2", sample_tokens=0, adam_every=2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt", 4000)
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture
-def argv(text, tmp_path):
-    """Command line of a run in the folder of this name."""
-    return lambda name, **fields: options(tiny(text, tmp_path, run_dir=str(tmp_path / name), **(SMALL | fields)))
 
 
 @pytest.fixture(scope="module")

@@ -13,29 +13,12 @@ import pytest
 
 import train_gpt as tg
 from helpers import ROOT, options, tiny, write_text
-from processes import Nursery, alive, remains, rows, same, wait_for
+from processes import alive, remains, rows, same, wait_for
 
 SMALL = dict(steps=12, eval_every=6, n_layer=1, value_embed_layers=(), row_len=16, batch_tokens=(64,),
              checkpoint_every="10m", sample_tokens=0)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "words.txt", 4000)
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture
-def argv(text, tmp_path):
-    """Command line of a run in the folder of this name."""
-    return lambda name, **fields: options(tiny(text, tmp_path, run_dir=str(tmp_path / name), **(SMALL | fields)))
 
 
 @pytest.fixture(scope="module")
