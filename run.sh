@@ -30,7 +30,7 @@ install() {  # into .venv, once for each state of the requirements
         || fail "the dependencies did not install; the lines above say why. Run ./run.sh again when that is mended"
     local capability
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1 || true)
-    if [[ ${capability%%.*} =~ ^(9|10)$ ]]; then  # what torch's FlashAttention 4 accepts; older cards have 2 built in
+    if [[ ${capability%%.*} =~ ^(9|10)$ ]]; then  # chips that FlashAttention 4 is chosen for; older ones have 2 in torch
         "$venv/bin/python" -m pip install $quiet -c "$here/requirements.txt" -r "$here/requirements-flash.txt" >&2 \
             || echo "FlashAttention 4 did not install; going on with the attention built into torch" >&2
     fi

@@ -171,7 +171,8 @@ def parse_args(argv):
        ./run.sh test [PYTEST ARGUMENTS]       the tests""",
         description="Train a GPT to a target loss against the clock, on this machine. Without options: track "
                     "gpt2-small where there is a CUDA GPU, else laptop. Progress goes to stderr, the result is one "
-                    "line of JSON on stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input.",
+                    "line of JSON on stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input, 143 "
+                    "or 130 stopped by SIGTERM or Ctrl-C, with the work saved.",
         epilog=f"Tracks: {', '.join(track_names())}. What is in brackets is the laptop track's value. Lists have an "
                "entry for each of the equally long stages of training, or one for all.")
     big = torch.cuda.is_available() and "text" not in given

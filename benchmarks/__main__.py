@@ -31,7 +31,7 @@ BENCHMARKS = {
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
     "peers": "nanoGPT, nanochat or modded-nanogpt from their checkouts beside this trainer, on the same data",
     "ablate": "what each piece of the recipe is worth: loss at equal tokens, time per step, time to the target",
-    "checkpoint": "what writing and resuming a checkpoint costs",
+    "checkpoint": "what writing and loading a checkpoint costs, and what it costs training",
 }
 ALL = ("kernels", "trainer", "loader", "resources")
 OPTIONS = dict(kernels=dict(seconds=240), trainer=dict(synthetic_data=True))  # in all: 8 minutes, nothing downloaded

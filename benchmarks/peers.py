@@ -38,8 +38,8 @@ until its validation loss is the peer's, once with an empty cache folder (first 
                step, nanochat's the first 11; "all steps" adds a median step for each of them. Ours leaves out none, and
                goes on to the validation that finds the loss reached; the JSON has the time by a straight line between
                validations, too
-    process    from starting the process to its end: of the peers without preparing the text, of ours with it. nanochat
-               compiles, too: it always finds an empty cache, and is compared with our first start only
+    process    from starting the process to its end: of the peers without preparing the text, of ours with it, and none
+               draws a sample. nanochat compiles, too: it always finds an empty cache, and is compared with our first start only
 
 Equal shape: nanoGPT's shape in both trainers, 60 steps each in turns; the median step after the first 10. nanoGPT as
 in its README and with --compile=True, ours as it comes and in float32, nanoGPT's only precision on a CPU.
@@ -457,8 +457,8 @@ class Nanochat(Peer):
 
 
 def our_options(task, loss, trainer_options):
-    """What train_gpt.py is given to reach this loss."""
-    return [*trainer_options, *task.options, "--target", f"{loss:.6f}"]
+    """What train_gpt.py is given to reach this loss; no sample at the end, since the peers' commands draw none."""
+    return [*trainer_options, *task.options, "--target", f"{loss:.6f}", "--sample-tokens", 0]
 
 
 def our_shape(text, trainer_options, *more):

@@ -6,10 +6,10 @@ import platform
 import shutil
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.nn.attention
 
 
 def describe_environment(device):
@@ -20,7 +20,8 @@ def describe_environment(device):
         done = subprocess.run(["git", "-C", Path(__file__).parent, *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    flash = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    packages = {d.name: d.version for d in metadata.distributions() if d.name and d.name.startswith("flash")}
+    flash = ", ".join(f"{name} {version}" for name, version in sorted(packages.items())) or None
     changes = git("status", "--porcelain")
     return dict(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), device=device_name(device),

@@ -175,4 +175,4 @@ def share_text(world, text):
     if world.rank == 0:
         data.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)) if len(data) else None
     dist.broadcast(data, 0)
-    return bytes(data.cpu().tolist()).decode()
+    return data.cpu().numpy().tobytes().decode()

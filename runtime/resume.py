@@ -135,7 +135,7 @@ def begin(c, world, run_dir, resuming, fingerprint, closing):
     return result, tensors, meta
 
 
-def check_fit(c, fingerprint, meta, path=""):
+def check_fit(c, fingerprint, meta):
     """Refuse a checkpoint of another recipe or other data, naming what differs. c: Config as a dict."""
     theirs = {name: value for name, value in meta["config"].items() if name not in FREE}
     ours = {name: value for name, value in c.items() if name not in FREE}
@@ -143,8 +143,8 @@ def check_fit(c, fingerprint, meta, path=""):
     if fingerprint != meta["data_fingerprint"]:
         differing.append(f"data: {fingerprint[:16]} here, {meta['data_fingerprint'][:16]} in the checkpoint")
     if differing:
-        raise InputError(f"the checkpoint{path and ' ' + path} does not fit: {'; '.join(differing)}. Give what it was "
-                         "made with, or --warm-start to take its weights only")
+        raise InputError(f"the checkpoint does not fit: {'; '.join(differing)}. Give what it was made with, or "
+                         "--warm-start to take its weights only")
 
 
 def read_weights(given):

@@ -23,7 +23,7 @@ class Nursery:
     """Runs train_gpt.main(argv) in processes of their own, one run at a time. Use as a context manager."""
 
     def __enter__(self):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
         self.parent = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        text=True, cwd=ROOT, env=env)
         self.running = None

@@ -1,5 +1,6 @@
 """Whole runs: what they print, write and return, and what they refuse."""
 
+import dataclasses
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import train_gpt as tg
 from data import InputError, ShardWriter
 from helpers import EVERYTHING, PIECES, options, run_trainer, tiny, train_losses, write_text
+from kernels import launch
 from runtime import machine
 
 
@@ -142,6 +144,55 @@ def test_bfloat16_weights_with_fp32_masters_follow_float32(text, tmp_path):
     whole = tg.train(tiny(text, tmp_path, steps=60))
     half = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "half"), steps=60, dtype="bfloat16"))
     assert half["val_loss"] == pytest.approx(whole["val_loss"], rel=0.03)
+
+
+@pytest.fixture
+def without_interpreter(monkeypatch):
+    """The ops as a CPU's run has them."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+
+
+def test_fp8_follows_bf16(text, tmp_path, monkeypatch, without_interpreter):
+    """Products in 8 bits, emulated on a CPU: other losses, near by; compiled without a break, they are the same."""
+    fields = dict(steps=6, eval_every=6, dtype="bfloat16")
+    half = tg.train(tiny(text, tmp_path, **fields))
+    eight = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "eight"), fp8="on", **fields))
+    a, b = train_losses(tmp_path / "run"), train_losses(tmp_path / "eight")
+    assert a != b and b == pytest.approx(a, rel=0.02) and eight["val_loss"] == pytest.approx(half["val_loss"], rel=0.02)
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, **kwargs, backend="aot_eager"))
+    torch._dynamo.reset()
+    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), fp8="on", compile=True, **fields))
+    assert train_losses(tmp_path / "compiled") == pytest.approx(b, rel=1e-3)
+
+
+def test_fp8_scales_follow_each_steps_largest_activation(text, tmp_path, monkeypatch, without_interpreter):
+    """Once a step, whatever was validated in between, and warming up leaves none behind."""
+    seen, step = [], tg.Trainer.step
+
+    def watched(self, *args, **kwargs):
+        before = [float(x.scale) for x in self.model.scales()]
+        step(self, *args, **kwargs)
+        seen.append((before, [float(x.scale) for x in self.model.scales()], [float(x.amax) for x in self.model.scales()]))
+    monkeypatch.setattr(tg.Trainer, "step", watched)
+    tg.train(tiny(text, tmp_path, steps=4, eval_every=1, dtype="bfloat16", fp8="on"))
+    first = tg.FP8ReLU2MLP().post.scale.item()
+    assert len(seen) == 4 and seen[0][0] == [first] * 2
+    for (_, after, amax), (before, _, _) in zip(seen, seen[1:]):
+        assert after == before and amax == [0, 0]
+    assert all(len({scales[i] for _, scales, _ in seen}) == 4 for i in range(2))
+
+
+def test_fp8_is_chosen_by_the_machine_and_asked_for_in_vain_refused(text, tmp_path, monkeypatch):
+    c, gpu = tiny(text, tmp_path, fp8="auto", dtype="auto"), torch.device("cuda", 0)
+    for capability, choice in (((8, 0), "off"), ((9, 0), "on"), ((10, 0), "off")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert tg.settle(c, gpu).fp8 == choice and tg.settle(c, torch.device("cpu")).fp8 == "off"
+        assert tg.settle(dataclasses.replace(c, dtype="float32"), gpu).fp8 == "off"
+        assert tg.settle(dataclasses.replace(c, fp8="on"), gpu).fp8 == "on"
+    with pytest.raises(InputError, match="--fp8 on: expected bfloat16 on .*, found torch.float32 on cpu"):
+        tg.train(dataclasses.replace(c, fp8="on", dtype="float32"))
 
 
 def test_compiled_run_agrees_with_eager(text, tmp_path):

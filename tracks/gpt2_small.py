@@ -1,9 +1,10 @@
 """gpt2-small: FineWeb with GPT-2's tokens to 3.28, the task of the public record (modded-nanogpt, track 1).
 
 The loss is the mean cross-entropy over the first 10,485,760 tokens of the validation shard. The batch is the same on
-any number of GPUs. Tokens, learning rates and windows follow the record's schedule step by step, so that its published
-validation losses can be compared: 4.432 after 250 steps, 4.065 after 500, 3.661 after 750, 3.419 after 1,000, 3.297
-after 1,250 and 3.2785 after 1,290 (its run of July 2026). Not measured yet on a GPU.
+any number of GPUs. Tokens, learning rates and windows follow the record's schedule, stages within a step of its own, so
+that its published validation losses can be compared: 4.432 after 250 steps, 4.065 after 500, 3.661 after 750, 3.419
+after 1,000, 3.297 after 1,250 and 3.2785 after 1,290 (its run of July 2026). Its model has parts that this one lacks
+(MUDD, DC, XSA, prefix loss), so the same losses in as many steps are not to be expected. Not run to the end yet.
 """
 
 TRACK = dict(

@@ -1,5 +1,8 @@
 """runtime/memory.py: what training is expected to need, against what it keeps, and what is chosen to fit."""
 
+import dataclasses
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -48,6 +51,18 @@ def kept_and_expected(compile, dtype, rows=4, **fields):
     found = kept(lambda: run(tokens[:, :-1], tokens[:, 1:], cu_seqlens, stage, weights), model)
     parts = estimate(c, model, 1, rows, c.recompute == "on")
     return found, parts["activations"] + parts["logits"]
+
+
+def test_estimate_is_what_an_h200_took():
+    """gpt2-small in passes of some rows: peaks of torch.cuda's allocator in a whole step, in bytes."""
+    c = tg.Config(**tg.load_track("gpt2-small"))
+    for rows, fp8, took in ((4, "on", 37.18e9), (6, "on", 51.41e9), (12, "on", 93.9e9), (12, "off", 84.3e9)):
+        c = dataclasses.replace(c, fp8=fp8)
+        with torch.device("meta"):
+            model = tg.GPT(c, 50257, torch.bfloat16)
+        ops = dict(attention="flash_attn_4", linear_cross_entropy="triton")
+        model.ops = types.SimpleNamespace(named=lambda: ops)
+        assert 0.94 < took / sum(estimate(c, model, 1, rows, False, cuda=True).values()) < 0.97, (rows, fp8)
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])

@@ -130,8 +130,10 @@ def test_another_number_of_processes_goes_on_with_the_same_tokens(whole):
     assert done.result["tokens"] == json.loads((whole.tmp / "whole/result.json").read_text())["tokens"]
 
 
-def test_bf16_weights_go_on_bit_for_bit(run):
-    fields = dict(dtype="bfloat16", steps=8)  # two weights in one: bf16, and what lies below
+@pytest.mark.parametrize("fp8", ["off", "on"])
+def test_bf16_weights_go_on_bit_for_bit(run, fp8):
+    """Two weights in one: bf16, and what lies below. FP8 has scales from the step before."""
+    fields = dict(dtype="bfloat16", fp8=fp8, steps=8)
     assert run("whole", **fields).status == 0
     run.stop("stopped", 3, **fields)
     assert run("stopped", "--resume", "auto", **fields).status == 0
