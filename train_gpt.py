@@ -41,7 +41,8 @@ from runtime.checkpoint import Checkpoints
 from runtime.corpus import load_data
 from runtime.guard import Guard
 from runtime.machine import (Clock, World, can_compile, first_rank_first, join_world, keep_freed_memory, launch,
-                             fp8_pays, has_fp8, lost_another, native_dtype, to_device)
+                             fp8_pays, has_fp8, lost_another, native_dtype, to_device,
+                             wait_for_first_rank)
 from runtime.options import (AUTO, BY_STAGE, COUNT, FRACTION, PAIR, POSITIVE, RATE, RunOptions, check_options, interval,
                              option, parse_options, seconds)
 from runtime.sample import generate
@@ -809,8 +810,7 @@ class Run:
         if "stop" in wanted:
             then = f"; --resume {self.log.folder} goes on from there" if saved else ""
             self.log.say(f"stopped at step {at.step} by a signal{then}")
-            if trainer.world.size > 1:
-                dist.barrier()  # nobody leaves while the first rank writes: the launcher would end the others
+            wait_for_first_rank(trainer.world)
             raise Interrupted(128 + (self.requests.stop or signal.SIGTERM))
         return self.clock.total
 
@@ -930,8 +930,7 @@ def train(c, world=World(), report=lambda result: None, requests=None):
                     e = InputError(memory.advice(c, trainer.memory if trainer else "unknown", e))
                 log.say(f"error: {e}", quiet=True)
                 raise e from None
-            if world.size > 1:
-                dist.barrier()  # as in Run.train
+            wait_for_first_rank(world)
         started = time.perf_counter()
     return result
 

@@ -34,7 +34,7 @@ BENCHMARKS = {
     "checkpoint": "what writing and loading a checkpoint costs, and what it costs training",
 }
 ALL = ("kernels", "trainer", "loader", "resources")
-OPTIONS = dict(kernels=dict(seconds=240), trainer=dict(synthetic_data=True))  # in all: 8 minutes, nothing downloaded
+OPTIONS = dict(kernels=dict(seconds=180), trainer=dict(synthetic_data=True))  # in all: 8 minutes, nothing downloaded
 
 
 def module_of(name):

@@ -80,6 +80,17 @@ def lost_another(error):
     return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 
 
+def wait_for_first_rank(world):
+    """Nobody leaves while the first rank writes: the launcher would end it. Where others leave a moment earlier, Gloo may
+    report that as a loss, but all is done then, and a first rank that failed says so itself."""
+    try:
+        if world.size > 1:
+            dist.barrier()
+    except RuntimeError as e:
+        if not lost_another(e):
+            raise
+
+
 def first_rank_first(world, prepare):
     """Call prepare() on the first rank, then on the others, who find its work done; a failure ends all of them."""
     result, error = None, None

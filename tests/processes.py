@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -138,7 +139,9 @@ def serve():
     import train_gpt as tg
     torch.set_num_threads(1)
     tg.machine_probe = lambda device: dict(matmul=dict(float32=1e9, bfloat16=1e9), copy=1e9)  # takes a second
-    tg.Log.step.__globals__["tqdm"].monitor_interval = 0  # which is a thread
+    tqdm = tg.Log.step.__globals__["tqdm"]
+    tqdm.monitor_interval = 0  # which is a thread
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks, and one that is killed may never give it back
     import_the_rest(tg)
     for line in sys.stdin:
         job, pids = json.loads(line), []

@@ -1,5 +1,6 @@
 """runtime/machine.py: processes and their groups, devices, what is missing, the clock."""
 
+import contextlib
 import json
 import os
 import socket
@@ -133,6 +134,16 @@ def test_fp8_from_ada_on_and_emulated_on_a_cpu_and_chosen_where_it_was_measured(
     gpu = torch.device("cuda", 0)
     assert has_fp8(gpu) == there and has_fp8(CPU)
     assert fp8_pays(gpu) == (capability == (9, 0)) and not fp8_pays(CPU)
+
+
+@pytest.mark.parametrize("error, passes", [("[gloo/pair.cc:534] Connection closed by peer", True), ("bug", False)])
+def test_at_the_end_others_may_have_left_already(error, passes, monkeypatch):
+    def barrier():
+        raise RuntimeError(error)
+    monkeypatch.setattr(machine.dist, "barrier", barrier)
+    machine.wait_for_first_rank(World())  # alone it does not wait
+    with contextlib.nullcontext() if passes else pytest.raises(RuntimeError, match="bug"):
+        machine.wait_for_first_rank(World(1, 2))
 
 
 @pytest.mark.parametrize("error, lost", [
