@@ -551,10 +551,8 @@ def attention(s, window):
         return *(draw(B, T, H, D) for _ in range(3)), F.pad(starts, (0, padding), value=s.tokens).to(draw.device)
 
     def backend(name):
-        def make(q, *_):
-            from kernels.attention import attention, choose_backend
-            if q.is_cuda and name == "varlen":
-                choose_backend(q.device, q.dtype, D)  # switches FlashAttention 3 or 4 on where there is one
+        def make(*_):
+            from kernels.attention import attention
             return lambda q, k, v, cu_seqlens: attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max(lengths),
                                                          window=window, scale=scale, backend=name)
         return make

@@ -39,7 +39,8 @@ until its validation loss is the peer's, once with an empty cache folder (first 
                goes on to the validation that finds the loss reached; the JSON has the time by a straight line between
                validations, too
     process    from starting the process to its end: of the peers without preparing the text, of ours with it, and none
-               draws a sample. nanochat compiles, too: it always finds an empty cache, and is compared with our first start only
+               draws a sample. nanochat compiles, too: it always finds an empty cache, and is compared with our first
+               start only
 
 Equal shape: nanoGPT's shape in both trainers, 60 steps each in turns; the median step after the first 10. nanoGPT as
 in its README and with --compile=True, ours as it comes and in float32, nanoGPT's only precision on a CPU.

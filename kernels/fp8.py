@@ -261,13 +261,16 @@ def launch_quantize(x, scale, dtype, transpose, record):
     rows, columns, warps = for_chip(QUANTIZE_TILE, x)
     tiles = triton.cdiv(M, rows) * triton.cdiv(N, columns)
     q = x.new_empty(M, N, dtype=dtype)
-    q_t = x.new_empty((N, M) if transpose else 0, dtype=dtype)
+    # apart for fp32, whose transposition within the kernel Triton 3.6 garbles on Hopper
+    within = transpose and x.element_size() < 4
+    q_t = x.new_empty((N, M) if within else 0, dtype=dtype)
     partial = x.new_empty(tiles if record else 0, dtype=torch.float32)
-    later = transpose and x.element_size() == 4  # Triton 3.6 for Hopper garbles that transposition within the kernel
     if tiles:
-        quantize_kernel[tiles,](x, scale, q, q_t, partial, M, N, x.stride(0), rows, columns,
-                                transpose and not later, record, num_warps=warps)
-    return q, launch_transpose(q) if later else q_t, (partial.amax() if tiles else partial.new_zeros(())) if record else partial
+        quantize_kernel[tiles,](x, scale, q, q_t, partial, M, N, x.stride(0), rows, columns, within, record,
+                                num_warps=warps)
+    if transpose and not within:
+        q_t = launch_transpose(q)
+    return q, q_t, (partial.amax() if tiles else partial.new_zeros(())) if record else partial
 
 
 def launch_transpose(x):
