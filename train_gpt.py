@@ -249,6 +249,8 @@ class GPT(nn.Module):
 
     def rotate(self, long_windows):
         """Fill the rotary tables for a stage, given the long windows of all stages up to it."""
+        if self.cos.is_meta:
+            return
         D = self.c.n_embd // self.c.n_head
         freqs = rope_frequencies(self.c, D // 4, long_windows).to(self.cos.device)
         angles = torch.arange(len(self.cos), device=freqs.device)[:, None] * F.pad(freqs, (0, D // 4))  # (T, D / 2)

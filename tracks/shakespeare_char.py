@@ -21,5 +21,5 @@ EASIER = {
     1.89: dict(n_layer=1, n_embd=128, value_embed_layers=(0,), n_gram=4, row_len=64, max_doc_len=(64,),
                 val_row_len=256, short_window=(64,), long_window=(64,), steps=20, batch_tokens=(4096,), muon_lr=0.02,
                 smear=False, attn_gate=False, key_offset=False, weight_decay=0.0, normuon=False,
-                eval_every=4, compile=False),
+                eval_every=10, compile=False),
 }
