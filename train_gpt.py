@@ -11,12 +11,10 @@ START = time.perf_counter()  # the cold start is counted from here
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import importlib
 import math
 import os
-import signal
 import sys
 import typing
 import zlib
@@ -40,14 +38,15 @@ from runtime import memory, resume, state
 from runtime.checkpoint import Checkpoints
 from runtime.corpus import load_data
 from runtime.guard import Guard
-from runtime.machine import (Clock, World, can_compile, first_rank_first, join_world, keep_freed_memory, launch,
+from runtime.machine import (World, can_compile, first_rank_first, join_world, keep_freed_memory, launch,
                              fp8_pays, has_fp8, lost_another, native_dtype, to_device,
                              wait_for_first_rank)
-from runtime.options import (AUTO, BY_STAGE, COUNT, FRACTION, PAIR, POSITIVE, RATE, RunOptions, check_options, interval,
-                             option, parse_options, seconds)
+from runtime.options import (AUTO, BY_STAGE, COUNT, FRACTION, PAIR, POSITIVE, RATE, RunOptions, check_options, option,
+                             parse_options)
+from runtime.run import Run
 from runtime.sample import generate
 from runtime.shards import Shard
-from runtime.signals import Interrupted, Requests
+from runtime.signals import Requests
 
 ROOT = Path(__file__).resolve().parent
 GATE_INPUTS = 12  # gates look at this many dimensions of a token
@@ -746,7 +745,9 @@ class Trainer:
         self.rotate(max(at.step - 1, 0))
         cold_start = time.perf_counter() - started
         requests.training = True
-        train_time = Run(self, log, requests, store, at).train()
+        run = Run(self, log, requests, store, at)
+        self.loop(run)
+        train_time = run.clock.total
         if self.stages[at.step - 1].tied:  # the weights as they will be saved do not depend on where training ended
             self.optimizer.untie()
         reached = at.metrics[c.target_metric] <= c.target if c.target is not None else None
@@ -758,6 +759,19 @@ class Trainer:
                     data=self.data.dataset.name, data_fingerprint=self.data.dataset.fingerprint,
                     run_dir=str(log.folder), resumed_at=at.resumed_at)
 
+    def loop(self, run):
+        """Train from where the run is until it says that a step was the last."""
+        first = run.at.step + 1
+        with contextlib.closing(Prefetcher(self.batches(first - 1), self.world.device)) as batches:
+            run.start()
+            for step, batch in enumerate(() if run.done() else batches, start=first):
+                stage = self.stages[step - 1]
+                self.enter(step - 1)
+                self.step(batch, step, stage, progress_at(self.c, step - 1), run.votes())
+                if run.ends_with(step, stage.rows * self.c.row_len, self.flops_per_token[stage]):
+                    break
+        run.end()
+
     def save(self, result, log):
         """The result and the weights, and a sample of text on the screen."""
         c, data = self.c, self.data.dataset
@@ -767,115 +781,6 @@ class Trainer:
             tokens = generate(self.model, stage, [data.eot], c.sample_tokens, c.seed)
             sample = data.tokenizer.decode(tokens)
             log.say(f"--- a sample\n{sample}\n---")
-
-
-class Run:
-    """The loop: one run of a Trainer, where it is (at: Progress), and what ranks have voted for: to stop, to save, to
-    end because time is over. A vote counts in the same step on all of them."""
-
-    def __init__(self, trainer, log, requests, store, at):
-        self.trainer, self.c, self.log, self.requests, self.store = trainer, trainer.c, log, requests, store
-        self.at, self.wanted, self.first_rank = at, set(), trainer.world.rank == 0
-        self.clock = Clock(trainer.world.device, at.train_time)
-        self.save_steps, self.save_seconds = interval(self.c.checkpoint_every)
-        self.save_at = time.monotonic() + self.save_seconds
-        self.max_time = seconds(self.c.max_time) if self.c.max_time else math.inf
-
-    def train(self):
-        """From where it is to the target, the last step, or as far as is wanted; returns seconds of training. Raises
-        Interrupted when a signal ended it."""
-        c, at, trainer, wanted, first = self.c, self.at, self.trainer, self.wanted, self.at.step + 1
-        with contextlib.closing(Prefetcher(trainer.batches(at.step), trainer.world.device)) as prefetcher:
-            self.clock.start()
-            if at.step and self.validation_due() and at.validated != at.step:  # a signal came first
-                self.validate()
-            for step, batch in enumerate(() if self.done() else prefetcher, start=first):
-                stage = trainer.stages[step - 1]
-                trainer.enter(step - 1)
-                trainer.step(batch, step, stage, progress_at(c, step - 1), self.votes())
-                at.step = step
-                at.tokens += stage.rows * c.row_len
-                at.flops += stage.rows * c.row_len * trainer.flops_per_token[stage]
-                self.receive(step)
-                better = self.validation_due() and "stop" not in wanted and self.validate()
-                if self.done() or step == c.steps:
-                    break
-                if better and c.keep_best or self.save_steps and step % self.save_steps == 0:
-                    wanted.add("save")
-                if wanted and step % c.adam_every == 0:  # else gradients wait for Adam, and would not be saved
-                    if "stop" in wanted:
-                        break
-                    wanted.discard("save")
-                    self.save()
-            self.clock.stop()
-        saved = self.save(wait=True) if at.step >= first else False
-        if "stop" in wanted:
-            then = f"; --resume {self.log.folder} goes on from there" if saved else ""
-            self.log.say(f"stopped at step {at.step} by a signal{then}")
-            wait_for_first_rank(trainer.world)
-            raise Interrupted(128 + (self.requests.stop or signal.SIGTERM))
-        return self.clock.total
-
-    def votes(self):
-        """This rank's: to stop, to save, to end. When a checkpoint is due by time, the first rank's clock says."""
-        due = self.first_rank and time.monotonic() > self.save_at
-        save_now, self.requests.save = self.requests.save or due, False
-        return self.requests.stop > 0, save_now, self.clock.now() > self.max_time
-
-    def receive(self, step):
-        """Look at what the steps up to this one have reported, log and show it."""
-        c, at = self.c, self.at
-        for report in self.trainer.guard.reports(step):
-            self.wanted.update(name for name, votes in zip(("stop", "save", "end"), report.votes) if votes)
-            if report.complaint:
-                at.skipped += 1
-                if at.skipped > c.max_skips:
-                    raise InputError(report.refusal())
-                self.log.say(f"step {report.step} does not count: {report.complaint} ({at.skipped} of {c.max_skips})")
-            elapsed = self.clock.now()
-            self.log.step(report.step, c.steps, "train", report.loss, elapsed)
-            left = datetime.timedelta(seconds=int(elapsed / report.step * (c.steps - report.step)))
-            self.log.progress(report.step, f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "
-                                           f"{at.flops / elapsed / self.trainer.peak:.0%} of peak  {left} left at most")
-
-    def validation_due(self):
-        return self.at.step == self.c.steps or self.at.step % self.c.eval_every == 0 or "end" in self.wanted
-
-    def validate(self):
-        """Outside the training clock; returns whether it was the best so far."""
-        at = self.at
-        self.clock.stop()
-        self.receive(math.inf)
-        at.metrics, at.validated = self.trainer.validate(at.step), at.step
-        loss = at.metrics["val_loss"]
-        self.log.step(at.step, self.c.steps, "val", loss, self.clock.total, val_bpb=at.metrics["val_bpb"])
-        better = at.best is None or loss < at.best
-        at.best, at.since_best = (loss, 0) if better else (at.best, at.since_best + 1)
-        self.clock.start()
-        return better
-
-    def done(self):
-        c, at = self.c, self.at
-        reached = at.metrics and c.target is not None and at.metrics[c.target_metric] <= c.target
-        return reached or "end" in self.wanted or c.patience and at.since_best >= c.patience
-
-    def save(self, wait=False):
-        """Checkpoint; the training clock goes on, if it runs. Returns whether one was begun, with wait written."""
-        c, at, trainer = self.c, self.at, self.trainer
-        if c.checkpoint_every == "off":
-            return False
-        self.receive(math.inf)
-        at.train_time, self.save_at = self.clock.now(), time.monotonic() + self.save_seconds
-        tensors = state.gather(trainer)  # all ranks take part
-        if not self.store:
-            return False
-        meta = dict(config=dataclasses.asdict(c), progress=dataclasses.asdict(at),
-                    data_fingerprint=trainer.data.dataset.fingerprint, environment=trainer.environment)
-        metric = at.metrics["val_loss"] if at.validated == at.step else None
-        saved = self.store.save(at.step, tensors, meta, metric, wait)
-        if not saved and not wait:
-            self.log.say(f"step {at.step}: no checkpoint, since the last one is still being written")
-        return saved
 
 
 def settle(c, device):
