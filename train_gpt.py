@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from data import InputError, Prefetcher, pack
 from data.loader import IGNORE
 from kernels import choose_ops, embedding, polar_express
-from kernels.cross_entropy import fp8_linear_cross_entropy
+from kernels.cross_entropy import fp8_linear_cross_entropy, sample_vocabulary
 from kernels.mlp import FP8ReLU2MLP
 from kernels.updates import (adam_update, balance, descend, gradient_report, muon_update, nesterov, new_companion,
                              new_second_moment)
@@ -104,6 +104,9 @@ class Config(RunOptions):
     stage_lr: tuple[float, ...] = option((1.0,), "learning rate multiplier, by stage", BY_STAGE)
     yarn: bool = option(False, "rotary frequencies and attention's scale follow the long window")
     mtp: tuple[int, ...] = option((1,), "next tokens each one predicts, by stage; the farthest fades out", BY_STAGE)
+    sampled_softmax: tuple[int, ...] = option(
+        (0,), "tokens the training loss chooses among, those of the batch and random others; 0 is all, by stage",
+        (lambda ns: ns and all(n >= 0 and n % 64 == 0 for n in ns), "multiples of 64, or 0"))
     tied: float = option(0.0, "fraction of training in which the head is the embedding as well", FRACTION)
     extension: int = option(0, "the last so many steps stay where the schedules end", COUNT)
     cooldown: float = option(0.6, "fraction of training over which the learning rate falls linearly", FRACTION)
@@ -340,13 +343,18 @@ class GPT(nn.Module):
         targets = torch.stack(later, dim=2).flatten(0, 1)  # (B T, n)
         loss = functools.partial(fp8_linear_cross_entropy if self.c.fp8 == "on" else self.ops.linear_cross_entropy,
                                  cap=self.c.softcap or None, target_weights=target_weights)
+        w = self.lm_head
+        if 0 < stage.n_sampled < len(w):
+            tokens, targets, sampled = sample_vocabulary(targets, len(w), stage.n_sampled, inputs.sum(), IGNORE)
+            w, loss = embedding(tokens, w), functools.partial(loss, sampled=sampled)
         size = chunk or (4096 if self.recompute else len(x))
-        return sum(self.keep_less(loss, h, self.lm_head, t) for h, t in zip(x.split(size), targets.split(size)))
+        return sum(self.keep_less(loss, h, w, t) for h, t in zip(x.split(size), targets.split(size)))
 
     def flops_per_token(self, stage):
         """Training FLOPs per token: 6 per matrix weight, and attention over half of what the window lets it see."""
         c = self.c
-        matrices = self.attn_bank.numel() + self.mlp_bank.numel() + self.lm_head.numel()
+        head = min(stage.n_sampled or len(self.lm_head), len(self.lm_head)) * c.n_embd
+        matrices = self.attn_bank.numel() + self.mlp_bank.numel() + head
         seen = sum((1 + (i in c.paired_layers)) * min(stage.windows[i], stage.max_doc_len) for i in self.attn_layers)
         return 6 * matrices + 12 * c.n_embd * seen / 2
 
@@ -429,6 +437,7 @@ class Stage(typing.NamedTuple):
     attn_scale: float
     tied: bool  # whether the head is the embedding as well
     n_targets: int
+    n_sampled: int  # tokens in the softmax, 0 for all
 
 
 def stage_at(c, progress):
@@ -439,13 +448,13 @@ def stage_at(c, progress):
         until = c.long_window[:stage_number(c.long_window, progress) + 1]
         scale *= math.prod(1 + 0.2 * math.log(new / old) for old, new in zip(until, until[1:]))
     return Stage(windows, max_doc_len, by_stage(c.batch_tokens, progress) // c.row_len, scale,
-                 progress < c.tied, by_stage(c.mtp, progress))
+                 progress < c.tied, by_stage(c.mtp, progress), by_stage(c.sampled_softmax, progress))
 
 
 def val_stage(c, stage):
     """The same for validation during or after this stage."""
     windows = layer_windows(c, *(c.val_windows or (c.short_window[-1], c.long_window[-1])))
-    return stage._replace(windows=windows, max_doc_len=c.val_row_len, rows=0, n_targets=1)
+    return stage._replace(windows=windows, max_doc_len=c.val_row_len, rows=0, n_targets=1, n_sampled=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def _(s):
 
             def loss_and_gradient(logits, targets):
                 dlogits = torch.empty_like(logits, dtype=dtype)
-                losses = launch_cross_entropy(logits, targets, None, list(CAP), -100, 1.0, dlogits, scale, config)
+                losses = launch_cross_entropy(logits, targets, None, None, list(CAP), -100, 1.0, dlogits, scale, config)
                 return losses.sum(), dlogits
             return loss_and_gradient
         return make

@@ -114,13 +114,14 @@ def _():
     launch_symmetric_matmul(tall.mT, None, 1.0, 0.0)
 
 
-def cross_entropy(gradient, cap=(23.0, 5.0, 7.5), targets=1, config=None):
+def cross_entropy(gradient, cap=(23.0, 5.0, 7.5), targets=1, config=None, sampled=0):
     from kernels import cross_entropy as op
-    logits, y = meta(TOKENS, VOCAB), meta(TOKENS, targets, dtype=torch.int64)
+    logits, y = meta(TOKENS, sampled or VOCAB), meta(TOKENS, targets, dtype=torch.int64)
     weights = meta(targets, dtype=torch.float32) if targets > 1 else None
-    dlogits = None if gradient is None else meta(TOKENS, VOCAB, dtype=gradient)
+    dlogits = None if gradient is None else meta(*logits.shape, dtype=gradient)
     fp8_scale = meta(dtype=torch.float32) if gradient == torch.float8_e5m2 else None
-    op.launch_cross_entropy(logits, y, weights, cap, -100, 1 / TOKENS, dlogits, fp8_scale, config)
+    op.launch_cross_entropy(logits, y, weights, meta(2, dtype=torch.float32) if sampled else None, cap, -100,
+                            1 / TOKENS, dlogits, fp8_scale, config)
 
 
 @case("cross_entropy: bf16 gradient, loss only, no cap")
@@ -140,6 +141,16 @@ def _():
 def _():
     cross_entropy(torch.bfloat16, config=("resident", 2048, 8))
     cross_entropy(torch.float8_e5m2, targets=3, config=("resident", 2048, 8))
+
+
+@case("cross_entropy: among 16,384 tokens; two passes")
+def _():
+    cross_entropy(torch.bfloat16, sampled=16384, config=("two-pass", 4096, 16))
+
+
+@case("cross_entropy: among 16,384 tokens; row in shared memory, e5m2 gradient of three targets", oldest=90)
+def _():
+    cross_entropy(torch.float8_e5m2, targets=3, config=("resident", 4096, 8), sampled=16384)
 
 
 @case("cross_entropy: scaling by the upstream gradient")

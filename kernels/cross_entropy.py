@@ -3,6 +3,7 @@
     z' = a sigmoid((z + b) / c);   loss = sum over rows and k of w_k (logsumexp(z') - z'[y_k])
     dloss/dz_j = dz'_j/dz_j (W p_j - (sum of w_k with y_k = j)),   p = softmax(z'),  W = sum of the row's w_k
     linear_cross_entropy:  z = h w^T,   dh = dz w,   dw = dz^T h
+    sampled softmax: z'_j + log m for the columns j that each stand for m tokens; sample_vocabulary chooses them
 
 z: (N, V) logits; y: (N, K) targets, K of them per row (multi-token prediction), each of which can be ignored.
 The cap keeps logits in (0, a), which steadies training and makes the maximum pass of logsumexp unnecessary: shifted
@@ -21,6 +22,7 @@ Source: Gemma 2's tanh softcap (a tanh is a sigmoid of twice the argument), in t
 23 sigmoid((z + 5) / 7.5) (modded-nanogpt record 54); its multi-token targets (53), e5m2 gradients (67), and the row in
 shared memory with loss and gradient in one kernel (79). Gradient in the forward pass, and the target's column computed
 apart because p - 1 cancels: Liger-Kernel. The head as one op of three plain products: see linear_cross_entropy.
+Sampled softmax: Bengio and Senecal 2008; with the batch's own targets as candidates, Jean et al., arXiv:1412.2007.
 """
 
 import math
@@ -41,38 +43,44 @@ try:
 except ImportError:
     gluon = types.SimpleNamespace(jit=lambda fn: fn)
 
-# chip -> kernel, logits of a step, warps to a row. 90 is the fastest of 15 tried on an H200 (49,152 rows of 50,304, e5m2
-# gradients): 2.36 ms, the best two-pass 2.99. Others are not measured: registers allow an A100 2 or 3 rows of 100 kB to
+# chip -> kernel, logits of a step, warps to a row. 90 is the fastest of 15 tried on an H200 (49,152 rows of 50,304,
+# e5m2 gradients): 2.36 ms, the best two-pass 2.99. Others are not measured: registers allow an A100 2 or 3 rows of 100 kB to
 # an SM, which leaves half of L2 to the gradients on their way out; L40S and B200 have the L2 for more.
 CONFIG = {80: ("two-pass", 8192, 16), 89: ("two-pass", 4096, 16), 90: ("resident", 4096, 8),
           100: ("two-pass", 4096, 16)}
 
 
-def softcap_cross_entropy_reference(logits, targets, *, cap, target_weights=None, ignore_index=-100, grad_scale=1.0):
+def softcap_cross_entropy_reference(logits, targets, *, cap, target_weights=None, sampled=None, ignore_index=-100,
+                                    grad_scale=1.0):
     """softcap_cross_entropy in plain PyTorch, which torch.compile fuses; grad_scale changes nothing here."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if cap is not None:
         a, b, c = sigmoid_cap(cap)
         z = a * torch.sigmoid((z + b) / c)
+    if sampled is not None:
+        z = z + stands_for(sampled, z.size(1))
     losses = [F.cross_entropy(z, y, ignore_index=ignore_index, reduction="sum") for y in columns(targets).unbind(1)]
     if target_weights is not None:
         losses = [w * loss for w, loss in zip(target_weights.unbind(0), losses)]
     return sum(losses)
 
 
-def linear_cross_entropy_reference(h, w, targets, *, cap, target_weights=None, ignore_index=-100, grad_scale=1.0,
-                                   fp8=None):
+def linear_cross_entropy_reference(h, w, targets, *, cap, target_weights=None, sampled=None, ignore_index=-100,
+                                   grad_scale=1.0, fp8=None):
     """linear_cross_entropy in plain PyTorch; never in fp8."""
     return softcap_cross_entropy_reference(F.linear(h, w), targets, cap=cap, target_weights=target_weights,
-                                           ignore_index=ignore_index)
+                                           sampled=sampled, ignore_index=ignore_index)
 
 
-def softcap_cross_entropy(logits, targets, *, cap, target_weights=None, ignore_index=-100, grad_scale=1.0):
+def softcap_cross_entropy(logits, targets, *, cap, target_weights=None, sampled=None, ignore_index=-100,
+                          grad_scale=1.0):
     """Summed loss, an fp32 scalar.
 
     logits: (N, V) fp32, bf16 or fp16. targets: (N,) or (N, K) int64, ignore_index where not counted; any other number
     outside 0..V-1 makes the loss NaN (off the GPU: an error). target_weights: (K,) fp32 or None (ones); it gets no
-    gradient. cap: (a, b, c) for a sigmoid((z + b) / c); a number s for s tanh(z / s); None for none.
+    gradient. cap: (a, b, c) for a sigmoid((z + b) / c); a number s for s tanh(z / s); None for none. sampled: (2,) fp32
+    or None: the first column that stands for more than one token, as all after it, and the logarithm of how many;
+    targets are columns before it. It gets no gradient.
 
     If logits require grad, the gradient is computed right away, for an upstream gradient of grad_scale. Give the one
     that will come (1 / n_tokens for a mean): backward then has nothing to do. For any other it scales the gradient.
@@ -80,11 +88,12 @@ def softcap_cross_entropy(logits, targets, *, cap, target_weights=None, ignore_i
     """
     check(logits, targets, target_weights, grad_scale)
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    return _softcap_cross_entropy(logits, targets, target_weights, sigmoid_cap(cap), ignore_index, grad_scale,
+    return _softcap_cross_entropy(logits, targets, target_weights, sampled, sigmoid_cap(cap), ignore_index, grad_scale,
                                   wanted)[0]
 
 
-def linear_cross_entropy(h, w, targets, *, cap, target_weights=None, ignore_index=-100, grad_scale=1.0, fp8=None):
+def linear_cross_entropy(h, w, targets, *, cap, target_weights=None, sampled=None, ignore_index=-100, grad_scale=1.0,
+                         fp8=None):
     """softcap_cross_entropy(h @ w.T, ...): the LM head and its loss, with one buffer for logits and their gradient.
 
     h: (N, C), w: (V, C), same dtype; the rest as in softcap_cross_entropy. An upstream gradient other than grad_scale
@@ -107,18 +116,45 @@ def linear_cross_entropy(h, w, targets, *, cap, target_weights=None, ignore_inde
         # filled on the device: copying a number there would synchronise
         scales = [s if isinstance(s, torch.Tensor) else torch.full((), s, dtype=torch.float32, device=h.device)
                   for s in fp8]
-    return _linear_cross_entropy(h, w, targets, target_weights, *scales, sigmoid_cap(cap), ignore_index, grad_scale,
-                                 wanted)[0]
+    return _linear_cross_entropy(h, w, targets, target_weights, sampled, *scales, sigmoid_cap(cap), ignore_index,
+                                 grad_scale, wanted)[0]
 
 
-def fp8_linear_cross_entropy(h, w, targets, *, cap, target_weights=None):
+def fp8_linear_cross_entropy(h, w, targets, *, cap, target_weights=None, sampled=None):
     """linear_cross_entropy in fp8 on RMS-normalised h, with scales of its own: h cannot pass sqrt(C), w goes by its
-    largest, and with an upstream gradient applied afterwards that of a logit cannot pass the slope of the cap times the sum of
-    the target weights, for which 4 leaves room (a / 4c = 0.8 in the record's cap). Without gradients, in h's dtype."""
+    largest, and with an upstream gradient applied afterwards that of a logit cannot pass the slope of the cap times the
+    sum of the target weights, for which 4 leaves room (a / 4c = 0.8 in the record's cap). Without gradients, in h's dtype."""
     fp8 = None
     if torch.is_grad_enabled():
         fp8 = h.size(1)**0.5 / 448, dynamic_scale(w), 4 / 57344
-    return linear_cross_entropy(h, w, targets, cap=cap, target_weights=target_weights, fp8=fp8)
+    return linear_cross_entropy(h, w, targets, cap=cap, target_weights=target_weights, sampled=sampled, fp8=fp8)
+
+
+def sample_vocabulary(targets, n_vocab, n, seed, ignore_index=-100):
+    """What a sampled softmax chooses among: the tokens that are targets, and others at random, n in all.
+
+    targets: (...) int64, seed: 0-d int64 -> tokens (n,), targets as indices of those, and `sampled` for the losses
+    above. Its sum over the vocabulary is exact in expectation: a target's token stands for itself, each other for its
+    share of all that are no target. If more than n tokens are targets, n random ones of them remain, and the others'
+    targets become ignore_index. The same targets and seed give the same choice.
+    """
+    device, token = targets.device, torch.where(targets == ignore_index, n_vocab, targets)
+    wanted = torch.zeros(n_vocab + 1, dtype=torch.bool, device=device).index_fill(0, token.flatten(), True)[:-1]
+    order = torch.arange(n_vocab, device=device) + seed
+    for _ in range(2):  # a hash: no generator, whose state a checkpoint would have to keep
+        order = (order ^ (order >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    chosen = (order + (wanted.long() << 32)).topk(n).indices
+    first = wanted.sum()
+    sampled = torch.stack([first.float(), ((n_vocab - first) / (n - first).clamp(min=1)).clamp(min=1).log()])
+    place = torch.full((n_vocab + 1,), ignore_index, device=device)
+    place = place.index_copy(0, chosen, torch.arange(n, device=device))
+    return chosen, place[token], sampled
+
+
+def stands_for(sampled, n):
+    """-> (n,) fp32: what to add to capped logits, by column."""
+    first, log_many = sampled.unbind(0)
+    return torch.where(torch.arange(n, device=sampled.device) < first, 0.0, log_many)
 
 
 def sigmoid_cap(cap):
@@ -169,8 +205,8 @@ def to_gradient(x, dtype: tl.constexpr):
 
 @triton.jit
 def softcap_cross_entropy_kernel(
-        logits, targets, weights, losses, dlogits, fp8_scale, stride_z, stride_y, stride_k, stride_d, ignore_index,
-        scale, a, b, c, V: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAP: tl.constexpr,
+        logits, targets, weights, sampled, losses, dlogits, fp8_scale, stride_z, stride_y, stride_k, stride_d,
+        ignore_index, scale, a, b, c, V: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAP: tl.constexpr,
         MAXIMUM: tl.constexpr, FAST: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     LOG2E: tl.constexpr = 1.4426950408889634
     if not MAXIMUM:  # z' in powers of two from the start, otherwise as it is until the maximum is taken off, exactly
@@ -185,6 +221,10 @@ def softcap_cross_entropy_kernel(
     total = tl.sum(w)
     z_y = tl.load(logits + y, counted & (y >= 0) & (y < V), float("nan")).to(tl.float32)
     z_y, slope_y = softcap(z_y, a, b, c, CAP, FAST)
+    if sampled is not None:
+        first, log_many = tl.load(sampled), tl.load(sampled + 1)
+        if not MAXIMUM:
+            log_many *= LOG2E
 
     KEEP: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
     exps = tl.zeros((BLOCK,), tl.float32)
@@ -193,6 +233,8 @@ def softcap_cross_entropy_kernel(
         col = start + tl.arange(0, BLOCK)
         z = tl.load(logits + col, col < V, 0.0, eviction_policy=KEEP).to(tl.float32)
         z, _ = softcap(z, a, b, c, CAP, FAST)
+        if sampled is not None:
+            z += tl.where(col < first, 0.0, log_many)
         z = tl.where(col < V, z, float("-inf"))
         if MAXIMUM:
             larger = tl.maximum(largest, tl.max(z))
@@ -217,6 +259,8 @@ def softcap_cross_entropy_kernel(
             col = start + tl.arange(0, BLOCK)
             z = tl.load(logits + col, col < V, 0.0, eviction_policy="evict_first").to(tl.float32)
             z, slope = softcap(z, a, b, c, CAP, FAST)
+            if sampled is not None:
+                z += tl.where(col < first, 0.0, log_many)
             if MAXIMUM:
                 z = (z - largest) * LOG2E
             g = tl.exp2(z - lse) * slope * (total * scale)
@@ -233,8 +277,8 @@ def resident_to_gradient(x, dtype: tl.constexpr):
 
 @gluon.jit
 def resident_cross_entropy_kernel(
-        logits, targets, weights, losses, dlogits, fp8_scale, stride_z, stride_y, stride_k, stride_d, ignore_index,
-        scale, a, b, c, V: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, GRADIENT: tl.constexpr,
+        logits, targets, weights, sampled, losses, dlogits, fp8_scale, stride_z, stride_y, stride_k, stride_d,
+        ignore_index, scale, a, b, c, V: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, GRADIENT: tl.constexpr,
         BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     """As softcap_cross_entropy_kernel with CAP and FAST and without MAXIMUM, but the row is read once: copied to shared
     memory, all of it in flight at a time, and there replaced by tanh in fp16, which is as exact as tanh.approx."""
@@ -260,6 +304,8 @@ def resident_cross_entropy_kernel(
     t_y = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u_y], dtype=gl.float32, is_pure=True, pack=1)
     t_y = t_y.to(gl.float16).to(gl.float32)
     height = 0.5 * LOG2E * a
+    if sampled is not None:
+        first, log_many = gl.load(sampled), gl.load(sampled + 1) * LOG2E
 
     exps = gl.zeros([BLOCK], gl.float32, layout)
     for i in gl.static_range(CHUNKS):
@@ -268,7 +314,10 @@ def resident_cross_entropy_kernel(
         t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=gl.float32, is_pure=True, pack=1)
         rounded = t.to(gl.float16)
         chunks[i]._reinterpret(gl.float16, [BLOCK], shared).store(rounded)
-        exps += gl.where(i * BLOCK + lanes < V, gl.exp2(rounded.to(gl.float32) * height), 0.0)
+        z = rounded.to(gl.float32) * height
+        if sampled is not None:
+            z += gl.where(i * BLOCK + lanes < first, 0.0, log_many)
+        exps += gl.where(i * BLOCK + lanes < V, gl.exp2(z), 0.0)
     lse = gl.log2(gl.sum(exps, 0))
     gl.store(losses + row, gl.sum(gl.where(counted, w * (lse - t_y * height), 0.0), 0) / LOG2E)
 
@@ -279,7 +328,10 @@ def resident_cross_entropy_kernel(
         factor = 0.25 * a / c * scale
         for i in gl.static_range(CHUNKS):
             t = chunks[i]._reinterpret(gl.float16, [BLOCK], shared).load(layout).to(gl.float32)
-            g = gl.exp2(t * height - lse) * (1 - t * t) * (total * factor)
+            z = t * height - lse
+            if sampled is not None:
+                z += gl.where(i * BLOCK + lanes < first, 0.0, log_many)
+            g = gl.exp2(z) * (1 - t * t) * (total * factor)
             g = resident_to_gradient(g, dlogits.dtype.element_ty)
             gl.store(dlogits + i * BLOCK + lanes, g, i * BLOCK + lanes < V)
         y_ = gl.load(targets + row * stride_y + k_ * stride_k, k_ < K, ignore_index)
@@ -301,8 +353,8 @@ def scale_kernel(x, upstream, expected, n, BLOCK: tl.constexpr):
             tl.store(x + i, cast(v * factor, x.dtype.element_ty), i < n)
 
 
-def launch_cross_entropy(logits, targets, target_weights, cap, ignore_index, grad_scale, dlogits, fp8_scale=None,
-                         config=None):
+def launch_cross_entropy(logits, targets, target_weights, sampled, cap, ignore_index, grad_scale, dlogits,
+                         fp8_scale=None, config=None):
     """Rows -> losses (N,) fp32. dlogits: where the gradient goes, may be logits itself, or None.
 
     config: as in CONFIG, to measure others. What the resident kernel cannot do falls to the other.
@@ -319,7 +371,7 @@ def launch_cross_entropy(logits, targets, target_weights, cap, ignore_index, gra
     if N == 0:
         return losses
     out = dlogits if gradient else losses
-    arguments = (logits, targets, target_weights, losses, out, fp8_scale, logits.stride(0), *targets.stride(),
+    arguments = (logits, targets, target_weights, sampled, losses, out, fp8_scale, logits.stride(0), *targets.stride(),
                  out.stride(0), ignore_index, grad_scale, a, b, c, V, K, triton.next_power_of_2(K))
     aligned = all(x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in (logits, out))
     if kernel == "resident" and fast and not maximum and aligned and V % 16 == 0 and V <= 110_000:
@@ -341,13 +393,15 @@ def launch_scale(x, upstream, expected):
 # --- what a CPU computes
 
 
-def cross_entropy_in_pytorch(logits, targets, target_weights, cap, ignore_index, grad_scale, wanted):
+def cross_entropy_in_pytorch(logits, targets, target_weights, sampled, cap, ignore_index, grad_scale, wanted):
     """-> loss, gradient of the logits in at least fp32 (None unless wanted)."""
     z, slope = logits.to(torch.promote_types(logits.dtype, torch.float32)), 1
     if cap is not None:
         a, b, c = cap
         p = torch.sigmoid((z + b) / c)
         z, slope = a * p, a / c * p * (1 - p)
+    if sampled is not None:
+        z = z + stands_for(sampled, z.size(1))
     targets = columns(targets)
     counted = targets != ignore_index
     w = counted * (1.0 if target_weights is None else target_weights)
@@ -365,20 +419,22 @@ def cross_entropy_in_pytorch(logits, targets, target_weights, cap, ignore_index,
 
 @torch.library.custom_op("stopwatch::softcap_cross_entropy", mutates_args=())
 def _softcap_cross_entropy(
-        logits: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor | None, cap: Sequence[float] | None,
-        ignore_index: int, grad_scale: float, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        logits: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor | None, sampled: torch.Tensor | None,
+        cap: Sequence[float] | None, ignore_index: int, grad_scale: float,
+        wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """-> loss, gradient of the logits for an upstream gradient of grad_scale (empty unless wanted)."""
     if runs_triton(logits):
         dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format) if wanted else None
-        loss = launch_cross_entropy(as_rows(logits), targets, target_weights, cap, ignore_index, grad_scale,
+        loss = launch_cross_entropy(as_rows(logits), targets, target_weights, sampled, cap, ignore_index, grad_scale,
                                     dlogits).sum()
     else:
-        loss, dlogits = cross_entropy_in_pytorch(logits, targets, target_weights, cap, ignore_index, grad_scale, wanted)
+        loss, dlogits = cross_entropy_in_pytorch(logits, targets, target_weights, sampled, cap, ignore_index,
+                                                 grad_scale, wanted)
     return loss.float(), dlogits.to(logits.dtype) if wanted else logits.new_empty(0)
 
 
 @_softcap_cross_entropy.register_fake
-def _(logits, targets, target_weights, cap, ignore_index, grad_scale, wanted):
+def _(logits, targets, target_weights, sampled, cap, ignore_index, grad_scale, wanted):
     return logits.new_empty((), dtype=torch.float32), logits.new_empty(logits.shape if wanted else 0)
 
 
@@ -396,7 +452,7 @@ def _(x, upstream, expected):
 
 
 def _save(ctx, inputs, output):
-    ctx.grad_scale = inputs[5]
+    ctx.grad_scale = inputs[-2]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or autograd makes gigabytes of zeros, as the gradient of dlogits
     ctx.save_for_backward(output[1])
@@ -414,7 +470,7 @@ def _backward(ctx, dloss, _):
     if torch._C._autograd._get_current_graph_task_keep_graph() or type(dlogits) is not torch.Tensor:
         dlogits = dlogits.clone()
     _scale_gradient(dlogits, dloss, ctx.grad_scale)
-    return dlogits, *[None] * 6
+    return dlogits, *[None] * 7
 
 
 _softcap_cross_entropy.register_autograd(_backward, setup_context=_save)
@@ -423,8 +479,8 @@ _softcap_cross_entropy.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op("stopwatch::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
         h: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor | None,
-        h_scale: torch.Tensor | None, w_scale: torch.Tensor | None, g_scale: torch.Tensor | None,
-        cap: Sequence[float] | None, ignore_index: int, grad_scale: float,
+        sampled: torch.Tensor | None, h_scale: torch.Tensor | None, w_scale: torch.Tensor | None,
+        g_scale: torch.Tensor | None, cap: Sequence[float] | None, ignore_index: int, grad_scale: float,
         wanted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> loss, gradient of the logits, and in fp8 h^T and w^T (the last three empty where not wanted)."""
     if fp8 := h_scale is not None:
@@ -435,17 +491,18 @@ def _linear_cross_entropy(
         logits = h @ w.t()
     if runs_triton(h):
         dlogits = (torch.empty_like(logits, dtype=E5M2) if fp8 else logits) if wanted else None  # in place if it can be
-        loss = launch_cross_entropy(logits, targets, target_weights, cap, ignore_index, grad_scale, dlogits,
+        loss = launch_cross_entropy(logits, targets, target_weights, sampled, cap, ignore_index, grad_scale, dlogits,
                                     g_scale).sum()
     else:
-        loss, dlogits = cross_entropy_in_pytorch(logits, targets, target_weights, cap, ignore_index, grad_scale, wanted)
+        loss, dlogits = cross_entropy_in_pytorch(logits, targets, target_weights, sampled, cap, ignore_index,
+                                                 grad_scale, wanted)
         if wanted:
             dlogits = quantize(dlogits, g_scale, E5M2)[0] if fp8 else dlogits.to(h.dtype)
     return loss.float(), *(h.new_empty(0) if x is None else x for x in (dlogits, h_t, w_t))
 
 
 @_linear_cross_entropy.register_fake
-def _(h, w, targets, target_weights, h_scale, w_scale, g_scale, cap, ignore_index, grad_scale, wanted):
+def _(h, w, targets, target_weights, sampled, h_scale, w_scale, g_scale, cap, ignore_index, grad_scale, wanted):
     loss, fp8 = h.new_empty((), dtype=torch.float32), h_scale is not None
     dlogits = h.new_empty((len(h), len(w)) if wanted else 0, dtype=E5M2 if fp8 and wanted else h.dtype)
     if not fp8:
@@ -476,7 +533,7 @@ def _(dloss, dlogits, h, w, h_scale, w_scale, g_scale, grad_scale, dtype):
 
 
 def _save_linear(ctx, inputs, output):
-    h, w, _, _, *scales, _, _, ctx.grad_scale, _ = inputs
+    h, w, _, _, _, *scales, _, _, ctx.grad_scale, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.dtype = h.dtype
@@ -485,7 +542,7 @@ def _save_linear(ctx, inputs, output):
 
 def _backward_linear(ctx, dloss, *_):
     """The saved tensors are only read, so backward can come as often as it likes."""
-    return *_linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.grad_scale, ctx.dtype), *[None] * 9
+    return *_linear_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.grad_scale, ctx.dtype), *[None] * 10
 
 
 _linear_cross_entropy.register_autograd(_backward_linear, setup_context=_save_linear)

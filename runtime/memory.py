@@ -24,6 +24,8 @@ def estimate(c, model, shards, rows, recompute, cuda=False):
     widths = c.n_layer * c.n_embd + layer if recompute else c.n_layer * layer + 4 * len(c.value_embed_layers) * c.n_embd
     ops = model.ops.named()
     per_logit = 3 if c.fp8 == "on" else size if ops["linear_cross_entropy"] == "triton" else 2 * size + 4
+    V = len(model.embed)
+    columns = max(min(n or V, V) for n in c.sampled_softmax)  # of logits
     scores = 0  # which attention by PyTorch's plain means keeps
     if ops["attention"] in ("blockwise", "sdpa"):
         far = len({*c.long_layers, c.n_layer - 1})  # layers with the long window
@@ -32,7 +34,7 @@ def estimate(c, model, shards, rows, recompute, cuda=False):
     return dict(weights=n_params * size, gradients=n_params * size,
                 optimizer=n_params * (8 + (4 - size) * (1 if cuda else 2)) // shards,
                 activations=tokens * size * widths + scores,
-                logits=(min(tokens, 4096) if recompute else tokens) * len(model.embed) * per_logit)
+                logits=(min(tokens, 4096) if recompute else tokens) * columns * per_logit)
 
 
 def free_memory(device, local_size=1):

@@ -452,7 +452,7 @@ def test_every_piece_compiles_into_one_graph(backend, recompute):
     torch._dynamo.reset()
     _, model = tiny_model(**PIECES, recompute=recompute)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-    args = *batch(), stage_of(model.c, NEAR, n_targets=3), WEIGHTS
+    args = *batch(), stage_of(model.c, NEAR, n_targets=3, n_sampled=128), WEIGHTS
     assert_agree(loss_and_gradients(compiled, *args), loss_and_gradients(model, *args))
 
 
@@ -496,6 +496,45 @@ def test_chunked_logits_give_the_same_loss():
             assert model(*args, weights, chunk=chunk).item() == pytest.approx(whole.item(), rel=1e-6)
 
 
+# --- sampled softmax
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("n", [64, 128, 256])
+def test_sampled_softmax_counts_each_other_token_for_several(n, tied):
+    c, model = tiny_model(dtype=torch.float64, tied=0.5 * tied)
+    inputs, targets, cu_seqlens = batch()
+    stage = stage_of(c, tied=tied, n_targets=3, n_sampled=n)
+    loss, gradients = loss_and_gradients(model, inputs, targets, cu_seqlens, stage, WEIGHTS)
+    later, ends = [targets], F.pad(tg.document_starts(inputs, cu_seqlens)[:, 1:], (0, 1), value=True)
+    for _ in range(2):
+        later.append(torch.where(ends, -100, later[-1].roll(-1, dims=1)))
+    tokens, among, sampled = tg.sample_vocabulary(torch.stack(later, 2).flatten(0, 1), 320, n, inputs.sum())
+    first, many = int(sampled[0]), sampled[1].double().exp()
+    mass = logits_of(model, inputs, cu_seqlens, stage)[:, tokens].exp()
+    log_sum = (mass[:, :first].sum(1) + many * mass[:, first:].sum(1)).log()
+    losses = [log_sum[y >= 0] - mass.log()[y >= 0, y[y >= 0]] for y in among.unbind(1)]
+    expected = sum(w * x.sum() for w, x in zip(WEIGHTS, losses))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    p = list(model.parameters())
+    for a, b in zip(gradients, torch.autograd.grad(expected, p, allow_unused=True)):
+        assert a is None and b is None or torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_of_everything_is_the_softmax():
+    c, model = tiny_model()
+    args = batch()
+    whole = loss_and_gradients(model, *args, stage_of(c))
+    for n in (320, 384):
+        assert_same_bits(whole, loss_and_gradients(model, *args, stage_of(c, n_sampled=n)))
+
+
+def test_sampled_softmax_is_for_training_alone():
+    c = dataclasses.replace(tiny_model()[0], sampled_softmax=(64, 0))
+    assert [tg.stage_at(c, p).n_sampled for p in (0.0, 0.49, 0.5, 1.0)] == [64, 64, 0, 0]
+    assert tg.val_stage(c, tg.stage_at(c, 0.0)).n_sampled == 0
+
+
 # --- sampling, counting
 
 
@@ -514,6 +553,8 @@ def test_flops_per_token_counts_the_matrices():
     matrices = 3 * (4 * 32 * 32 + 2 * 4 * 32 * 32) + 320 * 32
     assert model.flops_per_token(stage_of(c, FAR[:3])) == 6 * matrices + 3 * 12 * 32 * 12
     assert model.flops_per_token(stage_of(c, (4, 8, 24))) == 6 * matrices + 12 * 32 * (4 + 8 + 24) / 2
+    sampled = model.flops_per_token(stage_of(c, (4, 8, 24), n_sampled=64))
+    assert sampled == 6 * (matrices - 256 * 32) + 12 * 32 * (4 + 8 + 24) / 2
 
 
 def test_flops_per_token_of_pairs_and_of_a_layer_without_attention():

@@ -75,7 +75,7 @@ def test_stage_at():
     }
     for progress, stage in expected.items():
         assert stage_at(c, progress)[:3] == stage
-        assert stage_at(c, progress)[3:] == (1.36 / 8, False, 1)
+        assert stage_at(c, progress)[3:] == (1.36 / 8, False, 1, 0)
 
 
 def test_stages_can_be_told_apart_and_counted():
@@ -98,13 +98,14 @@ def test_stage_values_are_among_those_configured(progress):
 @pytest.mark.parametrize("n_layer", range(1, 12))
 def test_validation_sees_the_last_windows_or_its_own(n_layer):
     """Whatever the stage; documents are as long as its rows, scale and head are the stage's."""
-    c = staged(n_layer=n_layer, value_embed_layers=(), yarn=True, tied=0.5, mtp=(3, 2), val_row_len=100)
+    c = staged(n_layer=n_layer, value_embed_layers=(), yarn=True, tied=0.5, mtp=(3, 2), sampled_softmax=(64,),
+               val_row_len=100)
     for progress in (0.0, 0.4, 0.6, 1.0):
         stage = stage_at(c, progress)
         last, own = val_stage(c, stage), val_stage(staged(**{**vars(c), "val_windows": (5, 7)}), stage)
         assert last.windows == layer_windows(c, 3, 20) and own.windows == layer_windows(c, 5, 7)
         for val in (last, own):
-            assert val[1:] == (100, 0, stage.attn_scale, stage.tied, 1)
+            assert val[1:] == (100, 0, stage.attn_scale, stage.tied, 1, 0)
 
 
 def test_tied_for_its_fraction_of_training():

@@ -10,7 +10,7 @@ from kernels import cross_entropy as module
 from kernels import fp8 as fp8_module
 from kernels.cross_entropy import (_linear_cross_entropy, _linear_cross_entropy_backward, _scale_gradient,
                                    _softcap_cross_entropy, linear_cross_entropy, linear_cross_entropy_reference,
-                                   softcap_cross_entropy, softcap_cross_entropy_reference)
+                                   sample_vocabulary, softcap_cross_entropy, softcap_cross_entropy_reference)
 from kernels.fp8 import E4M3, E5M2
 from kernels.launch import runs_triton
 
@@ -23,14 +23,17 @@ caps = pytest.mark.parametrize("cap", CAPS, ids=str)
 functions = pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "reference"])
 
 
-def formula(logits, targets, cap, target_weights=None, ignore_index=-100):
-    """Summed loss, in the dtype it is given."""
+def formula(logits, targets, cap, target_weights=None, ignore_index=-100, sampled=None):
+    """Summed loss, in the dtype it is given; with sampled, a column counts as often as the tokens it stands for."""
     z = logits
     if isinstance(cap, float):
         z = cap * torch.tanh(z / cap)
     elif cap:
         a, b, c = cap
         z = a * torch.sigmoid((z + b) / c)
+    if sampled is not None:
+        first, log_many = sampled.tolist()
+        z = torch.cat([z[:, :int(first)], z[:, int(first):] + log_many], dim=1)
     targets = targets if targets.dim() == 2 else targets[:, None]
     counted = targets != ignore_index
     weights = counted if target_weights is None else counted * target_weights.to(z.dtype)
@@ -229,6 +232,87 @@ def test_a_target_outside_the_vocabulary_is_seen():
         assert loss.isnan() and gradient.isfinite().all()
 
 
+# --- sampled softmax
+
+
+@functions
+@pytest.mark.parametrize("dtype", DTYPES)
+@caps
+@pytest.mark.parametrize("first", [1, 7, 300, 1000])
+def test_columns_that_stand_for_many_tokens(fn, first, cap, dtype):
+    logits, targets = draw(5, 1000, dtype, K=2)
+    targets %= first
+    check(fn, logits, targets, cap, target_weights=torch.tensor([1.0, 0.5], device=DEVICE),
+          sampled=torch.tensor([first, math.log(49.0)], device=DEVICE))
+
+
+def test_a_column_for_three_tokens_is_three_columns():
+    logits, targets = draw(4, 41)
+    targets %= 39
+    repeated = torch.cat([logits[:, :39], *[logits[:, 39:]] * 3], dim=1)
+    sampled = torch.tensor([39, math.log(3)], device=DEVICE)
+    loss, gradient = loss_and_gradient(softcap_cross_entropy, logits, targets, cap=RECORD, sampled=sampled)
+    other, other_gradient = loss_and_gradient(softcap_cross_entropy, repeated, targets, cap=RECORD)
+    torch.testing.assert_close(loss, other)
+    torch.testing.assert_close(gradient[:, :39], other_gradient[:, :39])
+    torch.testing.assert_close(gradient[:, 39:], 3 * other_gradient[:, 39:41])
+
+
+@pytest.mark.parametrize("fp8", [None, (0.01, 0.02, 1e-3)], ids=["", "fp8"])
+def test_linear_among_a_sample(fp8):
+    h, w, targets = draw_linear(16, 32, 48)
+    targets, sampled = targets % 20, torch.tensor([20, math.log(3)], device=DEVICE)
+    results = []
+    for fn in (linear_cross_entropy, linear_cross_entropy_reference):
+        leaves = [x.detach().requires_grad_() for x in (h, w)]
+        loss = fn(*leaves, targets, cap=RECORD, sampled=sampled, fp8=fp8)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for x, y in zip(*results):
+        assert (x - y).abs().max() <= (0.1 if fp8 else 2e-2 if h.dtype != torch.float32 else 1e-5) * y.abs().max()
+
+
+@pytest.mark.parametrize("n", [40, 64, 499, 500])
+def test_a_sample_holds_every_target(n):
+    targets = torch.randint(40, (3, 50), generator=torch.Generator().manual_seed(0)).to(DEVICE) * 12
+    targets[1, :30] = -100
+    tokens, among, sampled = sample_vocabulary(targets, 500, n, torch.tensor(5, device=DEVICE))
+    counted = targets != -100
+    assert len(tokens.unique()) == n and torch.equal(among == -100, ~counted)
+    assert torch.equal(tokens[among[counted]], targets[counted])
+    first, many = sampled[0].item(), sampled[1].exp().item()
+    assert first == len(targets[counted].unique()) == among.max() + 1
+    assert first + many * (n - first) == pytest.approx(500) or n == first
+    again = sample_vocabulary(targets, 500, n, torch.tensor(5, device=DEVICE))
+    assert all(torch.equal(a, b) for a, b in zip((tokens, among, sampled), again))
+
+
+def test_a_sample_too_small_for_the_targets_ignores_some():
+    targets = torch.arange(100, device=DEVICE)
+    tokens, among, sampled = sample_vocabulary(targets, 500, 64, torch.tensor(1, device=DEVICE), ignore_index=-1)
+    counted = among != -1
+    assert counted.sum() == 64 and torch.equal(tokens[among[counted]], targets[counted])
+    assert sampled.isfinite().all() and sampled[0] >= 64
+    nothing = sample_vocabulary(torch.full((7,), -1, device=DEVICE), 500, 64, torch.tensor(1), ignore_index=-1)
+    assert (nothing[1] == -1).all() and nothing[2][1].exp().item() == pytest.approx(500 / 64)
+
+
+def test_the_sum_over_a_sample_is_right_on_average():
+    """Over 4,000 seeds the mean is within 5 of its standard errors, no token that is no target comes much more often
+    than others, and the largest seeds do no worse."""
+    weights = torch.randn(300, generator=torch.Generator().manual_seed(1)).exp().to(DEVICE)
+    targets, sums, counts = torch.tensor([3, 77, 3, 210], device=DEVICE), [], torch.zeros(300, device=DEVICE)
+    for seed in (*range(2000), *range(2**33, 2**33 + 2000)):
+        tokens, _, (first, log_many) = sample_vocabulary(targets, 300, 64, torch.tensor(seed, device=DEVICE))
+        picked = weights[tokens]
+        sums.append(picked[:3].sum() + picked[3:].sum() * log_many.exp())
+        counts[tokens] += 1
+    sums = torch.stack(sums).double()
+    assert abs(sums.mean() - weights.sum()) < 5 * sums.std() / len(sums)**0.5
+    assert (counts[[3, 77, 210]] == 4000).all()
+    others = counts[counts < 4000]
+    assert len(others) == 297 and ((others / 4000 - 61 / 297).abs() < 0.03).all()
+
+
 # --- extremes and layouts
 
 
@@ -298,7 +382,7 @@ def test_offsets_beyond_int32():
     loss, gradient = loss_and_gradient(softcap_cross_entropy, near, targets, cap=RECORD)
     assert softcap_cross_entropy(far.requires_grad_(), targets, cap=RECORD).item() == loss.item()
     if runs_triton(near):
-        module.launch_cross_entropy(far.detach(), targets, None, RECORD, -100, 1.0, far.detach())
+        module.launch_cross_entropy(far.detach(), targets, None, None, RECORD, -100, 1.0, far.detach())
         assert torch.equal(far, gradient)
 
 
@@ -402,7 +486,7 @@ def test_gradients_in_e5m2(dtype, K):
     targets[4], targets[5, K - 1] = -100, -100
     scale = torch.tensor(2.0**-14, device=DEVICE)
     gradient = torch.empty(20, 1000, dtype=E5M2, device=DEVICE)
-    module.launch_cross_entropy(logits, targets, None, RECORD, -100, 0.25, gradient, scale)
+    module.launch_cross_entropy(logits, targets, None, None, RECORD, -100, 0.25, gradient, scale)
     _, exact = loss_and_gradient(formula, logits.double(), targets, RECORD)
     exact *= 0.25 / scale.double()
     slack = 0.01 if APPROXIMATE else 1e-4
@@ -414,7 +498,7 @@ def test_gradients_in_e5m2(dtype, K):
 def test_e5m2_saturates():
     logits, targets = draw(3, 41)
     gradient = torch.empty(3, 41, dtype=E5M2, device=DEVICE)
-    module.launch_cross_entropy(logits, targets, None, None, -100, 1.0, gradient, torch.tensor(1e-9, device=DEVICE))
+    module.launch_cross_entropy(logits, targets, None, None, None, -100, 1.0, gradient, torch.tensor(1e-9, device=DEVICE))
     assert gradient.float().abs().max() == 57344 and gradient.float()[0, 0] == -57344
 
 
@@ -428,7 +512,7 @@ def test_resident_kernel(V, config, gradient_dtype):
     weights = torch.tensor([1.0, 0.5, 0.25], device=DEVICE)
     scale = torch.tensor(2.0**-12, device=DEVICE) if gradient_dtype == E5M2 else None
     gradient = torch.empty(300, V, dtype=gradient_dtype, device=DEVICE)
-    losses = module.launch_cross_entropy(logits, targets, weights, RECORD, -100, 1.0, gradient, scale, config)
+    losses = module.launch_cross_entropy(logits, targets, weights, None, RECORD, -100, 1.0, gradient, scale, config)
     exact, exact_gradient = loss_and_gradient(formula, logits.double(), targets, RECORD, target_weights=weights)
     assert losses.sum().item() == pytest.approx(exact.item(), rel=1e-3)
     got = gradient.double() * (1 if scale is None else scale.double())
@@ -510,7 +594,7 @@ def test_linear_without_gradients():
         loss = linear_cross_entropy(h.requires_grad_(), w.requires_grad_(), targets, cap=RECORD)
     torch.testing.assert_close(loss, linear_cross_entropy_reference(h.detach(), w.detach(), targets, cap=RECORD))
     assert not loss.requires_grad
-    results = _linear_cross_entropy(h.detach(), w.detach(), targets, None, None, None, None, None, -100, 1.0, False)
+    results = _linear_cross_entropy(h.detach(), w.detach(), targets, None, None, None, None, None, None, -100, 1.0, False)
     assert not any(x.numel() for x in results[1:])
 
 
@@ -560,9 +644,11 @@ def test_shapes_that_fp8_cannot_do():
 def test_registration_is_sound(cap, K):
     logits, targets = draw(3, 48, K=K)
     weights = None if K is None else torch.ones(K, device=DEVICE)
+    sampled = None if K is None else torch.tensor([48.0, 0.0], device=DEVICE)
     # expecting the upstream gradient 1 that comes: for another, backward writes to the second output, which is private
-    torch.library.opcheck(_softcap_cross_entropy, (logits.requires_grad_(), targets, weights, cap, -100, 1.0, True))
-    torch.library.opcheck(_softcap_cross_entropy, (logits.detach(), targets, weights, cap, -100, 2.0, False))
+    torch.library.opcheck(_softcap_cross_entropy,
+                          (logits.requires_grad_(), targets, weights, sampled, cap, -100, 1.0, True))
+    torch.library.opcheck(_softcap_cross_entropy, (logits.detach(), targets, weights, sampled, cap, -100, 2.0, False))
 
 
 def test_registration_of_the_scaling_is_sound():
@@ -576,7 +662,7 @@ FP8_CHECKS = ("test_autograd_registration", "test_faketensor")  # the others add
 def test_registration_of_linear_is_sound(fp8):
     h, w, targets = draw_linear(16, 32, 48)
     scales = [torch.tensor(0.01, device=DEVICE)] * 3 if fp8 else [None] * 3
-    arguments = targets, None, *scales, list(RECORD), -100, 1.0
+    arguments = targets, None, torch.tensor([48.0, 0.0], device=DEVICE), *scales, list(RECORD), -100, 1.0
     checks = dict(test_utils=FP8_CHECKS) if fp8 else {}
     torch.library.opcheck(_linear_cross_entropy, (h, w, *arguments, False), **checks)
     torch.library.opcheck(_linear_cross_entropy, (h.requires_grad_(), w.requires_grad_(), *arguments, True), **checks)

@@ -76,6 +76,12 @@ def test_what_is_kept_is_what_was_expected_within_a_factor(compile, dtype, field
     assert 0.75 < found / expected < (1.75 if dtype == torch.float32 else 2.5)
 
 
+def test_sampled_softmax_has_fewer_logits_if_all_stages_have_it():
+    full, some, all_of_them = (estimate(config(sampled_softmax=n), meta(config()), 1, 2, False)["logits"]
+                               for n in ((0,), (64, 0), (64, 128)))
+    assert full == some == all_of_them * len(meta(config()).embed) / 128
+
+
 @pytest.mark.parametrize("fields", [dict(), PIECES], ids=["nothing", "pieces"])
 def test_with_recompute_what_is_kept_leaves_room_for_one_block(fields):
     """The expectation holds a block's activations and logits while they are computed again; what is kept are widths."""
