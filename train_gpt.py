@@ -38,9 +38,8 @@ from runtime import memory, resume, state
 from runtime.checkpoint import Checkpoints
 from runtime.corpus import load_data
 from runtime.guard import Guard
-from runtime.machine import (World, can_compile, first_rank_first, join_world, keep_freed_memory, launch,
-                             fp8_pays, has_fp8, lost_another, native_dtype, to_device,
-                             wait_for_first_rank)
+from runtime.machine import (World, can_compile, first_rank_first, fp8_pays, has_fp8, join_world, keep_freed_memory,
+                             launch, lost_another, native_dtype, to_device, wait_for_first_rank)
 from runtime.options import (AUTO, BY_STAGE, COUNT, FRACTION, PAIR, POSITIVE, RATE, RunOptions, check_options, option,
                              parse_options)
 from runtime.run import Run
@@ -60,7 +59,7 @@ GATE_INPUTS = 12  # gates look at this many dimensions of a token
 class Config(RunOptions):
     """What is trained: the recipe. RunOptions, in runtime/options.py, says how and where a run is kept.
 
-    Tuples with one entry per stage divide training into equal stages.
+    Each tuple with entries by stage divides training equally by itself; their lengths may differ.
     """
     track: str = option("", "named set of defaults, data and target", group="goal")
     target: float | None = option(None, "stop when the validation metric is this or less; one easier than "
@@ -105,7 +104,8 @@ class Config(RunOptions):
     yarn: bool = option(False, "rotary frequencies and attention's scale follow the long window")
     mtp: tuple[int, ...] = option((1,), "next tokens each one predicts, by stage; the farthest fades out", BY_STAGE)
     sampled_softmax: tuple[int, ...] = option(
-        (0,), "tokens the training loss chooses among, those of the batch and random others; 0 is all, by stage",
+        (0,), "tokens the training loss chooses among, by stage: the targets of a forward pass, which should be fewer, "
+              "and random others; 0 is all",
         (lambda ns: ns and all(n >= 0 and n % 64 == 0 for n in ns), "multiples of 64, or 0"))
     tied: float = option(0.0, "fraction of training in which the head is the embedding as well", FRACTION)
     extension: int = option(0, "the last so many steps stay where the schedules end", COUNT)
@@ -134,6 +134,7 @@ class Config(RunOptions):
                 ("micro_tokens", self.micro_tokens % self.row_len == 0, f"a multiple of row_len ({self.row_len})"),
                 ("eval_every", not self.keep_best or self.eval_every % self.adam_every == 0,
                  f"a multiple of adam_every ({self.adam_every}), for the best checkpoint to be that of a validation"),
+                ("seed", self.seed + self.repeat <= 2**63, f"seeds below 2**63, all {self.repeat} of them"),
                 ("value_embed_layers", all(0 <= i < L for i in self.value_embed_layers), layers),
                 ("long_layers", all(0 <= i < L for i in self.long_layers), layers),
                 ("extension", self.extension < self.steps, f"fewer than steps ({self.steps})"),
@@ -155,12 +156,14 @@ def track_names():
 
 
 def load_track(name, target=None):
-    """A track's fields. Easier targets than the track's own may come with a smaller model (EASIER in its file)."""
+    """A track's fields. The easier the target (None is the track's own), the smaller the model may be: EASIER in the
+    track's file names the fields that change for targets no lower than a number."""
     if name not in track_names():
         raise InputError(f"unknown track {name!r}: expected one of {', '.join(track_names())}")
     module = importlib.import_module(f"tracks.{name.replace('-', '_')}")
     fields = dict(module.TRACK, track=name)
-    rungs = [goal for goal in getattr(module, "EASIER", {}) if target is not None and goal <= target]
+    target = fields.get("target") if target is None else target
+    rungs = [goal for goal in getattr(module, "EASIER", {}) if goal <= target]
     return fields | (module.EASIER[max(rungs)] if rungs else {})
 
 
@@ -179,9 +182,11 @@ def parse_args(argv):
         epilog=f"Tracks: {', '.join(track_names())}. What is in brackets is the laptop track's value. Lists have an "
                "entry for each of the equally long stages of training, or one for all.")
     big = torch.cuda.is_available() and "text" not in given
-    fields = load_track(given.pop("track", None) or ("gpt2-small" if big else "laptop"), given.get("target"))
-    if "text" in given and fields["data"] != "text":  # on a track with its own data: keep every token, for its own sake
-        fields |= dict(data="text", target=None, tokenizer=Config.tokenizer, long_docs="split", shuffle=True)
+    track = given.pop("track", None) or ("gpt2-small" if big else "laptop")
+    fields = load_track(track, given.get("target"))
+    if "text" in given and fields["data"] != "text":  # for its own sake: the whole model, and every token kept
+        fields = load_track(track, -math.inf) | dict(
+            data="text", target=None, tokenizer=Config.tokenizer, long_docs="split", shuffle=True)
     return Config(**(fields | given))
 
 
@@ -282,12 +287,13 @@ class GPT(nn.Module):
         mlp = self.mlp_bank.unbind(0)
         value_embeds = dict(zip(c.value_embed_layers, zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))))
         starts = document_starts(inputs, cu_seqlens)
+        smear, skip, backout = self.scalars.unbind(0)
 
         x = embedding(inputs, self.lm_head if stage.tied else self.embed)
         x = ops.rms_norm(x) if c.tied else x  # to the size of the n-grams' embeddings
         x = ops.rms_norm(x + self.embed_ngrams(inputs, starts))
         for w_gate in self.smear_gate.unbind(0):
-            x = x + self.scalars[0] * gate(x, w_gate[None]) * previous(x, starts[..., None], torch.zeros_like(x))
+            x = x + smear * gate(x, w_gate[None]) * previous(x, starts[..., None], torch.zeros_like(x))
         x0, outputs = x, []
 
         def block(i, x, skipped):
@@ -314,7 +320,7 @@ class GPT(nn.Module):
                     y = gate(h, attn_gates[i])[..., None] * y.reshape(B, T, H, D)
                 y = F.linear(y.reshape(B, T, c.n_embd), w_o)
             else:
-                y = self.scalars[1] * skipped
+                y = skip * skipped
             h, x = ops.add_rms_norm(x, y)
             return x + self.mlps[i](h, *mlp[2 * i:2 * i + 2])
 
@@ -322,7 +328,7 @@ class GPT(nn.Module):
             x = self.keep_less(block, i, x, outputs[c.skip[0]] if i not in attn else None)
             outputs.append(x)
         if c.backout >= 0:
-            x = x + self.scalars[2] * outputs[c.backout]
+            x = x + backout * outputs[c.backout]
         return ops.rms_norm(x)
 
     def keep_less(self, function, *args):
@@ -341,17 +347,17 @@ class GPT(nn.Module):
         for _ in range(stage.n_targets - 1):  # the next document's tokens are no target
             later.append(torch.where(ends, IGNORE, later[-1].roll(-1, dims=1)))
         targets = torch.stack(later, dim=2).flatten(0, 1)  # (B T, n)
-        loss = functools.partial(fp8_linear_cross_entropy if self.c.fp8 == "on" else self.ops.linear_cross_entropy,
-                                 cap=self.c.softcap or None, target_weights=target_weights)
-        w = self.lm_head
-        if 0 < stage.n_sampled < len(w):
+        w, sampled = self.lm_head, None
+        if 0 < stage.n_sampled < len(w):  # seeded by the tokens, so that a resumed run chooses the same
             tokens, targets, sampled = sample_vocabulary(targets, len(w), stage.n_sampled, inputs.sum(), IGNORE)
-            w, loss = embedding(tokens, w), functools.partial(loss, sampled=sampled)
+            w = embedding(tokens, w)
+        loss = functools.partial(fp8_linear_cross_entropy if self.c.fp8 == "on" else self.ops.linear_cross_entropy,
+                                 cap=self.c.softcap or None, target_weights=target_weights, sampled=sampled)
         size = chunk or (4096 if self.recompute else len(x))
         return sum(self.keep_less(loss, h, w, t) for h, t in zip(x.split(size), targets.split(size)))
 
     def flops_per_token(self, stage):
-        """Training FLOPs per token: 6 per matrix weight, and attention over half of what the window lets it see."""
+        """Training FLOPs per token: 6 per matrix weight in use, and attention over half of what windows let it see."""
         c = self.c
         head = min(stage.n_sampled or len(self.lm_head), len(self.lm_head)) * c.n_embd
         matrices = self.attn_bank.numel() + self.mlp_bank.numel() + head
@@ -430,7 +436,7 @@ def rope_frequencies(c, n, long_windows):
 
 
 class Stage(typing.NamedTuple):
-    """What the compiled graph depends on."""
+    """What a step's graph and batch depend on."""
     windows: tuple  # by layer
     max_doc_len: int
     rows: int  # global batch
@@ -635,10 +641,9 @@ class Trainer:
         self.optimizer = Optimizer(self.model, parameter_table(c), world, self.compiled, ops.polar_express, c.normuon,
                                    c.adam_every)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compiled else self.model
-        # on a CPU, compiling it would take longer than it does
-        compile = self.compiled and device.type == "cuda"
-        report = torch.compile(gradient_report, dynamic=False) if compile else gradient_report
-        self.guard = Guard(device, report, c.max_skips == 0, c.spike_sigmas)
+        on_gpu = self.compiled and device.type == "cuda"  # on a CPU, compiling it would take longer than it does
+        sums_of_squares = torch.compile(gradient_report, dynamic=False) if on_gpu else gradient_report
+        self.guard = Guard(device, sums_of_squares, strict=c.max_skips == 0, spike_sigmas=c.spike_sigmas)
         self.micro_rows = {s: memory.equal_passes(-(-s.rows // world.size), most) for s in set(self.stages)}
         val_rows = max(1, min(self.micro_rows[self.stages[-1]] * c.row_len, 16384) // c.val_row_len)
         self.val_batches = list(self.data.val.micro_batches(world.rank, world.size, val_rows))
@@ -646,7 +651,7 @@ class Trainer:
         self.flops_per_token = {s: self.model.flops_per_token(s) for s in set(self.stages)}
         self.environment = describe_environment(device) | dict(
             dtype=str(dtype)[6:], kernels=ops.named(), world_size=world.size, probe=machine_probe(device))
-        self.peak = self.environment["probe"]["matmul"][str(dtype)[6:]] * world.size  # "share of peak" is a share of it
+        self.peak = self.environment["probe"]["matmul"][str(dtype)[6:]] * world.size  # FLOP/s of all ranks
 
     def describe(self, log):
         """What is about to run: all of it into the log, the gist on the screen."""
@@ -681,11 +686,11 @@ class Trainer:
             self.validate(step, self.val_batches[:1])
 
     def rotate(self, step):
-        """The rotary tables of the stage in which this step, counted from 0, is."""
-        number = stage_number(self.c.long_window, progress_at(self.c, step))
+        """The rotary tables of the stage in which this step, numbered from 1, is."""
+        number = stage_number(self.c.long_window, progress_at(self.c, max(step - 1, 0)))
         self.model.rotate(self.c.long_window[:number + 1])
 
-    def accumulate(self, batch, step, stage, progress, votes=(0, 0, 0)):
+    def accumulate(self, batch, step, stage, progress, votes=()):
         """Forward and backward over this rank's micro-batches; returns the guard's judgement, 0-d, on the device."""
         total = torch.zeros((), device=self.world.device)
         n_tokens = stage.rows * self.c.row_len
@@ -709,18 +714,21 @@ class Trainer:
                     val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None)
 
     def enter(self, step):
-        """Make ready for this step, counted from 0, if a stage begins with it."""
-        stage, before = self.stages[step], self.stages[max(step - 1, 0)]
+        """Make ready for this step, numbered from 1; returns its stage and progress."""
+        before, stage = self.stages[max(step - 2, 0)], self.stages[step - 1]
         if stage != before:
             self.rotate(step)
         if before.tied and not stage.tied:
             self.optimizer.untie()
+        if before.n_sampled != stage.n_sampled:
+            self.guard.recent.zero_()  # the loss begins a new series
+        return stage, progress_at(self.c, step - 1)
 
-    def step(self, batch, step, stage, progress, votes=(0, 0, 0)):
-        """One step, numbered from 1: the update counts if the guard says so. votes: see Run."""
+    def step(self, batch, step, stage, progress, votes=()):
+        """One step, numbered from 1: the update counts if the guard says so. votes: see Run.votes."""
         ok = self.accumulate(batch, step, stage, progress, votes)
         self.optimizer.step(lr_scale(self.c, progress), muon_momentum(progress), ok)
-        if self.c.max_skips and self.world.device.type == "cuda":
+        if self.c.max_skips and self.world.device.type == "cuda":  # on a CPU step() has dropped them
             self.optimizer.forget_waiting(ok)
         for scale in self.model.scales():
             scale.roll()
@@ -746,12 +754,12 @@ class Trainer:
         if start_from:
             at = state.restore(self, *start_from)
         else:
-            at = resume.Progress()
+            at = resume.Position()
             self.model.init_weights(c.seed)
             if c.warm_start:
                 resume.copy_weights(c.warm_start, self.model)
             self.optimizer.reset()
-        self.rotate(max(at.step - 1, 0))
+        self.rotate(at.step)
         cold_start = time.perf_counter() - started
         requests.training = True
         run = Run(self, log, requests, store, at)
@@ -774,12 +782,11 @@ class Trainer:
         with contextlib.closing(Prefetcher(self.batches(first - 1), self.world.device)) as batches:
             run.start()
             for step, batch in enumerate(() if run.done() else batches, start=first):
-                stage = self.stages[step - 1]
-                self.enter(step - 1)
-                self.step(batch, step, stage, progress_at(self.c, step - 1), run.votes())
-                if run.ends_with(step, stage.rows * self.c.row_len, self.flops_per_token[stage]):
+                stage, progress = self.enter(step)
+                self.step(batch, step, stage, progress, run.votes())
+                if run.after(step, stage.rows * self.c.row_len, self.flops_per_token[stage]):
                     break
-        run.end()
+            run.end()
 
     def save(self, result, log):
         """The result and the weights, and a sample of text on the screen."""
@@ -841,9 +848,11 @@ def train(c, world=World(), report=lambda result: None, requests=None):
                 if first_rank:
                     trainer.save(result, log)
                     report(result)
-            except (InputError, torch.OutOfMemoryError) as e:
-                if isinstance(e, torch.OutOfMemoryError):
+            except (InputError, RuntimeError) as e:
+                if memory.ran_out(e):
                     e = InputError(memory.advice(c, trainer.memory if trainer else "unknown", e))
+                if not isinstance(e, InputError):
+                    raise
                 log.say(f"error: {e}", quiet=True)
                 raise e from None
             wait_for_first_rank(world)

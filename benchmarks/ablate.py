@@ -71,6 +71,8 @@ PIECES = {
     "backout": Piece("a middle layer's output is taken out at the end", dict(backout=-1),
                      dict(backout=lambda c: min(2 * c.n_layer // 3, c.n_layer - 2))),
     "mtp": Piece("several next tokens are predicted early in training", dict(mtp=(1,)), dict(mtp=(2, 1))),
+    "sampled-softmax": Piece("the training loss is among a sample of the tokens", dict(sampled_softmax=(0,)), dict(
+        sampled_softmax=lambda c: (min(16384, -(-min(c.batch_tokens) // 128) * 64),))),
     "tied": Piece("head and embedding are one at first", dict(tied=0.0), dict(tied=2 / 3)),
     "yarn": Piece("rotary frequencies follow the window", dict(yarn=False),
                   dict(yarn=lambda c: len(set(c.long_window)) > 1)),

@@ -125,7 +125,7 @@ def measure(trainer, batches, stage, progress, repeats):
 
     tokens, ms = stage.rows * c.row_len, times["median_us"]
     return dict(tokens=tokens, tokens_per_rank=tokens // world.size, windows=sorted(set(stage.windows)),
-                max_doc_len=stage.max_doc_len, n_targets=stage.n_targets, tied=stage.tied,
+                max_doc_len=stage.max_doc_len, n_targets=stage.n_targets, tied=stage.tied, n_sampled=stage.n_sampled,
                 passes=-(-stage.rows // (trainer.micro_rows[stage] * world.size)), ms=ms, p20=times["p20_us"],
                 p80=times["p80_us"], steps=repeats * c.adam_every, tokens_per_s=1e3 * tokens / ms,
                 peak_share=1e3 * tokens * trainer.flops_per_token[stage] / ms / trainer.peak, peak_memory_bytes=memory,
@@ -145,7 +145,7 @@ def fit(stages):
 def at_end(c, batch_tokens):
     """The Config of a track that all the time does what c does at its end, in such batches."""
     last = tg.stage_at(c, tg.progress_at(c, c.steps - 1))
-    by_stage = ("max_doc_len", "short_window", "long_window", "stage_lr", "mtp")
+    by_stage = ("max_doc_len", "short_window", "long_window", "stage_lr", "mtp", "sampled_softmax")
     return dataclasses.replace(c, batch_tokens=batch_tokens, steps=len(batch_tokens), extension=0,
                                tied=float(last.tied), **{name: getattr(c, name)[-1:] for name in by_stage})
 
@@ -194,8 +194,8 @@ def run(steps=10, tokens=(), synthetic_data=False, trainer_options=(), save=lamb
         with contextlib.closing(Prefetcher(batches(), world.device)) as prefetcher, named_parts(trainer):
             ready = iter(prefetcher)
             for stage, step in begins.items():
-                trainer.enter(step)
-                result["stages"].append(row := measure(trainer, ready, stage, tg.progress_at(c, step), repeats))
+                _, progress = trainer.enter(step + 1)
+                result["stages"].append(row := measure(trainer, ready, stage, progress, repeats))
                 result["fit"] = fit(result["stages"])
                 say(f"{row['tokens']:,} tokens: {row['ms']:,.2f} ms, {row['tokens_per_s']:,.0f} tokens/s, "
                     f"{row['peak_share']:.1%} of peak")

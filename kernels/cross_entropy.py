@@ -134,9 +134,10 @@ def sample_vocabulary(targets, n_vocab, n, seed, ignore_index=-100):
     """What a sampled softmax chooses among: the tokens that are targets, and others at random, n in all.
 
     targets: (...) int64, seed: 0-d int64 -> tokens (n,), targets as indices of those, and `sampled` for the losses
-    above. Its sum over the vocabulary is exact in expectation: a target's token stands for itself, each other for its
-    share of all that are no target. If more than n tokens are targets, n random ones of them remain, and the others'
-    targets become ignore_index. The same targets and seed give the same choice.
+    above. The sum of exp over the vocabulary is right on average, if fewer than n tokens are targets: those stand for
+    themselves, each other one for its share of all that are no target. (The loss, its logarithm, is a little too low.)
+    Otherwise n random ones of the targets are all there is, and other targets become ignore_index. The same targets and
+    seed give the same choice.
     """
     device, token = targets.device, torch.where(targets == ignore_index, n_vocab, targets)
     wanted = torch.zeros(n_vocab + 1, dtype=torch.bool, device=device).index_fill(0, token.flatten(), True)[:-1]

@@ -90,6 +90,11 @@ def equal_passes(rows, most):
     return min(range(min(most, rows), min(most, rows) // 2, -1), key=lambda n: -(-rows // n) * n)
 
 
+def ran_out(error):
+    """Whether memory did, on a GPU or a CPU, whose allocator raises a RuntimeError like others."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def advice(c, estimate, error):
     """One line for when memory ran out all the same."""
     return (f"out of memory; the estimate was {estimate}. Lower --micro-tokens, a multiple of {c.row_len}, or give "

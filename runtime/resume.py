@@ -25,7 +25,7 @@ FREE = {f.name for f in dataclasses.fields(RunOptions)} | {"target", "text", "ma
 
 
 @dataclasses.dataclass
-class Progress:
+class Position:
     """How far a run is: what a checkpoint keeps besides weights and moments."""
     step: int = 0
     tokens: int = 0
@@ -128,7 +128,7 @@ def begin(c, world, run_dir, resuming, fingerprint, closing):
         result = finished(run_dir) if resuming else None
         found = starting_point(c, run_dir) if resuming and not result else None
         if found:
-            check_fit(dataclasses.asdict(c), fingerprint, found[1])
+            check_fit(c, fingerprint, found[1])
         return result, *(found or ({}, {}))
     result, tensors, meta = first_rank_first(world, look)
     result, meta = json.loads(share_text(world, json.dumps([result, meta])))
@@ -136,9 +136,11 @@ def begin(c, world, run_dir, resuming, fingerprint, closing):
 
 
 def check_fit(c, fingerprint, meta):
-    """Refuse a checkpoint of another recipe or other data, naming what differs. c: Config as a dict."""
-    theirs = {name: value for name, value in meta["config"].items() if name not in FREE}
-    ours = {name: value for name, value in c.items() if name not in FREE}
+    """Refuse a checkpoint of another recipe or other data, naming what differs. c: Config; what it has and the
+    checkpoint does not was added since, and had its default then."""
+    added = {f.name: f.default for f in dataclasses.fields(c) if f.name not in meta["config"]}
+    theirs, ours = ({name: value for name, value in fields.items() if name not in FREE}
+                    for fields in (meta["config"] | added, dataclasses.asdict(c)))
     differing = checkpoint.differences(ours, theirs)
     if fingerprint != meta["data_fingerprint"]:
         differing.append(f"data: {fingerprint[:16]} here, {meta['data_fingerprint'][:16]} in the checkpoint")

@@ -15,7 +15,7 @@ from .signals import Interrupted
 
 
 class Run:
-    """One run of a Trainer: where it is (at: Progress), and what ranks have voted for (wanted): to stop, to save, to
+    """One run of a Trainer: where it is (at: Position), and what ranks have voted for (wanted): to stop, to save, to
     end because time is over. A vote counts in the same step on all of them."""
 
     def __init__(self, trainer, log, requests, store, at):
@@ -38,7 +38,7 @@ class Run:
         save_now, self.requests.save = self.requests.save or due, False
         return self.requests.stop > 0, save_now, self.clock.now() > self.max_time
 
-    def ends_with(self, step, tokens, flops_per_token):
+    def after(self, step, tokens, flops_per_token):
         """This step is behind us: learn what it reported, validate and save if that is due. Whether it was the last."""
         c, at, wanted = self.c, self.at, self.wanted
         at.step = step

@@ -45,4 +45,4 @@ class Requests:
 
 
 class Interrupted(SystemExit):
-    """A signal ended the run; its work is saved."""
+    """A signal ended the run; its work is saved, unless checkpoints are off."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from kernels.updates import join, store
 
-from .resume import Progress
+from .resume import Position
 
 
 def gather(trainer):
@@ -22,8 +22,8 @@ def gather(trainer):
 
 
 def restore(trainer, tensors, meta):
-    """Copy a checkpoint's tensors, there on the first rank, into the trainer of every rank; returns its Progress."""
-    at, world = Progress(**meta["progress"]), trainer.world
+    """Copy a checkpoint's tensors, there on the first rank, into the trainer of every rank; returns its Position."""
+    at, world = Position(**meta["progress"]), trainer.world
     at.resumed_at.append(at.step)
 
     def fetch(name, like):

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -42,6 +44,18 @@ def test_a_run_as_a_user_starts_it(text, tmp_path):
     assert float(re.findall(val_line, log, re.M)[-1][1]) == pytest.approx(result["val_loss"], abs=1e-4)
     assert len(re.findall(r"^step:\d+/30 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms$", log, re.M)) \
         == result["steps"] == len(train_losses(run))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="probing attention and Triton's ops loads the compiler")
+def test_an_uncompiled_run_does_not_load_the_compiler(text, tmp_path):
+    """Which takes longer than some runs; a compiled one does, so that the question is a fair one."""
+    program = ("import sys, train_gpt as tg; tg.main(sys.argv[1:]); "
+               "print('loaded' if 'torch._dynamo' in sys.modules else 'not loaded')")
+    for compile, answer in ((False, "not loaded"), (True, "loaded")):
+        c = tiny(text, tmp_path, compile=compile, steps=2, run_dir=str(tmp_path / answer), n_layer=1,
+                 value_embed_layers=(0,))
+        done = subprocess.run([sys.executable, "-c", program, *options(c)], capture_output=True, text=True, cwd=tg.ROOT)
+        assert done.stdout.splitlines()[1:] == [answer], done.stderr
 
 
 def test_out_of_steps_is_status_3(text, tmp_path, capsys):
@@ -258,6 +272,8 @@ def refused(argv, capsys):
     (["--steps", "many"], "--steps: invalid int value: 'many'"),
     (["--steps", "0"], "--steps 0: expected a positive number"),
     (["--seed", "-1"], "--seed -1: expected zero or more"),
+    (["--seed", str(2**63 - 1), "--repeat", "2"], f"--seed {2**63 - 1}: expected seeds below 2**63, all 2 of them"),
+    (["--sampled-softmax", "64", "100"], "--sampled-softmax 64 100: expected multiples of 64, or 0"),
     (["--batch-tokens", "1000"], "--batch-tokens (1000,): expected multiples of 256"),
     (["--n-head", "3"], "expected a multiple of 4 * n_head"),
     (["--target-metric", "accuracy"], "expected val_loss or val_bpb"),
@@ -269,12 +285,12 @@ def refused(argv, capsys):
     (["--rope-base", "0"], "--rope-base 0.0: expected a positive number"),
     (["--lr-floor", "2"], "--lr-floor 2.0: expected a fraction"),
     (["--val-windows", "5", "-1"], "--val-windows 5 -1: expected two"),
-    (["--paired-layers", "4"], "--paired-layers (4,): expected layers from 0 to 3, and an even n_head"),
-    (["--paired-layers", "0", "--n-head", "1"], "expected layers from 0 to 3, and an even n_head"),
+    (["--target", "1", "--paired-layers", "4"], "--paired-layers (4,): expected layers from 0 to 3, and an even n_head"),
+    (["--target", "1", "--paired-layers", "0", "--n-head", "1"], "expected layers from 0 to 3, and an even n_head"),
     (["--skip", "1"], "--skip (1,): expected an earlier and a later layer"),
     (["--skip", "2", "1"], "--skip (2, 1): expected an earlier and a later layer"),
-    (["--skip", "1", "3"], "--skip (1, 3): expected an earlier and a later layer"),  # it has value embeddings
-    (["--skip", "1", "2", "--paired-layers", "2"], "the later one without pairs"),
+    (["--target", "1", "--skip", "1", "3"], "--skip (1, 3): expected an earlier and a later layer"),  # it has value embeddings
+    (["--target", "1", "--skip", "1", "2", "--paired-layers", "2"], "the later one without pairs"),
     (["--backout", "3"], "--backout 3: expected a layer before the last, or -1"),
     (["--mtp", "2", "0"], "--mtp 2 0: expected one positive number per stage"),
     (["--adam-every", "0"], "--adam-every 0: expected a positive number"),
@@ -332,7 +348,7 @@ def test_an_earlier_run_is_never_overwritten(text, tmp_path, capsys):
 
 def test_own_text_drops_the_tracks_target_unless_given(text):
     own = tg.parse_args(["--track", "laptop", "--text", str(text)])
-    assert own.target is None and own.data == "text"
+    assert own.target is None and own.data == "text" and own.n_layer == 4  # nor is its model the one for that target
     assert tg.parse_args(["--track", "laptop", "--text", str(text), "--target", "2"]).target == 2
     assert tg.parse_args(["--track", "shakespeare-char", "--text", str(text)]).target == 1.4697
 
@@ -341,6 +357,9 @@ def test_easier_targets_choose_a_smaller_model(text):
     at = lambda target: tg.parse_args(["--track", "shakespeare-char", "--text", str(text), "--target", str(target)])
     assert at(1.898).n_embd == at(2.5).n_embd < at(1.8).n_embd == at(1.4).n_embd
     assert at(1.898).target == 1.898
+    laptop = lambda *target: tg.parse_args(["--track", "laptop", *target])
+    assert laptop() == laptop("--target", "1.5") == dataclasses.replace(laptop("--target", "2"), target=1.5)
+    assert laptop().n_layer < laptop("--target", "1.49").n_layer
 
 
 @pytest.mark.parametrize("name", tg.track_names())

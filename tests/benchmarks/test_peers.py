@@ -428,7 +428,7 @@ def test_laptop_says_where_nanochat_ended(around, stdlib, monkeypatch):
 
 
 def test_laptop_is_the_tracks_shape():
-    c, flags = tg.parse_args(["--track", "laptop"]), peers.LAPTOP
+    c, flags = tg.parse_args(["--track", "laptop", "--target", "1.4"]), peers.LAPTOP
     assert (c.n_layer, c.n_embd, c.n_embd // c.n_head, c.row_len, c.batch_tokens, c.val_tokens) == (
         flags["depth"], flags["depth"] * flags["aspect-ratio"], flags["head-dim"], flags["max-seq-len"],
         (flags["total-batch-size"],), flags["eval-tokens"])

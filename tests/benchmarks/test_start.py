@@ -109,6 +109,6 @@ def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
 def test_a_trainer_that_fails_says_why(tmp_path, capsys):
     assert main(["start", "--n-head", "3"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the trainer ended with status 2 before its first step: --n-embd 256: expected a")
+    assert error.startswith("error: the trainer ended with status 2 before its first step: --n-embd 128: expected a")
     with pytest.raises(InputError, match="--repeats 0: expected 1 or more"):
         start.run(repeats=0)

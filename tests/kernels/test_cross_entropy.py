@@ -471,7 +471,8 @@ def test_without_gradients_none_is_computed():
     with torch.no_grad():
         loss = softcap_cross_entropy(logits.requires_grad_(), targets, cap=RECORD)
     assert not loss.requires_grad and loss.item() == pytest.approx(formula(logits, targets, RECORD).item())
-    assert _softcap_cross_entropy(logits.detach(), targets, None, list(RECORD), -100, 1.0, False)[1].numel() == 0
+    assert _softcap_cross_entropy(logits.detach(), targets, None, None, list(RECORD), -100, 1.0,
+                                  False)[1].numel() == 0
 
 
 # --- gradients in e5m2

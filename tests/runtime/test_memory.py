@@ -282,9 +282,16 @@ def test_a_run_with_no_memory_is_refused_in_one_line(text, tmp_path, free, capsy
     assert err.startswith("error: not enough memory on cpu: 0.00 GB (weights 0.00")
 
 
-def test_running_out_all_the_same_is_one_line(text, tmp_path, monkeypatch, capsys):
-    def forward(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate everything")
+def out_of_memory_on_a_gpu(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate everything")
+
+
+def out_of_memory(*args, **kwargs):
+    torch.empty(2**60)
+
+
+@pytest.mark.parametrize("forward", [out_of_memory_on_a_gpu, out_of_memory])
+def test_running_out_all_the_same_is_one_line(text, tmp_path, monkeypatch, capsys, forward):
     monkeypatch.setattr(tg.GPT, "forward", forward)
     assert tg.main(options(tiny(text, tmp_path))) == 2
     out, err = capsys.readouterr()

@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint is the run that never stopped."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from processes import remains, rows, same
 
 # Everything that has a state or changes on the way: the head is untied after step 6, batches grow after 8 and 16,
 # windows (with yarn) and the number of targets change after 12; Adam updates in even steps, and stops wait for it.
+# Not the sampled softmax, since each process has a sample of its own.
 ALL = PIECES | dict(steps=24, eval_every=4, batch_tokens=(128, 192, 256), max_doc_len=(16, 24, 32),
                     short_window=(8, 16), long_window=(16, 32), stage_lr=(1.0, 1.2), mtp=(2, 1), tied=0.25,
                     normuon=True, weight_decay=0.1, adam_every=2, spike_sigmas=6.0, max_skips=2,
@@ -75,6 +77,20 @@ def test_stopped_after_any_step(whole, step):
     whole.stop(f"at{step}", step)
     assert whole(f"at{step}", "--resume", "auto").status == 0
     same(whole.tmp / f"at{step}", whole.tmp / "whole")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_softmax_has_the_same_sample(run, ranks):
+    """Stopped before and after the switch to all tokens, which 64 of 320 are not."""
+    fields = dict(sampled_softmax=(64, 0), spike_sigmas=6.0, job=dict(ranks=ranks))
+    assert run("whole", **fields).status == 0
+    for step in (2, 4):
+        run.stop("stopped", step, "--resume", "auto", **fields)
+    assert run("stopped", "--resume", "auto", **fields).status == 0
+    same(run.tmp / "stopped", run.tmp / "whole")
+    assert run("all", **fields | dict(sampled_softmax=(0,))).status == 0
+    sampled, full = rows(run.tmp / "whole"), rows(run.tmp / "all")
+    assert sampled[1]["train_loss"] != full[1]["train_loss"]
 
 
 def test_the_sample_of_text_is_the_same(whole):
@@ -286,6 +302,15 @@ def test_what_is_no_part_of_the_recipe_may_change(run):
     done = run("run", "--resume", "auto", eval_every=2, keep_last=5, micro_tokens=32, sample_tokens=1, target=0.5,
                checkpoint_every="1", recompute="on")
     assert done.status == 3, done.err
+
+
+def test_an_option_younger_than_the_checkpoint_had_its_default():
+    fields = dataclasses.asdict(tg.Config())
+    del fields["sampled_softmax"]
+    meta = dict(config=json.loads(json.dumps(fields)), data_fingerprint="x")
+    tg.resume.check_fit(tg.Config(), "x", meta)
+    with pytest.raises(tg.InputError, match=re.escape("sampled_softmax: [64] here, [0] in the checkpoint")):
+        tg.resume.check_fit(tg.Config(sampled_softmax=(64,)), "x", meta)
 
 
 def test_another_text(run, tmp_path):
