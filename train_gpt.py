@@ -634,7 +634,7 @@ class Trainer:
                              f"{device}")
         self.compiled = c.compile and can_compile(log.say)
         with torch.device("meta"):
-            most, recompute, self.memory = memory.fit(c, GPT(c, n_vocab, dtype, ops), world)
+            most, recompute, self.memory_estimate = memory.fit(c, GPT(c, n_vocab, dtype, ops), world)
         with device:
             self.model = GPT(c, n_vocab, dtype, ops)
         self.model.recompute = recompute
@@ -664,7 +664,7 @@ class Trainer:
         log.say(f"{c.track}: {self.params / 1e6:.1f}M parameters, {environment['dtype']}, attention "
                 f"{environment['kernels']['attention']}, Triton for {', '.join(triton) or 'nothing'}, "
                 f"{self.world.size} x {environment['device']}, {self.peak / 1e12:.2f} TFLOP/s in matrix products")
-        log.say(f"memory by estimate: {self.memory}{', blocks recomputed' * self.model.recompute}")
+        log.say(f"memory by estimate: {self.memory_estimate}{', blocks recomputed' * self.model.recompute}")
         goal = f"until {c.target_metric} is {c.target} or less" if c.target is not None else "to the last step"
         log.say(f"training on {data.dataset.name} {goal}, at most {c.steps} steps, seed {c.seed}; log in {log.folder}")
         if data.val_bytes is None:
@@ -850,7 +850,7 @@ def train(c, world=World(), report=lambda result: None, requests=None):
                     report(result)
             except (InputError, RuntimeError) as e:
                 if memory.ran_out(e):
-                    e = InputError(memory.advice(c, trainer.memory if trainer else "unknown", e))
+                    e = InputError(memory.advice(c, trainer.memory_estimate if trainer else "unknown", e))
                 if not isinstance(e, InputError):
                     raise
                 log.say(f"error: {e}", quiet=True)
