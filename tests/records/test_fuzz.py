@@ -233,4 +233,7 @@ def test_many_lines_that_go_back(tmp_path, late, early):
         before = time.process_time()
         reads_or_says_why(path)
         return time.process_time() - before
-    assert seconds(20_000) < 12 * max(seconds(5_000), 0.05)  # four times, were it not for noise; squared, sixteen
+
+    def fastest(n):
+        return min(seconds(n) for _ in range(3))
+    assert fastest(20_000) < 12 * max(fastest(5_000), 0.05)  # four times, were it not for noise; squared, sixteen
