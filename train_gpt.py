@@ -62,8 +62,8 @@ class Config(RunOptions):
     Each tuple with entries by stage divides training equally by itself; their lengths may differ.
     """
     track: str = option("", "named set of defaults, data and target", group="goal")
-    target: float | None = option(None, "stop when the validation metric is this or less; one easier than "
-                                       "the track's own may choose a smaller model",
+    target: float | None = option(None, "stop when the validation metric is this or less; the model may be "
+                                       "smaller for an easy one, as the track's file says",
                                  (lambda x: x is None or math.isfinite(x), "a number"))
     target_metric: str = option("val_loss", "nats per token or bits per byte", ("val_loss", "val_bpb"))
     data: str = option("stdlib", "what to train on; for text, --text says which", ("stdlib", "fineweb10B", "text"),
