@@ -44,8 +44,8 @@ except ImportError:
     gluon = types.SimpleNamespace(jit=lambda fn: fn)
 
 # chip -> kernel, logits of a step, warps to a row. 90 is the fastest of 15 tried on an H200 (49,152 rows of 50,304,
-# e5m2 gradients): 2.36 ms, the best two-pass 2.99. Others are not measured: registers allow an A100 2 or 3 rows of 100 kB to
-# an SM, which leaves half of L2 to the gradients on their way out; L40S and B200 have the L2 for more.
+# e5m2 gradients): 2.36 ms, the best two-pass 2.99. Others are not measured: registers allow an A100 2 or 3 rows of
+# 100 kB to an SM, which leaves half of L2 to the gradients on their way out; L40S and B200 have the L2 for more.
 CONFIG = {80: ("two-pass", 8192, 16), 89: ("two-pass", 4096, 16), 90: ("resident", 4096, 8),
           100: ("two-pass", 4096, 16)}
 
@@ -123,7 +123,8 @@ def linear_cross_entropy(h, w, targets, *, cap, target_weights=None, sampled=Non
 def fp8_linear_cross_entropy(h, w, targets, *, cap, target_weights=None, sampled=None):
     """linear_cross_entropy in fp8 on RMS-normalised h, with scales of its own: h cannot pass sqrt(C), w goes by its
     largest, and with an upstream gradient applied afterwards that of a logit cannot pass the slope of the cap times the
-    sum of the target weights, for which 4 leaves room (a / 4c = 0.8 in the record's cap). Without gradients, in h's dtype."""
+    sum of the target weights, for which 4 leaves room (a / 4c = 0.8 in the record's cap). Without gradients, in h's
+    dtype."""
     fp8 = None
     if torch.is_grad_enabled():
         fp8 = h.size(1)**0.5 / 448, dynamic_scale(w), 4 / 57344

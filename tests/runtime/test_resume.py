@@ -88,6 +88,8 @@ def test_the_softmax_has_the_same_sample(run, ranks):
         run.stop("stopped", step, "--resume", "auto", **fields)
     assert run("stopped", "--resume", "auto", **fields).status == 0
     same(run.tmp / "stopped", run.tmp / "whole")
+    tensors, _ = tg.resume.checkpoint.load(run.tmp / "whole/checkpoints/step-000006")
+    assert tensors["other/recent_losses"][0] == 3  # a loss over all tokens is not compared with one over a sample
     assert run("all", **fields | dict(sampled_softmax=(0,))).status == 0
     sampled, full = rows(run.tmp / "whole"), rows(run.tmp / "all")
     assert sampled[1]["train_loss"] != full[1]["train_loss"]
