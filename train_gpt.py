@@ -32,7 +32,7 @@ from kernels import choose_ops, embedding, polar_express
 from kernels.cross_entropy import fp8_linear_cross_entropy, sample_vocabulary
 from kernels.mlp import FP8ReLU2MLP
 from kernels.updates import (adam_update, balance, descend, gradient_report, muon_update, nesterov, new_companion,
-                             new_second_moment)
+                             new_second_moment, row_scale, row_update)
 from records import Log, describe_environment, machine_probe, to_json
 from runtime import memory, resume, state
 from runtime.checkpoint import Checkpoints
@@ -115,6 +115,7 @@ class Config(RunOptions):
     adam_lr: float = option(0.008, "Adam, on the head; embeddings and scalars have multiples of it", RATE)
     weight_decay: float = option(0.0, "times the squared learning rate, where it agrees with the update", RATE)
     normuon: bool = option(False, "each neuron's part of Muon's update is scaled to the same size")
+    row_moments: bool = option(False, "Adam has one second moment for a row of a table, and no momentum there")
     adam_every: int = option(1, "Adam updates at each so many steps, from the sum of their gradients", POSITIVE)
     max_skips: int = option(0, "so many steps may have a loss or gradient that is not finite and do not count; 0 "
                                "stops at the first", COUNT)
@@ -470,7 +471,7 @@ def val_stage(c, stage):
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How one parameter is updated. lr: peak learning rate; sharded: each rank updates its part only."""
-    optim: str  # "muon" or "adam"
+    optim: str  # "muon", "adam" or, for a table, "row_adam", which has no first beta
     lr: float
     betas: tuple = (0.0, 0.0)  # Adam's
     eps: float = 1e-10
@@ -482,6 +483,9 @@ def parameter_table(c):
     """Every parameter of GPT, declared once, in the order in which gradients are reduced and updated:
     small ones first, the long Muon updates last, so that they hide the others' gathers."""
     lr, decay = c.adam_lr, c.weight_decay
+
+    tables = Rule("row_adam" if c.row_moments else "adam", lr * 75, (0.75, 0.95), weight_decay=decay / 50)
+    head = Rule("adam", lr, (0.75, 0.95), weight_decay=decay / 1.6)
     return {
         # every block's input is normalised, so while the blocks' outputs are zero these have rounding errors for
         # gradients: the larger eps keeps Adam from blowing those up to full steps
@@ -490,10 +494,10 @@ def parameter_table(c):
         "smear_gate": Rule("adam", lr, (0.9, 0.99), sharded=False),
         "attn_gates": Rule("adam", lr, (0.9, 0.99), sharded=False),
         "value_gates": Rule("adam", lr, (0.9, 0.99), sharded=False),
-        "value_embeds": Rule("adam", lr * 75, (0.75, 0.95), weight_decay=decay / 50),
-        "embed": Rule("adam", lr * (1 if c.tied else 75), (0.75, 0.95), weight_decay=decay / (1.6 if c.tied else 50)),
-        "ngram_embeds": Rule("adam", lr * 75, (0.75, 0.95), weight_decay=decay / 50),
-        "lm_head": Rule("adam", lr, (0.75, 0.95), weight_decay=decay / 1.6),
+        "value_embeds": tables,
+        "embed": head if c.tied else tables,
+        "ngram_embeds": tables,
+        "lm_head": head,
         "attn_bank": Rule("muon", c.muon_lr, weight_decay=decay),
         "mlp_bank": Rule("muon", c.muon_lr, weight_decay=decay),
     }
@@ -503,8 +507,8 @@ class Optimizer:
     """Muon and Adam by the table, shared out over the ranks of each machine.
 
     Each gradient is reduced to parts, its owner updates its part, the weights are gathered; all of it overlaps between
-    parameters. Parts are rows of the flattened parameter (Adam) or whole matrices (Muon). For bf16 weights the owner
-    keeps what makes them exact fp32 masters.
+    parameters. Parts are rows of the flattened parameter (Adam) or of a table, or whole matrices (Muon). For bf16 weights
+    the owner keeps what makes them exact fp32 masters.
     """
 
     def __init__(self, model, table, world=World(), compile=False, polar_express=polar_express, normuon=False,
@@ -518,10 +522,12 @@ class Optimizer:
         # on flat tensors, so that one compiled kernel serves every parameter; on a GPU one for each size, since
         # Inductor vectorises loads where it knows the size
         dynamic = not next(model.parameters()).is_cuda
-        self.adam, *parts = (torch.compile(f, fullgraph=True, dynamic=dynamic) if compile else f
-                             for f in (adam_update, nesterov, balance, descend))
-        self.muon = functools.partial(muon_update, **dict(zip(("nesterov", "balance", "descend"), parts)),
-                                      orthogonalise=polar_express)
+        parts = {f.__name__: torch.compile(f, fullgraph=True, dynamic=dynamic) if compile else f
+                 for f in (adam_update, row_scale, nesterov, balance, descend)}
+        self.adam = parts["adam_update"]
+        self.row_adam = functools.partial(row_update, row_scale=parts["row_scale"], descend=parts["descend"])
+        self.muon = functools.partial(muon_update, nesterov=parts["nesterov"], balance=parts["balance"],
+                                      descend=parts["descend"], orthogonalise=polar_express)
         self.reset()
 
     @torch.no_grad()
@@ -530,10 +536,12 @@ class Optimizer:
         self.shards, self.state, self.step_count = {}, {}, 0
         for name, rule in self.table.items():
             whole = self.params[name].data
-            parts = whole if rule.optim == "muon" else whole.view(-1)
+            parts = dict(muon=whole, adam=whole.view(-1), row_adam=whole.view(-1, whole.size(-1)))[rule.optim]
             shard = self.shards[name] = Shard(parts, self.world, rule.sharded)
-            m = torch.zeros_like(shard.own, dtype=torch.float32)
+            m = torch.zeros_like(shard.own, dtype=torch.float32) if rule.optim != "row_adam" else None
             v = m.clone() if rule.optim == "adam" else new_second_moment(shard.own) if self.normuon else None
+            if rule.optim == "row_adam":
+                v = torch.zeros_like(shard.own[:, :1], dtype=torch.float32)
             self.state[name] = dict(companion=new_companion(shard.own), m=m, v=v)
             self.params[name].grad = None
 
@@ -560,16 +568,18 @@ class Optimizer:
                 work.wait()
             if len(own):
                 lr = rule.lr * lr_scale
-                shrink = self.scalar(lr * lr * rule.weight_decay)
+                last = dict(shrink=self.scalar(lr * lr * rule.weight_decay) if rule.weight_decay else None, ok=ok)
                 # .data: compiled code would look at what a view is a view of
-                tensors = own.data, s["companion"], grad[:len(own)].data, s["m"]
-                if rule.optim == "adam":
-                    corrections = (1 - beta**adam_step for beta in rule.betas)
-                    self.adam(*tensors, s["v"], *map(self.scalar, (lr, *rule.betas, rule.eps, *corrections)),
-                              shrink=shrink if rule.weight_decay else None, ok=ok)
+                weights = own.data, s["companion"], grad[:len(own)].data
+                corrections = [1 - beta**adam_step for beta in rule.betas]
+                if rule.optim == "muon":
+                    self.muon(*weights, s["m"], self.scalar(lr), self.scalar(momentum), s["v"], **last)
+                elif rule.optim == "row_adam":
+                    self.row_adam(*weights, s["v"],
+                                  *map(self.scalar, (lr, rule.betas[1], rule.eps, corrections[1])), **last)
                 else:
-                    self.muon(*tensors, self.scalar(lr), shrink, self.scalar(momentum), s["v"],
-                              cautious=rule.weight_decay > 0, ok=ok)
+                    self.adam(*weights, s["m"], s["v"],
+                              *map(self.scalar, (lr, *rule.betas, rule.eps, *corrections)), **last)
             gathers.append(self.shards[name].gather())
             self.params[name].grad = None
         for finish in gathers:

@@ -461,6 +461,15 @@ def _(s):
         torch_adam)
 
 
+@case("row_update", per_token=False)
+def _(s):
+    shape, n = (s.vocab, s.width), s.vocab * s.width
+    *hyper, shrink = on_cpu(1e-3, 0.95, 1e-10, 1 - 0.95**10, 1e-4)
+    return update(f"({s.vocab:,}, {s.width}) bf16 with fp32 masters, cautious decay", lambda draw: (
+        draw(*shape), low_bits(draw, *shape), draw(*shape), draw(s.vocab, 1, dtype=FP32).square()), 12 * n,
+        lambda updates, p, low, grad, v, ok: updates.row_update(p, low, grad, v, *hyper, shrink=shrink, ok=ok))
+
+
 @case("nesterov", per_token=False)
 def _(s):
     k, rows, cols = matrices(s)[1]
@@ -487,8 +496,7 @@ def descend(s, balanced):
         return draw(*of), low_bits(draw, *of), draw(*of), *scale
 
     return update(f"{k} x ({rows:,}, {cols}) bf16 with fp32 masters, cautious decay", inputs, 10 * n,
-                  lambda updates, p, low, x, *rest: updates.descend(p, low, x, lr, shrink, *rest[:-1], cautious=True,
-                                                                    ok=rest[-1]))
+                  lambda updates, p, low, x, *rest: updates.descend(p, low, x, lr, shrink, *rest[:-1], ok=rest[-1]))
 
 
 @case("descend", per_token=False)

@@ -91,7 +91,8 @@ def collectives_of(c, model, n, node, tied=False):
     k, out, reported = shards(n, node), [], 4  # the loss and three requests
     for name, rule in tg.parameter_table(c).items():
         p = dict(model.named_parameters())[name]
-        units, every = (len(p), 1) if rule.optim == "muon" else (p.numel(), c.adam_every)
+        units = len(p) if rule.optim == "muon" else p[..., 0].numel() if rule.optim == "row_adam" else p.numel()
+        every = 1 if rule.optim == "muon" else c.adam_every
         if not units or not has_gradient(name, c, tied):
             continue
         reported += 1  # the sum of its gradient's squares

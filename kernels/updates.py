@@ -7,19 +7,20 @@ A weight p comes with a companion, what is missing from its fp32 master:
               nearest bf16 (halfway cases away from zero), and p with low is the master bit for bit
     p bf16    fp32, the whole master: for CPUs, where Inductor's loops over 16-bit integers are scalar
 
-Minimum bytes per bf16 weight with bf16 gradients: Adam 26, nesterov 12, descend 10, and 2 for NorMuon's balance; with
-whole masters Adam 28 and descend 12. Decay and the guard cost no bytes.
+Minimum bytes per bf16 weight with bf16 gradients: Adam 26, by rows 12, nesterov 12, descend 10, and 2 for NorMuon's
+balance; with whole masters Adam 28 and descend 12. Decay and the guard cost no bytes.
 The guard `ok` is a 0-d bool tensor on the weights' device. Where it is False, weights, companions and moments keep
 every bit, whatever the gradient holds; True changes no bit of the result, and None (or Python's True) is no guard. The
 choice is made in the pass that writes, so nothing waits for the device.
 Cautious decay takes shrink * w off a weight w only where the step goes towards zero as well. So it never works against
-the gradient, and adds no minimum of its own to the loss's.
+the gradient, and adds no minimum of its own to the loss's. Where there is no step there is none (in the paper there
+is), so that rows of a table that no token has used yet keep their weights.
 Plain PyTorch for torch.compile(fullgraph=True), which makes one kernel of adam_update, nesterov and descend each;
 compiled, hyperparameters are 0-d tensors, so that a new value compiles nothing. Flat tensors, so that one kernel serves
 every shape, except where matrices are named. No autograd: call under torch.no_grad().
-Sources: Adam (Kingma & Ba, arXiv:1412.6980); Muon (Jordan et al., 2024); NorMuon (Li et al., arXiv:2510.05491);
-cautious decay (Chen et al., arXiv:2510.12402); 16 bits beside a bf16 weight as in modded-nanogpt, but signed, so that
-the weight is its master rounded and not cut off.
+Sources: Adam (Kingma & Ba, arXiv:1412.6980), by rows as Mudigere et al. have AdaGrad (arXiv:2104.05158); Muon (Jordan et
+al., 2024); NorMuon (Li et al., arXiv:2510.05491); cautious decay (Chen et al., arXiv:2510.12402); 16 bits beside a bf16
+weight as in modded-nanogpt, but signed, so that the weight is its master rounded and not cut off.
 """
 
 import torch
@@ -81,8 +82,7 @@ def average(x, beta, new, ok):
 def adam_update(p, companion, grad, m, v, lr, beta1, beta2, eps, correction1, correction2, shrink=None, ok=None):
     """Adam on flat tensors. m, v: fp32; correction1, correction2: 1 - beta**step, of beta1 and of beta2.
 
-    shrink: cautious decay, w <- w - step - shrink w [step w > 0]; None and 0 are none. Not >=, so that rows of a table
-    that no token has used yet keep their weights.
+    shrink: cautious decay, w <- w - step - shrink w [step w > 0]; None and 0 are none.
     Powers taken in here would be taken for every element: measured with Inductor on a CPU, twice the time.
     """
     g, master = grad.float(), join(p, companion)
@@ -126,21 +126,35 @@ def balance(update, v, beta2, ok=None):
     return scale * (before / after.clamp_min(1e-30)).sqrt()
 
 
-def descend(p, companion, update, lr, shrink, scale=None, cautious=False, ok=None):
-    """Step along `update`, with decoupled weight decay: w <- w - lr update - shrink w. Flat tensors.
+def descend(p, companion, update, lr, shrink=None, scale=None, ok=None):
+    """Step along `update`, with cautious decoupled weight decay: w <- w - lr update - shrink w [update w > 0]. Flat
+    tensors.
 
-    cautious: shrink only where update * w >= 0. scale: of the update, from balance; the others are then matrices too.
+    shrink: None is none. scale: of the update, from balance or row_scale; the others are then matrices too.
     """
     master, update = join(p, companion), update.float()
-    decayed = master * (1 - shrink)
-    if cautious:
-        decayed = torch.where(update * master >= 0, decayed, master)
-    if scale is not None:
-        update = update * scale
-    store(p, companion, choose(ok, decayed - lr * update, master))
+    decayed = master if shrink is None else torch.where(update * master > 0, master * (1 - shrink), master)
+    step = update * (lr if scale is None else lr * scale)
+    store(p, companion, choose(ok, decayed - step, master))
 
 
-def muon_update(p, companion, grad, m, lr, shrink, momentum, v=None, beta2=0.9, cautious=False, ok=None,
+def row_scale(grad, v, lr, beta2, eps, correction2, ok=None):
+    """Average the mean square of each row of a table's gradient (rows, cols) into v (rows, 1), fp32; returns the scale
+    for descend, Adam's step over the gradient. Apart from descend for the same reason as balance."""
+    average(v, beta2, (1 - beta2) * grad.float().square().mean(-1, keepdim=True), ok)
+    return lr / ((v / correction2).sqrt() + eps)
+
+
+def row_update(p, companion, grad, v, lr, beta2, eps, correction2, shrink=None, ok=None, row_scale=row_scale,
+               descend=descend):
+    """Adam on a table (rows, cols), without momentum and with one second moment v (rows, 1) for a row.
+
+    A row without a gradient keeps every bit, however soon after it had one. The parts are arguments as in muon_update.
+    """
+    descend(p, companion, grad, 1.0, shrink, row_scale(grad, v, lr, beta2, eps, correction2, ok), ok)
+
+
+def muon_update(p, companion, grad, m, lr, momentum, v=None, beta2=0.9, shrink=None, ok=None,
                 orthogonalise=polar_express, nesterov=nesterov, balance=balance, descend=descend):
     """Muon on a batch of matrices (..., rows, cols), all contiguous; m: fp32. NorMuon with v, from new_second_moment.
 
@@ -152,7 +166,7 @@ def muon_update(p, companion, grad, m, lr, shrink, momentum, v=None, beta2=0.9, 
     update = orthogonalise(nesterov(view(grad, True), view(m, True), momentum, ok).view(grad.shape))
     scale = None if v is None else balance(view(update), view(v), beta2, ok)
     tall = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
-    descend(view(p), view(companion), view(update), lr * tall, shrink, scale, cautious, ok)
+    descend(view(p), view(companion), view(update), lr * tall, shrink, scale, ok)
 
 
 def gradient_report(grads):

@@ -31,8 +31,10 @@ def estimate(c, model, shards, rows, recompute, cuda=False):
         far = len({*c.long_layers, c.n_layer - 1})  # layers with the long window
         kept = [max(c.long_window)] * far + [max(c.short_window)] * (c.n_layer - far)
         scores = 4 * tokens * c.n_head * sum(min(2 * w, c.row_len) for w in kept[:1 if recompute else None])
+    tables = [model.value_embeds, model.ngram_embeds] + [model.embed] * (not c.tied)
+    moments = 8 * (n_params - c.row_moments * sum(p.numel() for p in tables))
     return dict(weights=n_params * size, gradients=n_params * size,
-                optimizer=n_params * (8 + (4 - size) * (1 if cuda else 2)) // shards,
+                optimizer=(moments + n_params * (4 - size) * (1 if cuda else 2)) // shards,
                 activations=tokens * size * widths + scores,
                 logits=(min(tokens, 4096) if recompute else tokens) * columns * per_logit)
 

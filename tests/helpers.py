@@ -41,7 +41,8 @@ PIECES = dict(n_layer=5, n_head=4, long_layers=(3,), value_embed_layers=(0, 3), 
 
 # and every other one, for a whole run of two or three stages
 EVERYTHING = PIECES | dict(mtp=(3, 2, 1), tied=0.5, short_window=(4, 8), long_window=(16, 32), max_doc_len=(16, 32),
-                           stage_lr=(1.0, 1.2), weight_decay=1.0, normuon=True, adam_every=2, extension=2)
+                           stage_lr=(1.0, 1.2), weight_decay=1.0, normuon=True, row_moments=True, adam_every=2,
+                           extension=2)
 
 
 def stage_of(c, windows=None, **fields):

@@ -18,13 +18,14 @@ from runtime.state import gather_optimizer, load_optimizer
 from train_gpt import GPT, Config, Optimizer, Rule, World, parameter_table, stage_at
 
 # odd sizes, so that no world size but 1 divides them all
-SHAPES = dict(scalars=(5,), gates=(3, 1), embed=(13, 7), head=(9, 11),
+SHAPES = dict(scalars=(5,), gates=(3, 1), embed=(13, 7), head=(9, 11), tables=(3, 5, 4),
               tall=(5, 12, 4), wide=(3, 4, 10), one=(1, 6, 6))
 TABLE = dict(
     scalars=Rule("adam", 0.04, (0.9, 0.99), eps=0.1, sharded=False),
     gates=Rule("adam", 0.02, (0.9, 0.99)),
     embed=Rule("adam", 0.05, (0.75, 0.95)),
     head=Rule("adam", 0.01, (0.5, 0.9), weight_decay=300),
+    tables=Rule("row_adam", 0.03, (0.0, 0.9), weight_decay=20),
     tall=Rule("muon", 0.05, weight_decay=10),
     wide=Rule("muon", 0.03),
     one=Rule("muon", 0.02, weight_decay=40),
@@ -124,7 +125,7 @@ def test_adam_every_nth_step_is_adam_on_summed_gradients(every):
     model, reference = Parameters(), Parameters()
     optimizer = Optimizer(model, TABLE, adam_every=every)
     adams, muons = Optimizer(reference, TABLE), Optimizer(reference, TABLE)
-    adam_names = {name for name, rule in TABLE.items() if rule.optim == "adam"}
+    adam_names = {name for name, rule in TABLE.items() if rule.optim != "muon"}
     waiting = []
     for step in range(2 * every + 1):
         scale, grads = 1 - step / 10, gradients(step)
@@ -195,12 +196,19 @@ def test_muon_is_a_loop_over_matrices(shape, normuon):
 
 
 def test_muons_decay_is_decoupled_and_times_the_squared_learning_rate():
-    """Without a gradient a weight shrinks by 1 - lr^2 decay and does nothing else."""
-    model, optimizer = single(Rule("muon", 0.2, weight_decay=5.0), torch.ones(2, 3, 3))
-    for _ in range(3):
+    """A weight whose step goes towards zero shrinks by 1 - lr^2 decay besides; without a gradient nothing happens."""
+    start, grad = torch.ones(2, 3, 3), torch.diag(torch.tensor([1.0, 2.0, -1.0])).expand(2, 3, 3)
+    ends = []
+    for decay in (0.0, 5.0):
+        model, optimizer = single(Rule("muon", 0.2, weight_decay=decay), start)
         model.w.grad = torch.zeros(2, 3, 3)
         optimizer.step(0.5, 0.9)
-    torch.testing.assert_close(model.w.detach(), torch.full((2, 3, 3), 0.95**3))
+        assert torch.equal(model.w, start)
+        model.w.grad = grad.clone()
+        optimizer.step(0.5, 0.9)
+        ends.append(model.w.detach())
+    shrunk = 0.1**2 * 5 * torch.diag(torch.tensor([1.0, 1.0, 0.0])).expand(2, 3, 3)
+    torch.testing.assert_close(ends[0] - ends[1], shrunk, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rows, cols, factor", [(4, 4, 1), (4, 16, 1), (16, 4, 2), (36, 4, 3)])
@@ -255,7 +263,7 @@ def test_bf16_weights_are_the_masters_rounded():
             assert master.dtype == torch.float32
             assert torch.equal(p.detach().flatten(), master.bfloat16().flatten())
             assert not torch.equal(p.detach().float().flatten(), master.flatten())
-            if TABLE[name].optim == "adam":
+            if TABLE[name].optim != "muon":
                 assert torch.equal(master, exact.get_parameter(name).view(optimizer.shards[name].whole.shape).detach())
             else:
                 torch.testing.assert_close(master, exact.get_parameter(name).detach(), atol=0.05, rtol=0)
@@ -388,14 +396,14 @@ def test_gradients_of_a_step_that_does_not_count_do_not_wait(bad, kind):
     assert_equal(weights(model), weights(other))
 
 
-EVERYTHING = PIECES | dict(n_embd=32, weight_decay=1.0, normuon=True)
+EVERYTHING = PIECES | dict(n_embd=32, weight_decay=1.0, normuon=True, row_moments=True)
 
 
 @pytest.fixture(scope="module", params=["plain", "everything"])
 def graphs(request):
-    """(which, counts of graphs of adam_update, nesterov, balance, descend after each of three steps) of GPT's
+    """(which, counts of graphs of adam_update, row_scale, nesterov, balance, descend after each of three steps) of GPT's
     parameters, compiled as the optimizer compiles them; the weights must be those of the eager run."""
-    counts, after = [0, 0, 0, 0], []
+    counts, after = [0] * 5, []
     torch._dynamo.reset()  # other tests' graphs count towards the limit
 
     def counting(i):
@@ -408,10 +416,11 @@ def graphs(request):
     for m in models:
         m.init_weights(0)
     compiled, eager = (Optimizer(m, parameter_table(c), compile=m is models[0], normuon=c.normuon) for m in models)
-    adam, nesterov, balance, descend = (
+    adam, row_scale, nesterov, balance, descend = (
         torch.compile(f, fullgraph=True, dynamic=True, backend=counting(i)) for i, f in
-        enumerate((updates.adam_update, updates.nesterov, updates.balance, updates.descend)))
+        enumerate((updates.adam_update, updates.row_scale, updates.nesterov, updates.balance, updates.descend)))
     compiled.adam = adam
+    compiled.row_adam = functools.partial(updates.row_update, row_scale=row_scale, descend=descend)
     compiled.muon = functools.partial(updates.muon_update, nesterov=nesterov, balance=balance, descend=descend)
     for step in range(3):
         grads = gradients(step, {n: p.shape for n, p in models[0].named_parameters()})
@@ -430,9 +439,9 @@ def test_values_that_change_every_step_compile_nothing(graphs):
 
 
 def test_one_graph_of_each_update_for_all_shapes(graphs):
-    """Two of Adam where some parameters decay and others do not; NorMuon's balance and descend have another for square
-    matrices."""
-    assert graphs[1][0] == ((1, 1, 0, 1) if graphs[0] == "plain" else (2, 1, 2, 2))
+    """Two of Adam where some parameters decay and others do not; NorMuon's balance has another for square
+    matrices, descend for tables."""
+    assert graphs[1][0] == ((1, 0, 1, 0, 1) if graphs[0] == "plain" else (2, 1, 1, 2, 2))
 
 
 # --- the table
@@ -464,7 +473,8 @@ def test_the_table_of_the_model(name):
     table = parameter_table(c)
     assert sorted(table) == sorted(params)
     optims = [rule.optim for rule in table.values()]
-    assert optims == sorted(optims) and set(optims) == {"adam", "muon"}
+    assert optims == sorted(optims, key="muon".__eq__)
+    assert set(optims) == {"adam", "muon"} | ({"row_adam"} if c.row_moments else set())
     for n, rule in table.items():
         assert rule.lr > 0 and (rule.optim == "muon") == n.endswith("_bank")
         assert params[n].dim() >= 2 or n == "scalars"
@@ -482,6 +492,20 @@ def test_what_decays():
         assert (table["embed"].lr == table["lm_head"].lr) == bool(tied)
         assert table["embed"].betas == table["lm_head"].betas  # untying takes the moments along
     assert not any(r.weight_decay for r in parameter_table(Config()).values())
+
+
+@pytest.mark.parametrize("tied", [0.0, 0.5])
+def test_tables_have_a_moment_a_row(tied):
+    """The head and what is tied to it keep Adam's, and nothing else changes."""
+    without, table = (parameter_table(Config(row_moments=on, tied=tied, weight_decay=1.0)) for on in (False, True))
+    tables = {"value_embeds", "ngram_embeds"} | ({"embed"} if not tied else set())
+    for n, rule in table.items():
+        assert rule == dataclasses.replace(without[n], optim="row_adam" if n in tables else without[n].optim), n
+    c = tiny(**PIECES, row_moments=True, tied=tied)
+    state = Optimizer(GPT(c, 65), parameter_table(c)).state
+    for n, s in state.items():
+        assert (s["m"] is None) == (n in tables), n
+    assert state["value_embeds"]["v"].shape == (len(c.value_embed_layers) * 128, 1)  # 65 tokens, padded
 
 
 def model_step(c, model, optimizer, rows, n_tokens):
@@ -560,10 +584,14 @@ def test_parts_of_all_ranks_make_up_every_parameter(world_size):
     optimizers = [Optimizer(model, TABLE, world_of(rank, world_size), normuon=True) for rank in range(world_size)]
     for name, p in model.named_parameters():
         rule, states = TABLE[name], [o.state[name] for o in optimizers]
-        whole = p.detach() if rule.optim == "muon" else p.detach().flatten()
+        whole = p.detach()
+        if rule.optim == "adam":
+            whole = whole.flatten()
+        elif rule.optim == "row_adam":
+            whole = whole.flatten(0, -2)
         parts = [o.shards[name].own for o in optimizers]
         for part, s in zip(parts, states):
-            assert part.shape == s["m"].shape
+            assert s["m"] is None if rule.optim == "row_adam" else s["m"].shape == part.shape
             assert s["v"].shape == part.shape if rule.optim == "adam" else len(s["v"]) == len(part)
         if not rule.sharded:
             assert all(torch.equal(part, whole) for part in parts)
@@ -675,7 +703,7 @@ def rank_gradients(step, world_size):
 def assert_close_to_alone(found, expected, dtype):
     """Weights of many ranks and of one."""
     for name, w in found.items():
-        if dtype == torch.float32 or TABLE[name].optim == "adam":
+        if dtype == torch.float32 or TABLE[name].optim != "muon":
             torch.testing.assert_close(w, expected[name], atol=1e-5, rtol=1e-5)
         else:  # products of other batch sizes round differently in bf16
             torch.testing.assert_close(w, expected[name], atol=0.02, rtol=0.01)

@@ -11,7 +11,7 @@ import torch
 from kernel_checks import DEVICE, draw
 from kernels.polar_express import polar_express
 from kernels.updates import (adam_update, balance, descend, gradient_report, join, muon_update, nesterov,
-                             new_companion, new_second_moment, split, store)
+                             new_companion, new_second_moment, row_scale, row_update, split, store)
 
 KINDS = ["fp32", "bf16 and 16 bits", "bf16 and a whole master"]
 
@@ -86,7 +86,7 @@ def test_a_nan_update_reaches_the_weight():
     for kind in KINDS:
         p, companion = weights(kind, torch.ones(4, device=DEVICE))
         update = torch.tensor([0.0, float("nan"), 1.0, 0.0], device=DEVICE)
-        descend(p, companion, update, 0.1, 0.0)
+        descend(p, companion, update, 0.1)
         assert p.isnan().tolist() == join(p, companion).isnan().tolist() == [False, True, False, False]
 
 
@@ -144,6 +144,51 @@ def test_adam_is_float64s_adam(kind, betas, eps, shrink):
     assert torch.equal(p, join(p, companion).to(p.dtype))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("eps, shrink", [(1e-10, 0.0), (1e-10, 0.01), (1e-2, 0.01)])
+def test_row_moments_are_float64s(kind, eps, shrink):
+    """A row's step is its gradient over the root of the average of its mean square."""
+    R, C, beta = 40, 24, 0.9
+    p, companion = weights(kind, draw(R, C))
+    w, v, mean_square = join(p, companion).double(), torch.zeros(R, 1, device=DEVICE), 0
+    for t in range(1, 101):
+        grad, lr = draw(R, C, seed=t, scale=10.0 ** (t % 5 - 3)).to(p.dtype), 0.01 * (1 - t / 125)
+        row_update(p, companion, grad, v, lr, beta, eps, 1 - beta**t, shrink or None)
+        g = grad.double()
+        mean_square = beta * mean_square + (1 - beta) * (g * g).mean(1, keepdim=True)
+        step = lr * g / ((mean_square / (1 - beta**t)).sqrt() + eps)
+        w = w - step - shrink * w * (step * w > 0)
+    torch.testing.assert_close(join(p, companion).double(), w, atol=2e-5, rtol=0)
+    torch.testing.assert_close(v.double(), mean_square, atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_a_gradient_keep_every_bit(kind):
+    """However often and late they had one: there is no momentum. Adam's flat tensors go on moving."""
+    p, companion = weights(kind, draw(30, 8))
+    v, used = torch.zeros(30, 1, device=DEVICE), torch.arange(30, device=DEVICE) % 3 == 0
+    for t in range(1, 6):
+        before = join(p, companion).clone()
+        grad = draw(30, 8, seed=t).to(p.dtype) * (used[:, None] if t > 1 else 1)
+        row_update(p, companion, grad, v, 0.1, 0.9, 1e-10, 1 - 0.9**t, 0.1)
+        same = (join(p, companion) == before).all(1)
+        assert same.tolist() == ((~used).tolist() if t > 1 else [False] * 30)
+    assert (v > 0).all()
+
+
+@pytest.mark.parametrize("cols", [1, 7])
+def test_no_rows_and_narrow_rows(cols):
+    """A rank may have no row of a table. One column is Adam without momentum."""
+    for rows in (0, 5):
+        p, v = draw(rows, cols), torch.zeros(rows, 1, device=DEVICE)
+        start, flat = p.clone(), [draw(rows, cols).view(-1), *torch.zeros(2, rows * cols, device=DEVICE)]
+        row_update(p, None, draw(rows, cols, seed=1), v, 0.1, 0.9, 1e-10, 0.1)
+        adam_update(flat[0], None, draw(rows, cols, seed=1).view(-1), *flat[1:], 0.1, 0.0, 0.9, 1e-10, 1.0, 0.1)
+        assert p.shape == start.shape and (rows == 0 or not torch.equal(p, start))
+        if cols == 1:
+            torch.testing.assert_close(p.view(-1), flat[0])
+
+
 def test_adam_is_torchs_adam():
     ours, theirs = draw(300), torch.nn.Parameter(draw(300))
     torchs = torch.optim.Adam([theirs], lr=0.01, betas=(0.9, 0.99), eps=1e-8)
@@ -167,8 +212,8 @@ def test_all_kinds_have_the_same_masters():
         flat = p.view(-1), None if companion is None else companion.view(-1)
         adam_loop(*flat, [g.view(-1) for g in grads], [0.01] * 100, (0.9, 0.99), 1e-8, shrink=0.001)
         for i, g in enumerate(grads):
-            muon_update(p, companion, g, m, 0.02, 0.001, 0.9)
-            muon_update(p, companion, g, m, 0.02, 0.001, 0.9, v, cautious=True, ok=flag(i % 7 != 3))
+            muon_update(p, companion, g, m, 0.02, 0.9, shrink=0.001)
+            muon_update(p, companion, g, m, 0.02, 0.9, v, shrink=0.001, ok=flag(i % 7 != 3))
             master = join(p, companion)
             assert ((p.float() - master).abs() <= (master.to(p.dtype).float() - master).abs()).all()  # the nearest
         found.append(master)
@@ -190,15 +235,15 @@ def test_a_thousand_updates_too_small_for_bf16(kind):
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (4, 12, 3), (2, 5, 20), (1, 1, 7), (6, 2)], ids=str)
 def test_muon_is_float64s_muon(shape):
-    """Momentum with Nesterov's look ahead, polar factor, sqrt(rows / cols) for tall ones, decoupled decay."""
+    """Momentum with Nesterov's look ahead, polar factor, sqrt(rows / cols) for tall ones, cautious decoupled decay."""
     p, m = draw(*shape), torch.zeros(shape, device=DEVICE)
     w, average = p.double(), 0
     for i, (lr, decay, beta) in enumerate([(0.1, 0.3, 0.85), (0.1, 0.0, 0.9), (0.02, 0.3, 0.95), (0.0, 1.0, 0.0)] * 3):
         g = draw(*shape, seed=10 + i)
-        muon_update(p, None, g, m, lr, lr * decay, beta)
+        muon_update(p, None, g, m, lr, beta, shrink=lr * decay)
         average = beta * average + (1 - beta) * g.double()
         step = polar_express(beta * average + (1 - beta) * g.double())
-        w = (1 - lr * decay) * w - lr * max(1, shape[-2] / shape[-1]) ** 0.5 * step
+        w = w - lr * decay * w * (step * w > 0) - lr * max(1, shape[-2] / shape[-1]) ** 0.5 * step
         torch.testing.assert_close(p.double(), w, atol=1e-4, rtol=0)
         torch.testing.assert_close(m.double(), average, atol=1e-6, rtol=0)
 
@@ -226,8 +271,8 @@ def test_muon_update_calls_the_parts_it_is_given():
             p, companion = weights(KINDS[1], draw(2, 8, 4))
             m, v = torch.zeros(2, 8, 4, device=DEVICE), new_second_moment(p) if normed else None
             for number in (float, torch.tensor):
-                scalars = map(number, (0.1, 0.01, 0.9))
-                muon_update(p, companion, draw(2, 8, 4, seed=1).bfloat16(), m, *scalars, v, number(0.9), **kwargs)
+                lr, momentum, beta2, shrink = map(number, (0.1, 0.9, 0.9, 0.01))
+                muon_update(p, companion, draw(2, 8, 4, seed=1).bfloat16(), m, lr, momentum, v, beta2, shrink, **kwargs)
             results += [join(p, companion), m, v]
         nor = [("nesterov", 1), (2, 8, 4), ("balance", 3), ("descend", 3)]
         assert called == (nor if normed else [("nesterov", 1), (2, 8, 4), ("descend", 1)]) * 2
@@ -242,7 +287,7 @@ def test_gradients_keep_their_values_and_empty_shards_are_no_problem(kind):
         before = grad.clone()
         adam_loop(p, companion, [grad], [0.1], (0.9, 0.99), 1e-8)
         look_ahead = nesterov(grad, draw(n), 0.9)
-        descend(p, companion, look_ahead, 0.1, 0.0)
+        descend(p, companion, look_ahead, 0.1)
         assert torch.equal(grad, before) and look_ahead.dtype == grad.dtype
 
 
@@ -250,31 +295,31 @@ def test_no_matrices_are_no_problem():
     for kind in KINDS:
         p, companion = weights(kind, draw(0, 4, 8))
         v = new_second_moment(p)
-        muon_update(p, companion, draw(0, 4, 8).to(p.dtype), draw(0, 4, 8), 0.1, 0.0, 0.9, v, 0.9, True, flag(True))
+        muon_update(p, companion, draw(0, 4, 8).to(p.dtype), draw(0, 4, 8), 0.1, 0.9, v, 0.9, 0.0, flag(True))
         assert v.shape == (0, 1, 8)
 
 
 # --- switched off
 
 
-def as_before(p, companion, grad, m, lr, shrink, momentum):
+def as_before(p, companion, grad, m, lr, momentum):
     """Plain Muon in fp32, an operation at a time."""
     g = grad.float()
     m.mul_(momentum).add_((1 - momentum) * g)
     ahead = ((1 - momentum) * g + momentum * m).to(grad.dtype)
     step = polar_express(ahead).float()
     tall = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
-    store(p, companion, join(p, companion) * (1 - shrink) - lr * tall * step)
+    store(p, companion, join(p, companion) - lr * tall * step)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_off_changes_no_bit(kind):
-    """Muon without v, with shrink 0 cautious or not, Adam with shrink 0, and either with a guard that is True."""
+    """Muon without v, either with no decay or one of 0, and with a guard that is True."""
     def muon(update, **kwargs):
         p, companion = weights(kind, draw(3, 8, 6))
         m = torch.zeros(3, 8, 6, device=DEVICE)
         for i in range(5):
-            update(p, companion, draw(3, 8, 6, seed=i).to(p.dtype), m, 0.1, kwargs.pop("shrink", 0.0), 0.9, **kwargs)
+            update(p, companion, draw(3, 8, 6, seed=i).to(p.dtype), m, 0.1, 0.9, **kwargs)
         return bits(join(p, companion)), bits(m)
 
     def adam(**kwargs):
@@ -284,9 +329,8 @@ def test_what_is_off_changes_no_bit(kind):
         return [bits(x) for x in (join(p, companion), *state)]
 
     for ok in (None, True, flag(True)):
-        for shrink in (0.0, 0.01):
-            assert all(map(torch.equal, muon(as_before, shrink=shrink), muon(muon_update, shrink=shrink, ok=ok)))
-        assert all(map(torch.equal, muon(as_before), muon(muon_update, cautious=True, ok=ok)))
+        for shrink in (None, 0.0):
+            assert all(map(torch.equal, muon(as_before), muon(muon_update, shrink=shrink, ok=ok)))
         assert all(map(torch.equal, adam(), adam(shrink=0.0, ok=ok)))
 
 
@@ -305,22 +349,21 @@ def normalised(step, v, beta2):
 SHAPES = [(3, 8, 8), (4, 12, 3), (2, 5, 20), (1, 1, 7), (2, 7, 1), (6, 2)]
 
 
-@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_normuon_is_float64s_normuon(shape, cautious):
+def test_normuon_is_float64s_normuon(shape):
     p, m = draw(*shape), torch.zeros(shape, device=DEVICE)
     v = new_second_moment(p)
     w, average, v64 = p.double(), 0, v.double()
     steps = [(0.1, 0.3, 0.85, 0.9), (0.02, 0.3, 0.9, 0.95), (0.1, 0.0, 0.0, 0.5)] * 4
     for i, (lr, decay, beta, beta2) in enumerate(steps):
         g = draw(*shape, seed=10 + i)
-        muon_update(p, None, g, m, lr, lr * decay, beta, v, beta2, cautious)
+        muon_update(p, None, g, m, lr, beta, v, beta2, lr * decay)
         average = beta * average + (1 - beta) * g.double()
         step = polar_express(beta * average + (1 - beta) * g.double())
         pairs = [normalised(s, u, beta2) for s, u in
                  zip(step.view(-1, *shape[-2:]), v64.view(-1, *v.shape[-2:]))]
         step, v64 = (torch.stack(x).view(like.shape) for x, like in zip(zip(*pairs), (step, v64)))
-        w = w - lr * max(1, shape[-2] / shape[-1]) ** 0.5 * step - lr * decay * w * (step * w >= 0 if cautious else 1)
+        w = w - lr * max(1, shape[-2] / shape[-1]) ** 0.5 * step - lr * decay * w * (step * w > 0)
         torch.testing.assert_close(p.double(), w, atol=2e-4, rtol=0)
         torch.testing.assert_close(v.double(), v64, atol=1e-6, rtol=1e-4)
 
@@ -367,7 +410,7 @@ def test_normuon_does_not_feel_the_gradients_scale(shape, factor):
         p, m = draw(*shape), torch.zeros(shape, device=DEVICE)
         v = new_second_moment(p)
         for i in range(3):
-            muon_update(p, None, draw(*shape, seed=10 + i, scale=1e4) * scale, m, 0.1, 0.01, 0.9, v)
+            muon_update(p, None, draw(*shape, seed=10 + i, scale=1e4) * scale, m, 0.1, 0.9, v, 0.9, 0.01)
         found.append(p)
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
     update, v = draw(*shape), new_second_moment(draw(*shape)) + 1.0
@@ -389,7 +432,7 @@ def test_matrices_of_padding_stay_zero(kind, shape):
         p, companion = weights(kind, start[:n])
         m, v = torch.zeros_like(start[:n]), new_second_moment(p)
         for g in grads:
-            muon_update(p, companion, g[:n].to(p.dtype), m, 0.1, 0.01, 0.9, v, 0.9, True)
+            muon_update(p, companion, g[:n].to(p.dtype), m, 0.1, 0.9, v, 0.9, 0.01)
         assert p[2:].count_nonzero() == m[2:].count_nonzero() == v[2:].count_nonzero() == 0
         assert join(p, companion).isfinite().all() and v.isfinite().all()
         found.append([x[:2] for x in (join(p, companion), v)])
@@ -410,11 +453,11 @@ def test_decay_only_where_step_and_decay_agree(pairs, shrink):
     """Each weight by itself, in float64."""
     w, u = (torch.tensor(x, device=DEVICE) for x in zip(*pairs))
     p, q = w.clone(), w.clone()
-    descend(p, None, u, 0.1, shrink, cautious=True)
+    descend(p, None, u, 0.1, shrink)
     m = u / (1 - 0.9) / 10  # with no gradient, Adam steps along the sign of its average
     adam_update(q, None, torch.zeros_like(u), m, u.square(), 0.1, 1.0, 1.0, 1e-12, 1.0, 1.0, shrink)
     for w, u, p, q in zip(w.tolist(), u.tolist(), p.tolist(), q.tolist()):
-        expected = w - 0.1 * u - (shrink * w if u * w >= 0 else 0)
+        expected = w - 0.1 * u - (shrink * w if u * w > 0 else 0)
         assert p == pytest.approx(expected, rel=1e-5, abs=1e-5)
         sign = (u > 0) - (u < 0)
         expected = w - 0.1 * sign - (shrink * w if u * w > 0 else 0)
@@ -422,16 +465,16 @@ def test_decay_only_where_step_and_decay_agree(pairs, shrink):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_two_cautious_decays_differ_where_the_update_is_zero(kind):
-    """Adam: rows that no token used keep their weights. Muon: as in the paper."""
-    for update, kept in ((adam_update, True), (descend, False)):
+def test_no_decay_where_there_is_no_step(kind):
+    """Rows that no token used keep their weights."""
+    for update in (adam_update, descend):
         p, companion = weights(kind, draw(20))
         before, zero = join(p, companion).clone(), torch.zeros_like(p)
-        if kept:
-            adam_loop(p, companion, [zero], [0.1], (0.9, 0.99), 1e-8, shrink=0.5)
+        if update is descend:
+            descend(p, companion, zero, 0.1, 0.5)
         else:
-            descend(p, companion, zero, 0.1, 0.5, cautious=True)
-        assert torch.equal(join(p, companion), before * (1.0 if kept else 0.5))
+            adam_loop(p, companion, [zero], [0.1], (0.9, 0.99), 1e-8, shrink=0.5)
+        assert torch.equal(join(p, companion), before)
 
 
 # --- the guard
@@ -447,6 +490,7 @@ def guarded_calls(kind, parts, number, bad, where, ok):
         x.view(-1)[:4 + len(values)] = torch.tensor([-0.0, 0.0, 1e-42, -1e-42, *values], device=DEVICE)
         return x
     calls, muons = [], {f.__name__: parts[f] for f in (nesterov, balance, descend) if parts}
+    rowwise = {f.__name__: parts[f] for f in (row_scale, descend) if parts}
     for shape in ((40,), (2, 5, 4), (2, 4, 5)):
         def call(name, fn, *written, args):
             before = [x.clone() for x in written if x is not None]
@@ -466,12 +510,18 @@ def guarded_calls(kind, parts, number, bad, where, ok):
             call("adam_update", parts.get(adam_update, adam_update), p, c, m, v, args=(p, c, g, m, v, *scalars, ok))
             p, c = fresh()
             call("descend", parts.get(descend, descend), p, c,
-                 args=(p, c, g, number(0.1), number(0.01), None, True, ok))
+                 args=(p, c, g, number(0.1), number(0.01), None, ok))
             call("nesterov", parts.get(nesterov, nesterov), m, args=(g, m, number(0.9), ok))
         else:
+            by_row = draw(10, 1, seed=8).square()
+            rows = [x if x is None else x.view(10, -1) for x in (p, c)]
+            if shape == (2, 5, 4):
+                call("row_update", functools.partial(row_update, **rowwise), *rows, by_row, args=(
+                    *rows, g.view(10, -1), by_row, *map(number, (0.1, 0.99, 1e-8, 0.01, 0.01)), ok))
+                p, c = fresh()
             v = new_second_moment(p) + 1e-3
             call(f"muon_update {shape}", functools.partial(muon_update, **muons), p, c, m, v,
-                 args=(p, c, g, m, *map(number, (0.1, 0.01, 0.9)), v, number(0.9), True, ok))
+                 args=(p, c, g, m, number(0.1), number(0.9), v, number(0.9), number(0.01), ok))
     return calls
 
 
@@ -507,7 +557,7 @@ def test_training_goes_on_after_a_dropped_step(kind):
                 grads.insert(0, torch.where(draw(2, 6, 4, seed=50 + i) > 1, BAD[i % 3], grads[0]))
             for g in grads:
                 ok = gradient_report([g]).sum().isfinite()
-                muon_update(p, companion, g.to(p.dtype), m, 0.1, 0.01, 0.9, v, 0.9, True, ok)
+                muon_update(p, companion, g.to(p.dtype), m, 0.1, 0.9, v, 0.9, 0.01, ok)
         found.append([bits(x) for x in (p, m, v)])
     assert all(map(torch.equal, *found))
 
@@ -532,7 +582,7 @@ def test_on_a_gpu_scalars_on_the_cpu_and_the_guard_beside_the_weights(monkeypatc
             flat = p.view(-1), c if c is None else c.view(-1), p.view(-1), m.view(-1)
             adam_update(*flat, m.view(-1), *[scalar] * 7, ok)
             for v in (None, empty(2, 8, 1)):
-                muon_update(p, c, p, m, *[scalar] * 3, v, scalar, True, ok)
+                muon_update(p, c, p, m, scalar, scalar, v, scalar, scalar, ok)
             report = gradient_report([p, m])
             assert report.shape == (2,) and report.device.type == "cuda"
 
@@ -592,10 +642,10 @@ def compile_parts(dynamic=True):
             metrics.reset()
             with torch.no_grad():
                 result = compiled(*args, **kwargs)
-            assert fn is balance or metrics.generated_kernel_count <= 1  # none if this graph was there already
+            assert fn in (balance, row_scale) or metrics.generated_kernel_count <= 1  # none if this graph was there already
             return result
         return wrapped
-    return {f: part(f) for f in (adam_update, nesterov, balance, descend)}
+    return {f: part(f) for f in (adam_update, row_scale, nesterov, balance, descend)}
 
 
 @pytest.fixture(scope="module")
@@ -617,7 +667,7 @@ def test_compiled_is_eager_and_one_kernel(kind, compiled):
                               adam, number, shrink=number(0.01), ok=None)
             m = torch.zeros(n, device=DEVICE)
             ahead = look(grads[0].to(p.dtype), m, number(0.9), None)
-            down(p, companion, ahead, number(0.05), number(0.01), None, True, None)
+            down(p, companion, ahead, number(0.05), number(0.01), None, None)
             results.append([join(p, companion), m, ahead, *state])
         for a, b in zip(*results):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6 if a.dtype == torch.float32 else 1e-2)
@@ -645,7 +695,7 @@ def test_compiled_weights_keep_inf_and_nan(compiled):
     inf, nan = float("inf"), float("nan")
     p, low = weights(KINDS[1], torch.tensor([1.0, 3.3895e38, -1.0, 0.0] * 5, device=DEVICE))
     update = torch.tensor([nan, -1e36, inf, 0.0] * 5, device=DEVICE)
-    compiled[descend](p, low, update, number(1.0), number(0.0), None, True, None)
+    compiled[descend](p, low, update, number(1.0), number(0.0), None, None)
     master = torch.tensor([nan, 3.3895e38, -inf, 0.0] * 5, device=DEVICE).bfloat16().float() - update
     master = torch.where(update.isinf(), -inf, master)
     torch.testing.assert_close(join(p, low), master, equal_nan=True, rtol=1e-6, atol=0)

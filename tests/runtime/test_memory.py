@@ -100,7 +100,9 @@ def test_it_grows_with_rows_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fields", [dict(), dict(normuon=True, **PIECES)], ids=["nothing", "pieces"])
+@pytest.mark.parametrize("fields", [dict(), dict(normuon=True, **PIECES), dict(row_moments=True, **PIECES),
+                                    dict(row_moments=True, tied=0.5, **PIECES)],
+                         ids=["nothing", "pieces", "row moments", "row moments, tied"])
 def test_weights_gradients_and_optimizer_are_counted(dtype, fields):
     """The optimizer by what would be most: Muon has one moment where Adam has two."""
     c = config(**fields)
