@@ -1,6 +1,7 @@
 """Which implementation of each op a machine gets.
 
-On a CPU all are the PyTorch references, which torch.compile fuses. On a GPU a Triton op should be taken where it beats
+On a CPU all are plain PyTorch, which torch.compile fuses: the references, and for the head with its loss a form that
+suits a CPU better. On a GPU a Triton op should be taken where it beats
 what torch.compile makes of its reference: AUTO names those, by chip.
 """
 
@@ -10,7 +11,8 @@ import typing
 import torch
 
 from .attention import attention, choose_backend
-from .cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from .cross_entropy import (linear_cross_entropy, linear_cross_entropy_in_pytorch,
+                            linear_cross_entropy_reference)
 from .launch import for_chip
 from .mlp import relu2_mlp, relu2_mlp_reference
 from .polar_express import polar_express
@@ -65,6 +67,8 @@ def choose_ops(device, dtype=torch.float32, head_dim=64, kernels=("auto",), say=
     else:
         wanted = {"reference": (), "all": tuple(OPS)}.get(kernels[0], kernels)
     chosen = {name: reference for name, (_, reference) in OPS.items()}
+    if kernels == ("auto",) and device.type == "cpu":
+        chosen["linear_cross_entropy"] = linear_cross_entropy_in_pytorch
     for name in wanted:
         error = probe(name, device, dtype, head_dim)
         if error is None:

@@ -13,9 +13,14 @@ def triton_ops(ops):
     return {name for name, how in ops.named().items() if how == "triton"}
 
 
-def test_a_cpu_gets_the_references():
-    assert triton_ops(choose_ops("cpu")) == set()
-    assert choose_ops("cpu").named()["attention"] == "blockwise"
+def test_a_cpu_gets_pytorch():
+    """The references, and for the head its own form, unless the references are asked for."""
+    ops = choose_ops("cpu")
+    assert triton_ops(ops) == set() and ops.named()["attention"] == "blockwise"
+    assert ops.linear_cross_entropy is choose.linear_cross_entropy_in_pytorch
+    references = choose_ops("cpu", kernels=("reference",))
+    assert references.linear_cross_entropy is choose.linear_cross_entropy_reference
+    assert all(getattr(ops, name) is getattr(references, name) for name in ("rms_norm", "relu2_mlp", "qkv_norm_rope"))
 
 
 @pytest.mark.parametrize("kernels, expected", [

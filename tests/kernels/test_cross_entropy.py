@@ -9,18 +9,41 @@ from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_eager, poisoned_mem
 from kernels import cross_entropy as module
 from kernels import fp8 as fp8_module
 from kernels.cross_entropy import (_linear_cross_entropy, _linear_cross_entropy_backward, _scale_gradient,
-                                   _softcap_cross_entropy, linear_cross_entropy, linear_cross_entropy_reference,
-                                   sample_vocabulary, softcap_cross_entropy, softcap_cross_entropy_reference)
+                                   _softcap_cross_entropy, cross_entropy_in_pytorch, linear_cross_entropy,
+                                   linear_cross_entropy_in_pytorch, linear_cross_entropy_reference, sample_vocabulary,
+                                   sigmoid_cap, softcap_cross_entropy, softcap_cross_entropy_reference)
 from kernels.fp8 import E4M3, E5M2
 from kernels.launch import runs_triton
 
 RECORD = (23.0, 5.0, 7.5)
 CAPS = [None, RECORD, 15.0, (400.0, 0.0, 100.0)]  # 15.0: tanh; the last one needs the maximum
-FUNCTIONS = [softcap_cross_entropy, softcap_cross_entropy_reference]
+LINEAR = [linear_cross_entropy, linear_cross_entropy_in_pytorch]
+
+
+class InPyTorch(torch.autograd.Function):
+    """What a CPU computes, without the product before it."""
+
+    @staticmethod
+    def forward(ctx, logits, *args):
+        loss, gradient = cross_entropy_in_pytorch(logits, *args, wanted=True)
+        ctx.gradient = gradient.to(logits.dtype)
+        return loss.float()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return ctx.gradient * dloss, *[None] * 6
+
+
+def in_pytorch(logits, targets, *, cap, target_weights=None, sampled=None, ignore_index=-100, grad_scale=1.0):
+    return InPyTorch.apply(logits, targets, target_weights, sampled, sigmoid_cap(cap), ignore_index, 1.0)
+
+
+FUNCTIONS = [softcap_cross_entropy, softcap_cross_entropy_reference, in_pytorch]
 APPROXIMATE = DEVICE.type == "cuda"  # bf16 logits that need a gradient go through tanh.approx there
 FACTOR = 4 if APPROXIMATE else 2  # and exp2 and division in fp32 are a bit or two short of exact
 caps = pytest.mark.parametrize("cap", CAPS, ids=str)
-functions = pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "reference"])
+functions = pytest.mark.parametrize("fn", FUNCTIONS, ids=["op", "reference", "in pytorch"])
+linear = pytest.mark.parametrize("fn", LINEAR, ids=["op", "in pytorch"])
 
 
 def formula(logits, targets, cap, target_weights=None, ignore_index=-100, sampled=None):
@@ -89,8 +112,9 @@ def test_many_rows(V):
 @pytest.mark.parametrize("dtype", DTYPES)
 @caps
 @pytest.mark.parametrize("N, V", [(0, 41), (1, 41), (199, 1000)])
-def test_reference(N, V, cap, dtype):
-    check(softcap_cross_entropy_reference, *draw(N, V, dtype), cap)
+def test_in_pytorch(N, V, cap, dtype):
+    for fn in FUNCTIONS[1:]:
+        check(fn, *draw(N, V, dtype), cap)
 
 
 @caps
@@ -263,12 +287,13 @@ def test_linear_among_a_sample(fp8):
     h, w, targets = draw_linear(16, 32, 48)
     targets, sampled = targets % 20, torch.tensor([20, math.log(3)], device=DEVICE)
     results = []
-    for fn in (linear_cross_entropy, linear_cross_entropy_reference):
+    for fn in (linear_cross_entropy_reference, *LINEAR):
         leaves = [x.detach().requires_grad_() for x in (h, w)]
         loss = fn(*leaves, targets, cap=RECORD, sampled=sampled, fp8=fp8)
         results.append((loss, *torch.autograd.grad(loss, leaves)))
-    for x, y in zip(*results):
-        assert (x - y).abs().max() <= (0.1 if fp8 else 2e-2 if h.dtype != torch.float32 else 1e-5) * y.abs().max()
+    for y, *xs in zip(*results):
+        for x in xs:
+            assert (x - y).abs().max() <= (0.1 if fp8 else 2e-2 if h.dtype != torch.float32 else 1e-5) * y.abs().max()
 
 
 @pytest.mark.parametrize("n", [40, 64, 499, 500])
@@ -532,40 +557,43 @@ def draw_linear(N, C, V, dtype=torch.float32, K=None):
     return h.to(DEVICE, dtype), w.to(DEVICE, dtype), targets
 
 
+@linear
 @pytest.mark.parametrize("dtype", DTYPES)
 @caps
 @pytest.mark.parametrize("N, C, V", [(0, 24, 41), (1, 24, 41), (33, 24, 41), (3, 16, 1000)])
-def test_linear_is_as_exact_as_eager(N, C, V, cap, dtype):
+def test_linear_is_as_exact_as_eager(N, C, V, cap, dtype, fn):
     h, w, targets = draw_linear(N, C, V, dtype)
     targets[2:3] = -100
-    assert_as_exact_as_eager(lambda *x: linear_cross_entropy(*x, targets, cap=cap),
+    assert_as_exact_as_eager(lambda *x: fn(*x, targets, cap=cap),
                              lambda *x: linear_cross_entropy_reference(*x, targets, cap=cap), [h, w],
                              [torch.tensor(1.0, device=DEVICE)])
 
 
-def test_linear_with_several_targets_in_strided_memory():
+@linear
+def test_linear_with_several_targets_in_strided_memory(fn):
     h, w, targets = draw_linear(20, 24, 82, K=3)
     targets[3:9, 1] = targets[5] = -100
     options = dict(cap=RECORD, target_weights=torch.tensor([1.0, 0.5, 0.25], device=DEVICE))
     for h_, w_ in ((h, w), (h[:, ::2], w[:, :12]), (h.T.contiguous().T, w.T.contiguous().T), (h, w[::2])):
         y = targets % len(w_) if len(w_) < 82 else targets
-        assert_as_exact_as_eager(lambda *x: linear_cross_entropy(*x, y, **options),
+        assert_as_exact_as_eager(lambda *x: fn(*x, y, **options),
                                  lambda *x: linear_cross_entropy_reference(*x, y, **options), [h_, w_],
                                  [torch.tensor(1.0, device=DEVICE)])
 
 
-def linear_gradients(h, w, targets, factor=1.0, **kwargs):
+def linear_gradients(h, w, targets, factor=1.0, fn=linear_cross_entropy, **kwargs):
     h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
-    loss = linear_cross_entropy(h, w, targets, cap=RECORD, **kwargs)
+    loss = fn(h, w, targets, cap=RECORD, **kwargs)
     return [loss.detach(), *torch.autograd.grad(loss * factor, [h, w])]
 
 
 @pytest.mark.parametrize("fp8", [None, (0.01, 0.02, 1e-4)], ids=["", "fp8"])
 @pytest.mark.parametrize("factor", [2.0, -0.5, 0.0, 0.3])
-def test_linear_honours_the_upstream_gradient(factor, fp8):
+@linear
+def test_linear_honours_the_upstream_gradient(factor, fp8, fn):
     h, w, targets = draw_linear(16, 32, 48)
-    _, dh, dw = linear_gradients(h, w, targets, fp8=fp8)
-    loss, dh_, dw_ = linear_gradients(h, w, targets, factor, fp8=fp8)
+    _, dh, dw = linear_gradients(h, w, targets, fn=fn, fp8=fp8)
+    loss, dh_, dw_ = linear_gradients(h, w, targets, factor, fn, fp8=fp8)
     torch.testing.assert_close(dh_, dh * factor)
     torch.testing.assert_close(dw_, dw * factor)
 
@@ -578,21 +606,52 @@ def test_linear_expects_the_upstream_gradient_it_is_told():
 
 
 @pytest.mark.parametrize("fp8", [None, (0.01, 0.02, 1e-4)], ids=["", "fp8"])
-def test_linear_backward_twice(fp8):
+@linear
+def test_linear_backward_twice(fp8, fn):
     h, w, targets = draw_linear(16, 32, 48)
     h, w = h.requires_grad_(), w.requires_grad_()
-    _, *expected = linear_gradients(h, w, targets, fp8=fp8)
-    loss = linear_cross_entropy(h, w, targets, cap=RECORD, fp8=fp8)
+    _, *expected = linear_gradients(h, w, targets, fn=fn, fp8=fp8)
+    loss = fn(h, w, targets, cap=RECORD, fp8=fp8)
     for x in torch.autograd.grad(loss * 3, [h, w], retain_graph=True):
         x.mul_(100)
     for a, b in zip(torch.autograd.grad(loss * 2, [h, w]), expected):
         torch.testing.assert_close(a, 2 * b)
 
 
-def test_linear_without_gradients():
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
+def test_compiled_on_a_cpu():
+    """As the trainer has it: several targets, a sample, bf16. One exp for a logit, unlike the reference's two."""
+    from torch._inductor.utils import run_and_get_code
+    h, w, targets = draw_linear(64, 32, 128, torch.bfloat16, K=2)
+    sampled, weights = torch.tensor([100.0, 1.5]), torch.tensor([1.0, 0.5])
+    found, exps = [], []
+    for fn in (linear_cross_entropy_reference, linear_cross_entropy_in_pytorch):
+        h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
+
+        def step():
+            loss = torch.compile(fn, fullgraph=True)(h, w, targets % 100, cap=None, target_weights=weights,
+                                                     sampled=sampled)
+            return loss, *torch.autograd.grad(loss / 64, [h, w])
+        results, code = run_and_get_code(step)
+        found.append(results)
+        exps.append(sum(source.count(".exp()") for source in code))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=2e-2)
+    assert exps[1] < exps[0], exps
+
+
+def test_second_derivatives_of_the_linear_form_are_refused():
+    h, w, targets = draw_linear(5, 24, 41)
+    loss = linear_cross_entropy_in_pytorch(h.requires_grad_(), w, targets, cap=RECORD)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(torch.autograd.grad(loss, h, create_graph=True)[0].square().sum(), h)
+
+
+@linear
+def test_linear_without_gradients(fn):
     h, w, targets = draw_linear(5, 24, 41)
     with torch.no_grad():
-        loss = linear_cross_entropy(h.requires_grad_(), w.requires_grad_(), targets, cap=RECORD)
+        loss = fn(h.requires_grad_(), w.requires_grad_(), targets, cap=RECORD)
     torch.testing.assert_close(loss, linear_cross_entropy_reference(h.detach(), w.detach(), targets, cap=RECORD))
     assert not loss.requires_grad
     results = _linear_cross_entropy(h.detach(), w.detach(), targets, None, None, None, None, None, None, -100, 1.0, False)
