@@ -10,7 +10,7 @@ TRACK = dict(
     tokenizer="chars",
     n_layer=4, n_embd=256, n_head=4, value_embed_layers=(0, 3),
     row_len=256, max_doc_len=(256,), val_row_len=1024, short_window=(128,), long_window=(256,),
-    smear=True, attn_gate=True, key_offset=True, weight_decay=1.2, normuon=True,
+    smear=True, attn_gate=True, key_offset=True, weight_decay=1.2, normuon=True, row_moments=True,
     steps=480, batch_tokens=(4096,), eval_every=20,
 )
 
