@@ -36,7 +36,7 @@ from data import InputError
 from records import Log, describe_environment
 from records.compare import APART
 from records.read import Point, Run
-from runtime.memory import free_memory
+from runtime.memory import free_memory, ran_out
 from runtime.signals import Requests
 
 BASE, CONFIDENCE = "base", 0.95
@@ -306,7 +306,9 @@ class Bench:
                 row |= dict(val=log.val, train_time_s=result["train_time_s"], steps=result["steps"],
                             tokens=result["tokens"], params=result["params"],
                             ms_per_step=1e3 * result["train_time_s"] / result["steps"])
-            except (InputError, torch.OutOfMemoryError) as e:
+            except (InputError, RuntimeError) as e:
+                if not (isinstance(e, InputError) or ran_out(e)):
+                    raise
                 row["error"] = " ".join(str(e).split())[:200]
         return row, built
 

@@ -1,5 +1,6 @@
 """What training will need, by part, against what is free: decided before it starts."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -62,8 +63,8 @@ def fit(c, model, world):
     As many rows as fit, without recomputing if one does. Raises InputError when not even one fits with it.
     """
     free = free_memory(world.device, world.local_size)
-    wanted = c.micro_tokens // c.row_len or (
-        max(1, CPU_MICRO_TOKENS // c.row_len) if world.device.type == "cpu" else max(c.batch_tokens) // c.row_len)
+    most = CPU_MICRO_TOKENS if world.device.type == "cpu" else math.inf
+    wanted = c.micro_tokens // c.row_len or max(1, min(max(c.batch_tokens), most) // c.row_len)
 
     def parts(rows, recompute):
         return estimate(c, model, world.local_size, rows, recompute, world.device.type == "cuda")

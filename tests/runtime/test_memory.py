@@ -151,7 +151,7 @@ def need(c, rows, recompute):
 
 
 def test_less_memory_means_fewer_rows_then_recomputing_then_a_line(free):
-    c = config()
+    c = config(batch_tokens=(4096, 20480))
     most, little = 16384 // 256, need(c, 1, False) / SHARE - 10
     again = max(rows for rows in range(1, 64) if need(c, rows, True) <= SHARE * little)
     for bytes, expected in (
@@ -164,6 +164,8 @@ def test_less_memory_means_fewer_rows_then_recomputing_then_a_line(free):
         rows, recompute, said = fit(c, meta(c), WORLD)
         assert (rows, recompute) == expected
         assert said == describe(estimate(c, meta(c), 1, rows, recompute), bytes)
+    free(None)
+    assert fit(config(batch_tokens=(1024, 2048)), meta(c), WORLD)[0] == 2048 // 256  # more than a batch has is no use
     free(need(c, 1, True) / SHARE - 10)
     with pytest.raises(InputError) as e:
         fit(c, meta(c), WORLD)
