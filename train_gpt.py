@@ -471,7 +471,7 @@ def val_stage(c, stage):
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How one parameter is updated. lr: peak learning rate; sharded: each rank updates its part only."""
-    optim: str  # "muon", "adam" or, for a table, "row_adam", which has no first beta
+    optim: str  # "muon", "adam" or, for a table, "row_adam", which ignores the first beta
     lr: float
     betas: tuple = (0.0, 0.0)  # Adam's
     eps: float = 1e-10
@@ -483,7 +483,6 @@ def parameter_table(c):
     """Every parameter of GPT, declared once, in the order in which gradients are reduced and updated:
     small ones first, the long Muon updates last, so that they hide the others' gathers."""
     lr, decay = c.adam_lr, c.weight_decay
-
     tables = Rule("row_adam" if c.row_moments else "adam", lr * 75, (0.75, 0.95), weight_decay=decay / 50)
     head = Rule("adam", lr, (0.75, 0.95), weight_decay=decay / 1.6)
     return {
@@ -507,8 +506,8 @@ class Optimizer:
     """Muon and Adam by the table, shared out over the ranks of each machine.
 
     Each gradient is reduced to parts, its owner updates its part, the weights are gathered; all of it overlaps between
-    parameters. Parts are rows of the flattened parameter (Adam) or of a table, or whole matrices (Muon). For bf16 weights
-    the owner keeps what makes them exact fp32 masters.
+    parameters. Parts are rows of the flattened parameter (Adam) or of a table, or whole matrices (Muon). For bf16
+    weights the owner keeps what makes them exact fp32 masters.
     """
 
     def __init__(self, model, table, world=World(), compile=False, polar_express=polar_express, normuon=False,
@@ -539,9 +538,10 @@ class Optimizer:
             parts = dict(muon=whole, adam=whole.view(-1), row_adam=whole.view(-1, whole.size(-1)))[rule.optim]
             shard = self.shards[name] = Shard(parts, self.world, rule.sharded)
             m = torch.zeros_like(shard.own, dtype=torch.float32) if rule.optim != "row_adam" else None
-            v = m.clone() if rule.optim == "adam" else new_second_moment(shard.own) if self.normuon else None
-            if rule.optim == "row_adam":
-                v = torch.zeros_like(shard.own[:, :1], dtype=torch.float32)
+            if rule.optim == "muon":
+                v = new_second_moment(shard.own) if self.normuon else None
+            else:
+                v = torch.zeros_like(shard.own[:, :1], dtype=torch.float32) if m is None else m.clone()
             self.state[name] = dict(companion=new_companion(shard.own), m=m, v=v)
             self.params[name].grad = None
 

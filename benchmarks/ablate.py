@@ -86,7 +86,7 @@ PIECES = {
     "document-growth": Piece("documents are cut shorter at first", dict(max_doc_len=lambda c: c.max_doc_len[-1:]), {}),
     "shuffle": Piece("documents in random order from the start", dict(shuffle=False), dict(shuffle=True)),
     "normuon": Piece("Muon's update scaled neuron by neuron", dict(normuon=False), dict(normuon=True)),
-    "weight-decay": Piece("cautious weight decay on the matrices", dict(weight_decay=0.0), dict(weight_decay=1.2)),
+    "weight-decay": Piece("cautious weight decay", dict(weight_decay=0.0), dict(weight_decay=1.2)),
     "row-moments": Piece("Adam without momentum and with one second moment a row, on tables", dict(row_moments=False),
                          dict(row_moments=True)),
     "adam-every": Piece("Adam at every second step only", dict(adam_every=1), dict(adam_every=2)),

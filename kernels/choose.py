@@ -1,7 +1,7 @@
 """Which implementation of each op a machine gets.
 
-On a CPU all are plain PyTorch, which torch.compile fuses: the references, and for the head with its loss a form that
-suits a CPU better. On a GPU a Triton op should be taken where it beats
+On a CPU all are plain PyTorch, which torch.compile fuses: the references, but for the head with its loss, unless they
+are asked for, a form that is faster there. On a GPU a Triton op should be taken where it beats
 what torch.compile makes of its reference: AUTO names those, by chip.
 """
 

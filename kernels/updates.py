@@ -8,7 +8,7 @@ A weight p comes with a companion, what is missing from its fp32 master:
     p bf16    fp32, the whole master: for CPUs, where Inductor's loops over 16-bit integers are scalar
 
 Minimum bytes per bf16 weight with bf16 gradients: Adam 26, by rows 12, nesterov 12, descend 10, and 2 for NorMuon's
-balance; with whole masters Adam 28 and descend 12. Decay and the guard cost no bytes.
+balance; with whole masters Adam 28, by rows 14 and descend 12. Decay and the guard cost no bytes.
 The guard `ok` is a 0-d bool tensor on the weights' device. Where it is False, weights, companions and moments keep
 every bit, whatever the gradient holds; True changes no bit of the result, and None (or Python's True) is no guard. The
 choice is made in the pass that writes, so nothing waits for the device.
@@ -17,10 +17,10 @@ the gradient, and adds no minimum of its own to the loss's. Where there is no st
 is), so that rows of a table that no token has used yet keep their weights.
 Plain PyTorch for torch.compile(fullgraph=True), which makes one kernel of adam_update, nesterov and descend each;
 compiled, hyperparameters are 0-d tensors, so that a new value compiles nothing. Flat tensors, so that one kernel serves
-every shape, except where matrices are named. No autograd: call under torch.no_grad().
-Sources: Adam (Kingma & Ba, arXiv:1412.6980), by rows as Mudigere et al. have AdaGrad (arXiv:2104.05158); Muon (Jordan et
-al., 2024); NorMuon (Li et al., arXiv:2510.05491); cautious decay (Chen et al., arXiv:2510.12402); 16 bits beside a bf16
-weight as in modded-nanogpt, but signed, so that the weight is its master rounded and not cut off.
+every shape, except where matrices or tables are named. No autograd: call under torch.no_grad().
+Sources: Adam (Kingma & Ba, arXiv:1412.6980), by rows as Mudigere et al. have AdaGrad (arXiv:2104.05158); Muon (Jordan
+et al., 2024); NorMuon (Li et al., arXiv:2510.05491); cautious decay (Chen et al., arXiv:2510.12402); 16 bits beside a
+bf16 weight as in modded-nanogpt, but signed, so that the weight is its master rounded and not cut off.
 """
 
 import torch
@@ -127,8 +127,7 @@ def balance(update, v, beta2, ok=None):
 
 
 def descend(p, companion, update, lr, shrink=None, scale=None, ok=None):
-    """Step along `update`, with cautious decoupled weight decay: w <- w - lr update - shrink w [update w > 0]. Flat
-    tensors.
+    """Step along `update` with cautious decay: w <- w - lr update - shrink w [update w > 0]. Flat tensors.
 
     shrink: None is none. scale: of the update, from balance or row_scale; the others are then matrices too.
     """

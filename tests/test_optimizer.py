@@ -115,6 +115,27 @@ def test_adams_decay_is_cautious_and_times_the_squared_learning_rate(lr_scale):
     torch.testing.assert_close(model.w.detach(), expected)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_row_adam_is_float64s(every):
+    """Each row's step is its gradient over the root of its mean square's average, with the rule's learning rate, second
+    beta and eps, Adam's own count of steps, and cautious decay."""
+    start = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
+    rule = Rule("row_adam", 0.05, (0.5, 0.9), eps=0.01, weight_decay=20.0)
+    model, optimizer = single(rule, start, adam_every=every)
+    w, v, waiting = start.double().view(12, 5), 0, 0
+    for step in range(1, 9):
+        grad = torch.randn(start.shape, generator=torch.Generator().manual_seed(10 + step))
+        model.w.grad = grad.clone() if model.w.grad is None else model.w.grad + grad
+        optimizer.step(1 - step / 10, 0.9)
+        waiting = waiting + grad.double().view(12, 5)
+        if step % every == 0:
+            lr = 0.05 * (1 - step / 10)
+            v = 0.9 * v + 0.1 * waiting.square().mean(1, keepdim=True)
+            update = lr * waiting / ((v / (1 - 0.9 ** (step // every))).sqrt() + 0.01)
+            w, waiting = w - update - lr**2 * 20 * w * (update * w > 0), 0
+    torch.testing.assert_close(model.w.detach().double().view(12, 5), w, atol=1e-5, rtol=0)
+
+
 def summed(parts):
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
@@ -401,8 +422,8 @@ EVERYTHING = PIECES | dict(n_embd=32, weight_decay=1.0, normuon=True, row_moment
 
 @pytest.fixture(scope="module", params=["plain", "everything"])
 def graphs(request):
-    """(which, counts of graphs of adam_update, row_scale, nesterov, balance, descend after each of three steps) of GPT's
-    parameters, compiled as the optimizer compiles them; the weights must be those of the eager run."""
+    """(which, counts of graphs of adam_update, row_scale, nesterov, balance, descend after each of three steps) of
+    GPT's parameters, compiled as the optimizer compiles them; the weights must be those of the eager run."""
     counts, after = [0] * 5, []
     torch._dynamo.reset()  # other tests' graphs count towards the limit
 

@@ -176,17 +176,15 @@ def test_rows_without_a_gradient_keep_every_bit(kind):
     assert (v > 0).all()
 
 
-@pytest.mark.parametrize("cols", [1, 7])
-def test_no_rows_and_narrow_rows(cols):
+def test_no_rows_and_one_column():
     """A rank may have no row of a table. One column is Adam without momentum."""
+    cols = 1
     for rows in (0, 5):
         p, v = draw(rows, cols), torch.zeros(rows, 1, device=DEVICE)
-        start, flat = p.clone(), [draw(rows, cols).view(-1), *torch.zeros(2, rows * cols, device=DEVICE)]
+        flat = [draw(rows, cols).view(-1), *torch.zeros(2, rows * cols, device=DEVICE)]
         row_update(p, None, draw(rows, cols, seed=1), v, 0.1, 0.9, 1e-10, 0.1)
         adam_update(flat[0], None, draw(rows, cols, seed=1).view(-1), *flat[1:], 0.1, 0.0, 0.9, 1e-10, 1.0, 0.1)
-        assert p.shape == start.shape and (rows == 0 or not torch.equal(p, start))
-        if cols == 1:
-            torch.testing.assert_close(p.view(-1), flat[0])
+        torch.testing.assert_close(p.view(-1), flat[0])
 
 
 def test_adam_is_torchs_adam():
@@ -642,7 +640,8 @@ def compile_parts(dynamic=True):
             metrics.reset()
             with torch.no_grad():
                 result = compiled(*args, **kwargs)
-            assert fn in (balance, row_scale) or metrics.generated_kernel_count <= 1  # none if this graph was there already
+            # none if this graph was there already
+            assert fn is balance or metrics.generated_kernel_count <= (4 if fn is row_scale else 1)
             return result
         return wrapped
     return {f: part(f) for f in (adam_update, row_scale, nesterov, balance, descend)}

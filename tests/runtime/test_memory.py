@@ -18,7 +18,7 @@ WORLD = tg.World()
 
 def config(**fields):
     return tg.Config(**dict(n_layer=4, n_embd=128, n_head=4, value_embed_layers=(0, 3), row_len=256,
-                            batch_tokens=(1024,), short_window=(64,), softcap=(23.0, 5.0, 7.5)) | fields)
+                            batch_tokens=(16384,), short_window=(64,), softcap=(23.0, 5.0, 7.5)) | fields)
 
 
 def meta(c, dtype=torch.float32, n_vocab=1000):
@@ -114,6 +114,9 @@ def test_weights_gradients_and_optimizer_are_counted(dtype, fields):
     assert parts["weights"] == parts["gradients"] == pytest.approx(weights, rel=0.01)
     assert state <= 1.01 * parts["optimizer"] < 2 * state
     assert estimate(c, model, 4, 4, False)["optimizer"] == parts["optimizer"] // 4
+    rules, without = tg.parameter_table(c), dataclasses.replace(c, row_moments=False)
+    spared = 8 * sum(p.numel() for name, p in model.named_parameters() if rules[name].optim == "row_adam")
+    assert estimate(without, model, 1, 4, False)["optimizer"] == parts["optimizer"] + spared
 
 
 # --- what is free
