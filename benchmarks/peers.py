@@ -12,7 +12,8 @@ both peers to finish in minutes (4 layers, 128 wide, 4 heads, 12 windows of 64 c
 On our track laptop instead: nanochat trains on the documents of Python's standard library that our trainer trains on,
 and is validated on the text that the track validates on, in bits per byte. Its tokenizer, trained by its tok_train on
 the same documents, has as many tokens as the track's and 9 special ones; shape and tokens a step are by its own flags
-those of the track's four layers (ours may take fewer for an easy target), the rest its defaults. Its schedule ends with its last step, so its time to a loss is that of the shortest
+those of the track's four layers (ours may take fewer for an easy target), the rest its defaults. Its schedule ends with
+its last step, so its time to a loss is that of the shortest
 run that ends there: try num-iterations until it ends just below the track's target. --nanochat-options sets whatever
 its base_train offers, and NANOCHAT_DTYPE=bfloat16 in the environment is its switch for another precision.
 

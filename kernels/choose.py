@@ -1,8 +1,8 @@
 """Which implementation of each op a machine gets.
 
-On a CPU all are plain PyTorch, which torch.compile fuses: the references, but for the head with its loss, unless they
-are asked for, a form that is faster there. On a GPU a Triton op should be taken where it beats
-what torch.compile makes of its reference: AUTO names those, by chip.
+On a CPU all are plain PyTorch, which torch.compile fuses: the references, save that auto has a faster form of the head
+with its loss. On a GPU a Triton op should be taken where it beats what torch.compile makes of its reference: AUTO names
+those, by chip.
 """
 
 import functools
