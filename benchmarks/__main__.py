@@ -1,11 +1,14 @@
-"""Benchmarks, by name: `python -m benchmarks NAME --help`. The result is one JSON object, progress goes to stderr.
+"""Benchmarks, by name: `python -m benchmarks NAME --help`. The result is one JSON object, progress
+goes to stderr.
 
 A benchmark is a module here with run(**options) -> dict, and where it needs them:
     add_arguments(parser)   its own options, named like run's arguments
     render(result) -> str   the result in Markdown, for --table
     unavailable() -> str    why it cannot run on this machine, or None
-run may take save, a function to give the result to as it grows, so that a run cut short leaves what it had;
-previous, what --json FILE holds already, to go on from; and trainer_options, the options that are not the benchmark's
+run may take save, a function to give the result to as it grows, so that a run cut short leaves what
+it had;
+previous, what --json FILE holds already, to go on from; and trainer_options, the options that are
+not the benchmark's
 own. Bad input is an InputError.
 """
 
@@ -34,7 +37,9 @@ BENCHMARKS = {
     "checkpoint": "what writing and loading a checkpoint costs, and what it costs training",
 }
 ALL = ("kernels", "trainer", "loader", "resources")
-OPTIONS = dict(kernels=dict(seconds=180), trainer=dict(synthetic_data=True))  # in all: 8 minutes, nothing downloaded
+OPTIONS = dict(
+    kernels=dict(seconds=180), trainer=dict(synthetic_data=True)
+)  # in all: 8 minutes, nothing downloaded
 
 
 def module_of(name):
@@ -50,20 +55,26 @@ def write(path, text):
 
 
 def load(name, path):
-    """The result of this benchmark in a file, None if there is no such file. Raises InputError for anything else."""
+    """The result of this benchmark in a file, None if there is no such file. Raises InputError
+    for anything else."""
     try:
         result = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"--json {path}: {getattr(e, 'strerror', None) or 'not JSON'}; give another file") from None
+        raise InputError(
+            f"--json {path}: {getattr(e, 'strerror', None) or 'not JSON'}; give another file"
+        ) from None
     if not isinstance(result, dict) or result.get("benchmark") != name:
-        raise InputError(f"--json {path}: holds something else than a result of {name}; give another file")
+        raise InputError(
+            f"--json {path}: holds something else than a result of {name}; give another file"
+        )
     return result
 
 
 def run(name, save, **options):
-    """Run one benchmark; returns its result with what it was measured on. save gets it as it grows."""
+    """Run one benchmark; returns its result with what it was measured on. save gets it as it
+    grows."""
     module = module_of(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = dict(benchmark=name, environment=describe_environment(device))
@@ -84,9 +95,14 @@ def run_all(save):
             else:
                 print(f"--- {name}", file=sys.stderr)
                 result["results"][name] = run(
-                    name, lambda r: save(result | dict(results=result["results"] | {name: r})), **OPTIONS.get(name, {}))
+                    name,
+                    lambda r: save(result | dict(results=result["results"] | {name: r})),
+                    **OPTIONS.get(name, {}),
+                )
         except (Exception, SystemExit) as e:
-            result["results"][name] = dict(error=f"{type(e).__name__}: {' '.join(str(e).split())}"[:240])
+            result["results"][name] = dict(
+                error=f"{type(e).__name__}: {' '.join(str(e).split())}"[:240]
+            )
             print(f"{name}: {result['results'][name]['error']}", file=sys.stderr)
         save(result)
     return result
@@ -108,18 +124,32 @@ def render(result):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     everything = f"those of {', '.join(ALL)} that this machine can run, in one JSON"
     for name, about in dict(BENCHMARKS, all=everything).items():
         chosen = name == next((a for a in argv if not a.startswith("-")), None)
-        module = module_of(name) if chosen and name != "all" else None  # importing all of them would take seconds
-        sub = names.add_parser(name, help=about, description=getattr(module, "__doc__", about), allow_abbrev=False,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write the result here instead of stdout")
+        module = (
+            module_of(name) if chosen and name != "all" else None
+        )  # importing all of them would take seconds
+        sub = names.add_parser(
+            name,
+            help=about,
+            description=getattr(module, "__doc__", about),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the result here instead of stdout"
+        )
         if name == "all" or hasattr(module, "render"):
-            sub.add_argument("--table", type=Path, metavar="FILE.md", help="write the result as Markdown, too")
+            sub.add_argument(
+                "--table", type=Path, metavar="FILE.md", help="write the result as Markdown, too"
+            )
         getattr(module, "add_arguments", lambda sub: None)(sub)
     options, rest = parser.parse_known_args(argv)
     options = vars(options)
@@ -149,7 +179,9 @@ def main(argv=None):
             print(f"error: {e}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            kept = f"; {json_file} has what was measured" if json_file and json_file.exists() else ""
+            kept = (
+                f"; {json_file} has what was measured" if json_file and json_file.exists() else ""
+            )
             print(f"interrupted{kept}", file=sys.stderr)
             return 130
     save(result)

@@ -1,33 +1,43 @@
-"""How long a track takes on a cluster that is not here: a model of its step. Nothing in it is measured unless given.
+"""How long a track takes on a cluster that is not here: a model of its step. Nothing in it is
+measured unless given.
 
-    python -m benchmarks cluster --gpus 8 --nodes 1
-    python -m benchmarks cluster --from trainer.json --dollars-per-gpu-hour 2.5     from `trainer --tokens ...`
+    python -m benchmarks cluster --gpus 8 --nodes 1 python -m benchmarks cluster --from trainer.json
+    --dollars-per-gpu-hour 2.5     from `trainer --tokens ...`
 
-Options other than those below are the trainer's own. For n ranks in nodes of k and a stage of R rows of row_len tokens:
+Options other than those below are the trainer's own. For n ranks in nodes of k and a stage of R
+rows of row_len tokens:
 
     step    = compute + idle + shared + fixed + communication
     compute = us_per_token * R * row_len / n
-    idle    = us_per_token * (ceil(R / n) - R / n) * row_len      rows are not cut: ranks without one wait
-    shared  = shared_ms / k                                       the optimizer: a node's ranks divide the parameters
-    fixed   = fixed_ms                                            launching, and what else every rank does
-    communication = sum over collectives of (m - 1) / m * bytes / rate + latency, for m ranks in a ring, as NCCL does it
-    rate    = link inside a node, min(link, network) from each rank to its like on other nodes, min(link, k * network)
+    idle    = us_per_token * (ceil(R / n) - R / n) * row_len      rows are not cut: ranks without
+    one wait
+    shared  = shared_ms / k                                       the optimizer: a node's ranks
+    divide the parameters
+    fixed   = fixed_ms                                            launching, and what else every
+    rank does
+    communication = sum over collectives of (m - 1) / m * bytes / rate + latency, for m ranks in a
+    ring, as NCCL does it
+    rate    = link inside a node, min(link, network) from each rank to its like on other nodes,
+              min(link, k * network)
               in one ring over all
-    latency = 8.4 us + 3.4 us a hop inside a node + 9.6 us a hop between nodes (NCCL, src/graph/tuning.cc, ring)
+    latency = 8.4 us + 3.4 us a hop inside a node + 9.6 us a hop between nodes (NCCL,
+    src/graph/tuning.cc, ring)
 
-Collectives are those of a step of the trainer (runtime/shards.py). A sharded parameter's gradient is reduce-scattered
-inside each node, padded to k equal parts (of whole matrices for Muon), each part is all-reduced across nodes, and the
-weights are all-gathered inside each node; another's gradient is all-reduced over all ranks, as is the guard's report.
-An all-reduce is twice the bytes. Adam's count once in adam_every steps; while the head is the embedding as well, the
-one of its own has no gradient. Where nodes of k do not make n, the optimizer is divided by n, in one ring. Collectives
-begin when backward has ended, so that only updates can hide them: --overlap 0.5 hides half, for as long as they take;
-the default is none. Time to target is the track's steps; validation and start-up are not on its clock. Memory is taken
-to suffice.
+Collectives are those of a step of the trainer (runtime/shards.py). A sharded parameter's gradient
+is reduce-scattered inside each node, padded to k equal parts (of whole matrices for Muon), each
+part is all-reduced across nodes, and the weights are all-gathered inside each node; another's
+gradient is all-reduced over all ranks, as is the guard's report. An all-reduce is twice the bytes.
+Adam's count once in adam_every steps; while the head is the embedding as well, the one of its own
+has no gradient. Where nodes of k do not make n, the optimizer is divided by n, in one ring.
+Collectives begin when backward has ended, so that only updates can hide them: --overlap 0.5 hides
+half, for as long as they take; the default is none. Time to target is the track's steps; validation
+and start-up are not on its clock. Memory is taken to suffice.
 
-Without a measurement: the public record (modded-nanogpt, one H100): 29 ms + 1.534 us a token, fitted to its logs at
-three batches. All 29 ms are shared: they are the optimizer and eight passes of accumulation, of which eight ranks do
-one each. With the record's volumes the model gives its stages on 8 H100s, as three sets of logs have them, within 3%.
-No run on several nodes has been compared with it.
+Without a measurement: the public record (modded-nanogpt, one H100): 29 ms + 1.534 us a token,
+fitted to its logs at three batches. All 29 ms are shared: they are the optimizer and eight passes
+of accumulation, of which eight ranks do one each. With the record's volumes the model gives its
+stages on 8 H100s, as three sets of logs have them, within 3%. No run on several nodes has been
+compared with it.
 """
 
 import argparse
@@ -47,6 +57,7 @@ from data import InputError
 
 class Cost(typing.NamedTuple):
     """What a step costs one rank."""
+
     us_per_token: float
     shared_ms: float
     fixed_ms: float
@@ -54,7 +65,9 @@ class Cost(typing.NamedTuple):
 
 
 class Links(typing.NamedTuple):
-    """GB/s in one direction, as a GPU sees them: link measured by nccl-tests inside a node, network the card's."""
+    """GB/s in one direction, as a GPU sees them: link measured by nccl-tests inside a node,
+    network the card's."""
+
     link: float = 360.0
     network: float = 50.0
     node: int = 8  # GPUs in it
@@ -63,11 +76,18 @@ class Links(typing.NamedTuple):
 class Collective(typing.NamedTuple):
     kind: str  # reduce_scatter, all_gather or all_reduce
     bytes: float  # of the whole
-    group: str = "all"  # who takes part: the ranks of a node, a rank and its like across nodes, or all
+    group: str = (
+        "all"  # who takes part: the ranks of a node, a rank and its like across nodes, or all
+    )
     every: int = 1  # steps between two of them
 
 
-RECORD = Cost(1.534, 29.0, 0.0, "the public record on one H100 (11 layers x 768, FP8): 29 ms + 1.534 us per token")
+RECORD = Cost(
+    1.534,
+    29.0,
+    0.0,
+    "the public record on one H100 (11 layers x 768, FP8): 29 ms + 1.534 us per token",
+)
 TERMS = ("compute", "idle", "shared", "fixed", "communication")
 
 
@@ -77,28 +97,43 @@ def model_of(c, n_vocab):
 
 
 def shards(n, node):
-    """How many ranks divide the optimizer among them, of n in nodes of so many: see join_world()."""
+    """How many ranks divide the optimizer among them, of n in nodes of so many: see
+    join_world()."""
     return node if n % node == 0 else n
 
 
 def has_gradient(name, c, tied):
     """Whether this parameter of the model is used in a stage with the head tied or not."""
-    return not tied if name == "embed" else name != "scalars" or c.smear or bool(c.skip) or c.backout >= 0
+    return (
+        not tied
+        if name == "embed"
+        else name != "scalars" or c.smear or bool(c.skip) or c.backout >= 0
+    )
 
 
 def collectives_of(c, model, n, node, tied=False):
-    """What n ranks, in nodes of so many, exchange in a step of a stage with the head tied or not."""
+    """What n ranks, in nodes of so many, exchange in a step of a stage with the head tied or
+    not."""
     k, out, reported = shards(n, node), [], 4  # the loss and three requests
     for name, rule in tg.parameter_table(c).items():
         p = dict(model.named_parameters())[name]
-        units = len(p) if rule.optim == "muon" else p[..., 0].numel() if rule.optim == "row_adam" else p.numel()
+        units = (
+            len(p)
+            if rule.optim == "muon"
+            else p[..., 0].numel()
+            if rule.optim == "row_adam"
+            else p.numel()
+        )
         every = 1 if rule.optim == "muon" else c.adam_every
         if not units or not has_gradient(name, c, tied):
             continue
         reported += 1  # the sum of its gradient's squares
         if rule.sharded and k > 1:
             part = p.nbytes / units * -(-units // k)
-            out += [Collective(kind, k * part, "node", every) for kind in ("reduce_scatter", "all_gather")]
+            out += [
+                Collective(kind, k * part, "node", every)
+                for kind in ("reduce_scatter", "all_gather")
+            ]
             if n > k:
                 out.append(Collective("all_reduce", part, "across", every))
         else:
@@ -144,29 +179,51 @@ def step_ms(rows, row_len, n, cost, collectives, links=Links(), overlap=0.0):
     """{term: ms} of a step; they sum to it."""
     tokens, most = rows * row_len / n, -(-rows // n) * row_len
     shared, wire = cost.shared_ms / shards(n, links.node), communication_ms(collectives, n, links)
-    return dict(compute=cost.us_per_token * tokens / 1e3, idle=cost.us_per_token * (most - tokens) / 1e3,
-                shared=shared, fixed=cost.fixed_ms, communication=wire - min(overlap * wire, shared))
+    return dict(
+        compute=cost.us_per_token * tokens / 1e3,
+        idle=cost.us_per_token * (most - tokens) / 1e3,
+        shared=shared,
+        fixed=cost.fixed_ms,
+        communication=wire - min(overlap * wire, shared),
+    )
 
 
 def predict(c, model, n, cost, links, overlap=0.0, dollars=None):
     """One line of the table: ms by stage and term, seconds to target, dollars, the largest term."""
-    schedule = collections.Counter(tg.stage_at(c, tg.progress_at(c, step)) for step in range(c.steps))
+    schedule = collections.Counter(
+        tg.stage_at(c, tg.progress_at(c, step)) for step in range(c.steps)
+    )
     stages = []
     for stage, steps in schedule.items():
         collectives = collectives_of(c, model, n, links.node, stage.tied)
         terms = step_ms(stage.rows, c.row_len, n, cost, collectives, links, overlap)
-        stages.append(dict(tokens=stage.rows * c.row_len, steps=steps, ms=sum(terms.values()), terms=terms,
-                           bytes=sent_bytes(collectives, n, links.node)))
+        stages.append(
+            dict(
+                tokens=stage.rows * c.row_len,
+                steps=steps,
+                ms=sum(terms.values()),
+                terms=terms,
+                bytes=sent_bytes(collectives, n, links.node),
+            )
+        )
     seconds = {t: sum(s["steps"] * s["terms"][t] for s in stages) / 1e3 for t in TERMS}
     total = sum(seconds.values())
-    return dict(gpus=n, nodes=-(-n // links.node), stages=stages, seconds=total, seconds_by_term=seconds,
-                dominates=max(seconds, key=seconds.get), gpu_hours=total * n / 3600,
-                dollars=None if dollars is None else total * n / 3600 * dollars,
-                bytes=sum(s["steps"] * s["bytes"] for s in stages) / c.steps)
+    return dict(
+        gpus=n,
+        nodes=-(-n // links.node),
+        stages=stages,
+        seconds=total,
+        seconds_by_term=seconds,
+        dominates=max(seconds, key=seconds.get),
+        gpu_hours=total * n / 3600,
+        dollars=None if dollars is None else total * n / 3600 * dollars,
+        bytes=sum(s["steps"] * s["bytes"] for s in stages) / c.steps,
+    )
 
 
 def cost_from(path, params):
-    """Cost from the JSON of `python -m benchmarks trainer --tokens A B ...` on one rank. Raises InputError."""
+    """Cost from the JSON of `python -m benchmarks trainer --tokens A B ...` on one rank. Raises
+    InputError."""
     try:
         result = json.loads(Path(path).read_text())
         result = result.get("results", {}).get("trainer", result)  # one of `all`
@@ -174,21 +231,41 @@ def cost_from(path, params):
     except OSError as e:
         raise InputError(f"--from {path}: {e.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError(f"--from {path}: expected the JSON of `python -m benchmarks trainer`") from None
+        raise InputError(
+            f"--from {path}: expected the JSON of `python -m benchmarks trainer`"
+        ) from None
     if world_size != 1 or not fit:
-        raise InputError(f"--from {path}: expected one rank at two or more sizes, found {world_size} and "
-                         f"{len(result['stages'])}: measure with `trainer --tokens 16384 32768 49152`")
+        raise InputError(
+            f"--from {path}: expected one rank at two or more sizes, found {world_size} and "
+            f"{len(result['stages'])}: measure with `trainer --tokens 16384 32768 49152`"
+        )
     if measured != params:
-        raise InputError(f"--from {path}: measured with {measured:,} parameters, this track has {params:,}: "
-                         "give the options it was measured with")
+        raise InputError(
+            f"--from {path}: measured with {measured:,} parameters, this track has {params:,}: "
+            "give the options it was measured with"
+        )
     whole = max(0.0, fit["fixed_ms"])
     shared = min(fit["optimizer_ms"], whole)
-    return Cost(fit["us_per_token"], shared, whole - shared, f"{path}: {result['device']}, one rank")
+    return Cost(
+        fit["us_per_token"], shared, whole - shared, f"{path}: {result['device']}, one rank"
+    )
 
 
-def run(gpus=8, nodes=1, results=None, us_per_token=None, shared_ms=None, fixed_ms=None, link=Links().link,
-        network=Links().network, overlap=0.0, dollars_per_gpu_hour=None, trainer_options=()):
-    """dict(track, cost, links, overlap, predicted=see predict(), table=[the same from 1 to 1,024 GPUs])."""
+def run(
+    gpus=8,
+    nodes=1,
+    results=None,
+    us_per_token=None,
+    shared_ms=None,
+    fixed_ms=None,
+    link=Links().link,
+    network=Links().network,
+    overlap=0.0,
+    dollars_per_gpu_hour=None,
+    trainer_options=(),
+):
+    """dict(track, cost, links, overlap, predicted=see predict(), table=[the same from 1 to 1,024
+    GPUs])."""
     options = list(trainer_options)
     c = tg.parse_args(options if "--track" in options else ["--track", "gpt2-small", *options])
     model = model_of(c, vocabulary(c.data, c.tokenizer))
@@ -202,16 +279,27 @@ def run(gpus=8, nodes=1, results=None, us_per_token=None, shared_ms=None, fixed_
     elif (c.n_layer, c.n_embd, c.tokenizer) == (11, 768, "gpt2"):
         cost = RECORD
     else:
-        raise InputError(f"no measurement of {c.track} as configured: give --from or --us-per-token")
+        raise InputError(
+            f"no measurement of {c.track} as configured: give --from or --us-per-token"
+        )
     if given and cost.source != "given":
         given["source"] = f"{cost.source}; given: {', '.join(given)}"
     cost, links = cost._replace(**given), Links(link, network, gpus)
 
     def line(n):
         return predict(c, model, n, cost, links, overlap, dollars_per_gpu_hour)
-    result = dict(track=c.track, params=params, steps=c.steps, row_len=c.row_len, cost=cost._asdict(),
-                  links=links._asdict(), overlap=overlap, predicted=line(gpus * nodes),
-                  table=[line(2**i) for i in range(11)])
+
+    result = dict(
+        track=c.track,
+        params=params,
+        steps=c.steps,
+        row_len=c.row_len,
+        cost=cost._asdict(),
+        links=links._asdict(),
+        overlap=overlap,
+        predicted=line(gpus * nodes),
+        table=[line(2**i) for i in range(11)],
+    )
     print(render(result), file=sys.stderr)
     return result
 
@@ -220,24 +308,36 @@ def render(result):
     """The prediction, then a line for each number of GPUs."""
     p, cost, links = result["predicted"], result["cost"], result["links"]
     money = p["dollars"] is not None
-    lines = [f"# {result['track']} on {p['gpus']} GPUs, {p['nodes']} node{'s' * (p['nodes'] > 1)}: a prediction", "",
-             f"Cost: {cost['source']}. Per rank {cost['us_per_token']:.3f} us a token and {cost['fixed_ms']:.2f} ms, "
-             f"and {cost['shared_ms']:.2f} ms divided by the ranks of a node. Links: {links['link']:g} GB/s inside a "
-             f"node, {links['network']:g} GB/s a GPU between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a "
-             f"step and rank, {result['overlap']:.0%} of it hidden behind the updates.", "",
-             f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU hours"
-             + (f", **${p['dollars']:,.2f}**" if money else "") + f"; most of it is {p['dominates']}.", "",
-             "| tokens a step | steps | ms | " + " | ".join(TERMS) + " |", "|---|" + "---|" * (len(TERMS) + 2)]
+    lines = [
+        f"# {result['track']} on {p['gpus']} GPUs, {p['nodes']} node{'s' * (p['nodes'] > 1)}: a prediction",
+        "",
+        f"Cost: {cost['source']}. Per rank {cost['us_per_token']:.3f} us a token and {cost['fixed_ms']:.2f} ms, "
+        f"and {cost['shared_ms']:.2f} ms divided by the ranks of a node. Links: {links['link']:g} GB/s inside a "
+        f"node, {links['network']:g} GB/s a GPU between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a "
+        f"step and rank, {result['overlap']:.0%} of it hidden behind the updates.",
+        "",
+        f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU hours"
+        + (f", **${p['dollars']:,.2f}**" if money else "")
+        + f"; most of it is {p['dominates']}.",
+        "",
+        "| tokens a step | steps | ms | " + " | ".join(TERMS) + " |",
+        "|---|" + "---|" * (len(TERMS) + 2),
+    ]
     for s in p["stages"]:
         cells = " | ".join(f"{s['terms'][t]:.2f}" for t in TERMS)
         lines.append(f"| {s['tokens']:,} | {s['steps']} | {s['ms']:.2f} | {cells} |")
-    lines += ["", f"| GPUs | nodes | ms by stage | s to target | GPU hours |{' $ |' * money} largest term |",
-              "|---|" + "---|" * (5 + money)]
+    lines += [
+        "",
+        f"| GPUs | nodes | ms by stage | s to target | GPU hours |{' $ |' * money} largest term |",
+        "|---|" + "---|" * (5 + money),
+    ]
     for t in result["table"]:
         stages, largest = ", ".join(f"{stage['ms']:.1f}" for stage in t["stages"]), t["dominates"]
-        lines.append(f"| {t['gpus']:,} | {t['nodes']} | {stages} | {t['seconds']:,.1f} | {t['gpu_hours']:.2f} | "
-                     + (f"{t['dollars']:,.2f} | " if money else "")
-                     + f"{largest} {t['seconds_by_term'][largest] / t['seconds']:.0%} |")
+        lines.append(
+            f"| {t['gpus']:,} | {t['nodes']} | {stages} | {t['seconds']:,.1f} | {t['gpu_hours']:.2f} | "
+            + (f"{t['dollars']:,.2f} | " if money else "")
+            + f"{largest} {t['seconds_by_term'][largest] / t['seconds']:.0%} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -250,25 +350,65 @@ def number(kind, ok, expected):
         if not (ok(value) and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
         return value
+
     return parse
 
 
 def add_arguments(parser):
     def add(name, kind, default, metavar, about, **more):
         shown = "" if default is None else f" [{default:g}]"
-        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=about + shown, **more)
+        parser.add_argument(
+            name, type=kind, default=default, metavar=metavar, help=about + shown, **more
+        )
+
     whole = number(int, lambda x: x > 0, "a whole number above 0")
     positive = number(float, lambda x: x > 0, "a number above 0")
     least_zero = number(float, lambda x: x >= 0, "a number, 0 or more")
     add("--gpus", whole, 8, "N", "in a node")
     add("--nodes", whole, 1, "N", "of them")
-    add("--from", Path, None, "FILE", "JSON of `python -m benchmarks trainer --tokens ...` on one rank", dest="results")
-    add("--us-per-token", positive, None, "X", "in its place: microseconds of forward and backward per token")
-    add("--shared-ms", least_zero, None, "X", "milliseconds of a step on one rank that a node's divide: the optimizer")
+    add(
+        "--from",
+        Path,
+        None,
+        "FILE",
+        "JSON of `python -m benchmarks trainer --tokens ...` on one rank",
+        dest="results",
+    )
+    add(
+        "--us-per-token",
+        positive,
+        None,
+        "X",
+        "in its place: microseconds of forward and backward per token",
+    )
+    add(
+        "--shared-ms",
+        least_zero,
+        None,
+        "X",
+        "milliseconds of a step on one rank that a node's divide: the optimizer",
+    )
     add("--fixed-ms", least_zero, None, "X", "milliseconds of a step that every rank has")
-    add("--link", positive, Links().link, "GB/S", "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, "
-        "issue 326), A100 235 (NCCL's tuning.cc); PCIe 4 x16 is below 32")
-    add("--network", positive, Links().network, "GB/S", "network of each GPU between nodes: 400 Gb/s is 50")
-    add("--overlap", number(float, lambda x: 0 <= x <= 1, "a fraction"), 0.0, "F",
-        "fraction of communication hidden behind the updates")
+    add(
+        "--link",
+        positive,
+        Links().link,
+        "GB/S",
+        "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, "
+        "issue 326), A100 235 (NCCL's tuning.cc); PCIe 4 x16 is below 32",
+    )
+    add(
+        "--network",
+        positive,
+        Links().network,
+        "GB/S",
+        "network of each GPU between nodes: 400 Gb/s is 50",
+    )
+    add(
+        "--overlap",
+        number(float, lambda x: 0 <= x <= 1, "a fraction"),
+        0.0,
+        "F",
+        "fraction of communication hidden behind the updates",
+    )
     add("--dollars-per-gpu-hour", positive, None, "X", "price")

@@ -1,8 +1,10 @@
-"""Measuring cases: compare every variant with the reference, time the right ones, survive the others.
+"""Measuring cases: compare every variant with the reference, time the right ones, survive the
+others.
 
-The work is done by a second process. A variant that raises costs one line in the result. One that hangs, or takes its
-process along (after an illegal memory access nothing on the GPU works any more), costs one line too: the watching
-process starts another one, which leaves that variant out and goes on.
+The work is done by a second process. A variant that raises costs one line in the result. One that
+hangs, or takes its process along (after an illegal memory access nothing on the GPU works any
+more), costs one line too: the watching process starts another one, which leaves that variant out
+and goes on.
 """
 
 import collections
@@ -25,12 +27,14 @@ class Lost(Exception):
 
 
 class Uncaptured(Exception):
-    """A failed capture, which leaves allocator and random numbers unusable: a new process has to launch instead."""
+    """A failed capture, which leaves allocator and random numbers unusable: a new process has to
+    launch instead."""
 
 
 @dataclasses.dataclass
 class Machine:
     """Where work is timed. rates: what shares are of, in bytes or FLOPs per second."""
+
     device: torch.device
     clock: object
     cache_bytes: int = 0
@@ -59,7 +63,8 @@ def tensors(x):
 
 
 def results_of(case, fn, inputs, upstream, draw):
-    """What a variant is compared by: outputs, gradients, inputs if it changes them; empty tensors stand for None.
+    """What a variant is compared by: outputs, gradients, inputs if it changes them; empty tensors
+    stand for None.
 
     upstream: gradients of the outputs; filled by the first variant, random ones, 1 for losses.
     """
@@ -67,14 +72,19 @@ def results_of(case, fn, inputs, upstream, draw):
         inputs = [x.clone() for x in inputs]
     outputs, gradients = tensors(fn(*inputs)), ()
     if case.leaves:
-        upstream += [draw.like(y) for y in with_gradient(outputs)[len(upstream):]]
+        upstream += [draw.like(y) for y in with_gradient(outputs)[len(upstream) :]]
         gradients = backward(case, with_gradient(outputs), inputs, upstream, retain=False)
-    return [x.detach() for x in (*outputs, *gradients, *(inputs if case.mutates else ()))
-            if x.is_floating_point() and x.numel()]
+    return [
+        x.detach()
+        for x in (*outputs, *gradients, *(inputs if case.mutates else ()))
+        if x.is_floating_point() and x.numel()
+    ]
 
 
 def backward(case, outputs, inputs, upstream, retain):
-    return torch.autograd.grad(outputs, [inputs[i] for i in case.leaves], upstream, retain_graph=retain)
+    return torch.autograd.grad(
+        outputs, [inputs[i] for i in case.leaves], upstream, retain_graph=retain
+    )
 
 
 def with_gradient(outputs):
@@ -88,7 +98,9 @@ def compare(results, reference, tolerance):
     errors = [timing.relative_error(a, b) for a, b in zip(results, reference)]
     worst = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
     if not worst <= tolerance:
-        raise ValueError(f"wrong: result {errors.index(worst)} is {worst:.2g} off the reference, {tolerance:g} allowed")
+        raise ValueError(
+            f"wrong: result {errors.index(worst)} is {worst:.2g} off the reference, {tolerance:g} allowed"
+        )
     return worst
 
 
@@ -101,16 +113,28 @@ class Measurement:
         self.rows, self.fns, self.difference = [], {}, {}
         self.draw = Draw(machine.device)
         self.sets = [case.inputs(self.draw)]
-        bytes_per_set = sum({x.data_ptr(): x.numel() * x.element_size() for x in self.sets[0]}.values())
-        self.sets += [case.inputs(self.draw) for _ in range(timing.sets_needed(bytes_per_set, machine.cache_bytes) - 1)]
+        bytes_per_set = sum(
+            {x.data_ptr(): x.numel() * x.element_size() for x in self.sets[0]}.values()
+        )
+        self.sets += [
+            case.inputs(self.draw)
+            for _ in range(timing.sets_needed(bytes_per_set, machine.cache_bytes) - 1)
+        ]
         self.upstream = [[] for _ in self.sets]
         for inputs in self.sets:
             for i in case.leaves:
                 inputs[i].requires_grad_()
 
     def failed(self, variant, direction, e):
-        self.rows.append(dict(case=self.name, tokens=self.tokens, direction=direction, variant=variant,
-                              error=one_line(e)))
+        self.rows.append(
+            dict(
+                case=self.name,
+                tokens=self.tokens,
+                direction=direction,
+                variant=variant,
+                error=one_line(e),
+            )
+        )
 
     def attempt(self, variant, direction, what, fn, *args):
         """fn(*args), or None and a row that says why not."""
@@ -140,7 +164,11 @@ class Measurement:
 
         with torch.set_grad_enabled(bool(case.leaves)):
             for variant, v in case.variants.items():
-                fn = None if variant in self.broken else self.attempt(variant, None, "comparing", prepare, variant, v)
+                fn = (
+                    None
+                    if variant in self.broken
+                    else self.attempt(variant, None, "comparing", prepare, variant, v)
+                )
                 if fn is not None:
                     self.fns[variant] = fn
         del self.reference
@@ -164,10 +192,20 @@ class Measurement:
     def time(self, direction):
         pool = torch.cuda.graph_pool_handle() if self.machine.graphs else None
         with torch.set_grad_enabled(bool(self.case.leaves) and direction != INFERENCE):
-            samplers = {v: self.attempt(v, direction, direction, self.sampler, v, direction, pool) for v in self.fns}
+            samplers = {
+                v: self.attempt(v, direction, direction, self.sampler, v, direction, pool)
+                for v in self.fns
+            }
             samplers = {v: s for v, s in samplers.items() if s is not None}
-            timed = self.attempt(None, direction, direction, timing.interleaved, samplers, self.machine.clock,
-                                 self.machine.seconds)
+            timed = self.attempt(
+                None,
+                direction,
+                direction,
+                timing.interleaved,
+                samplers,
+                self.machine.clock,
+                self.machine.seconds,
+            )
         samples, errors = timed or ({}, {})
         for variant, e in errors.items():
             self.failed(variant, direction, e)
@@ -180,13 +218,27 @@ class Measurement:
         rate = v.rate or ("copy" if case.unit == "bytes" else "bf16")
         rate = rate.get(direction) if isinstance(rate, dict) else rate
         per_second, of = work / times["median_us"] * 1e6, self.machine.rates.get(rate)
-        return dict(case=self.name, shape=case.shape, tokens=self.tokens, direction=direction, variant=variant, **times,
-                    calls=sampler.calls, method=sampler.method, difference=self.difference.get(variant), unit=case.unit,
-                    work=work, per_second=per_second, rate=rate, share=per_second / of if of else None)
+        return dict(
+            case=self.name,
+            shape=case.shape,
+            tokens=self.tokens,
+            direction=direction,
+            variant=variant,
+            **times,
+            calls=sampler.calls,
+            method=sampler.method,
+            difference=self.difference.get(variant),
+            unit=case.unit,
+            work=work,
+            per_second=per_second,
+            rate=rate,
+            share=per_second / of if of else None,
+        )
 
 
 def measure(name, case, tokens, machine, tell=lambda variant, what: None, broken=(), launched=()):
-    """All variants of a case in all directions -> rows. broken: variants to leave out; launched: not to be captured.
+    """All variants of a case in all directions -> rows. broken: variants to leave out; launched:
+    not to be captured.
 
     tell(variant, what) is called before anything that may not return. Raises Lost and Uncaptured.
     """
@@ -201,20 +253,24 @@ def measure(name, case, tokens, machine, tell=lambda variant, what: None, broken
 
 
 def call_of(case, fn, sets, upstream, direction):
-    """call(i): one pass in a direction over the i-th set of inputs; returns what has to outlive the next calls."""
+    """call(i): one pass in a direction over the i-th set of inputs; returns what has to outlive
+    the next calls."""
     if direction == INFERENCE:
         plain = [[x.detach() for x in inputs] for inputs in sets]
         return lambda i: fn(*plain[i])
     if direction == FORWARD:
         return lambda i: fn(*sets[i])
     if direction == BOTH:
-        return lambda i: backward(case, with_gradient(fn(*sets[i])), sets[i], upstream[i], retain=False)
+        return lambda i: backward(
+            case, with_gradient(fn(*sets[i])), sets[i], upstream[i], retain=False
+        )
     outputs = [with_gradient(fn(*inputs)) for inputs in sets]
     return lambda i: backward(case, outputs[i], sets[i], upstream[i], retain=True)
 
 
 def fit(build, size, memory_bytes):
-    """The case at size.tokens, or at the largest power-of-two part of them that memory is enough for."""
+    """The case at size.tokens, or at the largest power-of-two part of them that memory is enough
+    for."""
     while True:
         case = build(size)
         if case.peak_bytes <= 0.8 * memory_bytes or size.tokens < 256:
@@ -223,9 +279,11 @@ def fit(build, size, memory_bytes):
 
 
 def measured_rates(machine, n=8192, elements=2**30):
-    """{"copy": bytes/s, "bf16": FLOP/s, "fp8": FLOP/s} of a copy and of n x n products; None for what fails.
+    """{"copy": bytes/s, "bf16": FLOP/s, "fp8": FLOP/s} of a copy and of n x n products; None for
+    what fails.
 
-    Under the clock that the ops are under. records.machine_probe, in the trainer, takes the host's and so measures less.
+    Under the clock that the ops are under. records.machine_probe, in the trainer, takes the host's
+    and so measures less.
     """
     draw, rates = Draw(machine.device), {}
 
@@ -241,7 +299,9 @@ def measured_rates(machine, n=8192, elements=2**30):
     def fp8():
         a, b = (draw(n, n, dtype=torch.float8_e4m3fn) for _ in range(2))
         one = torch.ones((), device=machine.device)
-        return lambda i: torch._scaled_mm(a, b.t(), one, one, out_dtype=BF16, use_fast_accum=True), 2 * n**3
+        return lambda i: torch._scaled_mm(
+            a, b.t(), one, one, out_dtype=BF16, use_fast_accum=True
+        ), 2 * n**3
 
     for name, make in dict(copy=copy, bf16=bf16, fp8=fp8).items():
         try:
@@ -271,19 +331,30 @@ def try_a_graph(machine):
         raise Uncaptured(one_line(e)) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The process that works and the one that watches
 
 
 def work(plan, broken, launched, graphs, deadline, connection):
-    """The process that works: measure [(name, tokens), ...] on the GPU; what happens goes into the connection."""
+    """The process that works: measure [(name, tokens), ...] on the GPU; what happens goes into
+    the connection."""
     try:
-        connection.send(dict(kind="at", item=None, variant=None, what="measuring the machine's rates"))
+        connection.send(
+            dict(kind="at", item=None, variant=None, what="measuring the machine's rates")
+        )
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one
         import torch._functorch.config
-        torch._functorch.config.donated_buffer = False  # compiled backward passes are run many times over
-        machine = Machine(torch.device("cuda"), timing.CudaClock(), torch.cuda.get_device_properties(0).L2_cache_size,
-                          torch.cuda.mem_get_info()[0], graphs)
+
+        torch._functorch.config.donated_buffer = (
+            False  # compiled backward passes are run many times over
+        )
+        machine = Machine(
+            torch.device("cuda"),
+            timing.CudaClock(),
+            torch.cuda.get_device_properties(0).L2_cache_size,
+            torch.cuda.mem_get_info()[0],
+            graphs,
+        )
         machine.rates = measured_rates(machine)
         if graphs:
             try_a_graph(machine)
@@ -307,14 +378,24 @@ def work_off(plan, broken, launched, machine, deadline, send, size=GPT2_SMALL):
 
         def tell(variant, what):
             send(dict(kind="at", item=(name, tokens), variant=variant, what=what))
+
         try:
             tell(None, "building")
             torch._dynamo.reset()
             case, fitting = fit(CASES[name][0], size._replace(tokens=tokens), machine.memory_bytes)
-            rows = measure(name, case, fitting, machine, tell, broken.get(name, ()), launched.get(name, ()))
+            rows = measure(
+                name, case, fitting, machine, tell, broken.get(name, ()), launched.get(name, ())
+            )
             if fitting != tokens:
-                rows.append(dict(case=name, tokens=tokens, direction=None, variant=None, error=
-                                 f"too many for {machine.memory_bytes / 1e9:.0f} GB: measured with {fitting:,}"))
+                rows.append(
+                    dict(
+                        case=name,
+                        tokens=tokens,
+                        direction=None,
+                        variant=None,
+                        error=f"too many for {machine.memory_bytes / 1e9:.0f} GB: measured with {fitting:,}",
+                    )
+                )
         except (Lost, Uncaptured):
             raise
         except Exception as e:
@@ -325,20 +406,29 @@ def work_off(plan, broken, launched, machine, deadline, send, size=GPT2_SMALL):
         gc.freeze()
 
 
-def supervise(plan, deadline, *, worker=work, start="spawn", silence=75.0, saw=lambda rows, rates: None):
-    """Have the plan worked off in a process of its own, in another one where that dies or hangs -> (rows, rates).
+def supervise(
+    plan, deadline, *, worker=work, start="spawn", silence=75.0, saw=lambda rows, rates: None
+):
+    """Have the plan worked off in a process of its own, in another one where that dies or hangs ->
+    (rows, rates).
 
-    silence: seconds without a sign of life after which it counts as hanging. saw(rows, rates): called on news.
+    silence: seconds without a sign of life after which it counts as hanging. saw(rows, rates):
+    called on news.
     """
     context = multiprocessing.get_context(start)  # CUDA does not survive a fork
     rows, rates, left, graphs = [], [], list(plan), True
-    broken, launched = collections.defaultdict(set), collections.defaultdict(set)  # names of cases -> variants
+    broken, launched = (
+        collections.defaultdict(set),
+        collections.defaultdict(set),
+    )  # names of cases -> variants
     reason = "out of time"
     for _ in range(16):  # processes
         if not left or time.time() > deadline:
             break
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=worker, args=(left[:], dict(broken), dict(launched), graphs, deadline, sender))
+        process = context.Process(
+            target=worker, args=(left[:], dict(broken), dict(launched), graphs, deadline, sender)
+        )
         process.start()
         sender.close()
         at, message = dict(item=None, variant=None, what="starting"), {}
@@ -378,14 +468,23 @@ def supervise(plan, deadline, *, worker=work, start="spawn", silence=75.0, saw=l
         elif item is None:
             break
         else:
-            rows.append(dict(case=item[0], tokens=item[1], direction=None, variant=variant,
-                             error=f"{at['what']}: {reason}"))
+            rows.append(
+                dict(
+                    case=item[0],
+                    tokens=item[1],
+                    direction=None,
+                    variant=variant,
+                    error=f"{at['what']}: {reason}",
+                )
+            )
             if variant is None:
                 left.remove(item)
             else:
                 broken[item[0]].add(variant)
             saw(rows, rates)
-    rows += [dict(case=name, tokens=tokens, direction=None, variant=None, error=f"not run: {reason}")
-             for name, tokens in left]
+    rows += [
+        dict(case=name, tokens=tokens, direction=None, variant=None, error=f"not run: {reason}")
+        for name, tokens in left
+    ]
     saw(rows, rates)
     return rows, rates

@@ -1,10 +1,13 @@
-"""What every Triton kernel takes of a chip: registers, spilled bytes, shared memory, and which instructions it uses.
+"""What every Triton kernel takes of a chip: registers, spilled bytes, shared memory, and which
+instructions it uses.
 
-    python -m benchmarks resources              print the table as JSON, and say what differs from the committed one
-    python -m benchmarks resources --write      write benchmarks/results/kernel_resources.{json,md}
+    python -m benchmarks resources              print the table as JSON, and say what differs from
+    the committed one python -m benchmarks resources --write      write
+    benchmarks/results/kernel_resources.{json,md}
 
-Needs no GPU. Kernels are compiled through their real launchers, from meta tensors with the shapes of the tracks, for
-A100 (sm_80), L40S and 4090 (sm_89), H100 and H200 (sm_90a), B200 (sm_100a), and assembled by Triton's ptxas.
+Needs no GPU. Kernels are compiled through their real launchers, from meta tensors with the shapes
+of the tracks, for A100 (sm_80), L40S and 4090 (sm_89), H100 and H200 (sm_90a), B200 (sm_100a), and
+assembled by Triton's ptxas.
 """
 
 import collections
@@ -21,7 +24,12 @@ import torch
 from kernels import launch
 
 ARCH = {80: "sm_80", 89: "sm_89", 90: "sm_90a", 100: "sm_100a"}
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}  # bytes a block can have
 TOKENS, WIDTH, HIDDEN, VOCAB = 49152, 768, 3072, 50304  # gpt2-small, last stage
 
 
@@ -41,6 +49,7 @@ def case(name, oldest=80):
 @case("rms_norm")
 def _():
     from kernels import rms_norm as op
+
     x, rstd = meta(TOKENS, WIDTH), meta(TOKENS, dtype=torch.float32)
     op.launch_forward(x, None, None, 1e-6)
     op.launch_backward(x, None, x, None, rstd)
@@ -49,6 +58,7 @@ def _():
 @case("add_rms_norm, weight")
 def _():
     from kernels import rms_norm as op
+
     x, w, rstd = meta(TOKENS, WIDTH), meta(WIDTH), meta(TOKENS, dtype=torch.float32)
     op.launch_forward(x, x, w, 1e-6)
     op.launch_backward(x, x, x, w, rstd)
@@ -57,6 +67,7 @@ def _():
 @case("relu2_mlp")
 def _():
     from kernels import mlp as op
+
     x, w, post = meta(TOKENS, WIDTH), meta(2, HIDDEN, WIDTH)[1], meta(TOKENS, HIDDEN)
     op.launch_linear_relu2(x, w)
     op.launch_linear_relu2(x, w, post)
@@ -65,6 +76,7 @@ def _():
 @case("relu2_mlp, rows not of 16 bytes")
 def _():
     from kernels import mlp as op
+
     x, w, post = meta(TOKENS, 100), meta(300, 100), meta(TOKENS, 300)
     op.launch_linear_relu2(x, w)
     op.launch_linear_relu2(x, w, post)
@@ -73,6 +85,7 @@ def _():
 @case("fp8_relu2_mlp", oldest=89)
 def _():
     from kernels import mlp as op
+
     x, w = (meta(n, WIDTH, dtype=torch.float8_e4m3fn) for n in (TOKENS, HIDDEN))
     scale = meta(dtype=torch.float32)
     op.launch_linear_relu2(x, w, scales=(scale, scale, scale))
@@ -81,6 +94,7 @@ def _():
 @case("qk_norm_rope, qkv_norm_rope")
 def _():
     from kernels import qk_norm_rope as op
+
     H, D = 6, 128
     qkv, cos = meta(3, TOKENS // 3, 3 * H, D), meta(TOKENS // 3, 1, D // 2)
     q, k, v = qkv.split(H, dim=2)
@@ -89,9 +103,12 @@ def _():
     op.launch_backward(dq, dk, dq, q, k, cos, cos, 1e-6, *torch.empty_like(qkv).split(H, dim=2))
 
 
-@case("fp8: quantize x; head gradient with transposed copy; head weight with both and amax", oldest=89)
+@case(
+    "fp8: quantize x; head gradient with transposed copy; head weight with both and amax", oldest=89
+)
 def _():
     from kernels import fp8 as op
+
     scale = meta(dtype=torch.float32)
     op.launch_quantize(meta(TOKENS, WIDTH), scale, op.E4M3, False, False)
     op.launch_quantize(meta(TOKENS, VOCAB), scale, op.E5M2, True, False)
@@ -101,6 +118,7 @@ def _():
 @case("fp8: transpose_copy of logit gradients, amax of x", oldest=89)
 def _():
     from kernels import fp8 as op
+
     op.launch_transpose(meta(TOKENS, VOCAB, dtype=op.E5M2))
     op.launch_amax(meta(TOKENS, WIDTH))
 
@@ -108,6 +126,7 @@ def _():
 @case("symmetric_matmul: X X^T, b A + c A A, X^T X of the banks")
 def _():
     from kernels.symmetric_matmul import launch_symmetric_matmul
+
     square, tall = meta(48, WIDTH, WIDTH), meta(24, HIDDEN, WIDTH)
     launch_symmetric_matmul(square, None, 1.0, 0.0)
     launch_symmetric_matmul(square, square, 0.5, -2.7)
@@ -116,12 +135,23 @@ def _():
 
 def cross_entropy(gradient, cap=(23.0, 5.0, 7.5), targets=1, config=None, sampled=0):
     from kernels import cross_entropy as op
+
     logits, y = meta(TOKENS, sampled or VOCAB), meta(TOKENS, targets, dtype=torch.int64)
     weights = meta(targets, dtype=torch.float32) if targets > 1 else None
     dlogits = None if gradient is None else meta(*logits.shape, dtype=gradient)
     fp8_scale = meta(dtype=torch.float32) if gradient == torch.float8_e5m2 else None
-    op.launch_cross_entropy(logits, y, weights, meta(2, dtype=torch.float32) if sampled else None, cap, -100,
-                            1 / TOKENS, dlogits, fp8_scale, config)
+    op.launch_cross_entropy(
+        logits,
+        y,
+        weights,
+        meta(2, dtype=torch.float32) if sampled else None,
+        cap,
+        -100,
+        1 / TOKENS,
+        dlogits,
+        fp8_scale,
+        config,
+    )
 
 
 @case("cross_entropy: bf16 gradient, loss only, no cap")
@@ -137,7 +167,9 @@ def _():
     cross_entropy(torch.float8_e5m2, targets=3)
 
 
-@case("cross_entropy: row in shared memory; bf16 gradient, e5m2 gradient of three targets", oldest=90)
+@case(
+    "cross_entropy: row in shared memory; bf16 gradient, e5m2 gradient of three targets", oldest=90
+)
 def _():
     cross_entropy(torch.bfloat16, config=("resident", 2048, 8))
     cross_entropy(torch.float8_e5m2, targets=3, config=("resident", 2048, 8))
@@ -148,7 +180,10 @@ def _():
     cross_entropy(torch.bfloat16, sampled=16384, config=("two-pass", 4096, 16))
 
 
-@case("cross_entropy: among 16,384 tokens; row in shared memory, e5m2 gradient of three targets", oldest=90)
+@case(
+    "cross_entropy: among 16,384 tokens; row in shared memory, e5m2 gradient of three targets",
+    oldest=90,
+)
 def _():
     cross_entropy(torch.float8_e5m2, targets=3, config=("resident", 4096, 8), sampled=16384)
 
@@ -156,6 +191,7 @@ def _():
 @case("cross_entropy: scaling by the upstream gradient")
 def _():
     from kernels import cross_entropy as op
+
     op.launch_scale(meta(VOCAB, WIDTH), meta(dtype=torch.float32), 1 / TOKENS)
 
 
@@ -163,7 +199,8 @@ def _():
 
 
 class offline:
-    """with offline(90) as compiled: launches compile for that chip instead of running; compiled collects them."""
+    """with offline(90) as compiled: launches compile for that chip instead of running; compiled
+    collects them."""
 
     def __init__(self, capability):
         self.capability, self.compiled = capability, []
@@ -172,10 +209,14 @@ class offline:
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
+
         target = GPUTarget("cuda", self.capability, 32)
         stub = types.SimpleNamespace(
-            get_current_target=lambda: target, get_current_device=lambda: self.capability,
-            get_current_stream=lambda device=None: 0, get_active_torch_device=lambda: torch.device("cpu"))
+            get_current_target=lambda: target,
+            get_current_device=lambda: self.capability,
+            get_current_stream=lambda device=None: 0,
+            get_active_torch_device=lambda: torch.device("cpu"),
+        )
         self.driver, self.active = driver, driver._active
         self.jit, self.run = JITFunction, JITFunction.run
         driver.set_active(stub)
@@ -196,24 +237,41 @@ class offline:
 def measure(kernel, capability):
     """Assemble a compiled kernel; returns its row of the table."""
     import triton
+
     bin = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
         f.write(ptx)
         f.flush()
         assembled = subprocess.run(
-            [bin / ("ptxas" if capability < 100 else "ptxas-blackwell"), "-v", f"-arch={ARCH[capability]}", f.name,
-             "-o", "/dev/null"], capture_output=True, text=True, check=True)
+            [
+                bin / ("ptxas" if capability < 100 else "ptxas-blackwell"),
+                "-v",
+                f"-arch={ARCH[capability]}",
+                f.name,
+                "-o",
+                "/dev/null",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
 
     def number(pattern):
         return sum(map(int, re.findall(pattern, assembled.stderr)))
 
     return dict(
-        kernel=kernel.metadata.name, arch=ARCH[capability], warps=kernel.metadata.num_warps,
-        stages=kernel.metadata.num_stages, registers=number(r"Used (\d+) registers"),
+        kernel=kernel.metadata.name,
+        arch=ARCH[capability],
+        warps=kernel.metadata.num_warps,
+        stages=kernel.metadata.num_stages,
+        registers=number(r"Used (\d+) registers"),
         spilled=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-        shared=kernel.metadata.shared, wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"),
-        bulk_copies=ptx.count("cp.async.bulk.tensor"))
+        shared=kernel.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        bulk_copies=ptx.count("cp.async.bulk.tensor"),
+    )
 
 
 def table(capability):
@@ -240,7 +298,8 @@ COMMITTED = pathlib.Path(__file__).parent / "results/kernel_resources.json"
 
 
 def worse(rows, committed):
-    """What rows need more of than the committed table has for the same kernel and chip: one line each."""
+    """What rows need more of than the committed table has for the same kernel and chip: one line
+    each."""
     before = {(r["case"], r["kernel"], r["arch"]): r for r in committed}
     lines = []
     for row in rows:
@@ -256,19 +315,39 @@ def worse(rows, committed):
 
 def render(result):
     """The table in Markdown: a line for each kernel, a column for each chip."""
-    lines = ["# What each kernel takes of a chip", "",
-             f"Compiled for the shapes of `gpt2-small` by Triton {result['triton']} and its ptxas; nothing here was run. "
-             "Registers per thread, shared memory of a block, bytes spilled if any, warps; **W** wgmma, **5** tcgen05, "
-             "**B** bulk tensor copies. Made by `python -m benchmarks resources --write`.", "",
-             "| op | kernel | " + " | ".join(ARCH.values()) + " |", "|---|---|" + "---|" * len(ARCH)]
+    lines = [
+        "# What each kernel takes of a chip",
+        "",
+        f"Compiled for the shapes of `gpt2-small` by Triton {result['triton']} and its ptxas; nothing here was run. "
+        "Registers per thread, shared memory of a block, bytes spilled if any, warps; **W** wgmma, **5** tcgen05, "
+        "**B** bulk tensor copies. Made by `python -m benchmarks resources --write`.",
+        "",
+        "| op | kernel | " + " | ".join(ARCH.values()) + " |",
+        "|---|---|" + "---|" * len(ARCH),
+    ]
     cells = collections.defaultdict(dict)
     for r in result["rows"]:
-        uses = "".join(mark for mark, what in (("W", "wgmma"), ("5", "tcgen05"), ("B", "bulk_copies")) if r[what])
-        cells[r["case"], r["kernel"]][r["arch"]] = ", ".join(filter(None, (
-            f"{r['registers']} r", f"{r['shared'] / 1024:.1f} KB" if r["shared"] else "",
-            f"{r['spilled']} B spilled" if r["spilled"] else "", f"{r['warps']} w", f"**{uses}**" if uses else "")))
+        uses = "".join(
+            mark
+            for mark, what in (("W", "wgmma"), ("5", "tcgen05"), ("B", "bulk_copies"))
+            if r[what]
+        )
+        cells[r["case"], r["kernel"]][r["arch"]] = ", ".join(
+            filter(
+                None,
+                (
+                    f"{r['registers']} r",
+                    f"{r['shared'] / 1024:.1f} KB" if r["shared"] else "",
+                    f"{r['spilled']} B spilled" if r["spilled"] else "",
+                    f"{r['warps']} w",
+                    f"**{uses}**" if uses else "",
+                ),
+            )
+        )
     for (name, kernel), row in cells.items():
-        lines.append(f"| {name} | `{kernel}` | " + " | ".join(row.get(a, "–") for a in ARCH.values()) + " |")
+        lines.append(
+            f"| {name} | `{kernel}` | " + " | ".join(row.get(a, "–") for a in ARCH.values()) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -280,6 +359,7 @@ def add_arguments(parser):
 def run(write=False, chip=None):
     """dict(triton, rows); see measure() for the columns."""
     import triton
+
     rows = []
     for capability in [chip] if chip else ARCH:
         print(f"compiling {len(CASES)} cases for {ARCH[capability]} ...", file=sys.stderr)
@@ -287,8 +367,10 @@ def run(write=False, chip=None):
     result = dict(triton=triton.__version__, rows=rows)
     if write:
         COMMITTED.parent.mkdir(exist_ok=True)
-        COMMITTED.write_text('{"triton": "%s", "rows": [\n%s\n]}\n' % (
-            triton.__version__, ",\n".join(json.dumps(r) for r in rows)))
+        COMMITTED.write_text(
+            '{"triton": "%s", "rows": [\n%s\n]}\n'
+            % (triton.__version__, ",\n".join(json.dumps(r) for r in rows))
+        )
         COMMITTED.with_suffix(".md").write_text(render(result))
     elif COMMITTED.exists():
         for line in worse(rows, json.loads(COMMITTED.read_text())["rows"]):

@@ -1,10 +1,12 @@
-"""Timing work on a GPU: CUDA graphs between events, variants in turn, inputs that no cache can hold.
+"""Timing work on a GPU: CUDA graphs between events, variants in turn, inputs that no cache can
+hold.
 
-One sample of a variant is one replay of a graph of many calls, so that launching costs nothing and events are far
-apart; calls walk over several sets of inputs, together three times the L2 cache, and hold their outputs as long. In
-every round each variant gives one sample, another one first each time: a drifting clock hits them alike. The result
-of many rounds is a median with the 20th and the 80th percentile. What cannot be captured is launched call by call
-and says so; launching is then part of its time.
+One sample of a variant is one replay of a graph of many calls, so that launching costs nothing and
+events are far apart; calls walk over several sets of inputs, together three times the L2 cache, and
+hold their outputs as long. In every round each variant gives one sample, another one first each
+time: a drifting clock hits them alike. The result of many rounds is a median with the 20th and the
+80th percentile. What cannot be captured is launched call by call and says so; launching is then
+part of its time.
 """
 
 import statistics
@@ -29,7 +31,8 @@ class CudaClock:
         torch.cuda.synchronize()
 
     def backlog(self):
-        """Keep the device busy for about 0.1 ms, so that it never waits for the host at the first mark."""
+        """Keep the device busy for about 0.1 ms, so that it never waits for the host at the
+        first mark."""
         torch.cuda._sleep(200_000)
 
 
@@ -76,7 +79,8 @@ def calls_needed(us_per_call, sets, sample_us=3000, most=64):
 
 
 def rotate(call, sets, calls):
-    """call(0), call(1), ..., from the start again after `sets`; each result is held until its set is next in turn."""
+    """call(0), call(1), ..., from the start again after `sets`; each result is held until its
+    set is next in turn."""
     held = [None] * sets
     for i in range(calls):
         held[i % sets] = call(i % sets)
@@ -105,13 +109,18 @@ class Sampler:
         self.run = lambda: rotate(call, sets, self.calls)
 
     def capture(self, pool):
-        """From now on run() replays a CUDA graph of the calls, captured on the current stream (not the default one).
+        """From now on run() replays a CUDA graph of the calls, captured on the current stream (not
+        the default one).
 
-        pool: memory pool that graphs share: they never run at one time, and nobody reads what they leave.
+        pool: memory pool that graphs share: they never run at one time, and nobody reads what they
+        leave.
         """
         graph = torch.cuda.CUDAGraph()
-        # relaxed: modules may load and memory may grow meanwhile; gradients are computed on a thread of their own
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"):
+        # relaxed: modules may load and memory may grow meanwhile; gradients are computed on a
+        # thread of their own
+        with torch.cuda.graph(
+            graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"
+        ):
             self.run()
         self.run, self.method = graph.replay, "graph"
 
@@ -131,7 +140,8 @@ def synchronizes(call):
 
 
 def interleaved(samplers, clock, seconds=0.5, least=5, most=30):
-    """{name: Sampler} -> ({name: [microseconds per call, ...]}, {name: exception}), in turn until seconds are over.
+    """{name: Sampler} -> ({name: [microseconds per call, ...]}, {name: exception}), in turn until
+    seconds are over.
 
     A sampler that raises is left out from then on.
     """
@@ -154,7 +164,9 @@ def interleaved(samplers, clock, seconds=0.5, least=5, most=30):
         end = clock.mark()
         clock.wait()
         if done < 0:
-            rounds = max(least, min(most, int(1e6 * seconds / max(clock.between(begin, end), 1e-3))))
+            rounds = max(
+                least, min(most, int(1e6 * seconds / max(clock.between(begin, end), 1e-3)))
+            )
         else:
             for name, (start, stop) in marks.items():
                 samples[name].append(clock.between(start, stop) / samplers[name].calls)
@@ -163,13 +175,22 @@ def interleaved(samplers, clock, seconds=0.5, least=5, most=30):
 
 
 def relative_error(result, reference, chunk=1 << 26):
-    """|result - reference| / |reference| over all elements, in fp64 sums of fp32 chunks; NaN anywhere gives NaN."""
+    """|result - reference| / |reference| over all elements, in fp64 sums of fp32 chunks; NaN
+    anywhere gives NaN."""
     if result.shape != reference.shape:
-        raise ValueError(f"shape {tuple(result.shape)} where the reference has {tuple(reference.shape)}")
+        raise ValueError(
+            f"shape {tuple(result.shape)} where the reference has {tuple(reference.shape)}"
+        )
     difference = norm = 0.0
-    for a, b in zip(result.detach().reshape(-1).split(chunk), reference.detach().reshape(-1).split(chunk)):
+    for a, b in zip(
+        result.detach().reshape(-1).split(chunk), reference.detach().reshape(-1).split(chunk)
+    ):
         a, b = a.float(), b.float()
         difference += (a - b).square().sum(dtype=torch.float64)
         norm += b.square().sum(dtype=torch.float64)
     difference, norm = (float(x) ** 0.5 for x in (difference, norm))
-    return difference / norm if norm or difference != difference else (0.0 if difference == 0 else float("inf"))
+    return (
+        difference / norm
+        if norm or difference != difference
+        else (0.0 if difference == 0 else float("inf"))
+    )

@@ -9,13 +9,24 @@ from .shards import InputError, ShardWriter, read_shard
 from .text import prepare_text
 from .tokenizers import Tokenizer, gpt2_tokenizer
 
-__all__ = ["Dataset", "InputError", "Prefetcher", "ShardWriter", "Tokenizer", "TrainLoader", "ValLoader",
-           "open_dataset", "pack", "read_shard"]
+__all__ = [
+    "Dataset",
+    "InputError",
+    "Prefetcher",
+    "ShardWriter",
+    "Tokenizer",
+    "TrainLoader",
+    "ValLoader",
+    "open_dataset",
+    "pack",
+    "read_shard",
+]
 
 
 @dataclass
 class Dataset:
     """Train and validation shards of one corpus, with what is needed to read and name them."""
+
     name: str
     train: list  # shard paths, in training order
     val: list
@@ -34,14 +45,24 @@ class Dataset:
 def open_dataset(source, tokenizer, cache, train_shards=9):
     """Prepare a corpus if needed and return its Dataset.
 
-    source: "stdlib", "fineweb10B", or the path of a text file or folder; tokenizer: for text, see tokenizers.py;
-    cache: folder for shards; train_shards: how many FineWeb shards. Raises InputError.
+    source: "stdlib", "fineweb10B", or the path of a text file or folder; tokenizer: for text, see
+    tokenizers.py; cache: folder for shards; train_shards: how many FineWeb shards. Raises
+    InputError.
     """
     if source == "fineweb10B":
         from .fineweb import REVISION, download
+
         folder = Path(cache) / "fineweb10B"
         train, val = download(folder, train_shards)
         return Dataset(source, train, val, 50257, 50256, f"kjj0/fineweb10B-gpt2@{REVISION}", folder)
     folder, meta, tok = prepare_text(source, tokenizer, cache)
     shards = {s: [folder / name for name in meta[f"{s}_shards"]] for s in ("train", "val")}
-    return Dataset(str(source), shards["train"], shards["val"], tok.n_vocab, tok.eot, meta["fingerprint"], folder)
+    return Dataset(
+        str(source),
+        shards["train"],
+        shards["val"],
+        tok.n_vocab,
+        tok.eot,
+        meta["fingerprint"],
+        folder,
+    )

@@ -1,4 +1,5 @@
-"""Files that survive: written aside and renamed, compared with their checksums, prepared by one process at a time."""
+"""Files that survive: written aside and renamed, compared with their checksums, prepared by one
+process at a time."""
 
 import hashlib
 import os
@@ -26,7 +27,10 @@ def sweep(folder):
     """Delete what killed processes left aside in `folder`, a day later."""
     for path in folder.glob("*.tmp"):
         with suppress(OSError):
-            if re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", path.name) and time.time() - path.lstat().st_mtime > ABANDONED:
+            if (
+                re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", path.name)
+                and time.time() - path.lstat().st_mtime > ABANDONED
+            ):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -51,7 +55,8 @@ def sha256_of(path):
 
 
 def difference(path, size=None, sha256=None):
-    """What tells `path` from a file of this size in bytes and SHA-256, cheapest test first, or None. Raises OSError."""
+    """What tells `path` from a file of this size in bytes and SHA-256, cheapest test first, or
+    None. Raises OSError."""
     if not path.exists():
         return "not there"
     found = path.stat().st_size
@@ -65,8 +70,9 @@ def difference(path, size=None, sha256=None):
 def one_at_a_time(folder):
     """Let one of the processes that want to prepare `folder` do it while the others wait here.
 
-    It saves work and nothing depends on it: on a network file system it may let everyone through, so whoever comes
-    through looks first whether the work is done, and writes aside. The lock of a killed process is free.
+    It saves work and nothing depends on it: on a network file system it may let everyone through,
+    so whoever comes through looks first whether the work is done, and writes aside. The lock of a
+    killed process is free.
     """
     fd = None
     try:
@@ -75,7 +81,11 @@ def one_at_a_time(folder):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"note: {folder}: another process is preparing this; waiting for it", file=sys.stderr, flush=True)
+                print(
+                    f"note: {folder}: another process is preparing this; waiting for it",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,10 +1,11 @@
-"""Token shards on disk, in llm.c's format, so files are interchangeable with llm.c and modded-nanogpt.
+"""Token shards on disk, in llm.c's format, so files are interchangeable with llm.c and
+modded-nanogpt.
 
     256 x int32 little-endian header: [0] magic 20240520, [1] version 1, [2] token count, rest 0
     token count x uint16 token ids
 
-Every document starts with the end-of-text token. Files are written aside and renamed, so a file under
-its final name is always whole.
+Every document starts with the end-of-text token. Files are written aside and renamed, so a file
+under its final name is always whole.
 """
 
 import os
@@ -22,7 +23,8 @@ SHARD_TOKENS = 100_000_000  # FineWeb-10B's size: 200 MB a file
 
 
 class InputError(ValueError):
-    """Something the user can put right. The message is one line: what, where, expected, what to do."""
+    """Something the user can put right. The message is one line: what, where, expected, what to
+    do."""
 
 
 def read_shard(path, n_vocab=None):
@@ -34,26 +36,38 @@ def read_shard(path, n_vocab=None):
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
-            raise InputError(f"{path}: cannot read shard: expected a file, found a folder, pipe or device")
+            raise InputError(
+                f"{path}: cannot read shard: expected a file, found a folder, pipe or device"
+            )
         with open(path, "rb") as f:
             size, header = os.fstat(f.fileno()).st_size, f.read(HEADER_BYTES)
             n_tokens = _tokens_in(path, size, header)
             tokens = np.memmap(f, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
     except InputError:
         raise
-    except (OSError, ValueError) as e:  # ValueError: it became shorter just now, or a NUL in the path
-        raise InputError(f"{path}: cannot read shard: {getattr(e, 'strerror', None) or e}") from None
+    except (
+        OSError,
+        ValueError,
+    ) as e:  # ValueError: it became shorter just now, or a NUL in the path
+        raise InputError(
+            f"{path}: cannot read shard: {getattr(e, 'strerror', None) or e}"
+        ) from None
     if n_vocab is not None and int(tokens.max()) >= n_vocab:
         at = int(np.argmax(tokens >= n_vocab))
-        raise InputError(f"{path}: expected tokens below {n_vocab}, found {tokens[at]} at position {at}: "
-                         "was this shard made with another tokenizer?")
+        raise InputError(
+            f"{path}: expected tokens below {n_vocab}, found {tokens[at]} at position {at}: "
+            "was this shard made with another tokenizer?"
+        )
     return tokens
 
 
 def _tokens_in(path, size, header):
-    """The token count of a file of `size` bytes that begins with `header`; raises InputError where they disagree."""
+    """The token count of a file of `size` bytes that begins with `header`; raises InputError
+    where they disagree."""
     if len(header) < HEADER_BYTES:
-        raise InputError(f"{path}: expected a {HEADER_BYTES}-byte shard header, found a file of {size} bytes")
+        raise InputError(
+            f"{path}: expected a {HEADER_BYTES}-byte shard header, found a file of {size} bytes"
+        )
     magic, version, n_tokens = np.frombuffer(header, dtype="<i4", count=3).tolist()
     if magic != MAGIC:
         raise InputError(f"{path}: expected magic {MAGIC}, found {magic}: not a token shard")
@@ -61,8 +75,10 @@ def _tokens_in(path, size, header):
         raise InputError(f"{path}: expected shard version {VERSION}, found {version}")
     expected = HEADER_BYTES + 2 * n_tokens
     if n_tokens < 1 or size != expected:
-        raise InputError(f"{path}: expected {expected} bytes for {n_tokens} tokens, found {size}: "
-                         "truncated or altered; delete the file and prepare it again")
+        raise InputError(
+            f"{path}: expected {expected} bytes for {n_tokens} tokens, found {size}: "
+            "truncated or altered; delete the file and prepare it again"
+        )
     return n_tokens
 
 
@@ -70,7 +86,8 @@ class ShardWriter:
     """Stream tokens into `folder/prefix_000000.bin`, `_000001.bin`, ... of `shard_tokens` each.
 
     Used as a context manager: shards appear under their final names when whole, and an exception
-    (disk full included, raised as InputError) leaves no partial file behind. `paths` lists what was written.
+    (disk full included, raised as InputError) leaves no partial file behind. `paths` lists what was
+    written.
     """
 
     def __init__(self, folder, prefix, shard_tokens=SHARD_TOKENS):
@@ -96,7 +113,7 @@ class ShardWriter:
             part = tokens[: self.shard_tokens - self._count]
             self._guard(self._file.write, part.tobytes())
             self._count += len(part)
-            tokens = tokens[len(part):]
+            tokens = tokens[len(part) :]
             if self._count == self.shard_tokens:
                 self._close()
 
@@ -140,5 +157,7 @@ class ShardWriter:
         except OSError as e:
             if self._file is not None:
                 self._discard()
-            raise InputError(f"{self._final}: cannot write shard: {e.strerror or e}; "
-                             "nothing was left under this name") from None
+            raise InputError(
+                f"{self._final}: cannot write shard: {e.strerror or e}; "
+                "nothing was left under this name"
+            ) from None

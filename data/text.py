@@ -1,11 +1,13 @@
 """From text to shards: a file, a folder, or Python's own standard library.
 
-Documents are files (or the parts of a file between `<|endoftext|>` marks). Everything streams: memory does not
-grow with the corpus. The result is a folder of train and validation shards with `meta.json` beside them,
-cached under a key made of the files' paths, sizes, times and the tokenizer, so a second start only reads it.
+Documents are files (or the parts of a file between `<|endoftext|>` marks). Everything streams:
+memory does not grow with the corpus. The result is a folder of train and validation shards with
+`meta.json` beside them, cached under a key made of the files' paths, sizes, times and the
+tokenizer, so a second start only reads it.
 
-`meta.json` holds the size and SHA-256 of every file, and each start compares all of them: whatever happened to the
-shards since they were written is noticed, but not a change of `meta.json` made to go with it, nor one during a run.
+`meta.json` holds the size and SHA-256 of every file, and each start compares all of them: whatever
+happened to the shards since they were written is noticed, but not a change of `meta.json` made to
+go with it, nor one during a run.
 """
 
 import hashlib
@@ -26,36 +28,56 @@ from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer
 VAL_FRACTION = 0.1
 BPE_BYTES = 200_000_000  # a BPE vocabulary settles long before this much text
 LAYOUT = 5  # change it when what is written below changes, so old caches are not read
-# Left out of the standard library: what differs between distributions and versions, and what is generated: a file of
-# prose, nearly half of the validation text, and character tables, so predictable that the few in the split decide it.
-NOT_STDLIB = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "distutils", "turtledemo",
-              "ensurepip", "tkinter", "pydoc_data", "encodings"}
+# Left out of the standard library: what differs between distributions and versions, and what is
+# generated: a file of prose, nearly half of the validation text, and character tables, so
+# predictable that the few in the split decide it.
+NOT_STDLIB = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "distutils",
+    "turtledemo",
+    "ensurepip",
+    "tkinter",
+    "pydoc_data",
+    "encodings",
+}
 
 
 def prepare_text(source, tokenizer, cache):
     """Tokenize `source` into shards under `cache`; returns (folder, meta dict, Tokenizer).
 
-    source: path of a file or folder, or "stdlib"; tokenizer: a name make_tokenizer knows; cache: folder.
-    A folder is split by document: sorted by a hash of the relative path, files whose hash falls in the first
-    tenth are validation. A single file is split by position, its last tenth being validation.
-    Raises InputError for missing or empty text, text that changes while it is read, files that cannot be written,
-    and a prepared corpus that is no longer what was written.
+    source: path of a file or folder, or "stdlib"; tokenizer: a name make_tokenizer knows; cache:
+    folder. A folder is split by document: sorted by a hash of the relative path, files whose hash
+    falls in the first tenth are validation. A single file is split by position, its last tenth
+    being validation. Raises InputError for missing or empty text, text that changes while it is
+    read, files that cannot be written, and a prepared corpus that is no longer what was written.
     """
     try:
         root, files = list_files(source)
         state = _state(root, files)
-        key = hashlib.sha256(json.dumps([LAYOUT, str(source), tokenizer, *state]).encode()).hexdigest()[:16]
-        folder = Path(cache) / f"{Path(source).stem[:40]}-{re.sub(r'[^0-9a-z]', '', tokenizer)}-{key}"
+        key = hashlib.sha256(
+            json.dumps([LAYOUT, str(source), tokenizer, *state]).encode()
+        ).hexdigest()[:16]
+        folder = (
+            Path(cache) / f"{Path(source).stem[:40]}-{re.sub(r'[^0-9a-z]', '', tokenizer)}-{key}"
+        )
         if not (folder / "meta.json").exists():
             _prepare(root, files, state, str(source), tokenizer, folder)
     except OSError as e:
-        raise InputError(f"{e.filename or cache}: cannot prepare {source}: {e.strerror or e}; "
-                         "put this right and start again") from None
+        raise InputError(
+            f"{e.filename or cache}: cannot prepare {source}: {e.strerror or e}; "
+            "put this right and start again"
+        ) from None
     return folder, *open_prepared(folder)
 
 
 def open_prepared(folder):
-    """(meta dict, Tokenizer) of a prepared corpus. Reads every file of it once; raises InputError."""
+    """(meta dict, Tokenizer) of a prepared corpus. Reads every file of it once; raises
+    InputError."""
     again = f"delete {folder} and start again, which makes it anew from the text"
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
@@ -68,19 +90,33 @@ def open_prepared(folder):
                 if not re.fullmatch(rf"{split}_[0-9]+\.bin", name):
                     raise ValueError(f"{name!r} is no name of a {split} shard")
             names += shards
-        expected = {name: (int(meta["checksums"][name]["bytes"]), str(meta["checksums"][name]["sha256"]))
-                    for name in names}
+        expected = {
+            name: (int(meta["checksums"][name]["bytes"]), str(meta["checksums"][name]["sha256"]))
+            for name in names
+        }
         if not isinstance(meta["fingerprint"], str):
             raise ValueError("no fingerprint")
     except Exception as e:  # whatever it holds
-        raise InputError(f"{folder / 'meta.json'}: cannot be read ({type(e).__name__}: {e}); {again}") from None
+        raise InputError(
+            f"{folder / 'meta.json'}: cannot be read ({type(e).__name__}: {e}); {again}"
+        ) from None
     try:
-        for name in tqdm(expected, desc=f"comparing checksums of {folder.name}", unit="file", delay=2, disable=None):
+        for name in tqdm(
+            expected,
+            desc=f"comparing checksums of {folder.name}",
+            unit="file",
+            delay=2,
+            disable=None,
+        ):
             if problem := difference(folder / name, *expected[name]):
                 raise InputError(f"{folder / name}: {problem}: not what was written; {again}")
-        return meta, Tokenizer.from_json((folder / "tokenizer.json").read_bytes(), folder / "tokenizer.json")
+        return meta, Tokenizer.from_json(
+            (folder / "tokenizer.json").read_bytes(), folder / "tokenizer.json"
+        )
     except OSError as e:
-        raise InputError(f"{e.filename or folder}: cannot be read: {e.strerror or e}; {again}") from None
+        raise InputError(
+            f"{e.filename or folder}: cannot be read: {e.strerror or e}; {again}"
+        ) from None
 
 
 def _state(root, files):
@@ -89,9 +125,11 @@ def _state(root, files):
 
 
 def _prepare(root, files, state, source, tokenizer, folder):
-    """Write the corpus aside and rename it into `folder`, meta.json last: without it a folder counts for nothing.
+    """Write the corpus aside and rename it into `folder`, meta.json last: without it a folder
+    counts for nothing.
 
-    However many processes do so at once, they write the same, so each rename leaves a whole file of the same content.
+    However many processes do so at once, they write the same, so each rename leaves a whole file of
+    the same content.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder.parent)
@@ -102,8 +140,10 @@ def _prepare(root, files, state, source, tokenizer, folder):
                 return
             _write(root, files, source, tokenizer, temp)
             if changed := sorted(set(state) - set(_state(root, files))):
-                raise InputError(f"{root / changed[0][0]}: changed while it was read; start again when nothing "
-                                 "writes to it any more")
+                raise InputError(
+                    f"{root / changed[0][0]}: changed while it was read; start again when nothing "
+                    "writes to it any more"
+                )
             folder.mkdir(exist_ok=True)  # another process that failed may have taken it away
             for path in sorted(temp.iterdir(), key=lambda path: path.name == "meta.json"):
                 os.replace(path, folder / path.name)
@@ -114,7 +154,8 @@ def _prepare(root, files, state, source, tokenizer, folder):
 
 
 def list_files(source):
-    """(root, relative paths in training order) of the text files in `source`; hidden and binary files left out."""
+    """(root, relative paths in training order) of the text files in `source`; hidden and binary
+    files left out."""
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         # _sysconfigdata_* holds the paths of the machine Python was built on
@@ -123,7 +164,9 @@ def list_files(source):
     else:
         root, keep, skip = Path(source), is_text, ()
         if not os.path.exists(root):  # unlike Path.exists, False for what cannot be a path
-            raise InputError(f"{source}: no such file or folder; --text expects a text file or a folder of them")
+            raise InputError(
+                f"{source}: no such file or folder; --text expects a text file or a folder of them"
+            )
         if root.is_file():
             if root.stat().st_size == 0:
                 raise InputError(f"{source}: the file is empty")
@@ -132,14 +175,23 @@ def list_files(source):
                 raise InputError(f"{source}: expected UTF-8 text, found a binary file")
             return root.parent, [root.name]
         if not root.is_dir():
-            raise InputError(f"{source}: expected a text file or a folder of them, found a pipe or device; "
-                             "save the text to a file first")
+            raise InputError(
+                f"{source}: expected a text file or a folder of them, found a pipe or device; "
+                "save the text to a file first"
+            )
         os.listdir(root)  # os.walk takes a folder that cannot be read for an empty one
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [d for d in subfolders if d not in skip and not d.startswith((".", "__pycache__"))]
-        found += [p.relative_to(root).as_posix() for n in names if not n.startswith(".")
-                  for p in [Path(folder, n)] if p.is_file() and keep(p) and p.stat().st_size]
+        subfolders[:] = [
+            d for d in subfolders if d not in skip and not d.startswith((".", "__pycache__"))
+        ]
+        found += [
+            p.relative_to(root).as_posix()
+            for n in names
+            if not n.startswith(".")
+            for p in [Path(folder, n)]
+            if p.is_file() and keep(p) and p.stat().st_size
+        ]
     if not found:
         raise InputError(f"{source}: found no text files in this folder")
     return root, sorted(found, key=_path_hash)
@@ -159,22 +211,29 @@ def _path_hash(rel):
 
 
 def split_documents(root, files):
-    """Assign every file, or every file's head and tail, to a split: list of (split, rel, first byte, end byte)."""
+    """Assign every file, or every file's head and tail, to a split: list of (split, rel, first
+    byte, end byte)."""
     threshold = f"{int(VAL_FRACTION * 16**8):08x}"
-    splits = [("val" if _path_hash(rel)[:8] < threshold else "train", rel, 0, (root / rel).stat().st_size)
-              for rel in files]
+    splits = [
+        ("val" if _path_hash(rel)[:8] < threshold else "train", rel, 0, (root / rel).stat().st_size)
+        for rel in files
+    ]
     if {s for s, *_ in splits} == {"train", "val"}:
         return splits
     # Too few files to divide: the last tenth of each one is validation.
     cut = [(rel, int(size * (1 - VAL_FRACTION)), size) for _, rel, _, size in splits]
-    return [("train", rel, 0, at) for rel, at, _ in cut] + [("val", rel, at, size) for rel, at, size in cut]
+    return [("train", rel, 0, at) for rel, at, _ in cut] + [
+        ("val", rel, at, size) for rel, at, size in cut
+    ]
 
 
 def read_blocks(path, first, end, block=1 << 20):
-    """Yield bytes [first, end) of a UTF-8 file as (str, starts a document?), about `block` bytes at a time.
+    """Yield bytes [first, end) of a UTF-8 file as (str, starts a document?), about `block` bytes at
+    a time.
 
-    Blocks end after a newline or space where there is one, so that no token is cut; a byte range that begins or ends
-    inside a character or a mark is moved to where that begins. Invalid UTF-8 becomes U+FFFD.
+    Blocks end after a newline or space where there is one, so that no token is cut; a byte range
+    that begins or ends inside a character or a mark is moved to where that begins. Invalid UTF-8
+    becomes U+FFFD.
     """
     mark = END_OF_TEXT.encode()
 
@@ -182,9 +241,13 @@ def read_blocks(path, first, end, block=1 << 20):
         """The last position at or before `at` that is inside neither a mark nor a character."""
         inside = data.find(mark, max(0, at - len(mark) + 1), at + len(mark) - 1)
         at = inside if 0 <= inside < at else at
-        return next((i for i in range(at, max(-1, at - 4), -1) if i < len(data) and data[i] & 0xC0 != 0x80), at)
+        return next(
+            (i for i in range(at, max(-1, at - 4), -1) if i < len(data) and data[i] & 0xC0 != 0x80),
+            at,
+        )
 
     with open(path, "rb") as f:
+
         def move(at):
             before = max(0, at - 16)
             f.seek(before)
@@ -196,7 +259,10 @@ def read_blocks(path, first, end, block=1 << 20):
         data, starts, done = b"", True, False
         while not done:
             read = f.read(min(block, end - f.tell()))
-            data, done = data + read, not read or f.tell() >= end  # no read: the file became shorter
+            data, done = (
+                data + read,
+                not read or f.tell() >= end,
+            )  # no read: the file became shorter
             at = len(data)
             if not done:
                 at = max(data.rfind(b"\n"), data.rfind(b" ") if at > 2 * block else -1) + 1
@@ -225,13 +291,14 @@ def _write(root, files, source, tokenizer_name, folder):
                     if seen > BPE_BYTES and tokenizer_name != "chars":
                         return
 
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenizing {source}",
-               disable=None)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenizing {source}", disable=None)
     bar.set_postfix_str("learning the vocabulary")
     tokenizer = make_tokenizer(tokenizer_name, texts)
     bar.set_postfix_str("")
     digest = hashlib.sha256()
-    meta = dict(source=source, tokenizer=tokenizer_name, n_vocab=tokenizer.n_vocab, files=len(files))
+    meta = dict(
+        source=source, tokenizer=tokenizer_name, n_vocab=tokenizer.n_vocab, files=len(files)
+    )
     with ShardWriter(folder, "train") as train, ShardWriter(folder, "val") as val:
         writers = dict(train=train, val=val)
         pending = []
@@ -248,7 +315,9 @@ def _write(root, files, source, tokenizer_name, folder):
             pending.clear()
 
         for split, rel, first, end in splits:
-            digest.update(f"\0{split}\0".encode() + (os.fsencode(rel) if len(files) > 1 else b"") + b"\0")
+            digest.update(
+                f"\0{split}\0".encode() + (os.fsencode(rel) if len(files) > 1 else b"") + b"\0"
+            )
             for text, starts in read_blocks(root / rel, first, end):
                 digest.update((b"\0" if starts else b"") + text.encode())
                 pending.append((split, text, starts))
@@ -263,6 +332,8 @@ def _write(root, files, source, tokenizer_name, folder):
         meta[f"{split}_shards"] = [p.name for p in writer.paths]
     meta["fingerprint"] = digest.hexdigest()
     write_text(folder / "tokenizer.json", tokenizer.to_json())
-    meta["checksums"] = {path.name: dict(bytes=path.stat().st_size, sha256=sha256_of(path))
-                         for path in sorted(folder.iterdir())}
+    meta["checksums"] = {
+        path.name: dict(bytes=path.stat().st_size, sha256=sha256_of(path))
+        for path in sorted(folder.iterdir())
+    }
     write_text(folder / "meta.json", json.dumps(meta, indent=1))

@@ -1,7 +1,7 @@
 """Tokenizers by name: `gpt2`, `bpe:N` (trained on the corpus), `bytes`, `chars`.
 
-All share one interface (`encode`, `decode`, `n_vocab`, `eot`, `token_bytes`) and one JSON file format.
-BPE is trained by Hugging Face `tokenizers` and run by `tiktoken`; nothing here is pickled.
+All share one interface (`encode`, `decode`, `n_vocab`, `eot`, `token_bytes`) and one JSON file
+format. BPE is trained by Hugging Face `tokenizers` and run by `tiktoken`; nothing here is pickled.
 """
 
 import base64
@@ -14,20 +14,24 @@ from .shards import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-4's split pattern with at most two digits a piece (nanochat measured 2 better than 1 or 3).
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|\s*[\r\n]|\s+(?!\S)|\s+")
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 LONG_RUN, PIECE = re.compile(r"\s{10000}"), re.compile(r"(?s).{1,5000}")
 
 
 class Tokenizer:
     """Text to token ids and back.
 
-    n_vocab: number of ids, end-of-text included; eot: the end-of-text id, which starts every document;
-    token_bytes: (n_vocab,) int64, UTF-8 bytes each id stands for (0 for eot), the basis of bits per byte.
+    n_vocab: number of ids, end-of-text included; eot: the end-of-text id, which starts every
+    document; token_bytes: (n_vocab,) int64, UTF-8 bytes each id stands for (0 for eot), the basis
+    of bits per byte.
     """
 
     def __init__(self, kind, tokens, pattern=None):
-        """kind: the name above; tokens: every id's bytes (str for chars) in id order, end-of-text left out."""
+        """kind: the name above; tokens: every id's bytes (str for chars) in id order,
+        end-of-text left out."""
         self.kind, self.tokens, self.pattern = kind, tokens, pattern
         self.eot, self.n_vocab = len(tokens), len(tokens) + 1
         sizes = [len(t.encode() if isinstance(t, str) else t) for t in tokens]
@@ -36,11 +40,17 @@ class Tokenizer:
             self._codes = np.array([ord(c) for c in tokens], dtype=np.uint32)
         elif kind != "bytes":
             import tiktoken
-            self._bpe = tiktoken.Encoding(kind, pat_str=pattern, special_tokens={END_OF_TEXT: self.eot},
-                                          mergeable_ranks={t: i for i, t in enumerate(tokens)})
+
+            self._bpe = tiktoken.Encoding(
+                kind,
+                pat_str=pattern,
+                special_tokens={END_OF_TEXT: self.eot},
+                mergeable_ranks={t: i for i, t in enumerate(tokens)},
+            )
 
     def encode(self, texts):
-        """List of str -> list of uint16 arrays of ids. Text that looks like end-of-text is ordinary text."""
+        """List of str -> list of uint16 arrays of ids. Text that looks like end-of-text is
+        ordinary text."""
         if self.kind == "bytes":
             return [np.frombuffer(t.encode(), dtype=np.uint8).astype(np.uint16) for t in texts]
         if self.kind == "chars":
@@ -55,7 +65,9 @@ class Tokenizer:
         ids = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
         unknown = codes[self._codes[ids] != codes]
         if len(unknown):
-            raise InputError(f"character {chr(unknown[0])!r} is not among the {len(self.tokens)} the tokenizer knows")
+            raise InputError(
+                f"character {chr(unknown[0])!r} is not among the {len(self.tokens)} the tokenizer knows"
+            )
         return ids.astype(np.uint16)
 
     def decode(self, ids):
@@ -64,21 +76,33 @@ class Tokenizer:
         return "".join(parts) if self.kind == "chars" else b"".join(parts).decode(errors="replace")
 
     def to_json(self):
-        tokens = self.tokens if self.kind == "chars" else [base64.b64encode(t).decode() for t in self.tokens]
+        tokens = (
+            self.tokens
+            if self.kind == "chars"
+            else [base64.b64encode(t).decode() for t in self.tokens]
+        )
         return json.dumps(dict(kind=self.kind, pattern=self.pattern, tokens=tokens))
 
     @classmethod
     def from_json(cls, text, where="tokenizer.json"):
-        """What to_json wrote, as str or bytes; where: what to call it. Raises InputError for what does not work."""
+        """What to_json wrote, as str or bytes; where: what to call it. Raises InputError for
+        what does not work."""
         try:
             d = json.loads(text)
             kind, pattern, tokens = d["kind"], d["pattern"], list(d["tokens"])
-            if not (kind in ("bytes", "chars", "gpt2") or re.fullmatch(r"bpe:\d+", kind)) or len(tokens) > 65535:
+            if (
+                not (kind in ("bytes", "chars", "gpt2") or re.fullmatch(r"bpe:\d+", kind))
+                or len(tokens) > 65535
+            ):
                 raise ValueError(f"{len(tokens)} tokens of kind {kind!r}")
             if kind != "chars":
                 tokens = [base64.b64decode(t, validate=True) for t in tokens]
             units = len(tokens) if kind == "chars" else 256
-            if not tokens or len(set(tokens)) < len(tokens) or sum(len(t) == 1 for t in tokens) != units:
+            if (
+                not tokens
+                or len(set(tokens)) < len(tokens)
+                or sum(len(t) == 1 for t in tokens) != units
+            ):
                 raise ValueError("a byte without a token, or a token that is there twice")
             if kind == "bytes" and tokens != [bytes([i]) for i in range(256)]:
                 raise ValueError("bytes out of order")
@@ -91,11 +115,14 @@ class Tokenizer:
             if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
                 raise
             reason = " ".join(str(e).split())[:200]
-            raise InputError(f"{where}: not a tokenizer of this program ({type(e).__name__}: {reason})") from None
+            raise InputError(
+                f"{where}: not a tokenizer of this program ({type(e).__name__}: {reason})"
+            ) from None
 
 
 def make_tokenizer(name, texts):
-    """Build the tokenizer `name`; texts: function returning an iterator of str, read only if it must be.
+    """Build the tokenizer `name`; texts: function returning an iterator of str, read only if it
+    must be.
 
     Raises InputError for an unknown name, and when GPT-2's vocabulary cannot be downloaded.
     """
@@ -106,7 +133,9 @@ def make_tokenizer(name, texts):
         for text in texts():
             chars.update(text)
         if len(chars) > 65535:
-            raise InputError(f"{len(chars)} distinct characters do not fit uint16 tokens; use --tokenizer bytes")
+            raise InputError(
+                f"{len(chars)} distinct characters do not fit uint16 tokens; use --tokenizer bytes"
+            )
         return Tokenizer("chars", sorted(chars))
     if name == "gpt2":
         return gpt2_tokenizer()
@@ -115,32 +144,45 @@ def make_tokenizer(name, texts):
         if not 257 <= n <= 65536:
             raise InputError(f"--tokenizer {name}: expected a size from 257 to 65536")
         return Tokenizer(name, train_bpe(texts(), n - 1), PATTERN)
-    raise InputError(f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096) or gpt2")
+    raise InputError(
+        f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096) or gpt2"
+    )
 
 
 def gpt2_tokenizer():
     """GPT-2's BPE as tiktoken ships it (downloaded once by tiktoken, then read from its cache)."""
     import tiktoken
+
     try:
         enc = tiktoken.get_encoding("gpt2")
     except Exception as e:  # tiktoken lets requests' many errors through
-        raise InputError(f"GPT-2's vocabulary could not be downloaded ({type(e).__name__}): "
-                         "check the network, or use --tokenizer bpe:N, which needs none") from None
-    return Tokenizer("gpt2", [enc.decode_single_token_bytes(i) for i in range(enc.eot_token)], enc._pat_str)
+        raise InputError(
+            f"GPT-2's vocabulary could not be downloaded ({type(e).__name__}): "
+            "check the network, or use --tokenizer bpe:N, which needs none"
+        ) from None
+    return Tokenizer(
+        "gpt2", [enc.decode_single_token_bytes(i) for i in range(enc.eot_token)], enc._pat_str
+    )
 
 
 def train_bpe(texts, n_tokens):
-    """Byte-level BPE on an iterator of str. Returns at most n_tokens byte strings, in merge order."""
-    from tokenizers import Regex, Tokenizer as HFTokenizer, models, pre_tokenizers, trainers
+    """Byte-level BPE on an iterator of str. Returns at most n_tokens byte strings, in merge
+    order."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer
+
     hf = HFTokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     # training takes time quadratic in the length of a piece, so an endless word counts as several
     splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in (PATTERN, "(?m).{1,256}")]
     hf.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     alphabet = byte_level.alphabet()
-    hf.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=n_tokens, initial_alphabet=alphabet,
-                                                      show_progress=False))
-    # Hugging Face writes each byte as a printable character: printable Latin-1 as itself, the rest from U+0100 on.
+    hf.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=n_tokens, initial_alphabet=alphabet, show_progress=False),
+    )
+    # Hugging Face writes each byte as a printable character: printable Latin-1 as itself, the rest
+    # from U+0100 on.
     printable = [b for b in range(256) if chr(b) in alphabet]
     to_byte = {chr(b): b for b in printable}
     to_byte |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}

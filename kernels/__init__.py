@@ -1,6 +1,7 @@
 """The operations a training step spends its time in: one file per op, the maths in PyTorch first.
 
-A trainer takes them from choose_ops(), which knows what is fast on which machine, and the rest from their files.
+A trainer takes them from choose_ops(), which knows what is fast on which machine, and the rest from
+their files.
 """
 
 from .choose import Ops, choose_ops

@@ -2,24 +2,33 @@
 
     y_i = sum_j softmax_j(scale q_i . k_j) v_j   over j in i's document with 0 <= i - j <= window
 
-A query sees itself and at most `window` tokens before it, never another document. One function over whatever the
-machine offers; every backend means the same by `window`, and tests/kernels pins that.
+A query sees itself and at most `window` tokens before it, never another document. One function over
+whatever the machine offers; every backend means the same by `window`, and tests/kernels pins that.
 
 Backends
     flash_attn_3  the flash-attn 3 package. Hopper.
-    flash_attn_4  the flash-attn-4 package, whose kernels are compiled when they are first used. Hopper, Blackwell. By
-                  its own functions: PyTorch up to 2.13 can switch its varlen attention over to it, but expects fewer
+    flash_attn_4  the flash-attn-4 package, whose kernels are compiled when they are first used.
+                  Hopper, Blackwell. By
+                  its own functions: PyTorch up to 2.13 can switch its varlen attention over to it,
+                  but expects fewer
                   results than they return by now.
     varlen        torch.nn.attention.varlen: FlashAttention 2 as built into PyTorch. CUDA.
     flash_attn    the flash-attn 2 package. CUDA.
-    flex          torch's flex_attention, Triton kernels that skip the 128 x 128 blocks nobody sees. CUDA; on a CPU
+    flex          torch's flex_attention, Triton kernels that skip the 128 x 128 blocks nobody sees.
+                  CUDA; on a CPU
                   PyTorch has only its forward.
-    sdpa          torch's scaled_dot_product_attention on the blocks of blockwise, told by a mask. Any device.
-    blockwise     plain PyTorch, any device: queries in blocks of about `window` look at their own and the previous
-                  block, so the score matrix is T x 2 window, not T x T. The reference for all others.
-Memory beyond inputs and outputs, in elements, S = min(2 window, T): blockwise B H T S scores, twice as fp32 and as
-weights; sdpa B T S for the mask (on CUDA also as a bias in the inputs' dtype); flex B (T / 128)^2; the others none.
-All can be traced into one graph by torch.compile: documents may change from call to call, shapes and windows not.
+    sdpa          torch's scaled_dot_product_attention on the blocks of blockwise, told by a mask.
+    Any device.
+    blockwise     plain PyTorch, any device: queries in blocks of about `window` look at their own
+                  and the previous
+                  block, so the score matrix is T x 2 window, not T x T. The reference for all
+                  others.
+Memory beyond inputs and outputs, in elements, S = min(2 window, T): blockwise B H T S scores, twice
+as fp32 and as
+weights; sdpa B T S for the mask (on CUDA also as a bias in the inputs' dtype); flex B (T / 128)^2;
+the others none.
+All can be traced into one graph by torch.compile: documents may change from call to call, shapes
+and windows not.
 """
 
 import functools
@@ -34,27 +43,45 @@ import torch.nn.functional as F
 def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockwise"):
     """q, k, v: (B, T, H, D), B rows of T packed tokens -> (B, T, H, D).
 
-    cu_seqlens: (n + 1,) int32, where documents start in the B * T flattened tokens; every row's start is among them;
-    padded at the end with B * T. max_seqlen: longest document; window: tokens before the query that it may see.
+    cu_seqlens: (n + 1,) int32, where documents start in the B * T flattened tokens; every row's
+    start is among them; padded at the end with B * T. max_seqlen: longest document; window: tokens
+    before the query that it may see.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"unknown attention backend {backend!r}: expected one of {', '.join(BACKENDS)}"
+        )
     longest = min(max_seqlen, q.size(1))
     window = min(window, longest - 1)
     if backend in OF_ROWS:
         return OF_ROWS[backend](q, k, v, cu_seqlens, window, scale)
-    flat = [x.flatten(0, 1) for x in (q, k, v)]  # (B T, H, D), a view also of a slice of a projection
-    left = -1 if window == longest - 1 else window  # no limit: FlashAttention's plain causal kernels are the faster
+    flat = [
+        x.flatten(0, 1) for x in (q, k, v)
+    ]  # (B T, H, D), a view also of a slice of a projection
+    left = (
+        -1 if window == longest - 1 else window
+    )  # no limit: FlashAttention's plain causal kernels are the faster
     return OF_TOKENS[backend](*flat, cu_seqlens, longest, left, scale).unflatten(0, q.shape[:2])
 
 
-# --- FlashAttention: (B T, H, D); window left, as in all its versions: that many tokens before the query, -1 for all
+# --- FlashAttention: (B T, H, D); window left, as in all its versions: that many tokens before the
 
 
 def _flash_attn_3(q, k, v, cu_seqlens, max_seqlen, left, scale):
     from flash_attn_interface import flash_attn_varlen_func
-    y = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
-                               max_seqlen_k=max_seqlen, softmax_scale=scale, causal=True, window_size=(left, 0))
+
+    y = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(left, 0),
+    )
     return y[0] if isinstance(y, tuple) else y  # its first versions also returned the log-sum-exp
 
 
@@ -63,13 +90,32 @@ def _flash_attn_4(q, k, v, cu_seqlens, max_seqlen, left, scale):
 
 
 @torch.library.custom_op("stopwatch::flash_attn_4", mutates_args=())
-def _flash_attn_4_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
-                          left: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> y like q, logsumexp (H, B T) fp32. Its own autograd function cannot be traced, so this is an op."""
+def _flash_attn_4_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    left: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> y like q, logsumexp (H, B T) fp32. Its own autograd function cannot be traced, so this
+    is an op."""
     from flash_attn.cute.interface import _flash_attn_fwd
+
     y, logsumexp, *_ = _flash_attn_fwd(
-        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        softmax_scale=scale, causal=True, window_size_left=None if left < 0 else left, return_lse=True)
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        causal=True,
+        window_size_left=None if left < 0 else left,
+        return_lse=True,
+    )
     return y.contiguous(), logsumexp.contiguous()
 
 
@@ -80,14 +126,34 @@ def _(q, k, v, cu_seqlens, max_seqlen, left, scale):
 
 @torch.library.custom_op("stopwatch::flash_attn_4_backward", mutates_args=())
 def _flash_attn_4_backward(
-        dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, logsumexp: torch.Tensor,
-        cu_seqlens: torch.Tensor, max_seqlen: int, left: int,
-        scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    y: torch.Tensor,
+    logsumexp: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    left: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
+
     dq, dk, dv, *_ = _flash_attn_bwd(
-        q, k, v, y, dy.contiguous(), logsumexp, softmax_scale=scale, causal=True, cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        window_size_left=None if left < 0 else left)
+        q,
+        k,
+        v,
+        y,
+        dy.contiguous(),
+        logsumexp,
+        softmax_scale=scale,
+        causal=True,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        window_size_left=None if left < 0 else left,
+    )
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -104,7 +170,9 @@ def _flash_attn_4_save(ctx, inputs, output):
 
 
 def _flash_attn_4_gradients(ctx, dy, _):
-    return *_flash_attn_4_backward(dy, *ctx.saved_tensors, ctx.max_seqlen, ctx.left, ctx.scale), *[None] * 4
+    return *_flash_attn_4_backward(dy, *ctx.saved_tensors, ctx.max_seqlen, ctx.left, ctx.scale), *[
+        None
+    ] * 4
 
 
 _flash_attn_4_forward.register_autograd(_flash_attn_4_gradients, setup_context=_flash_attn_4_save)
@@ -112,20 +180,35 @@ _flash_attn_4_forward.register_autograd(_flash_attn_4_gradients, setup_context=_
 
 def _varlen(q, k, v, cu_seqlens, max_seqlen, left, scale):
     from torch.nn.attention.varlen import varlen_attn
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0))
+
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0)
+    )
 
 
 def _flash_attn(q, k, v, cu_seqlens, max_seqlen, left, scale):
     from flash_attn import flash_attn_varlen_func
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale,
-                                  causal=True, window_size=(left, 0))
+
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(left, 0),
+    )
 
 
 # --- the others: (B, T, H, D)
 
 
 def first_seen(cu_seqlens, B, T, window):
-    """(B, T) int32: the first position of the row that each token sees. It sees all from there to itself."""
+    """(B, T) int32: the first position of the row that each token sees. It sees all from there
+    to itself."""
     i = torch.arange(B * T, device=cu_seqlens.device, dtype=torch.int32)
     start = cu_seqlens[torch.bucketize(i, cu_seqlens, right=True) - 1]
     return (torch.maximum(start, i - window) - i // T * T).clamp(min=0).view(B, T)
@@ -135,16 +218,20 @@ FLEX_BLOCK = 128
 
 
 def flex(q, k, v, cu_seqlens, window, scale):
-    """Its block mask is made here, from T / 128 numbers a row and no T x T mask, so that it can be part of any graph.
+    """Its block mask is made here, from T / 128 numbers a row and no T x T mask, so that it can be
+    part of any graph.
 
-    The layers of a compiled model that have the same window share one: to the compiler it is a common subexpression.
+    The layers of a compiled model that have the same window share one: to the compiler it is a
+    common subexpression.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
     B, T, H, D = q.shape
     first = first_seen(cu_seqlens, B, T, window)
 
-    # Blocks of keys that a block of queries sees: from `lowest` to its own. All its queries see all keys of those
-    # from `whole` on, but for its own. Neither ever falls from one block to the next, as `first` does not.
+    # Blocks of keys that a block of queries sees: from `lowest` to its own. All its queries see all
+    # keys of those from `whole` on, but for its own. Neither ever falls from one block to the next,
+    # as `first` does not.
     block = torch.arange(-(-T // FLEX_BLOCK), device=q.device, dtype=torch.int32)  # (n,)
     n = len(block)
     lowest = first[:, block * FLEX_BLOCK] // FLEX_BLOCK  # (B, n)
@@ -154,8 +241,12 @@ def flex(q, k, v, cu_seqlens, window, scale):
     block_mask = BlockMask.from_kv_blocks(
         (whole - lowest + 1)[:, None],
         torch.where(block == partly, block[:, None], (lowest[..., None] + block) % n)[:, None],
-        (block - whole)[:, None], ((whole[..., None] + block) % n)[:, None], BLOCK_SIZE=FLEX_BLOCK, seq_lengths=(T, T),
-        mask_mod=lambda b, h, i, j: (j >= first[b, i]) & (j <= i))
+        (block - whole)[:, None],
+        ((whole[..., None] + block) % n)[:, None],
+        BLOCK_SIZE=FLEX_BLOCK,
+        seq_lengths=(T, T),
+        mask_mod=lambda b, h, i, j: (j >= first[b, i]) & (j <= i),
+    )
 
     run = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     y = run(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=block_mask, scale=scale)
@@ -164,8 +255,10 @@ def flex(q, k, v, cu_seqlens, window, scale):
 
 @functools.cache
 def _compiled_flex():
-    """For callers that are not compiled themselves: without a compiler it would make all T x T scores."""
+    """For callers that are not compiled themselves: without a compiler it would make all T x T
+    scores."""
     from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
@@ -176,17 +269,22 @@ def blockwise_attention(q, k, v, cu_seqlens, window, scale, attend=None):
     first = first_seen(cu_seqlens, B, T, window)
     if 2 * window >= T:  # two blocks would be the whole row
         i = torch.arange(T, device=q.device, dtype=torch.int32)
-        return attend(q, k, v, (i >= first[:, :, None]) & (i <= i[:, None]), scale)  # mask (B, T, T)
+        return attend(
+            q, k, v, (i >= first[:, :, None]) & (i <= i[:, None]), scale
+        )  # mask (B, T, T)
 
     b = max(16, window)
     n = -(-T // b)
     pad = n * b - T
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
-        # padding sees padding; not by F.pad, whose tail PyTorch 2.13's Inductor leaves unwritten here
+        # padding sees padding; not by F.pad, whose tail PyTorch 2.13's Inductor leaves unwritten
+        # here
         first = torch.cat([first, first.new_full((len(first), pad), T)], dim=1)
 
-    def with_previous(x):  # (B, n * b, H, D) -> (B * n, 2 b, H, D): each block behind the one before it
+    def with_previous(
+        x,
+    ):  # (B, n * b, H, D) -> (B * n, 2 b, H, D): each block behind the one before it
         x = x.unflatten(1, (n, b))
         previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         return torch.cat([previous, x], dim=2).flatten(0, 1)
@@ -194,7 +292,9 @@ def blockwise_attention(q, k, v, cu_seqlens, window, scale, attend=None):
     i = torch.arange(n * b, device=q.device, dtype=torch.int32).view(n, b)
     j = torch.cat([i - b, i], dim=1)[:, None]  # (n, 1, 2 b); below 0 before the first block
     mask = (j >= first.view(B, n, b, 1)) & (j <= i[..., None])
-    y = attend(q.reshape(B * n, b, H, D), with_previous(k), with_previous(v), mask.flatten(0, 1), scale)
+    y = attend(
+        q.reshape(B * n, b, H, D), with_previous(k), with_previous(v), mask.flatten(0, 1), scale
+    )
     return y.reshape(B, n * b, H, D)[:, :T]
 
 
@@ -208,12 +308,19 @@ def _softmax_attend(q, k, v, mask, scale):
 def _sdpa_attend(q, k, v, mask, scale):
     """The same by torch's fused kernels."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale).transpose(
+        1, 2
+    )
 
 
-OF_TOKENS = dict(flash_attn_3=_flash_attn_3, flash_attn_4=_flash_attn_4, varlen=_varlen, flash_attn=_flash_attn)
-OF_ROWS = dict(flex=flex, sdpa=functools.partial(blockwise_attention, attend=_sdpa_attend),
-               blockwise=blockwise_attention)
+OF_TOKENS = dict(
+    flash_attn_3=_flash_attn_3, flash_attn_4=_flash_attn_4, varlen=_varlen, flash_attn=_flash_attn
+)
+OF_ROWS = dict(
+    flex=flex,
+    sdpa=functools.partial(blockwise_attention, attend=_sdpa_attend),
+    blockwise=blockwise_attention,
+)
 BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference
 
 
@@ -221,15 +328,18 @@ BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference
 
 
 def choose_backend(device, dtype, head_dim, forced=None):
-    """Name of the fastest backend that works here, found by running them forward and backward and comparing.
+    """Name of the fastest backend that works here, found by running them forward and backward and
+    comparing.
 
-    forced, or the environment variable ATTENTION_BACKEND: use this one; ValueError if it does not work. A CPU gets
-    blockwise.
+    forced, or the environment variable ATTENTION_BACKEND: use this one; ValueError if it does not
+    work. A CPU gets blockwise.
     """
     device = torch.device(device)
     forced = forced or os.environ.get("ATTENTION_BACKEND")
     if forced and forced not in BACKENDS:
-        raise ValueError(f"unknown attention backend {forced!r}: expected one of {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"unknown attention backend {forced!r}: expected one of {', '.join(BACKENDS)}"
+        )
     if not forced and device.type != "cuda":
         return "blockwise"
     for backend in [forced] if forced else _candidates(torch.cuda.get_device_capability(device)[0]):
@@ -246,7 +356,8 @@ def _candidates(major):
 
 
 def _probe(backend, device, dtype, head_dim):
-    """None if the backend gives the reference's output and gradients on a small case, else what went wrong.
+    """None if the backend gives the reference's output and gradients on a small case, else what
+    went wrong.
 
     A dtype, head width or chip that it was not made for shows here as well.
     """
@@ -260,7 +371,9 @@ def _probe(backend, device, dtype, head_dim):
     if backend == "flash_attn_4":  # its compiler's, for arguments that are not given
         warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")
     g = torch.Generator(device="cpu").manual_seed(0)
-    q, k, v, dy = (torch.randn(1, 256, 2, head_dim, generator=g).to(device, dtype) for _ in range(4))
+    q, k, v, dy = (
+        torch.randn(1, 256, 2, head_dim, generator=g).to(device, dtype) for _ in range(4)
+    )
     cu_seqlens = torch.tensor([0, 100, 256, 256], dtype=torch.int32, device=device)
     results = []
     for b in (backend, "blockwise"):
@@ -268,11 +381,19 @@ def _probe(backend, device, dtype, head_dim):
         for window in (40, 155):  # the second is no limit
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             try:
-                y = attention(*leaves, cu_seqlens=cu_seqlens, max_seqlen=156, window=window, scale=head_dim**-0.5,
-                              backend=b)
+                y = attention(
+                    *leaves,
+                    cu_seqlens=cu_seqlens,
+                    max_seqlen=156,
+                    window=window,
+                    scale=head_dim**-0.5,
+                    backend=b,
+                )
                 results[-1] += [y.detach(), *torch.autograd.grad(y, leaves, dy)]
             except Exception as e:
                 return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     # torch's max, which keeps a NaN, not Python's, which may lose it
-    worst = torch.stack([(a.float() - r.float()).abs().max() for a, r in zip(*results)]).max().item()
+    worst = (
+        torch.stack([(a.float() - r.float()).abs().max() for a, r in zip(*results)]).max().item()
+    )
     return None if worst < 0.1 else f"differs from the reference by {worst:.2g}"

@@ -2,10 +2,11 @@
 
     y_i = table[index_i];   dtable_r = sum of dy_i over all i with index_i = r
 
-On a CPU Inductor adds rows up with atomics, in whatever order threads come to them: two runs differ in their last bits,
-so a resumed one would. Here each row of the table belongs to one thread, which finds its indices by a sort. That is
-also faster: 8,192 rows of width 256 in bf16 into a table of 4,096 take 0.5 ms instead of 5.6 on 2 cores of an AMD EPYC.
-On a GPU it is F.embedding, atomics and all.
+On a CPU Inductor adds rows up with atomics, in whatever order threads come to them: two runs differ
+in their last bits, so a resumed one would. Here each row of the table belongs to one thread, which
+finds its indices by a sort. That is also faster: 8,192 rows of width 256 in bf16 into a table of
+4,096 take 0.5 ms instead of 5.6 on 2 cores of an AMD EPYC. On a GPU it is F.embedding, atomics and
+all.
 """
 
 import torch
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 
 def embedding(index, table):
     """index: (...) int64, table: (R, C) float -> (..., C)."""
-    return _Embedding.apply(index, table) if table.device.type == "cpu" else F.embedding(index, table)
+    return (
+        _Embedding.apply(index, table) if table.device.type == "cpu" else F.embedding(index, table)
+    )
 
 
 class _Embedding(torch.autograd.Function):
@@ -26,8 +29,11 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # an op's first call imports the compiler, half a second that a run without one need not wait for
-        sum_rows = embedding_gradient if torch.compiler.is_compiling() else embedding_gradient_reference
+        # an op's first call imports the compiler, half a second that a run without one need not
+        # wait for
+        sum_rows = (
+            embedding_gradient if torch.compiler.is_compiling() else embedding_gradient_reference
+        )
         return None, sum_rows(ctx.saved_tensors[0], dy, ctx.rows)
 
 
@@ -39,8 +45,9 @@ def embedding_gradient_reference(index: torch.Tensor, dy: torch.Tensor, rows: in
     return sums.scatter_add_(0, index.expand(-1, C), dy.reshape(-1, C).to(wide)).to(dy.dtype)
 
 
-embedding_gradient = torch.library.custom_op("stopwatch::embedding_gradient", embedding_gradient_reference,
-                                             mutates_args=())
+embedding_gradient = torch.library.custom_op(
+    "stopwatch::embedding_gradient", embedding_gradient_reference, mutates_args=()
+)
 
 
 @embedding_gradient.register_fake

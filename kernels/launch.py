@@ -1,8 +1,9 @@
 """What every op needs to start a Triton kernel: when to, on what chip, and a few device functions.
 
-A kernel runs in one of three ways: on a CUDA device; in Triton's interpreter (TRITON_INTERPRET=1, any device, slow:
-how kernels are tested without a GPU); or it is only compiled, from meta tensors (benchmarks/resources.py). Without
-Triton (macOS, Windows) the module imports all the same and ops run their PyTorch reference.
+A kernel runs in one of three ways: on a CUDA device; in Triton's interpreter (TRITON_INTERPRET=1,
+any device, slow: how kernels are tested without a GPU); or it is only compiled, from meta tensors
+(benchmarks/resources.py). Without Triton (macOS, Windows) the module imports all the same and ops
+run their PyTorch reference.
 """
 
 import os
@@ -20,7 +21,12 @@ except ImportError:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import, so we do too
 INTERPRET = tl.constexpr(INTERPRETED)  # the same for use inside kernels
 
-SM_COUNT = {80: 108, 89: 128, 90: 132, 100: 148}  # A100, L40S and 4090, H100 and H200, B200; for meta tensors
+SM_COUNT = {
+    80: 108,
+    89: 128,
+    90: 132,
+    100: 148,
+}  # A100, L40S and 4090, H100 and H200, B200; for meta tensors
 
 
 def runs_triton(x):
@@ -29,7 +35,8 @@ def runs_triton(x):
 
 
 def chip(x):
-    """Compute capability times 10 of where x is: 80, 89, 90, 100, 120; the key of every table of tile shapes."""
+    """Compute capability times 10 of where x is: 80, 89, 90, 100, 120; the key of every table of
+    tile shapes."""
     if x.is_cuda:
         major, minor = torch.cuda.get_device_capability(x.device)
         return 10 * major + minor
@@ -43,7 +50,8 @@ def for_chip(table, x):
 
 
 def sm_count(x):
-    """Streaming multiprocessors where x is; 4 in the interpreter, so that persistent kernels loop there."""
+    """Streaming multiprocessors where x is; 4 in the interpreter, so that persistent kernels
+    loop there."""
     if x.is_cuda:
         return torch.cuda.get_device_properties(x.device).multi_processor_count
     return 4 if runs_triton(x) else for_chip(SM_COUNT, x)
@@ -57,7 +65,8 @@ def as_rows(x):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """fp32 -> dtype, to nearest even. The interpreter would cut bf16 off, so there the rounding is spelled out."""
+    """fp32 -> dtype, to nearest even. The interpreter would cut bf16 off, so there the rounding
+    is spelled out."""
     if INTERPRET:
         if dtype == tl.bfloat16:
             bits = x.to(tl.uint32, bitcast=True)
@@ -68,7 +77,8 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b in fp32. The interpreter multiplies bf16 as integers, so there it is upcast; fp32 stays fp32, not TF32."""
+    """acc + a b in fp32. The interpreter multiplies bf16 as integers, so there it is upcast;
+    fp32 stays fp32, not TF32."""
     if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")

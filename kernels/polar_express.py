@@ -1,18 +1,21 @@
-"""Orthogonalisation of a batch of matrices: the polar factor U V^T of G = U S V^T, by five matrix polynomials.
+"""Orthogonalisation of a batch of matrices: the polar factor U V^T of G = U S V^T, by five matrix
+polynomials.
 
     X <- G / (1.02 |G|_F);   five times: A = X X^T,  X <- a X + (b A + c A A) X
 
-Source: Polar Express (Amsel, Persson, Musco, Gower, arXiv:2505.16932), used inside Muon (Jordan et al., 2024).
-FLOPs for m x n, m <= n: 5 (4 m^2 n + 2 m^3); symmetric products at half price save 5 (m^2 n + m^3). Only products, so
-bf16 is enough. Singular values above 1e-3 of the norm end between 0.85 and 1.15, which is all Muon needs; smaller ones
-grow up to a thousandfold. The norm is not fused into anything: on a CPU it is 1 to 2% of the time.
+Source: Polar Express (Amsel, Persson, Musco, Gower, arXiv:2505.16932), used inside Muon (Jordan et
+al., 2024). FLOPs for m x n, m <= n: 5 (4 m^2 n + 2 m^3); symmetric products at half price save 5
+(m^2 n + m^3). Only products, so bf16 is enough. Singular values above 1e-3 of the norm end between
+0.85 and 1.15, which is all Muon needs; smaller ones grow up to a thousandfold. The norm is not
+fused into anything: on a CPU it is 1 to 2% of the time.
 """
 
 import torch
 
 from .symmetric_matmul import as_batch, symmetric_matmul_reference
 
-# Optimal for 5 steps on singular values in [1e-3, 1], loosened (safety 2e-2, cushion 2) for bf16 rounding.
+# Optimal for 5 steps on singular values in [1e-3, 1], loosened (safety 2e-2, cushion 2) for bf16
+# rounding.
 COEFFICIENTS = [
     (8.1566, -22.4833, 15.8788),
     (4.0429, -2.8089, 0.5000),
@@ -23,12 +26,14 @@ COEFFICIENTS = [
 
 
 def polar_express(G, steps=5, symmetric=symmetric_matmul_reference):
-    """G: (..., m, n), any float dtype -> approximate polar factor, same shape and dtype. All-zero matrices stay zero.
+    """G: (..., m, n), any float dtype -> approximate polar factor, same shape and dtype. All-zero
+    matrices stay zero.
 
-    symmetric: what computes the symmetric products, symmetric_matmul_reference or symmetric_matmul, whose kernel does
-    half the work on a GPU. They are of the smaller side: for a tall matrix A = X^T X, X <- a X + X (b A + c A A).
-    The sums ride on the products (baddbmm), so there is nothing for torch.compile to fuse: measured on 2 CPU cores at
-    (16, 256, 256) and (8, 1024, 256) in bf16, eager takes 0.85 of the compiled time of the form written out.
+    symmetric: what computes the symmetric products, symmetric_matmul_reference or symmetric_matmul,
+    whose kernel does half the work on a GPU. They are of the smaller side: for a tall matrix A =
+    X^T X, X <- a X + X (b A + c A A). The sums ride on the products (baddbmm), so there is nothing
+    for torch.compile to fuse: measured on 2 CPU cores at (16, 256, 256) and (8, 1024, 256) in bf16,
+    eager takes 0.85 of the compiled time of the form written out.
     """
     tall = G.size(-2) > G.size(-1)
     X = as_batch(G)

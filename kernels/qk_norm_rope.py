@@ -1,19 +1,23 @@
-"""RMSNorm and rotary embedding of queries and keys, in one pass from the projection into attention's layout.
+"""RMSNorm and rotary embedding of queries and keys, in one pass from the projection into
+attention's layout.
 
-    x^ = x r,   r = 1 / sqrt(mean(x^2) + eps)                            for each token and head, over its D dimensions
-    y  = [x^1 cos + x^2 sin,  x^2 cos - x^1 sin],   [x^1, x^2] = x^      halves rotate against each other
-    backward:   g^ = [g1 cos - g2 sin,  g1 sin + g2 cos],   dx = r (g^ - x^ mean(g^ x^))
+    x^ = x r,   r = 1 / sqrt(mean(x^2) + eps)                            for each token and head,
+    over its D dimensions y  = [x^1 cos + x^2 sin,  x^2 cos - x^1 sin],   [x^1, x^2] = x^
+    halves rotate against each other backward:   g^ = [g1 cos - g2 sin,  g1 sin + g2 cos],   dx = r
+    (g^ - x^ mean(g^ x^))
 
-Bytes, in units of the size of q (k being as large): forward 4, backward 6; nothing is saved but the inputs, since r is
-known again once x is read. Where q, k and v are slices of one projection, autograd then puts their gradients together,
-which reads and writes them all once more, 6. qkv_norm_rope takes the projection whole: its backward writes the one
-gradient, v's share passed on: 8 instead of 12. At 49,152 tokens of width 768 in bf16 the 4 saved are 302 MB a layer.
+Bytes, in units of the size of q (k being as large): forward 4, backward 6; nothing is saved but the
+inputs, since r is known again once x is read. Where q, k and v are slices of one projection,
+autograd then puts their gradients together, which reads and writes them all once more, 6.
+qkv_norm_rope takes the projection whole: its backward writes the one gradient, v's share passed on:
+8 instead of 12. At 49,152 tokens of width 768 in bf16 the 4 saved are 302 MB a layer.
 
-Inductor also fuses the reference into one kernel each way, and what it computes itself it can write into the joined
-gradient, so that it too may move 4 and 8. Both functions are therefore off in the trainer until measured faster there.
-Several (token, head) pairs per program; q, k and v side by side in the grid; arithmetic in fp32; two runs agree bit by
-bit. Sources: RMSNorm (arXiv:1910.07467), rotary embedding (arXiv:2104.09864), norms on q and k
-(arXiv:2302.05442); rotation by halves as in GPT-NeoX.
+Inductor also fuses the reference into one kernel each way, and what it computes itself it can write
+into the joined gradient, so that it too may move 4 and 8. Both functions are therefore off in the
+trainer until measured faster there. Several (token, head) pairs per program; q, k and v side by
+side in the grid; arithmetic in fp32; two runs agree bit by bit. Sources: RMSNorm
+(arXiv:1910.07467), rotary embedding (arXiv:2104.09864), norms on q and k (arXiv:2302.05442);
+rotation by halves as in GPT-NeoX.
 """
 
 import torch
@@ -24,15 +28,17 @@ from .launch import cast, runs_triton, tl, triton
 
 def qk_norm_rope_reference(q, k, cos, sin, eps=1e-6):
     """The formula in PyTorch, each step in the inputs' dtype."""
+
     def norm_rope(x):
         x1, x2 = F.rms_norm(x, x.shape[-1:], eps=eps).chunk(2, dim=-1)
         c, s = _of_positions(cos, x), _of_positions(sin, x)
         return torch.cat([x1 * c + x2 * s, x2 * c - x1 * s], dim=-1)
+
     return norm_rope(q), norm_rope(k)
 
 
 def _of_positions(table, x):
-    return table[:x.size(1)].reshape(x.size(1), 1, x.size(3) // 2)  # (T, 1, D / 2)
+    return table[: x.size(1)].reshape(x.size(1), 1, x.size(3) // 2)  # (T, 1, D / 2)
 
 
 def qkv_norm_rope_reference(qkv, cos, sin, n_head=None, eps=1e-6):
@@ -41,18 +47,22 @@ def qkv_norm_rope_reference(qkv, cos, sin, n_head=None, eps=1e-6):
 
 
 def qk_norm_rope(q, k, cos, sin, eps=1e-6):
-    """q: (B, T, H, D), k: (B, T, H', D), any strides, D even; fp32, bf16, fp16 -> both normed and rotated, contiguous.
+    """q: (B, T, H, D), k: (B, T, H', D), any strides, D even; fp32, bf16, fp16 -> both normed and
+    rotated, contiguous.
 
-    cos, sin: (T', D / 2) or (T', 1, D / 2), T' >= T, of the angle at each position; they get no gradient.
+    cos, sin: (T', D / 2) or (T', 1, D / 2), T' >= T, of the angle at each position; they get no
+    gradient.
     """
     _check(q, k, cos, sin)
     return _qk_norm_rope(q, k, cos, sin, eps)
 
 
 def qkv_norm_rope(qkv, cos, sin, n_head=None, eps=1e-6):
-    """qkv: (B, T, H + 2 H', D), the heads of q, of k, of v -> q, k as qk_norm_rope gives them, and v, a view of qkv.
+    """qkv: (B, T, H + 2 H', D), the heads of q, of k, of v -> q, k as qk_norm_rope gives them, and
+    v, a view of qkv.
 
-    n_head: H; without it all three have the same number of heads. The gradient of qkv is written in one pass.
+    n_head: H; without it all three have the same number of heads. The gradient of qkv is written in
+    one pass.
     """
     q, k, _ = _split(qkv, n_head)
     _check(q, k, cos, sin)
@@ -62,10 +72,14 @@ def qkv_norm_rope(qkv, cos, sin, n_head=None, eps=1e-6):
 def _check(q, k, cos, sin):
     B, T, _, D = q.shape
     if D % 2 or k.shape[:2] != (B, T) or k.size(3) != D or k.dtype != q.dtype:
-        raise ValueError(f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}: expected (B, T, H, D) with "
-                         "an even D, alike but for H")
+        raise ValueError(
+            f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}: expected (B, T, H, D) with "
+            "an even D, alike but for H"
+        )
     if cos.shape != sin.shape or cos.size(0) < T or cos.shape[1:].numel() != D // 2:
-        raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected at least {T} rows of {D // 2}")
+        raise ValueError(
+            f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected at least {T} rows of {D // 2}"
+        )
 
 
 def _split(qkv, n_head):
@@ -75,15 +89,33 @@ def _split(qkv, n_head):
 
 @triton.jit
 def locate(T, H: tl.constexpr, ROWS: tl.constexpr):
-    """This program's (token, head) pairs: int64 columns of row in the batch, position in the row, head, and pair."""
+    """This program's (token, head) pairs: int64 columns of row in the batch, position in the
+    row, head, and pair."""
     pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     token = pair // H
-    return (token // T).to(tl.int64), (token % T).to(tl.int64), (pair % H).to(tl.int64), pair.to(tl.int64)
+    return (
+        (token // T).to(tl.int64),
+        (token % T).to(tl.int64),
+        (pair % H).to(tl.int64),
+        pair.to(tl.int64),
+    )
 
 
 @triton.jit
-def norm_rope_rows(x, stride, y, cos, sin, B, T, eps, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-                   ROWS: tl.constexpr):
+def norm_rope_rows(
+    x,
+    stride,
+    y,
+    cos,
+    sin,
+    B,
+    T,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     half: tl.constexpr = D // 2
     b, t, h, pair = locate(T, H, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
@@ -100,8 +132,23 @@ def norm_rope_rows(x, stride, y, cos, sin, B, T, eps, H: tl.constexpr, D: tl.con
 
 
 @triton.jit
-def norm_rope_backward_rows(dy, stride_dy, x, stride_x, dx, stride_dx, cos, sin, B, T, eps, H: tl.constexpr,
-                            D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def norm_rope_backward_rows(
+    dy,
+    stride_dy,
+    x,
+    stride_x,
+    dx,
+    stride_dx,
+    cos,
+    sin,
+    B,
+    T,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     half: tl.constexpr = D // 2
     b, t, h, _ = locate(T, H, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
@@ -122,8 +169,18 @@ def norm_rope_backward_rows(dy, stride_dy, x, stride_x, dx, stride_dx, cos, sin,
 
 
 @triton.jit
-def copy_rows(x, stride_x, y, stride_y, B, T, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-              ROWS: tl.constexpr):
+def copy_rows(
+    x,
+    stride_x,
+    y,
+    stride_y,
+    B,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     b, t, h, _ = locate(T, H, ROWS)
     col = tl.arange(0, 2 * BLOCK)[None, :]
     inside = (b < B) & (col < D)
@@ -132,8 +189,24 @@ def copy_rows(x, stride_x, y, stride_y, B, T, H: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def qk_norm_rope_forward_kernel(q, q_stride, k, k_stride, q_out, k_out, cos, sin, B, T, eps, HQ: tl.constexpr,
-                                HK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def qk_norm_rope_forward_kernel(
+    q,
+    q_stride,
+    k,
+    k_stride,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    B,
+    T,
+    eps,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     if tl.program_id(1) == 0:
         norm_rope_rows(q, q_stride, q_out, cos, sin, B, T, eps, HQ, D, BLOCK, ROWS)
     else:
@@ -141,19 +214,49 @@ def qk_norm_rope_forward_kernel(q, q_stride, k, k_stride, q_out, k_out, cos, sin
 
 
 @triton.jit
-def qk_norm_rope_backward_kernel(gq, gq_stride, gk, gk_stride, gv, gv_stride, q, q_stride, k, k_stride,
-                                 dq, dq_stride, dk, dk_stride, dv, dv_stride, cos, sin, B, T, eps, HQ: tl.constexpr,
-                                 HK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def qk_norm_rope_backward_kernel(
+    gq,
+    gq_stride,
+    gk,
+    gk_stride,
+    gv,
+    gv_stride,
+    q,
+    q_stride,
+    k,
+    k_stride,
+    dq,
+    dq_stride,
+    dk,
+    dk_stride,
+    dv,
+    dv_stride,
+    cos,
+    sin,
+    B,
+    T,
+    eps,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     if tl.program_id(1) == 0:
-        norm_rope_backward_rows(gq, gq_stride, q, q_stride, dq, dq_stride, cos, sin, B, T, eps, HQ, D, BLOCK, ROWS)
+        norm_rope_backward_rows(
+            gq, gq_stride, q, q_stride, dq, dq_stride, cos, sin, B, T, eps, HQ, D, BLOCK, ROWS
+        )
     elif tl.program_id(1) == 1:
-        norm_rope_backward_rows(gk, gk_stride, k, k_stride, dk, dk_stride, cos, sin, B, T, eps, HK, D, BLOCK, ROWS)
+        norm_rope_backward_rows(
+            gk, gk_stride, k, k_stride, dk, dk_stride, cos, sin, B, T, eps, HK, D, BLOCK, ROWS
+        )
     else:
         copy_rows(gv, gv_stride, dv, dv_stride, B, T, HK, D, BLOCK, ROWS)
 
 
 def _tile(q, k):
-    """Half a head's width as a power of two, (token, head) pairs per program, programs for q (or k, if it has more)."""
+    """Half a head's width as a power of two, (token, head) pairs per program, programs for q (or
+    k, if it has more)."""
     B, T, H, D = q.shape
     block = triton.next_power_of_2(D // 2)
     rows = max(1, 2048 // block)
@@ -172,13 +275,31 @@ def launch_forward(q, k, cos, sin, eps):
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     block, rows, programs = _tile(q, k)
     if programs:
-        qk_norm_rope_forward_kernel[programs, 2](q, q.stride(), k, k.stride(), q_out, k_out, cos, sin, B, T, eps,
-                                                 H, k.size(2), D, block, rows, num_warps=4)
+        qk_norm_rope_forward_kernel[programs, 2](
+            q,
+            q.stride(),
+            k,
+            k.stride(),
+            q_out,
+            k_out,
+            cos,
+            sin,
+            B,
+            T,
+            eps,
+            H,
+            k.size(2),
+            D,
+            block,
+            rows,
+            num_warps=4,
+        )
     return q_out, k_out
 
 
 def launch_backward(gq, gk, gv, q, k, cos, sin, eps, dq, dk, dv):
-    """From gq, gk, the gradients of the outputs, fills dq, dk; with gv also dv, as a copy. All may be strided."""
+    """From gq, gk, the gradients of the outputs, fills dq, dk; with gv also dv, as a copy. All
+    may be strided."""
     B, T, H, D = q.shape
     gq, gk, q, k, cos, sin = *map(_dense_heads, (gq, gk, q, k)), cos.contiguous(), sin.contiguous()
     three = gv is not None
@@ -186,26 +307,58 @@ def launch_backward(gq, gk, gv, q, k, cos, sin, eps, dq, dk, dv):
     block, rows, programs = _tile(q, k)
     if programs:
         qk_norm_rope_backward_kernel[programs, 3 if three else 2](
-            gq, gq.stride(), gk, gk.stride(), gv, gv.stride(), q, q.stride(), k, k.stride(),
-            dq, dq.stride(), dk, dk.stride(), dv, dv.stride(), cos, sin, B, T, eps, H, k.size(2), D, block, rows,
-            num_warps=4)
+            gq,
+            gq.stride(),
+            gk,
+            gk.stride(),
+            gv,
+            gv.stride(),
+            q,
+            q.stride(),
+            k,
+            k.stride(),
+            dq,
+            dq.stride(),
+            dk,
+            dk.stride(),
+            dv,
+            dv.stride(),
+            cos,
+            sin,
+            B,
+            T,
+            eps,
+            H,
+            k.size(2),
+            D,
+            block,
+            rows,
+            num_warps=4,
+        )
 
 
 def _reference_backward(gq, gk, q, k, cos, sin, eps):
     """What the kernels compute, in PyTorch."""
+
     def backward(dy, x):
         c, s = _of_positions(cos, x).float(), _of_positions(sin, x).float()
         r = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
         xhat, (g1, g2) = x.float() * r, dy.float().chunk(2, dim=-1)
         g = torch.cat([g1 * c - g2 * s, g1 * s + g2 * c], dim=-1)
         return (r * (g - xhat * (g * xhat).mean(-1, keepdim=True))).to(x.dtype)
+
     return backward(gq, q), backward(gk, k)
 
 
 @torch.library.custom_op("stopwatch::qk_norm_rope", mutates_args=())
-def _qk_norm_rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                  eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return launch_forward(q, k, cos, sin, eps) if runs_triton(q) else qk_norm_rope_reference(q, k, cos, sin, eps)
+def _qk_norm_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        launch_forward(q, k, cos, sin, eps)
+        if runs_triton(q)
+        else qk_norm_rope_reference(q, k, cos, sin, eps)
+    )
 
 
 @_qk_norm_rope.register_fake
@@ -214,8 +367,15 @@ def _(q, k, cos, sin, eps):
 
 
 @torch.library.custom_op("stopwatch::qk_norm_rope_backward", mutates_args=())
-def _qk_norm_rope_backward(gq: torch.Tensor, gk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor,
-                           sin: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _qk_norm_rope_backward(
+    gq: torch.Tensor,
+    gk: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     if not runs_triton(q):
         return _reference_backward(gq, gk, q, k, cos, sin, eps)
     dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
@@ -229,8 +389,15 @@ def _(gq, gk, q, k, cos, sin, eps):
 
 
 @torch.library.custom_op("stopwatch::qkv_norm_rope_backward", mutates_args=())
-def _qkv_norm_rope_backward(gq: torch.Tensor, gk: torch.Tensor, gv: torch.Tensor, qkv: torch.Tensor,
-                            cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
+def _qkv_norm_rope_backward(
+    gq: torch.Tensor,
+    gk: torch.Tensor,
+    gv: torch.Tensor,
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
     q, k, _ = _split(qkv, gq.size(2))
     if not runs_triton(qkv):
         return torch.cat([*_reference_backward(gq, gk, q, k, cos, sin, eps), gv], dim=2)
@@ -268,4 +435,10 @@ class _QKVNormRope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gq, gk, gv):
-        return _qkv_norm_rope_backward(gq, gk, gv, *ctx.saved_tensors, ctx.eps), None, None, None, None
+        return (
+            _qkv_norm_rope_backward(gq, gk, gv, *ctx.saved_tensors, ctx.eps),
+            None,
+            None,
+            None,
+            None,
+        )

@@ -4,12 +4,13 @@
     add_rms_norm:  s = x + residual,   y = s r w with r of s;   returns y, s
     backward:      dx = r (g - x r mean(g x r)) (+ ds),   g = dy w;   dw = sum over rows of dy x r
 
-Minimum bytes for M rows of N elements of e bytes: forward 2 e M N (with the addition 4), backward 3 (4).
-Several rows per program, statistics in fp32, gradients of w from a fixed grid of partial sums (no atomics, so two runs
-agree bit by bit). Source: RMSNorm (Zhang & Sennrich, arXiv:1910.07467); several rows per program as QuACK has them,
-the order of the backward as in Liger-Kernel.
+Minimum bytes for M rows of N elements of e bytes: forward 2 e M N (with the addition 4), backward 3
+(4). Several rows per program, statistics in fp32, gradients of w from a fixed grid of partial sums
+(no atomics, so two runs agree bit by bit). Source: RMSNorm (Zhang & Sennrich, arXiv:1910.07467);
+several rows per program as QuACK has them, the order of the backward as in Liger-Kernel.
 
-Inductor fuses a norm without weight into its neighbours, so in the trainer this op is on only where measured faster.
+Inductor fuses a norm without weight into its neighbours, so in the trainer this op is on only where
+measured faster.
 """
 
 import torch
@@ -39,8 +40,23 @@ def add_rms_norm(x, residual, weight=None, eps=1e-6):
 
 
 @triton.jit
-def rms_norm_forward_kernel(x, residual, weight, y, s, rstd, M, stride_x, stride_r, eps, N: tl.constexpr, BLOCK_N: tl.constexpr,
-                    ROWS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr):
+def rms_norm_forward_kernel(
+    x,
+    residual,
+    weight,
+    y,
+    s,
+    rstd,
+    M,
+    stride_x,
+    stride_r,
+    eps,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_N)
     inside = (row < M)[:, None] & (col < N)
@@ -60,8 +76,24 @@ def rms_norm_forward_kernel(x, residual, weight, y, s, rstd, M, stride_x, stride
 
 
 @triton.jit
-def rms_norm_backward_kernel(dy, ds, x, weight, rstd, dx, dw, M, stride_dy, stride_ds, stride_x, N: tl.constexpr,
-                     BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr):
+def rms_norm_backward_kernel(
+    dy,
+    ds,
+    x,
+    weight,
+    rstd,
+    dx,
+    dw,
+    M,
+    stride_dy,
+    stride_ds,
+    stride_x,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
     col = tl.arange(0, BLOCK_N)
     if WEIGHT:
         w = tl.load(weight + col, col < N, 0.0).to(tl.float32)
@@ -87,13 +119,31 @@ def rms_norm_backward_kernel(dy, ds, x, weight, rstd, dx, dw, M, stride_dy, stri
 def launch_forward(x, residual, weight, eps):
     """(M, N) rows -> y, s (empty without residual), rstd (M,) fp32."""
     M, N = x.shape
-    y, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(M, dtype=torch.float32)
+    y, rstd = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(M, dtype=torch.float32),
+    )
     s = torch.empty_like(y) if residual is not None else y.new_empty(0)
     rows = max(1, 4096 // triton.next_power_of_2(N))
     if M:
         rms_norm_forward_kernel[triton.cdiv(M, rows),](
-            x, residual, weight, y, s, rstd, M, x.stride(0), residual.stride(0) if residual is not None else 0, eps,
-            N, triton.next_power_of_2(N), rows, residual is not None, weight is not None, num_warps=4)
+            x,
+            residual,
+            weight,
+            y,
+            s,
+            rstd,
+            M,
+            x.stride(0),
+            residual.stride(0) if residual is not None else 0,
+            eps,
+            N,
+            triton.next_power_of_2(N),
+            rows,
+            residual is not None,
+            weight is not None,
+            num_warps=4,
+        )
     return y, s, rstd
 
 
@@ -106,16 +156,35 @@ def launch_backward(dy, ds, x, weight, rstd):
     programs = max(1, min(blocks, 4 * sm_count(x))) if weight is not None else max(1, blocks)
     dw = x.new_empty(programs if weight is not None else 0, N, dtype=torch.float32)
     rms_norm_backward_kernel[programs,](
-        dy, ds, x, weight, rstd, dx, dw, M, dy.stride(0), ds.stride(0) if ds is not None else 0, x.stride(0),
-        N, triton.next_power_of_2(N), rows, ds is not None, weight is not None, num_warps=4)
+        dy,
+        ds,
+        x,
+        weight,
+        rstd,
+        dx,
+        dw,
+        M,
+        dy.stride(0),
+        ds.stride(0) if ds is not None else 0,
+        x.stride(0),
+        N,
+        triton.next_power_of_2(N),
+        rows,
+        ds is not None,
+        weight is not None,
+        num_warps=4,
+    )
     return dx, dw.sum(0).to(weight.dtype) if weight is not None else dw.flatten()
 
 
 @torch.library.custom_op("stopwatch::rms_norm", mutates_args=())
-def _rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None,
-              eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if runs_triton(x):
-        y, s, rstd = launch_forward(as_rows(x), None if residual is None else as_rows(residual), weight, eps)
+        y, s, rstd = launch_forward(
+            as_rows(x), None if residual is None else as_rows(residual), weight, eps
+        )
         return y.view(x.shape), s.view(x.shape) if residual is not None else s, rstd
     s = x + residual if residual is not None else x
     rstd = (s.float().square().mean(-1) + eps).rsqrt().flatten()
@@ -126,15 +195,25 @@ def _rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tens
 @_rms_norm.register_fake
 def _(x, residual, weight, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(y) if residual is not None else x.new_empty(0), x.new_empty(
-        x.shape[:-1].numel(), dtype=torch.float32)
+    return (
+        y,
+        torch.empty_like(y) if residual is not None else x.new_empty(0),
+        x.new_empty(x.shape[:-1].numel(), dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("stopwatch::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(dy: torch.Tensor, ds: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor | None,
-                       rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rms_norm_backward(
+    dy: torch.Tensor,
+    ds: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_triton(x):
-        dx, dw = launch_backward(as_rows(dy), None if ds is None else as_rows(ds), as_rows(x), weight, rstd)
+        dx, dw = launch_backward(
+            as_rows(dy), None if ds is None else as_rows(ds), as_rows(x), weight, rstd
+        )
         return dx.view(x.shape), dw
     xhat = x.float() * rstd.view(*x.shape[:-1], 1)
     g = dy.float()
@@ -147,7 +226,9 @@ def _rms_norm_backward(dy: torch.Tensor, ds: torch.Tensor | None, x: torch.Tenso
 @_rms_norm_backward.register_fake
 def _(dy, ds, x, weight, rstd):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, torch.empty_like(weight) if weight is not None else x.new_empty(0, dtype=torch.float32)
+    return dx, torch.empty_like(weight) if weight is not None else x.new_empty(
+        0, dtype=torch.float32
+    )
 
 
 def _save(ctx, inputs, output):

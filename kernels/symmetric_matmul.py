@@ -1,15 +1,17 @@
-"""Products of matrices that are symmetric, for about half the work: tiles above the diagonal are not computed.
+"""Products of matrices that are symmetric, for about half the work: tiles above the diagonal are
+not computed.
 
     alpha X X^T + beta C,    X: (..., m, k),  C symmetric: (..., m, m)
 
-X^T X is symmetric_matmul(X.mT), and b A + c A A of a symmetric A is symmetric_matmul(A, A, alpha=c, beta=b).
-FLOPs per matrix with tiles of t rows: m (m + t) k, where a full product has 2 m^2 k. Minimum bytes for elements of e:
-e (m k + m^2), with C another e m^2 / 2.
+X^T X is symmetric_matmul(X.mT), and b A + c A A of a symmetric A is symmetric_matmul(A, A, alpha=c,
+beta=b). FLOPs per matrix with tiles of t rows: m (m + t) k, where a full product has 2 m^2 k.
+Minimum bytes for elements of e: e (m k + m^2), with C another e m^2 / 2.
 
-One program per tile, all matrices of a batch in one launch. A tile below the diagonal is stored twice, as it is and
-transposed, and one on the diagonal is given its lower half's mirror image, so the result is symmetric bit for bit.
-Sums in fp32, one rounding. Used by the optimizer only: no autograd. Source: mirrored tiles as in modded-nanogpt (whose
-programs above the diagonal start and leave) and QuACK's gemm_symmetric; the triangular grid is ours.
+One program per tile, all matrices of a batch in one launch. A tile below the diagonal is stored
+twice, as it is and transposed, and one on the diagonal is given its lower half's mirror image, so
+the result is symmetric bit for bit. Sums in fp32, one rounding. Used by the optimizer only: no
+autograd. Source: mirrored tiles as in modded-nanogpt (whose programs above the diagonal start and
+leave) and QuACK's gemm_symmetric; the triangular grid is ours.
 """
 
 import torch
@@ -25,18 +27,24 @@ def symmetric_matmul_reference(X, C=None, *, alpha=1.0, beta=0.0):
     if C is None:
         product = X @ X.mT
         return product if alpha == 1 else alpha * product
-    return torch.baddbmm(as_batch(C), as_batch(X), as_batch(X).mT, beta=beta, alpha=alpha).view(C.shape)
+    return torch.baddbmm(as_batch(C), as_batch(X), as_batch(X).mT, beta=beta, alpha=alpha).view(
+        C.shape
+    )
 
 
 def symmetric_matmul(X, C=None, *, alpha=1.0, beta=0.0):
-    """X: (..., m, k) fp32, bf16 or fp16, any strides; C: None or (..., m, m), symmetric (only its lower half counts).
+    """X: (..., m, k) fp32, bf16 or fp16, any strides; C: None or (..., m, m), symmetric (only its
+    lower half counts).
 
-    Returns alpha X X^T + beta C: (..., m, m) in X's dtype, contiguous; by the kernel symmetric bit for bit, by the
-    reference up to rounding. As with torch.baddbmm, beta 0 means no C. Raises ValueError for a C that does not fit.
+    Returns alpha X X^T + beta C: (..., m, m) in X's dtype, contiguous; by the kernel symmetric bit
+    for bit, by the reference up to rounding. As with torch.baddbmm, beta 0 means no C. Raises
+    ValueError for a C that does not fit.
     """
     if C is not None and (C.shape != (*X.shape[:-1], X.size(-2)) or C.dtype != X.dtype):
-        raise ValueError(f"C is {tuple(C.shape)} {C.dtype} for an X of {tuple(X.shape)} {X.dtype}: "
-                         f"expected {(*X.shape[:-1], X.size(-2))} and the same dtype")
+        raise ValueError(
+            f"C is {tuple(C.shape)} {C.dtype} for an X of {tuple(X.shape)} {X.dtype}: "
+            f"expected {(*X.shape[:-1], X.size(-2))} and the same dtype"
+        )
     return _symmetric_matmul(X, C if beta else None, alpha, beta)
 
 
@@ -49,19 +57,38 @@ def as_batch(X):
 def triangle(i, n):
     """The i-th tile on or below the diagonal of n x n tiles -> its row, its column. Integers only.
 
-    The first row with the last one, the second with the last but one, and so on fill a rectangle n + 1 wide, if n is
-    even; if it is odd, a row of no tiles comes before the first, and the width is n.
+    The first row with the last one, the second with the last but one, and so on fill a rectangle n
+    + 1 wide, if n is even; if it is odd, a row of no tiles comes before the first, and the width is
+    n.
     """
     odd = n % 2
     pair = i // (n + 1 - odd)
     place = i % (n + 1 - odd)
     short = pair + 1 - odd  # tiles in the shorter row of the pair
-    return tl.where(place < short, short - 1, n - 1 - pair), tl.where(place < short, place, place - short)
+    return tl.where(place < short, short - 1, n - 1 - pair), tl.where(
+        place < short, place, place - short
+    )
 
 
 @triton.jit
-def symmetric_matmul_kernel(X, C, out, M, K, alpha, beta, stride_xb, stride_xm, stride_xk, stride_cb, stride_cm,
-                            stride_cn, TILE: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr):
+def symmetric_matmul_kernel(
+    X,
+    C,
+    out,
+    M,
+    K,
+    alpha,
+    beta,
+    stride_xb,
+    stride_xm,
+    stride_xk,
+    stride_cb,
+    stride_cm,
+    stride_cn,
+    TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr,
+):
     tiles = tl.cdiv(M, TILE)
     per_matrix = tiles * (tiles + 1) // 2
     matrix = (tl.program_id(0) // per_matrix).to(tl.int64)
@@ -105,13 +132,28 @@ def launch_symmetric_matmul(X, C, alpha, beta):
     tiles = triton.cdiv(M, rows)
     if out.numel():
         symmetric_matmul_kernel[batch * tiles * (tiles + 1) // 2,](
-            X, C, out, M, K, alpha, beta, *X.stride(), *(C.stride() if C is not None else (0, 0, 0)),
-            rows, k_bytes // X.element_size(), C is not None, num_warps=warps, num_stages=stages)
+            X,
+            C,
+            out,
+            M,
+            K,
+            alpha,
+            beta,
+            *X.stride(),
+            *(C.stride() if C is not None else (0, 0, 0)),
+            rows,
+            k_bytes // X.element_size(),
+            C is not None,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return out
 
 
 @torch.library.custom_op("stopwatch::symmetric_matmul", mutates_args=())
-def _symmetric_matmul(X: torch.Tensor, C: torch.Tensor | None, alpha: float, beta: float) -> torch.Tensor:
+def _symmetric_matmul(
+    X: torch.Tensor, C: torch.Tensor | None, alpha: float, beta: float
+) -> torch.Tensor:
     if runs_triton(X):
         out = launch_symmetric_matmul(as_batch(X), None if C is None else as_batch(C), alpha, beta)
         return out.view(*X.shape[:-1], X.size(-2))

@@ -1,12 +1,19 @@
 """What was achieved: committed results, and the code that writes and reads them.
 
-Names are imported when they are first used: reading logs needs no torch, which takes a second to load.
+Names are imported when they are first used: reading logs needs no torch, which takes a second to
+load.
 """
 
 import importlib
 
-MODULES = dict(Log="log", describe_environment="environment", machine_probe="environment", matmul_rate="environment",
-               synchronize="environment", to_json="log")
+MODULES = dict(
+    Log="log",
+    describe_environment="environment",
+    machine_probe="environment",
+    matmul_rate="environment",
+    synchronize="environment",
+    to_json="log",
+)
 __all__ = list(MODULES)
 
 

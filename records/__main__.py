@@ -1,6 +1,8 @@
-"""What was achieved: take runs into the records, test their losses, compare and draw them, hand their weights over.
+"""What was achieved: take runs into the records, test their losses, compare and draw them, hand
+their weights over.
 
-Exit status: 0 done (check: passed), 1 check failed, 2 bad input. `python -m records COMMAND --help` says more.
+Exit status: 0 done (check: passed), 1 check failed, 2 bad input. `python -m records COMMAND --help`
+says more.
 """
 
 import argparse
@@ -12,11 +14,19 @@ from .read import InputError
 
 COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
     "add": ("add", "", "take finished runs into the records"),
-    "check": ("compare", "check_", "is the mean loss of these runs below the target, beyond chance?"),
+    "check": (
+        "compare",
+        "check_",
+        "is the mean loss of these runs below the target, beyond chance?",
+    ),
     "compare": ("compare", "", "runs or groups of runs side by side, with speed-ups"),
     "plot": ("plot", "", "draw loss against time and tokens"),
     "leaderboard": ("leaderboard", "", "the records as a table"),
-    "export": ("export", "", "weights for others: safetensors, a matrix per layer, configuration, tokenizer"),
+    "export": (
+        "export",
+        "",
+        "weights for others: safetensors, a matrix per layer, configuration, tokenizer",
+    ),
 }
 
 
@@ -30,6 +40,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     """Parse, run the command. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+
     def layout(prog):
         return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=110)
 
@@ -38,7 +49,9 @@ def main(argv=None):
     try:
         for name, (module, prefix, help) in COMMANDS.items():
             command = commands.add_parser(name, help=help, formatter_class=layout)
-            if argv[:1] == [name]:  # only what is needed: the others' libraries take seconds to load
+            if argv[:1] == [
+                name
+            ]:  # only what is needed: the others' libraries take seconds to load
                 module = importlib.import_module(f".{module}", __package__)
                 command.description = module.__doc__
                 getattr(module, f"{prefix}add_arguments")(command)

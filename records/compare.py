@@ -11,12 +11,26 @@ from .log import to_json
 from .read import InputError, read_runs
 
 ALPHA = 0.01  # the public record's
-APART = ("seed", "run_dir", "cache_dir", "text", "gpus", "repeat", "micro_tokens", "recompute", "sample_tokens",
-         "resume", "checkpoint_every", "keep_last", "keep_best", "max_restarts")  # not the recipe
+APART = (
+    "seed",
+    "run_dir",
+    "cache_dir",
+    "text",
+    "gpus",
+    "repeat",
+    "micro_tokens",
+    "recompute",
+    "sample_tokens",
+    "resume",
+    "checkpoint_every",
+    "keep_last",
+    "keep_best",
+    "max_restarts",
+)  # not the recipe
 RUN_HELP = "a run's folder, a log (ours, modded-nanogpt's, llm.c's, nanoGPT's, nanochat's), or a folder of those"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # check
 
 
@@ -30,11 +44,14 @@ nothing about the mean. Of those, the losses of all runs are tested at the step 
 is multiplied by the number of validations at which that could have happened. Runs of a fixed length (--steps N
 --eval-every N) have nothing to make good for."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--target", type=float, metavar="LOSS", help="loss to be below [the runs' own]")
+    parser.add_argument(
+        "--target", type=float, metavar="LOSS", help="loss to be below [the runs' own]"
+    )
 
 
 def check_run(args):
-    """Print the runs, their statistics and a verdict. Returns 0 if it passed, 1 if not; raises InputError."""
+    """Print the runs, their statistics and a verdict. Returns 0 if it passed, 1 if not; raises
+    InputError."""
     runs = gather(args.runs)
     target = the_target(runs) if args.target is None else args.target
     if not math.isfinite(target):
@@ -47,18 +64,29 @@ def check_run(args):
 
     metric, early = runs[0].metric, [r for r in runs if r.stopped_early]
     losses, step, looks = losses_to_test(runs)
-    rows = [["run", "steps", f"last {metric}", *([f"at step {step}"] if early else []), "time s", ""]]
+    rows = [
+        ["run", "steps", f"last {metric}", *([f"at step {step}"] if early else []), "time s", ""]
+    ]
     for r, loss in zip(runs, losses):
-        rows.append([r.where, f"{r.steps}/{r.total_steps or '?'}", f"{r.final_loss:.5f}",
-                     *([f"{loss:.5f}"] if early else []),
-                     "-" if r.time_s is None else f"{r.time_s:.3f}", "stopped early" if r.stopped_early else ""])
+        rows.append(
+            [
+                r.where,
+                f"{r.steps}/{r.total_steps or '?'}",
+                f"{r.final_loss:.5f}",
+                *([f"{loss:.5f}"] if early else []),
+                "-" if r.time_s is None else f"{r.time_s:.3f}",
+                "stopped early" if r.stopped_early else "",
+            ]
+        )
     print(table(rows))
     print()
     if early:
-        print(f"note: {len(early)} of {len(runs)} runs stopped before their last step, as they do at the first "
-              "validation at or below the target: their last losses are low by selection, and a test of those proves "
-              f"nothing. Tested are the losses of all at step {step}, where the first of them stopped, with p times "
-              f"the {looks} validations planned. Better: runs of a fixed length, --steps N --eval-every N")
+        print(
+            f"note: {len(early)} of {len(runs)} runs stopped before their last step, as they do at the first "
+            "validation at or below the target: their last losses are low by selection, and a test of those proves "
+            f"nothing. Tested are the losses of all at step {step}, where the first of them stopped, with p times "
+            f"the {looks} validations planned. Better: runs of a fixed length, --steps N --eval-every N"
+        )
     for r in left_out:
         print(f"left out: {ending(r)}")
     for line in differences({r.where: [r] for r in runs}, ("hardware", "world_size", "git_commit")):
@@ -68,8 +96,12 @@ def check_run(args):
 
     test = t_test(losses, target, looks)
     times = [r.time_s for r in runs if r.time_s is not None]
-    print(f"n {len(losses)}, mean {test.mean:.5f}" + ("" if test.sd is None else f", sd {test.sd:.5f}") +
-          f", target {target:g}" + ("" if test.p is None else f", t {test.t:.3f}, p {test.p:.2g}"))
+    print(
+        f"n {len(losses)}, mean {test.mean:.5f}"
+        + ("" if test.sd is None else f", sd {test.sd:.5f}")
+        + f", target {target:g}"
+        + ("" if test.p is None else f", t {test.t:.3f}, p {test.p:.2g}")
+    )
     what = "training time" if len(early) < len(runs) else "time until they stopped"
     print(f"{what} {spread(times, '.3f')} s" if times else "the logs have no clock")
     print(verdict(test, target, f"{metric}{f' at step {step}' if early else ''}", len(left_out)))
@@ -79,9 +111,10 @@ def check_run(args):
 def losses_to_test(runs):
     """(losses, step, by how much to multiply p). Without early stops the last losses, None and 1.
 
-    A run that stops at its first validation at or below the target has a last loss below it by construction. At the
-    step where the first of them stopped every run still has a loss, and nothing has been selected but the step itself,
-    one of the planned validations: a Bonferroni correction by their number pays for that.
+    A run that stops at its first validation at or below the target has a last loss below it by
+    construction. At the step where the first of them stopped every run still has a loss, and
+    nothing has been selected but the step itself, one of the planned validations: a Bonferroni
+    correction by their number pays for that.
     """
     early = [r for r in runs if r.stopped_early]
     if not early:
@@ -89,14 +122,17 @@ def losses_to_test(runs):
     first = min(early, key=lambda r: r.steps)
     losses = [next((p.loss for p in r.val if p.step == first.steps), None) for r in runs]
     if None in losses:
-        raise InputError(f"{runs[losses.index(None)].where}: has no validation at step {first.steps}, where "
-                         f"{first.where} stopped; expected validations at the same steps in all")
+        raise InputError(
+            f"{runs[losses.index(None)].where}: has no validation at step {first.steps}, where "
+            f"{first.where} stopped; expected validations at the same steps in all"
+        )
     return losses, first.steps, validations(runs)
 
 
 @dataclasses.dataclass
 class TTest:
     """Of losses against a target. None: there is no such number."""
+
     n: int
     mean: float
     sd: float | None
@@ -110,12 +146,14 @@ class TTest:
 
 
 def t_test(losses, target, looks=1):
-    """One-sided, one-sample t-test: how likely is a mean this low if the true one is `target`? losses: floats.
+    """One-sided, one-sample t-test: how likely is a mean this low if the true one is `target`?
+    losses: floats.
 
-    looks: p is multiplied by it (Bonferroni), for a step that was chosen among so many. Two equal losses or one have no
-    spread and no p.
+    looks: p is multiplied by it (Bonferroni), for a step that was chosen among so many. Two equal
+    losses or one have no spread and no p.
     """
     from scipy import stats
+
     n, mean = len(losses), math.fsum(losses) / len(losses)
     if n < 2 or not math.isfinite(mean) or max(losses) == min(losses):
         sd = statistics.stdev(losses) if n > 1 and math.isfinite(mean) else None
@@ -128,14 +166,23 @@ def t_test(losses, target, looks=1):
 
     most = 10**6
     more = bisect.bisect_left(range(n, most), True, key=enough) if mean < target else None
-    return TTest(n, mean, sd, float(result.statistic), min(1.0, looks * float(result.pvalue)),
-                None if more == most - n else more)
+    return TTest(
+        n,
+        mean,
+        sd,
+        float(result.statistic),
+        min(1.0, looks * float(result.pvalue)),
+        None if more == most - n else more,
+    )
 
 
 def verdict(test, target, what, left_out):
     """The result in one line."""
-    mean = (f"mean {what} of {test.n} run{'s' * (test.n > 1)}" + f" ({left_out} that did not end left out)" *
-            (left_out > 0) + f", {test.mean:.5f}, is")
+    mean = (
+        f"mean {what} of {test.n} run{'s' * (test.n > 1)}"
+        + f" ({left_out} that did not end left out)" * (left_out > 0)
+        + f", {test.mean:.5f}, is"
+    )
     if test.passed:
         return f"pass: the {mean} below {target:g} with p = {test.p:.2g} < {ALPHA}"
     if not test.mean < target:
@@ -152,14 +199,19 @@ def the_target(runs):
     targets = {r.target: r for r in runs}
     if len(targets) > 1:
         (a, first), (b, second) = list(targets.items())[:2]
-        raise InputError(f"{first.where} has target {a}, {second.where} {b}; say which with --target")
+        raise InputError(
+            f"{first.where} has target {a}, {second.where} {b}; say which with --target"
+        )
     if None in targets:
-        raise InputError(f"{runs[0].where}: names no target; give one with --target, such as --target 3.28")
+        raise InputError(
+            f"{runs[0].where}: names no target; give one with --target, such as --target 3.28"
+        )
     return runs[0].target
 
 
 def usable(run):
-    """Whether its last loss is that of its end. A log that does not say where its run would end has to be believed."""
+    """Whether its last loss is that of its end. A log that does not say where its run would end
+    has to be believed."""
     return run.final_loss is not None and (run.finished is not False or run.stopped_early)
 
 
@@ -176,17 +228,25 @@ def same_recipe(runs):
     for r in runs:
         for name in ("metric", "total_steps", "data", "track"):
             if getattr(r, name) != getattr(first, name):
-                raise InputError(f"{first.where} and {r.where}: {name} differs ({getattr(first, name)} and "
-                                 f"{getattr(r, name)}); expected runs of one recipe, check others apart")
+                raise InputError(
+                    f"{first.where} and {r.where}: {name} differs ({getattr(first, name)} and "
+                    f"{getattr(r, name)}); expected runs of one recipe, check others apart"
+                )
         for name in sorted(first.config.keys() | r.config.keys()):
             if name not in APART and first.config.get(name) != r.config.get(name):
-                raise InputError(f"{first.where} and {r.where}: {name} differs ({first.config.get(name)} and "
-                                 f"{r.config.get(name)}); expected runs of one recipe, check others apart")
+                raise InputError(
+                    f"{first.where} and {r.where}: {name} differs ({first.config.get(name)} and "
+                    f"{r.config.get(name)}); expected runs of one recipe, check others apart"
+                )
         if r.seed is not None and r.seed in seen:
-            raise InputError(f"{seen[r.seed]} and {r.where}: both have seed {r.seed}; expected a seed for each, a "
-                             "repetition says little about chance")
+            raise InputError(
+                f"{seen[r.seed]} and {r.where}: both have seed {r.seed}; expected a seed for each, a "
+                "repetition says little about chance"
+            )
         if tuple(r.val) in seen:
-            raise InputError(f"{seen[tuple(r.val)]} and {r.where}: the same losses and times; expected each run once")
+            raise InputError(
+                f"{seen[tuple(r.val)]} and {r.where}: the same losses and times; expected each run once"
+            )
         seen |= {tuple(r.val): r.where} | ({} if r.seed is None else {r.seed: r.where})
 
 
@@ -199,7 +259,7 @@ def validations(runs):
     return len(steps) - 1 + -(-(longest.total_steps - steps[-1]) // every)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # compare
 
 
@@ -210,7 +270,11 @@ loss are read off straight lines between validations. A speed-up is the ratio of
 lowest loss that every run reached, or to their common target, first column over this; its 95% interval is Welch's, on
 the logarithms, and needs two runs or more on either side."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--json", action="store_true", help='print {"runs": [...]} and so on instead, a run an entry')
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='print {"runs": [...]} and so on instead, a run an entry',
+    )
 
 
 def run(args):
@@ -229,9 +293,11 @@ def run(args):
 
 
 def compare(groups):
-    """groups: {label: [Run, ...]}, the first being what the others are compared with. Returns a dict for JSON:
+    """groups: {label: [Run, ...]}, the first being what the others are compared with. Returns a
+    dict for JSON:
 
-    runs: every run with its group; groups: means and spreads; loss: to which the speed-ups are; warnings: lines.
+    runs: every run with its group; groups: means and spreads; loss: to which the speed-ups are;
+    warnings: lines.
     """
     warnings = differences(groups, ("metric", "target", "data", "hardware", "world_size"))
     kept = {}
@@ -239,15 +305,21 @@ def compare(groups):
         kept[label] = [r for r in runs if usable(r)] or runs
         out = [r for r in runs if not usable(r)]
         if out:
-            warnings.append(ending(out[0]) + f", nor {len(out) - 1} more of {label}" * (len(out) > 1)
-                            + ("" if len(out) == len(runs) else "; left out of the means"))
+            warnings.append(
+                ending(out[0])
+                + f", nor {len(out) - 1} more of {label}" * (len(out) > 1)
+                + ("" if len(out) == len(runs) else "; left out of the means")
+            )
     everyone = [r for runs in kept.values() for r in runs]
     for note, count in Counter(note for r in everyone for note in r.notes).items():
         warnings.append(note + f" ({count} runs)" * (count > 1) if len(everyone) > 1 else note)
 
     loss, levels = None, []
     if len({r.metric for r in everyone}) == 1 and all(r.val for r in everyone):
-        targets, best = {r.target for r in everyone}, max(min(p.loss for p in r.val) for r in everyone)
+        targets, best = (
+            {r.target for r in everyone},
+            max(min(p.loss for p in r.val) for r in everyone),
+        )
         target = targets.pop() if len(targets) == 1 else None
         loss = target if target is not None and best <= target else best
         levels = [*losses_on_the_way(everyone, loss), loss] if math.isfinite(loss) else []
@@ -259,43 +331,69 @@ def compare(groups):
     if len({(r.hardware, r.world_size) for r in everyone}) > 1:
         missing = [label for label, runs in kept.items() if not all(r.matmul_rate for r in runs)]
         if missing:
-            warnings.append(f"{missing[0]} has no measured matmul rate, so there is no comparison per unit of it")
+            warnings.append(
+                f"{missing[0]} has no measured matmul rate, so there is no comparison per unit of it"
+            )
         elif all(s["matmul_flops_to_loss"] for s in summaries):
             for s in summaries:
-                s["speedup_per_matmul_rate"] = ratio(first["matmul_flops_to_loss"], s["matmul_flops_to_loss"])
+                s["speedup_per_matmul_rate"] = ratio(
+                    first["matmul_flops_to_loss"], s["matmul_flops_to_loss"]
+                )
     listed = [dict(group=label, **as_dict(r)) for label, runs in groups.items() for r in runs]
     return dict(runs=listed, groups=summaries, loss=loss, warnings=warnings)
 
 
 def summary(label, runs, levels):
-    """Numbers of one group; lists have an entry for each run that has the number. levels: losses, the last being the
-    one to which the speed-up is."""
+    """Numbers of one group; lists have an entry for each run that has the number. levels:
+    losses, the last being the one to which the speed-up is."""
     to = [[t for r in runs if (t := r.time_to(level)) is not None] for level in levels]
     times = to[-1] if levels and len(to[-1]) == len(runs) else []
     rates = [r.matmul_rate for r in runs]
     return dict(
-        group=label, n=len(runs),
+        group=label,
+        n=len(runs),
         hardware=sorted({f"{r.world_size or '?'} x {r.hardware}" for r in runs if r.hardware}),
-        metric=runs[0].metric, losses=[r.final_loss for r in runs if r.final_loss is not None],
-        times_s=[r.time_s for r in runs if r.time_s is not None and usable(r)], steps=[r.steps for r in runs],
+        metric=runs[0].metric,
+        losses=[r.final_loss for r in runs if r.final_loss is not None],
+        times_s=[r.time_s for r in runs if r.time_s is not None and usable(r)],
+        steps=[r.steps for r in runs],
         tokens=[r.tokens for r in runs if r.tokens is not None],
         tokens_per_s=[r.tokens / r.time_s for r in runs if r.tokens is not None and r.time_s],
-        time_to=[dict(loss=level, times_s=t, n=len(runs)) for level, t in zip(levels, to)], times_to_loss_s=times,
-        matmul_flops_to_loss=[t * rate for t, rate in zip(times, rates)] if times and all(rates) else [])
+        time_to=[dict(loss=level, times_s=t, n=len(runs)) for level, t in zip(levels, to)],
+        times_to_loss_s=times,
+        matmul_flops_to_loss=[t * rate for t, rate in zip(times, rates)]
+        if times and all(rates)
+        else [],
+    )
 
 
 def ratio(before, after):
-    """before / after of positive numbers: dict(ratio of geometric means, low and high of its 95% interval or None)."""
-    if not before or not after or min(*before, *after) <= 0 or not all(map(math.isfinite, [*before, *after])):
+    """before / after of positive numbers: dict(ratio of geometric means, low and high of its 95%
+    interval or None)."""
+    if (
+        not before
+        or not after
+        or min(*before, *after) <= 0
+        or not all(map(math.isfinite, [*before, *after]))
+    ):
         return None
     a, b = ([math.log(x) for x in values] for values in (before, after))
     middle = statistics.fmean(a) - statistics.fmean(b)
     low = high = None
-    if before is not after and len(a) > 1 and len(b) > 1 and max(statistics.stdev(a), statistics.stdev(b)) > 0:
+    if (
+        before is not after
+        and len(a) > 1
+        and len(b) > 1
+        and max(statistics.stdev(a), statistics.stdev(b)) > 0
+    ):
         from scipy.stats import ttest_ind
+
         low, high = map(float, ttest_ind(a, b, equal_var=False).confidence_interval(0.95))
-    return dict(ratio=math.exp(middle), low=None if low is None else math.exp(low),
-                high=None if high is None else math.exp(high))
+    return dict(
+        ratio=math.exp(middle),
+        low=None if low is None else math.exp(low),
+        high=None if high is None else math.exp(high),
+    )
 
 
 def losses_on_the_way(runs, end):
@@ -306,7 +404,9 @@ def losses_on_the_way(runs, end):
     rough = (start - end) / 6
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
-    levels = [round(k * step, 10) for k in range(math.floor(start / step), math.floor(end / step), -1)]
+    levels = [
+        round(k * step, 10) for k in range(math.floor(start / step), math.floor(end / step), -1)
+    ]
     return [level for level in levels if end < level <= start]
 
 
@@ -314,38 +414,87 @@ def report(result):
     """The comparison as text."""
     groups, loss = result["groups"], result["loss"]
     names = [chr(ord("A") + i) if i < 26 else f"#{i + 1}" for i in range(len(groups))]
-    lines = [table([[name, g["group"], f"{g['n']} run{'s' * (g['n'] > 1)}", ", ".join(g["hardware"]) or "hardware ?"]
-                    for name, g in zip(names, groups)]), ""]
-    rows = [["", *names], ["training time, s", *(spread(g["times_s"], ".3f") for g in groups)],
-            ["steps", *(spread(g["steps"], ",.0f") for g in groups)],
-            ["tokens", *(spread(g["tokens"], ",.0f") for g in groups)],
-            ["tokens/s", *(spread(g["tokens_per_s"], ",.0f") for g in groups)],
-            ["last loss", *(spread(g["losses"], ".5f") + " bits/byte" * (g["metric"] == "val_bpb" and g["losses"] != [])
-                            for g in groups)]]
+    lines = [
+        table(
+            [
+                [
+                    name,
+                    g["group"],
+                    f"{g['n']} run{'s' * (g['n'] > 1)}",
+                    ", ".join(g["hardware"]) or "hardware ?",
+                ]
+                for name, g in zip(names, groups)
+            ]
+        ),
+        "",
+    ]
+    rows = [
+        ["", *names],
+        ["training time, s", *(spread(g["times_s"], ".3f") for g in groups)],
+        ["steps", *(spread(g["steps"], ",.0f") for g in groups)],
+        ["tokens", *(spread(g["tokens"], ",.0f") for g in groups)],
+        ["tokens/s", *(spread(g["tokens_per_s"], ",.0f") for g in groups)],
+        [
+            "last loss",
+            *(
+                spread(g["losses"], ".5f")
+                + " bits/byte" * (g["metric"] == "val_bpb" and g["losses"] != [])
+                for g in groups
+            ),
+        ],
+    ]
     rows = [row for row in rows if {*row[1:]} != {"-"}]
     for i, to in enumerate(groups[0]["time_to"]):
-        rows.append([f"time to {to['loss']:.5g}{' (all got there)' * (to['loss'] == loss)}, s", *(
-            spread(t["times_s"], ".3f") + f" ({len(t['times_s'])} of {t['n']})" * (0 < len(t["times_s"]) < t["n"])
-            for t in (g["time_to"][i] for g in groups))])
+        rows.append(
+            [
+                f"time to {to['loss']:.5g}{' (all got there)' * (to['loss'] == loss)}, s",
+                *(
+                    spread(t["times_s"], ".3f")
+                    + f" ({len(t['times_s'])} of {t['n']})" * (0 < len(t["times_s"]) < t["n"])
+                    for t in (g["time_to"][i] for g in groups)
+                ),
+            ]
+        )
     if len(groups) > 1:
         if loss is not None:
-            rows.append([f"speed-up to {loss:.5g}", "1", *(times(g["speedup"]) for g in groups[1:])])
-        rows.append(["speed-up, whole run, at any loss", "1", *(times(g["time_ratio"]) for g in groups[1:])])
+            rows.append(
+                [f"speed-up to {loss:.5g}", "1", *(times(g["speedup"]) for g in groups[1:])]
+            )
+        rows.append(
+            ["speed-up, whole run, at any loss", "1", *(times(g["time_ratio"]) for g in groups[1:])]
+        )
         if "speedup_per_matmul_rate" in groups[0]:
-            rows.append(["time to it x matmul rate, PFLOP", *(
-                spread([f / 1e15 for f in g["matmul_flops_to_loss"]], ".4g") for g in groups)])
-            rows.append(["speed-up per unit of matmul rate", "1", *(
-                times(g["speedup_per_matmul_rate"]) for g in groups[1:])])
-    lines += [table(rows)] + [""] * bool(result["warnings"]) + [f"warning: {w}" for w in result["warnings"]]
+            rows.append(
+                [
+                    "time to it x matmul rate, PFLOP",
+                    *(spread([f / 1e15 for f in g["matmul_flops_to_loss"]], ".4g") for g in groups),
+                ]
+            )
+            rows.append(
+                [
+                    "speed-up per unit of matmul rate",
+                    "1",
+                    *(times(g["speedup_per_matmul_rate"]) for g in groups[1:]),
+                ]
+            )
+    lines += (
+        [table(rows)]
+        + [""] * bool(result["warnings"])
+        + [f"warning: {w}" for w in result["warnings"]]
+    )
     if len(groups) > 1 and any(g["n"] < 2 for g in groups):
-        lines.append("no interval where a side has a single run: how much of the difference is chance is not known")
+        lines.append(
+            "no interval where a side has a single run: how much of the difference is chance is not known"
+        )
     return "\n".join(lines)
 
 
 def times(r):
     if r is None:
         return "-"
-    return f"{r['ratio']:.3f}" + (f" ({r['low']:.3f} to {r['high']:.3f})" if r["low"] is not None else "")
+    return f"{r['ratio']:.3f}" + (
+        f" ({r['low']:.3f} to {r['high']:.3f})" if r["low"] is not None else ""
+    )
 
 
 def as_dict(run):
@@ -354,7 +503,7 @@ def as_dict(run):
     return flat | dict(val=[p._asdict() for p in run.val], stopped_early=run.stopped_early)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Both
 
 
@@ -365,7 +514,8 @@ def gather(paths):
 
 
 def differences(groups, names):
-    """A line for each of these in which the runs of the groups differ, or are not known to agree."""
+    """A line for each of these in which the runs of the groups differ, or are not known to
+    agree."""
     found = []
     for name in names:
         first = {}  # value -> where it is first met
@@ -391,4 +541,6 @@ def spread(values, form):
 def table(rows):
     """Rows of strings in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )

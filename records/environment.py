@@ -14,20 +14,33 @@ import torch
 
 def describe_environment(device):
     """Machine, versions and the state of the source, as a dict for JSON."""
+
     def git(*args):
         if not shutil.which("git"):
             return None
-        done = subprocess.run(["git", "-C", Path(__file__).parent, *args], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", Path(__file__).parent, *args], capture_output=True, text=True
+        )
         return done.stdout.strip() if done.returncode == 0 else None
 
-    packages = {d.name: d.version for d in metadata.distributions() if d.name and d.name.startswith("flash")}
+    packages = {
+        d.name: d.version for d in metadata.distributions() if d.name and d.name.startswith("flash")
+    }
     flash = ", ".join(f"{name} {version}" for name, version in sorted(packages.items())) or None
     changes = git("status", "--porcelain")
     return dict(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), device=device_name(device),
-        cpu_cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(),
-        torch=torch.__version__, cuda=torch.version.cuda, flash_attention=flash, platform=platform.platform(),
-        git_commit=git("rev-parse", "HEAD"), git_dirty=bool(changes) if changes is not None else None)
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        device=device_name(device),
+        cpu_cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        flash_attention=flash,
+        platform=platform.platform(),
+        git_commit=git("rev-parse", "HEAD"),
+        git_dirty=bool(changes) if changes is not None else None,
+    )
 
 
 def device_name(device):
@@ -36,7 +49,9 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in f if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -48,8 +63,8 @@ def synchronize(device):
 
 
 def best_seconds(device, work, repeats=8, budget=0.2):
-    """Seconds of the fastest of `repeats` calls of work(), of fewer where those after the first (which may load a
-    library) take more than `budget` seconds."""
+    """Seconds of the fastest of `repeats` calls of work(), of fewer where those after the first
+    (which may load a library) take more than `budget` seconds."""
     seconds = []
     while len(seconds) < repeats and sum(seconds[1:]) < budget:
         synchronize(device)
@@ -61,27 +76,39 @@ def best_seconds(device, work, repeats=8, budget=0.2):
 
 
 def matmul_rate(device, dtype):
-    """Measured FLOP/s of a large square matrix product, best of 8: what "share of peak" is a share of."""
+    """Measured FLOP/s of a large square matrix product, best of 8: what "share of peak" is a
+    share of."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    if dtype == torch.float8_e4m3fn:  # has no @; the second factor must be column-major, which for a rate is all one
+    if (
+        dtype == torch.float8_e4m3fn
+    ):  # has no @; the second factor must be column-major, which for a rate is all one
         one = torch.ones((), device=device)
-        return 2 * n**3 / best_seconds(device, lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16))
+        return (
+            2
+            * n**3
+            / best_seconds(
+                device, lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
+            )
+        )
     return 2 * n**3 / best_seconds(device, lambda: a @ b)
 
 
 def copy_rate(device):
     """Measured bytes/s, read and written, of copying more than any cache holds, best of 8."""
     n = 2**30 if device.type == "cuda" else 2**28
-    source, target = (torch.ones(n, dtype=torch.uint8, device=device) for _ in range(2))  # ones: pages really there
+    source, target = (
+        torch.ones(n, dtype=torch.uint8, device=device) for _ in range(2)
+    )  # ones: pages really there
     return 2 * n / best_seconds(device, lambda: target.copy_(source))
 
 
 def machine_probe(device):
-    """What this device was measured to do, in under a second: dict(matmul={dtype: FLOP/s}, copy=bytes/s).
+    """What this device was measured to do, in under a second: dict(matmul={dtype: FLOP/s},
+    copy=bytes/s).
 
-    float32 is as torch is set (TF32 is off unless asked for). The fastest call counts: a probe is a floor, and
-    whatever else ran meanwhile lowers it.
+    float32 is as torch is set (TF32 is off unless asked for). The fastest call counts: a probe is a
+    floor, and whatever else ran meanwhile lowers it.
     """
     dtypes = [torch.float32, torch.bfloat16]
     if device.type == "cuda":

@@ -27,11 +27,18 @@ SHARD_BYTES = 5_000_000_000  # of a file, as on the Hub; a larger tensor has one
 END_OF_TEXT = "<|endoftext|>"
 
 NAMES = {"embed": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
-# Parameters with matrices for several layers: for which, and the names of a layer's in order; .T: stored transposed.
-# What is in neither table keeps its name and shape.
+# Parameters with matrices for several layers: for which, and the names of a layer's in order; .T:
+# stored transposed. What is in neither table keeps its name and shape.
 LAYERS = {
-    "attn_bank": ("attention", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
-                                "self_attn.o_proj.weight")),
+    "attn_bank": (
+        "attention",
+        (
+            "self_attn.q_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.v_proj.weight",
+            "self_attn.o_proj.weight",
+        ),
+    ),
     "attn_gates": ("attention", ("self_attn.output_gate.weight",)),
     "value_embeds": ("value", ("self_attn.value_embed.weight",)),
     "value_gates": ("value", ("self_attn.value_gate.weight",)),
@@ -44,11 +51,21 @@ def add_arguments(parser):
 Writes the weights of a finished run, or the fp32 masters of one of its checkpoints, into a new folder that others can
 read: safetensors with a matrix for each layer under the field's names, the configuration, and the tokenizer for Hugging
 Face's library. Nothing in it is a pickle. docs/torchtitan.md tells how to train on from there."""
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT",
-                        help="folder of a finished run, or of a checkpoint (RUN/checkpoints/step-000123)")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to make; it must not exist")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE",
-                        help="tokenizer.json of the prepared text, where it is not found in the run's --cache-dir")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="folder of a finished run, or of a checkpoint (RUN/checkpoints/step-000123)",
+    )
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="FOLDER", help="folder to make; it must not exist"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="tokenizer.json of the prepared text, where it is not found in the run's --cache-dir",
+    )
 
 
 def run(args):
@@ -62,30 +79,44 @@ def run(args):
         tensors = unstack(model.tensors, model.config)
         about = describe(model, tokenizer)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise InputError(f"{args.source}: not the weights and the configuration of a run of train_gpt.py "
-                         f"({type(e).__name__}: {e})") from None
+        raise InputError(
+            f"{args.source}: not the weights and the configuration of a run of train_gpt.py "
+            f"({type(e).__name__}: {e})"
+        ) from None
     if tokenizer is None:
-        print("no tokenizer is written: " + (
-            "GPT-2's is on the Hub as openai-community/gpt2" if uses_gpt2(model.config) else
-            "it is not where the run prepared its text; name it with --tokenizer"), file=sys.stderr)
+        print(
+            "no tokenizer is written: "
+            + (
+                "GPT-2's is on the Hub as openai-community/gpt2"
+                if uses_gpt2(model.config)
+                else "it is not where the run prepared its text; name it with --tokenizer"
+            ),
+            file=sys.stderr,
+        )
     aside = args.to.with_name(f".{args.to.name}.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
         aside.mkdir(parents=True)
         need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(aside).free
         if need > free:
-            raise InputError(f"--to {args.to}: {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
+            raise InputError(
+                f"--to {args.to}: {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free"
+            )
         write_json(aside / "config.json", about)
         if tokenizer is not None:
             save_tokenizer(tokenizer, aside)
         save_weights(tensors, aside)
         for path in aside.iterdir():
-            shutil.copymode(aside / "config.json", path)  # safetensors' files are for their owner alone
+            shutil.copymode(
+                aside / "config.json", path
+            )  # safetensors' files are for their owner alone
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
         os.rename(aside, args.to)
     except (OSError, SafetensorError) as e:
-        raise InputError(f"--to {args.to}: cannot be written: {reason(e)}; nothing is left there") from None
+        raise InputError(
+            f"--to {args.to}: cannot be written: {reason(e)}; nothing is left there"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(args.to)
@@ -100,12 +131,13 @@ def write_json(path, value):
     path.write_text(to_json(value, indent=1) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 
 class Model(NamedTuple):
     """What a run or a checkpoint says about itself."""
+
     tensors: dict  # parameter name -> CPU tensor
     config: dict  # Config's fields
     step: int | None  # after which the weights were such
@@ -120,86 +152,142 @@ def load_model(source):
     if not checkpoint and not (source / "model.safetensors").exists():
         inside = sorted(source.glob("checkpoints/step-*[0-9]/state.json"))
         hint = f"; its last checkpoint is {inside[-1].parent}" if inside else ""
-        raise InputError(f"{source}: has no model.safetensors; expected a finished run or a checkpoint{hint}")
+        raise InputError(
+            f"{source}: has no model.safetensors; expected a finished run or a checkpoint{hint}"
+        )
     said = read_json((source.absolute().parent.parent if checkpoint else source) / "config.json")
     if checkpoint:
         from runtime.checkpoint import load  # compares checksums
+
         try:
             tensors, meta = load(source)
         except ValueError as e:
             raise InputError(str(e)) from None
-        tensors = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
-        step, said = read_json(source / "state.json")["step"], said | dict(
-            config=meta.get("config"), data=meta.get("data_fingerprint"))
+        tensors = {
+            name.removeprefix("weights/"): t
+            for name, t in tensors.items()
+            if name.startswith("weights/")
+        }
+        step, said = (
+            read_json(source / "state.json")["step"],
+            said | dict(config=meta.get("config"), data=meta.get("data_fingerprint")),
+        )
     else:
         step = read_json(source / "result.json").get("steps")
         try:
             tensors = load_file(source / "model.safetensors")
         except (OSError, SafetensorError) as e:
-            raise InputError(f"{source / 'model.safetensors'}: cannot be read: {reason(e)}") from None
+            raise InputError(
+                f"{source / 'model.safetensors'}: cannot be read: {reason(e)}"
+            ) from None
     if not isinstance(said.get("config"), dict) or not tensors:
-        raise InputError(f"{source}: expected weights and the run's configuration, found only one of them")
+        raise InputError(
+            f"{source}: expected weights and the run's configuration, found only one of them"
+        )
     environment = said.get("environment")
     commit = environment.get("git_commit") if isinstance(environment, dict) else None
     return Model(tensors, said["config"], step, said.get("data"), commit, checkpoint)
 
 
 def unstack(tensors, config):
-    """{exported name: view} of every element of the parameters. Raises InputError where a bank does not have the
-    matrices that the configuration promises: names would be wrong."""
-    layers = {"all": range(config["n_layer"]), "value": config["value_embed_layers"],
-              "attention": [i for i in range(config["n_layer"]) if i not in (config.get("skip") or ())[1:]]}
+    """{exported name: view} of every element of the parameters. Raises InputError where a bank
+    does not have the matrices that the configuration promises: names would be wrong."""
+    layers = {
+        "all": range(config["n_layer"]),
+        "value": config["value_embed_layers"],
+        "attention": [
+            i for i in range(config["n_layer"]) if i not in (config.get("skip") or ())[1:]
+        ],
+    }
     out = {}
     for name, tensor in tensors.items():
         if not tensor.numel():  # a part that is switched off
             continue
         kind, matrices = LAYERS.get(name, (None, ()))
-        names = [f"model.layers.{i}.{matrix}" for i in layers[kind] for matrix in matrices] if kind else []
+        names = (
+            [f"model.layers.{i}.{matrix}" for i in layers[kind] for matrix in matrices]
+            if kind
+            else []
+        )
         if kind and len(names) != len(tensor):
-            raise InputError(f"{name} has {len(tensor)} matrices, expected {len(names)} by the configuration: "
-                             f"{', '.join(matrices)} in {len(layers[kind])} layers")
+            raise InputError(
+                f"{name} has {len(tensor)} matrices, expected {len(names)} by the configuration: "
+                f"{', '.join(matrices)} in {len(layers[kind])} layers"
+            )
         for matrix, part in zip(names, tensor) if kind else [(NAMES.get(name, name), tensor)]:
             out[matrix.removesuffix(".T")] = part.T if matrix.endswith(".T") else part
-    assert sum(t.numel() for t in out.values()) == sum(t.numel() for t in tensors.values()), "two of one name"
+    assert sum(t.numel() for t in out.values()) == sum(t.numel() for t in tensors.values()), (
+        "two of one name"
+    )
     return out
 
 
 def describe(model, tokenizer):
-    """config.json: sizes under the field's names, and everything else that the model is a function of."""
+    """config.json: sizes under the field's names, and everything else that the model is a
+    function of."""
     c, embed, step = model.config, model.tensors["embed"], model.step
     n_vocab = len(tokenizer["tokens"]) + 1 if tokenizer else 50257 if uses_gpt2(c) else None
     progress = (step - 1) / c["steps"] if step else 0.0
     training = {name: value for name, value in c.items() if name not in PATHS}  # of this machine
     return dict(
-        architectures=["StopwatchGPT"], model_type="stopwatch", torch_dtype=str(embed.dtype).removeprefix("torch."),
-        vocab_size=len(embed), n_vocab=n_vocab, bos_token_id=n_vocab and n_vocab - 1, hidden_size=c["n_embd"],
-        num_hidden_layers=c["n_layer"], num_attention_heads=c["n_head"],
-        head_dim=c["n_embd"] // c["n_head"], intermediate_size=c["mlp_ratio"] * c["n_embd"], hidden_act="relu2",
-        rope_theta=c["rope_base"], max_position_embeddings=max(c["row_len"], c["val_row_len"]),
+        architectures=["StopwatchGPT"],
+        model_type="stopwatch",
+        torch_dtype=str(embed.dtype).removeprefix("torch."),
+        vocab_size=len(embed),
+        n_vocab=n_vocab,
+        bos_token_id=n_vocab and n_vocab - 1,
+        hidden_size=c["n_embd"],
+        num_hidden_layers=c["n_layer"],
+        num_attention_heads=c["n_head"],
+        head_dim=c["n_embd"] // c["n_head"],
+        intermediate_size=c["mlp_ratio"] * c["n_embd"],
+        hidden_act="relu2",
+        rope_theta=c["rope_base"],
+        max_position_embeddings=max(c["row_len"], c["val_row_len"]),
         tie_word_embeddings=progress < c.get("tied", 0) or c.get("tied") == 1,
-        weights="fp32 masters of a checkpoint" if model.masters else "of a finished run", step=step,
-        git_commit=model.commit, data_fingerprint=model.data, training=training)
+        weights="fp32 masters of a checkpoint" if model.masters else "of a finished run",
+        step=step,
+        git_commit=model.commit,
+        data_fingerprint=model.data,
+        training=training,
+    )
 
 
 def save_weights(tensors, folder):
     """Write safetensors of at most SHARD_BYTES, and the Hub's index if there are several."""
     shards = [[]]
     for name in sorted(tensors):
-        if shards[-1] and sum(tensors[n].nbytes for n in shards[-1]) + tensors[name].nbytes > SHARD_BYTES:
+        if (
+            shards[-1]
+            and sum(tensors[n].nbytes for n in shards[-1]) + tensors[name].nbytes > SHARD_BYTES
+        ):
             shards.append([])
         shards[-1].append(name)
     total, where = sum(t.nbytes for t in tensors.values()), {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="exporting", delay=2, disable=None) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="exporting", delay=2, disable=None
+    ) as bar:
         for i, names in enumerate(shards, start=1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            save_file({name: tensors[name].contiguous() for name in names}, folder / file, {"format": "pt"})
+            file = (
+                f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+                if len(shards) > 1
+                else "model.safetensors"
+            )
+            save_file(
+                {name: tensors[name].contiguous() for name in names},
+                folder / file,
+                {"format": "pt"},
+            )
             where |= dict.fromkeys(names, file)
             bar.update(sum(tensors[name].nbytes for name in names))
     if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map=where))
+        write_json(
+            folder / "model.safetensors.index.json",
+            dict(metadata=dict(total_size=total), weight_map=where),
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -212,17 +300,25 @@ def find_tokenizer(model):
     for meta in sorted(Path(model.config.get("cache_dir") or ".").glob("data/*/meta.json")):
         try:
             about = json.loads(meta.read_bytes())
-            if about["fingerprint"] == model.data and about["tokenizer"] == model.config["tokenizer"]:
+            if (
+                about["fingerprint"] == model.data
+                and about["tokenizer"] == model.config["tokenizer"]
+            ):
                 return meta.with_name("tokenizer.json")
         except (OSError, ValueError, TypeError, KeyError):
             continue
 
 
 def load_tokenizer(file):
-    """dict(kind, pattern, tokens: bytes, or str for chars) from data/tokenizers.py's file. Raises InputError."""
+    """dict(kind, pattern, tokens: bytes, or str for chars) from data/tokenizers.py's file.
+    Raises InputError."""
     try:
         d = read_json(file)
-        tokens = d["tokens"] if d["kind"] == "chars" else [base64.b64decode(t, validate=True) for t in d["tokens"]]
+        tokens = (
+            d["tokens"]
+            if d["kind"] == "chars"
+            else [base64.b64decode(t, validate=True) for t in d["tokens"]]
+        )
         return dict(kind=d["kind"], pattern=d["pattern"], tokens=tokens)
     except (KeyError, TypeError, ValueError) as e:
         if isinstance(e, InputError):
@@ -234,13 +330,17 @@ def load_tokenizer(file):
 def save_tokenizer(tokenizer, folder):
     """Write the same tokenizer for Hugging Face's library; end-of-text has the last id, as here."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
     kind, pattern, tokens = tokenizer["kind"], tokenizer["pattern"], tokenizer["tokens"]
     if kind == "chars":  # a character it does not know is an error, as here
-        hf = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unknown>"))
+        hf = Tokenizer(
+            models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unknown>")
+        )
         hf.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         hf.decoder = decoders.Fuse()
     else:
-        # there a byte is written as a printable character: printable Latin-1 as itself, the rest from U+0100 on
+        # there a byte is written as a printable character: printable Latin-1 as itself, the rest
+        # from U+0100 on
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = sorted({*range(256)} - {*printable})
         letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -249,15 +349,37 @@ def save_tokenizer(tokenizer, folder):
         def written(token):
             return "".join(map(letter.get, token))
 
-        # any two neighbours that make a token are merged, those of the lowest id first, as tiktoken does it
-        splits = ((t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank)
-        merges = sorted(splits, key=lambda pair: (rank[pair[0] + pair[1]], rank[pair[0]], rank[pair[1]]))
-        hf = Tokenizer(models.BPE({written(t): i for t, i in rank.items()},
-                                  [(written(a), written(b)) for a, b in merges], ignore_merges=True))
+        # any two neighbours that make a token are merged, those of the lowest id first, as tiktoken
+        # does it
+        splits = (
+            (t[:i], t[i:])
+            for t in tokens
+            for i in range(1, len(t))
+            if t[:i] in rank and t[i:] in rank
+        )
+        merges = sorted(
+            splits, key=lambda pair: (rank[pair[0] + pair[1]], rank[pair[0]], rank[pair[1]])
+        )
+        hf = Tokenizer(
+            models.BPE(
+                {written(t): i for t, i in rank.items()},
+                [(written(a), written(b)) for a, b in merges],
+                ignore_merges=True,
+            )
+        )
         split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
-        hf.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        hf.pre_tokenizer = pre_tokenizers.Sequence(
+            [*split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
         hf.decoder = decoders.ByteLevel()
     hf.add_special_tokens([END_OF_TEXT])
     hf.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast", bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, add_bos_token=True))
+    write_json(
+        folder / "tokenizer_config.json",
+        dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            add_bos_token=True,
+        ),
+    )

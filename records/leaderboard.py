@@ -1,4 +1,5 @@
-"""Writes the records' front page, records/README.md, and its chart, history.svg, from what is committed there.
+"""Writes the records' front page, records/README.md, and its chart, history.svg, from what is
+committed there.
 
 The same records give the same bytes, so a test can tell whether the page is up to date.
 """
@@ -20,8 +21,13 @@ METRICS = {"val_loss": "nats per token", "val_bpb": "bits per byte"}
 
 
 def add_arguments(parser):
-    parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR",
-                        help="where records are kept, and the page is written [records]")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        default=RECORDS,
+        metavar="DIR",
+        help="where records are kept, and the page is written [records]",
+    )
 
 
 def run(args):
@@ -42,10 +48,15 @@ def run(args):
 
 
 def load_records(root):
-    """[summary with its folder relative to root as `path`, ...]. Raises InputError where a record is not what its own
-    logs say, or has none."""
+    """[summary with its folder relative to root as `path`, ...]. Raises InputError where a
+    record is not what its own logs say, or has none."""
+
     def same(a, b):  # libraries may differ in the last digit
-        return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
+        return (
+            math.isclose(a, b, rel_tol=1e-9)
+            if isinstance(a, float) and isinstance(b, float)
+            else a == b
+        )
 
     records = []
     for folder in sorted(p for p in root.glob("*/*") if p.is_dir() and not p.name.startswith(".")):
@@ -54,19 +65,32 @@ def load_records(root):
             summary = json.loads(file.read_text(encoding="utf-8"))
             runs = sorted(map(load_run, folder.glob("seed*")), key=lambda r: r["result"]["seed"])
             if not runs:
-                raise InputError(f"{folder}: expected a folder for each seed, found none; restore them")
+                raise InputError(
+                    f"{folder}: expected a folder for each seed, found none; restore them"
+                )
             same_but_seeds(runs)
-            wrong = [name for name, value in summarize(runs).items() if not same(summary[name], value)]
+            wrong = [
+                name for name, value in summarize(runs).items() if not same(summary[name], value)
+            ]
             if wrong:
-                raise InputError(f"{file}: {wrong[0]} is {summary[wrong[0]]}, not what the runs beside it say; "
-                                 "restore the file, or add the record anew")
+                raise InputError(
+                    f"{file}: {wrong[0]} is {summary[wrong[0]]}, not what the runs beside it say; "
+                    "restore the file, or add the record anew"
+                )
             datetime.date.fromisoformat(summary["date"]), summary["name"].strip()
-            records.append(summary | dict(path=folder.relative_to(root).as_posix(),
-                                          hardware=hardware_class(summary["environment"])))
+            records.append(
+                summary
+                | dict(
+                    path=folder.relative_to(root).as_posix(),
+                    hardware=hardware_class(summary["environment"]),
+                )
+            )
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as e:
             if isinstance(e, InputError):
                 raise
-            raise InputError(f"{file}: not a record's summary ({type(e).__name__}: {e}); restore it") from None
+            raise InputError(
+                f"{file}: not a record's summary ({type(e).__name__}: {e}); restore it"
+            ) from None
     return records
 
 
@@ -75,15 +99,20 @@ def hardware_class(environment):
     device, size = environment["device"], environment["world_size"]
     if not re.match("NVIDIA|Tesla|Quadro|GeForce|AMD (Instinct|Radeon)", device):
         return f"{environment['threads'] * size}-core CPU"
-    short = re.sub(r"NVIDIA |Tesla |Quadro |GeForce |AMD |[ -](\d+ ?GB|SXM\d?|HBM\d\w?)\b", "", device)
+    short = re.sub(
+        r"NVIDIA |Tesla |Quadro |GeForce |AMD |[ -](\d+ ?GB|SXM\d?|HBM\d\w?)\b", "", device
+    )
     return f"{size}x{short}"
 
 
 def tables(records):
-    """{(track, metric, target, hardware): [record, ...]}: the fastest first, then those that missed their target."""
+    """{(track, metric, target, hardware): [record, ...]}: the fastest first, then those that
+    missed their target."""
     groups = {}
     for r in sorted(records, key=lambda r: (missed(r), r["time_mean_s"], r["path"])):
-        groups.setdefault((r["track"], r["target_metric"], r["target"], r["hardware"]), []).append(r)
+        groups.setdefault((r["track"], r["target_metric"], r["target"], r["hardware"]), []).append(
+            r
+        )
     return dict(sorted(groups.items()))
 
 
@@ -103,9 +132,16 @@ def render(records):
             parts.append(f"## {track}: {target:g} {METRICS.get(metric, metric)}")
             before = track, metric, target
         device = sorted({r["environment"]["device"] for r in rows})
-        parts.append(f"### {hardware}\n\nMeasured on {', '.join(device)}.\n\n" + "\n".join(
-            ["| | training time | record | date | loss | n | p | steps | tokens | commit |",
-             "|---|---|---|---|---|---|---|---|---|---|", *(row(i, r) for i, r in enumerate(rows, 1))]))
+        parts.append(
+            f"### {hardware}\n\nMeasured on {', '.join(device)}.\n\n"
+            + "\n".join(
+                [
+                    "| | training time | record | date | loss | n | p | steps | tokens | commit |",
+                    "|---|---|---|---|---|---|---|---|---|---|",
+                    *(row(i, r) for i, r in enumerate(rows, 1)),
+                ]
+            )
+        )
     if not records:
         parts.append("No records yet.")
     parts.append(public())
@@ -131,20 +167,46 @@ Each record's folder has the logs, with the source that ran, and `summary.json`.
 
 def chart_says(records):
     first, last = PUBLIC["records"][0], PUBLIC["records"][-1]
-    return (f"The chart's grey line is [{PUBLIC['name']}]({PUBLIC['source']}) on {PUBLIC['hardware']}: "
-            f"{PUBLIC['task']}, from {first['minutes']:g} to {last['minutes']:g} minutes. Coloured lines are ours"
-            + (", each for a track, a target and a kind of machine." if records else "; there are none yet."))
+    return (
+        f"The chart's grey line is [{PUBLIC['name']}]({PUBLIC['source']}) on {PUBLIC['hardware']}: "
+        f"{PUBLIC['task']}, from {first['minutes']:g} to {last['minutes']:g} minutes. Coloured lines are ours"
+        + (
+            ", each for a track, a target and a kind of machine."
+            if records
+            else "; there are none yet."
+        )
+    )
 
 
 def row(place, r):
     """A line of the table. place: in the order of times, from 1."""
-    p = "–" if r["p_value"] is None else f"{r['p_value']:.2g}" + (f" at step {r['p_step']}" if r["p_step"] else "")
-    commit = (r["git_commit"] or "–")[:7] + (" + changes" if r["git_dirty"] and r["git_commit"] else "")
+    p = (
+        "–"
+        if r["p_value"] is None
+        else f"{r['p_value']:.2g}" + (f" at step {r['p_step']}" if r["p_step"] else "")
+    )
+    commit = (r["git_commit"] or "–")[:7] + (
+        " + changes" if r["git_dirty"] and r["git_commit"] else ""
+    )
     name = re.sub(r"([\\|\[\]<>*_`])", r"\\\1", " ".join(r["name"].split()))
-    return "| " + " | ".join([
-        "missed" if missed(r) else f"{place}", spread(r["time_mean_s"], r["time_sd_s"], " s"),
-        f"[{name}]({r['path']})", r["date"], spread(r["loss_mean"], r["loss_sd"]), f"{r['n']}", p,
-        between(r["steps"], "{:,}".format), between(r["tokens"], count), commit]) + " |"
+    return (
+        "| "
+        + " | ".join(
+            [
+                "missed" if missed(r) else f"{place}",
+                spread(r["time_mean_s"], r["time_sd_s"], " s"),
+                f"[{name}]({r['path']})",
+                r["date"],
+                spread(r["loss_mean"], r["loss_sd"]),
+                f"{r['n']}",
+                p,
+                between(r["steps"], "{:,}".format),
+                between(r["tokens"], count),
+                commit,
+            ]
+        )
+        + " |"
+    )
 
 
 def spread(mean, sd, unit=""):
@@ -166,24 +228,41 @@ def count(tokens):
 
 def public():
     """The public record, for reference."""
-    rows = [f"| {r['number']} | {r['date']} | {r['minutes']:g} | {r['change']} |" for r in PUBLIC["records"]]
-    return "\n".join([
-        "## The public record, for reference", "",
-        f"[{PUBLIC['name']}]({PUBLIC['source']}): {PUBLIC['task']}, on {PUBLIC['hardware']}, as of commit "
-        f"[{PUBLIC['commit'][:7]}]({PUBLIC['source']}/tree/{PUBLIC['commit']}). {PUBLIC['note']} What changed is in "
-        "our words.", "", "<details>", f"<summary>{len(rows)} records</summary>", "",
-        "| record | date | minutes | what changed |", "|---|---|---|---|", *rows, "", "</details>"])
+    rows = [
+        f"| {r['number']} | {r['date']} | {r['minutes']:g} | {r['change']} |"
+        for r in PUBLIC["records"]
+    ]
+    return "\n".join(
+        [
+            "## The public record, for reference",
+            "",
+            f"[{PUBLIC['name']}]({PUBLIC['source']}): {PUBLIC['task']}, on {PUBLIC['hardware']}, as of commit "
+            f"[{PUBLIC['commit'][:7]}]({PUBLIC['source']}/tree/{PUBLIC['commit']}). {PUBLIC['note']} What changed is in "
+            "our words.",
+            "",
+            "<details>",
+            f"<summary>{len(rows)} records</summary>",
+            "",
+            "| record | date | minutes | what changed |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "</details>",
+        ]
+    )
 
 
 # --- the chart
 
 
 def chart(records):
-    """Time to target by date, on a logarithmic scale: the best so far of every table, and the public record."""
+    """Time to target by date, on a logarithmic scale: the best so far of every table, and the
+    public record."""
     import matplotlib
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 5), layout="constrained")
         ax = figure.subplots()
@@ -194,21 +273,41 @@ def chart(records):
             ax.plot(days, seconds, drawstyle="steps-post", color=color, **style)
             ax.ends.append((days[-1], seconds[-1], label, color))
 
-        line([r["date"] for r in PUBLIC["records"]], [60 * r["minutes"] for r in PUBLIC["records"]],
-             f"{PUBLIC['name']}\n{PUBLIC['hardware']}: {duration(60 * PUBLIC['records'][-1]['minutes'])}", "#777777",
-             linewidth=1.5)
+        line(
+            [r["date"] for r in PUBLIC["records"]],
+            [60 * r["minutes"] for r in PUBLIC["records"]],
+            f"{PUBLIC['name']}\n{PUBLIC['hardware']}: {duration(60 * PUBLIC['records'][-1]['minutes'])}",
+            "#777777",
+            linewidth=1.5,
+        )
         reached = {key: [r for r in rows if not missed(r)] for key, rows in tables(records).items()}
-        for i, ((track, _, target, hardware), rows) in enumerate((k, r) for k, r in reached.items() if r):
+        for i, ((track, _, target, hardware), rows) in enumerate(
+            (k, r) for k, r in reached.items() if r
+        ):
             rows = sorted(rows, key=lambda r: (r["date"], -r["time_mean_s"]))
-            best = [min(r["time_mean_s"] for r in rows[:n + 1]) for n in range(len(rows))]
+            best = [min(r["time_mean_s"] for r in rows[: n + 1]) for n in range(len(rows))]
             color = COLORS[i % len(COLORS)]
-            line([r["date"] for r in rows], best, f"{track} to {target:g}\n{hardware}: {duration(best[-1])}", color,
-                 linewidth=1.8)
-            ax.plot([date2num(datetime.date.fromisoformat(r["date"])) for r in rows],
-                    [r["time_mean_s"] for r in rows], "o", color=color, markersize=4)
+            line(
+                [r["date"] for r in rows],
+                best,
+                f"{track} to {target:g}\n{hardware}: {duration(best[-1])}",
+                color,
+                linewidth=1.8,
+            )
+            ax.plot(
+                [date2num(datetime.date.fromisoformat(r["date"])) for r in rows],
+                [r["time_mean_s"] for r in rows],
+                "o",
+                color=color,
+                markersize=4,
+            )
         ax.set_yscale("log")
         low, high = ax.get_ylim()
-        ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000) if low <= t <= high]
+        ticks = [
+            t
+            for t in (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
+            if low <= t <= high
+        ]
         ax.yaxis.set_major_locator(FixedLocator(ticks))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda s, _: duration(s)))
         ax.yaxis.set_minor_formatter(NullFormatter())

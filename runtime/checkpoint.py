@@ -1,15 +1,18 @@
 """Checkpoints on disk: a folder for each, whole or not there.
 
     checkpoints/step-000123/state.safetensors   the tensors
-                            state.json          format version, step, metric, dtype and shape of every tensor, meta
-                            complete            SHA-256, bytes and name of the other two, written last
+                            state.json          format version, step, metric, dtype and shape of
+                            every tensor, meta
+                            complete            SHA-256, bytes and name of the other two, written
+                            last
     checkpoints/.lock                           held by the process that is writing or deleting
 
-One is written into step-000123.aside, every file and the folder's names fsynced, and the folder renamed: from that
-moment it exists. One of the same step is first renamed to step-000123.old, and counts until then. One to be deleted is
-first renamed to step-000123.trash. So a process killed at any moment leaves whole checkpoints, and remains with these
-endings, which the next start removes. Readers compare what `complete` says with the sizes (latest) and the contents
-(load), so that a partial copy, a bad disk and an edited file are refused as well.
+One is written into step-000123.aside, every file and the folder's names fsynced, and the folder
+renamed: from that moment it exists. One of the same step is first renamed to step-000123.old, and
+counts until then. One to be deleted is first renamed to step-000123.trash. So a process killed at
+any moment leaves whole checkpoints, and remains with these endings, which the next start removes.
+Readers compare what `complete` says with the sizes (latest) and the contents (load), so that a
+partial copy, a bad disk and an edited file are refused as well.
 """
 
 import contextlib
@@ -41,65 +44,98 @@ TENSORS, STATE, COMPLETE = "state.safetensors", "state.json", "complete"
 NAME = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,})(\.aside|\.old|\.trash)?")
 LINES = re.compile(r"(?:[0-9a-f]{64} [0-9]+ [a-z.]+\n)+")  # what `complete` holds in every version
 LOCK_SECONDS = 60  # how long a writer waits for another one
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-          torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
-          torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # safetensors' names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
 def latest(folder):
-    """Path of the complete checkpoint with the highest step in `folder`, or None. Raises InputError for a folder that
-    cannot be read."""
+    """Path of the complete checkpoint with the highest step in `folder`, or None. Raises
+    InputError for a folder that cannot be read."""
     found = complete(Path(folder))
     return found[max(found)] if found else None
 
 
 def load(path):
-    """(tensors, meta) as they were given to save(); the tensors are on the CPU, mapped from the file and private.
-    Raises InputError for what is not a complete and unaltered checkpoint of this version."""
+    """(tensors, meta) as they were given to save(); the tensors are on the CPU, mapped from the
+    file and private. Raises InputError for what is not a complete and unaltered checkpoint of
+    this version."""
     path = Path(path)
     try:
         files = manifest(path)
         if not {TENSORS, STATE} <= set(files):
-            found = f"no valid file '{COMPLETE}' in it" if path.is_dir() else "a file" if path.exists() else "nothing"
+            found = (
+                f"no valid file '{COMPLETE}' in it"
+                if path.is_dir()
+                else "a file"
+                if path.exists()
+                else "nothing"
+            )
             refuse(path, f"expected the folder of a complete checkpoint, found {found}")
         verify(path, STATE, files)
         state = json.loads((path / STATE).read_bytes())
         if state["version"] != VERSION:
-            refuse(path, f"expected format version {VERSION}, found {state['version']}: the version of this program "
-                         "that wrote it can read it")
+            refuse(
+                path,
+                f"expected format version {VERSION}, found {state['version']}: the version of this program "
+                "that wrote it can read it",
+            )
         verify(path, TENSORS, files)
         tensors, listed = load_file(path / TENSORS), state["tensors"]
         held = listing(tensors)
         if other := sorted(name for name in {*held, *listed} if held.get(name) != listed.get(name)):
-            refuse(path, f"{TENSORS}: expected {other[0]} to be {listed.get(other[0], 'absent')} as {STATE} says, "
-                         f"found {held.get(other[0], 'nothing')}")
+            refuse(
+                path,
+                f"{TENSORS}: expected {other[0]} to be {listed.get(other[0], 'absent')} as {STATE} says, "
+                f"found {held.get(other[0], 'nothing')}",
+            )
         return tensors, state["meta"]
     except InputError:
         raise
     except OSError as e:
         refuse(path, f"{Path(e.filename or path).name} cannot be read: {e.strerror or e}")
     except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as e:
-        refuse(path, f"its checksums fit and its content does not ({type(e).__name__}: {' '.join(str(e).split())}): "
-                     "not written by this program")
+        refuse(
+            path,
+            f"its checksums fit and its content does not ({type(e).__name__}: {' '.join(str(e).split())}): "
+            "not written by this program",
+        )
 
 
 def differences(ours, theirs):
-    """What differs between two dicts of JSON-able fields, a readable line for each: ours is this run's, theirs the
-    checkpoint's. A tuple is a list; a field of an inner dict is named outer.inner."""
+    """What differs between two dicts of JSON-able fields, a readable line for each: ours is this
+    run's, theirs the checkpoint's. A tuple is a list; a field of an inner dict is named
+    outer.inner."""
     ours, theirs = (dict(leaves(json.loads(json.dumps(side)))) for side in (ours, theirs))
     lines = []
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         a, b = (json.dumps(side[name]) if name in side else "nothing" for side in (ours, theirs))
-        if a == b or name in ours and name in theirs and ours[name] == theirs[name]:  # a == b for NaN, the rest for 1.0
+        if (
+            a == b or name in ours and name in theirs and ours[name] == theirs[name]
+        ):  # a == b for NaN, the rest for 1.0
             continue
         common = len(os.path.commonprefix([a, b]))
         if max(len(a), len(b)) > 80:  # show where they part
             start = max(0, common - 20)
-            a, b = ("..." * (start > 0) + text[start:start + 60] + "..." * (len(text) > start + 60) for text in (a, b))
+            a, b = (
+                "..." * (start > 0) + text[start : start + 60] + "..." * (len(text) > start + 60)
+                for text in (a, b)
+            )
         lines.append(f"{name}: {a} here, {b} in the checkpoint")
     return lines
 
@@ -114,7 +150,8 @@ def leaves(tree, prefix=""):
 
 
 def manifest(path):
-    """{file name: (SHA-256, bytes)} as the checkpoint's `complete` says; {} if there is none or it is not one."""
+    """{file name: (SHA-256, bytes)} as the checkpoint's `complete` says; {} if there is none or
+    it is not one."""
     try:
         text = (path / COMPLETE).read_text("ascii")
     except (OSError, ValueError):
@@ -132,15 +169,21 @@ def verify(path, name, files):
             refuse(path, f"{name}: expected {size} bytes, found {found}: truncated or altered")
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != digest:
-        refuse(path, f"{name}: expected SHA-256 {digest[:12]}..., found {found[:12]}...: altered since it was written")
+        refuse(
+            path,
+            f"{name}: expected SHA-256 {digest[:12]}..., found {found[:12]}...: altered since it was written",
+        )
 
 
 def refuse(path, why):
     """Raise InputError, with the checkpoint to take instead."""
     here, name = complete(path.absolute().parent), NAME.fullmatch(path.name)
     earlier = [step for step in here if name and step < int(name[1])]
-    advice = f"choose an earlier one: {here[max(earlier)]}" if earlier else \
-        "there is no earlier one beside it, so choose one from elsewhere or start without"
+    advice = (
+        f"choose an earlier one: {here[max(earlier)]}"
+        if earlier
+        else "there is no earlier one beside it, so choose one from elsewhere or start without"
+    )
     raise InputError(f"{path}: {why}; {advice}") from None
 
 
@@ -150,7 +193,9 @@ def complete(folder):
     for path, step, ending in entries(folder):  # the one without an ending before the .old one
         files = manifest(path) if ending in ("", ".old") and step not in found else {}
         with contextlib.suppress(OSError):
-            if files and all((path / name).stat().st_size == size for name, (_, size) in files.items()):
+            if files and all(
+                (path / name).stat().st_size == size for name, (_, size) in files.items()
+            ):
                 found[step] = path
     return found
 
@@ -162,22 +207,24 @@ def entries(folder):
     except FileNotFoundError:
         return []
     except OSError as e:
-        raise InputError(f"{folder}: cannot look for checkpoints: {e.strerror}; "
-                         "expected a folder that can be read") from None
+        raise InputError(
+            f"{folder}: cannot look for checkpoints: {e.strerror}; "
+            "expected a folder that can be read"
+        ) from None
     return [(folder / m[0], int(m[1]), m[2] or "") for m in map(NAME.fullmatch, names) if m]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
 
 
 class Checkpoints:
     """The checkpoints of one run in `folder`, written by a thread while training goes on.
 
-    keep_last: how many are kept of the highest steps; keep_best: how many of the lowest metrics, of equal ones the
-    later; the one just written is kept in any case. say: called with a line, by the thread as well, when something
-    could not be written or deleted: that raises nothing, because training is worth more. Raises InputError for a
-    folder that cannot be used.
+    keep_last: how many are kept of the highest steps; keep_best: how many of the lowest metrics, of
+    equal ones the later; the one just written is kept in any case. say: called with a line, by the
+    thread as well, when something could not be written or deleted: that raises nothing, because
+    training is worth more. Raises InputError for a folder that cannot be used.
     """
 
     def __init__(self, folder, keep_last=2, keep_best=0, say=print):
@@ -185,7 +232,12 @@ class Checkpoints:
             raise InputError(f"keep the last {keep_last} checkpoints: expected 1 or more")
         if keep_best < 0:
             raise InputError(f"keep the best {keep_best} checkpoints: expected 0 or more")
-        self.folder, self.keep_last, self.keep_best, self.say = Path(folder), keep_last, keep_best, say
+        self.folder, self.keep_last, self.keep_best, self.say = (
+            Path(folder),
+            keep_last,
+            keep_best,
+            say,
+        )
         self._thread, self._written = None, False
         try:
             with locked(self.folder, seconds=0):
@@ -193,8 +245,10 @@ class Checkpoints:
         except BlockingIOError:
             pass  # another process is writing: what looks like remains may be its work
         except OSError as e:
-            raise InputError(f"{folder}: cannot hold checkpoints: {e.strerror or e}; "
-                             "choose a folder that can be written") from None
+            raise InputError(
+                f"{folder}: cannot hold checkpoints: {e.strerror or e}; "
+                "choose a folder that can be written"
+            ) from None
 
     @property
     def busy(self):
@@ -204,20 +258,26 @@ class Checkpoints:
     def save(self, step, tensors, meta, metric=None, wait=False):
         """Begin to write a checkpoint; one of the same step is replaced.
 
-        tensors: {name: CPU tensor}, not to be changed until busy is False; meta: a dict for JSON; metric: lower is
-        better, None and NaN are never among the best. While another one is being written, wait=False returns False at
-        once; wait=True waits for it, and for this one too. Returns whether it was begun, with wait whether it was
-        written.
+        tensors: {name: CPU tensor}, not to be changed until busy is False; meta: a dict for JSON;
+        metric: lower is better, None and NaN are never among the best. While another one is being
+        written, wait=False returns False at once; wait=True waits for it, and for this one too.
+        Returns whether it was begun, with wait whether it was written.
         """
         assert step >= 0, step
         if self.busy and not wait:
             return False
         self.close()
-        # Here and not in the thread: the caller may change meta, and what cannot be written is the caller's mistake.
+        # Here and not in the thread: the caller may change meta, and what cannot be written is the
+        # caller's mistake.
         metric = None if metric is None or math.isnan(metric) else float(metric)
         state = dict(version=VERSION, step=step, metric=metric, tensors=listing(tensors), meta=meta)
-        files = {STATE: [json.dumps(state, indent=1).encode()], TENSORS: list(safetensors_file(tensors))}
-        self._thread = threading.Thread(target=self._write, args=(step, files, not wait), name="checkpoint")
+        files = {
+            STATE: [json.dumps(state, indent=1).encode()],
+            TENSORS: list(safetensors_file(tensors)),
+        }
+        self._thread = threading.Thread(
+            target=self._write, args=(step, files, not wait), name="checkpoint"
+        )
         self._thread.start()  # not a daemon: the interpreter waits for it at its end
         if wait:
             self.close()
@@ -233,8 +293,9 @@ class Checkpoints:
         self._thread = None
 
     def _write(self, step, files, training):
-        """The thread: write, then delete what is not kept any longer. So that training hardly notices, it needs
-        Python's lock a few times per tensor only, and has low priority where threads have their own."""
+        """The thread: write, then delete what is not kept any longer. So that training hardly
+        notices, it needs Python's lock a few times per tensor only, and has low priority where
+        threads have their own."""
         path = self.folder / f"step-{step:06d}"
         aside, self._written = beside(path, ".aside"), False
         try:
@@ -257,12 +318,19 @@ class Checkpoints:
                     self._clean()
                 self._prune(step)
         except Exception as e:  # whatever a disk or file system may come up with
-            why = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__}: {e}"
+            why = (
+                e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__}: {e}"
+            )
             megabytes = sum(len(part) for parts in files.values() for part in parts) / 1e6
-            what = "could not delete old checkpoints" if self._written else (
-                f"could not write the checkpoint of step {step} ({megabytes:,.1f} MB)")
-            self.say(f"{self.folder}: {what}: {why}; training goes on and the others are kept: "
-                     "see to the disk before the next one is due")
+            what = (
+                "could not delete old checkpoints"
+                if self._written
+                else (f"could not write the checkpoint of step {step} ({megabytes:,.1f} MB)")
+            )
+            self.say(
+                f"{self.folder}: {what}: {why}; training goes on and the others are kept: "
+                "see to the disk before the next one is due"
+            )
 
     def _clean(self):
         """Put back or remove what a writer left that was killed or failed; only under the lock."""
@@ -284,16 +352,18 @@ class Checkpoints:
                 state = json.loads((path / STATE).read_bytes())
                 if state["version"] == VERSION:
                     metrics[step] = state["metric"]
-        last = sorted(metrics, reverse=True)[:self.keep_last]
-        best = sorted((s for s in metrics if metrics[s] is not None), key=lambda s: (metrics[s], -s))[:self.keep_best]
+        last = sorted(metrics, reverse=True)[: self.keep_last]
+        best = sorted(
+            (s for s in metrics if metrics[s] is not None), key=lambda s: (metrics[s], -s)
+        )[: self.keep_best]
         for step in {*metrics} - {*last, *best, written}:
             remove(here[step])
 
 
 @contextlib.contextmanager
 def locked(folder, seconds):
-    """Make the folder if it is not there and hold it against other writers; the system lets go when a process dies.
-    Raises BlockingIOError if another one holds it for longer than this."""
+    """Make the folder if it is not there and hold it against other writers; the system lets go
+    when a process dies. Raises BlockingIOError if another one holds it for longer than this."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as f:
         until = time.monotonic() + seconds
@@ -302,17 +372,23 @@ def locked(folder, seconds):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= until:
-                    raise BlockingIOError(errno.EAGAIN, "another process is writing there") from None
+                    raise BlockingIOError(
+                        errno.EAGAIN, "another process is writing there"
+                    ) from None
                 time.sleep(0.02)
                 continue
             except (OSError, AttributeError):
-                pass  # a file system or a machine without locks: two writers there may spoil each other's attempts
+                # a file system or a machine without locks: two writers there may spoil each other's
+                # attempts
+                pass
             break
         try:
             yield
         finally:
             with contextlib.suppress(OSError, AttributeError):
-                fcntl.flock(f, fcntl.LOCK_UN)  # closing would not do if the process has forked meanwhile
+                fcntl.flock(
+                    f, fcntl.LOCK_UN
+                )  # closing would not do if the process has forked meanwhile
 
 
 def beside(path, ending=""):
@@ -335,10 +411,13 @@ def listing(tensors):
 
 
 def safetensors_file(tensors):
-    """The parts of a safetensors file: length of the header (uint64), header (JSON), then the tensors, whose own memory
-    is given. Not by the library, so that it is hashed on the way, fails with the system's errors and gets the user's
-    file mode. Source: the format at github.com/huggingface/safetensors."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    """The parts of a safetensors file: length of the header (uint64), header (JSON), then the
+    tensors, whose own memory is given. Not by the library, so that it is hashed on the way,
+    fails with the system's errors and gets the user's file mode. Source: the format at
+    github.com/huggingface/safetensors."""
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # keeps every tensor aligned
     header, end = {}, 0
     for name in names:
         t, start = tensors[name], end

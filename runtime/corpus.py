@@ -1,4 +1,5 @@
-"""The corpus a run trains on, opened: its loaders, and what its validation split stands for in bytes."""
+"""The corpus a run trains on, opened: its loaders, and what its validation split stands for in
+bytes."""
 
 import typing
 from pathlib import Path
@@ -12,23 +13,44 @@ class Data(typing.NamedTuple):
     dataset: Dataset
     train: TrainLoader
     val: ValLoader
-    val_bytes: int | None  # text the validation targets stand for; None if the vocabulary is out of reach
+    val_bytes: (
+        int | None
+    )  # text the validation targets stand for; None if the vocabulary is out of reach
 
 
 def load_data(c, stages, world):
-    """Prepare the corpus of Config c (the first rank does the work) and open its loaders; stages: one per step."""
-    dataset = first_rank_first(world, lambda: open_dataset(
-        Path(c.text) if c.data == "text" else c.data, c.tokenizer, Path(c.cache_dir) / "data", c.train_shards))
+    """Prepare the corpus of Config c (the first rank does the work) and open its loaders;
+    stages: one per step."""
+    dataset = first_rank_first(
+        world,
+        lambda: open_dataset(
+            Path(c.text) if c.data == "text" else c.data,
+            c.tokenizer,
+            Path(c.cache_dir) / "data",
+            c.train_shards,
+        ),
+    )
     known = dict(eot=dataset.eot, n_vocab=dataset.n_vocab)
-    train = TrainLoader(dataset.train, **known, row_len=c.row_len, batch_rows=lambda step: stages[step].rows,
-                        max_doc_len=lambda step: stages[step].max_doc_len, long_docs=c.long_docs,
-                        shuffle=c.shuffle, seed=c.seed)
+    train = TrainLoader(
+        dataset.train,
+        **known,
+        row_len=c.row_len,
+        batch_rows=lambda step: stages[step].rows,
+        max_doc_len=lambda step: stages[step].max_doc_len,
+        long_docs=c.long_docs,
+        shuffle=c.shuffle,
+        seed=c.seed,
+    )
     there = sum(len(read_shard(p)) for p in dataset.val) - 1
-    n_tokens = c.val_tokens if c.data == "fineweb10B" else min(c.val_tokens, there)  # FineWeb's number is the task
+    n_tokens = (
+        c.val_tokens if c.data == "fineweb10B" else min(c.val_tokens, there)
+    )  # FineWeb's number is the task
     val = ValLoader(dataset.val, **known, row_len=c.val_row_len, n_tokens=n_tokens or None)
     try:
         val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
-    except InputError:  # GPT-2's vocabulary comes over the network; only bits per byte and the sample need it
+    except (
+        InputError
+    ):  # GPT-2's vocabulary comes over the network; only bits per byte and the sample need it
         if c.target_metric == "val_bpb":
             raise
         val_bytes = None

@@ -1,4 +1,5 @@
-"""What each step reports: whether its update counts, judged on the device, and what the host learns without waiting."""
+"""What each step reports: whether its update counts, judged on the device, and what the host
+learns without waiting."""
 
 import math
 import typing
@@ -13,6 +14,7 @@ WINDOW = 128  # steps over which a loss is compared with those before
 
 class Report(typing.NamedTuple):
     """Of one step, over all ranks."""
+
     step: int
     loss: float
     votes: list  # added up
@@ -20,15 +22,18 @@ class Report(typing.NamedTuple):
 
     def refusal(self):
         """Why the run stopped, and what to do."""
-        return (f"step {self.step}: {self.complaint}, so the run stopped there, with the weights as they were before; lower "
-                "--muon-lr and --adam-lr, try --dtype float32, or let it pass with --max-skips")
+        return (
+            f"step {self.step}: {self.complaint}, so the run stopped there, with the weights as they were before; lower "
+            "--muon-lr and --adam-lr, try --dtype float32, or let it pass with --max-skips"
+        )
 
 
 class Guard:
-    """Judges each step before its update: the update counts if loss and all gradients are finite and, with
-    spike_sigmas, the loss is not that many standard deviations above its recent mean.
+    """Judges each step before its update: the update counts if loss and all gradients are finite
+    and, with spike_sigmas, the loss is not that many standard deviations above its recent mean.
 
-    strict: after one bad step none counts any more, so that until the host has stopped the run nothing changes.
+    strict: after one bad step none counts any more, so that until the host has stopped the run
+    nothing changes.
     """
 
     def __init__(self, device, sums_of_squares, strict=True, spike_sigmas=0.0):
@@ -44,22 +49,26 @@ class Guard:
         self.recent = torch.zeros(3, device=self.device)  # steps seen, mean loss, variance
 
     def judge(self, step, loss, grads, votes=()):
-        """Whether the step's update counts: a 0-d bool tensor, the same on all ranks; nothing waits for it.
+        """Whether the step's update counts: a 0-d bool tensor, the same on all ranks; nothing waits
+        for it.
 
-        loss: this rank's share, 0-d; grads: {name: tensor or None}; votes: numbers, any of them this rank's.
+        loss: this rank's share, 0-d; grads: {name: tensor or None}; votes: numbers, any of them
+        this rank's.
         """
         grads = {name: grad for name, grad in grads.items() if grad is not None}
         sums = self.sums_of_squares(list(grads.values()))
         report = torch.cat([loss[None], sums, to_device(votes, self.device)])
         if dist.is_initialized():
             dist.all_reduce(report)
-        ok = report[:1 + len(sums)].isfinite().all()
+        ok = report[: 1 + len(sums)].isfinite().all()
         if self.spike_sigmas:
             steps, mean, variance = self.recent.unbind()
             ok &= (steps < WINDOW) | (report[0] < mean + self.spike_sigmas * variance.sqrt())
             share = 1 / (steps + 1).clamp(max=WINDOW)
             off = report[0] - mean
-            later = torch.stack([steps + 1, mean + share * off, (1 - share) * (variance + share * off * off)])
+            later = torch.stack(
+                [steps + 1, mean + share * off, (1 - share) * (variance + share * off * off)]
+            )
             self.recent.copy_(torch.where(ok, later, self.recent))
         if self.strict:
             ok &= self.alive
@@ -78,7 +87,8 @@ class Guard:
         self.waiting.append((step, host, event, names))
 
     def reports(self, step):
-        """Yield the Reports of all steps up to step - lag, when they have long arrived; infinity: all there are.
+        """Yield the Reports of all steps up to step - lag, when they have long arrived; infinity:
+        all there are.
 
         So every rank sees a report in the same step as the others, and all can act on it together.
         """
@@ -87,7 +97,7 @@ class Guard:
             if event:
                 event.synchronize()
             loss, *rest, ok = host.tolist()
-            sums, votes = rest[:len(names)], rest[len(names):]
+            sums, votes = rest[: len(names)], rest[len(names) :]
             yield Report(at, loss, votes, None if ok else self.complaint(loss, names, sums))
 
     def complaint(self, loss, names, sums):
@@ -96,4 +106,8 @@ class Guard:
             return f"the training loss is {loss}"
         if bad:
             return f"the gradient of {', '.join(bad)} is not finite (loss {loss:.4f})"
-        return f"the training loss jumped to {loss:.4f}" if self.spike_sigmas else "it follows a bad one"
+        return (
+            f"the training loss jumped to {loss:.4f}"
+            if self.spike_sigmas
+            else "it follows a bad one"
+        )

@@ -20,54 +20,91 @@ from records import synchronize
 
 
 class World(typing.NamedTuple):
-    """Which process this is, of how many, on what device. Processes of one machine have successive ranks."""
+    """Which process this is, of how many, on what device. Processes of one machine have
+    successive ranks."""
+
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    local_size: int = 1  # processes on this machine; all of them, where machines have different numbers
+    local_size: int = (
+        1  # processes on this machine; all of them, where machines have different numbers
+    )
     node: object = None  # process group of this machine; None is all
-    across: object = None  # process group of the processes in this one's place on each machine; None if there is one
+    # process group of the processes in this one's place on each machine; None if there is one
+    across: object = None
 
 
 def join_world(gpus):
-    """The World that torchrun's environment describes, with its process group; gpus: how many this machine has."""
+    """The World that torchrun's environment describes, with its process group; gpus: how many
+    this machine has."""
     if sys.platform == "linux" and "RANK" in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: if torchrun is killed, stop as it would have said
-    rank, local_rank, size, local_size = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGTERM
+        )  # PR_SET_PDEATHSIG: if torchrun is killed, stop as it would have said
+    rank, local_rank, size, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (
+            ("RANK", 0),
+            ("LOCAL_RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("LOCAL_WORLD_SIZE", 1),
+        )
+    )
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         if local_rank >= gpus:
-            raise InputError(f"process {local_rank} has no GPU: this machine has {gpus}, lower --nproc_per_node")
+            raise InputError(
+                f"process {local_rank} has no GPU: this machine has {gpus}, lower --nproc_per_node"
+            )
         torch.cuda.set_device(device)
     if size > 1:
         # the first rank may be downloading for a long time while the others wait
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=datetime.timedelta(hours=6),
-                                device_id=device if gpus else None)
+        dist.init_process_group(
+            "nccl" if gpus else "gloo",
+            timeout=datetime.timedelta(hours=6),
+            device_id=device if gpus else None,
+        )
         sizes = torch.tensor([local_size, -local_size], device=device)
         dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
         if local_size < size and sizes.sum() == 0:
             nodes = [dist.new_group(range(i, i + local_size)) for i in range(0, size, local_size)]
             across = [dist.new_group(range(i, size, local_size)) for i in range(local_size)]
-            return World(rank, size, device, local_size, nodes[rank // local_size], across[local_rank])
+            return World(
+                rank, size, device, local_size, nodes[rank // local_size], across[local_rank]
+            )
     return World(rank, size, device, size)
 
 
 def launch(program, argv, n, max_restarts=0):
-    """Start n copies of a program with torchrun, max_restarts times again if one fails; returns the exit status of the
-    first that failed, else 0."""
+    """Start n copies of a program with torchrun, max_restarts times again if one fails; returns
+    the exit status of the first that failed, else 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args as torchrun_args, run as torchrun
+    from torch.distributed.run import parse_args as torchrun_args
+    from torch.distributed.run import run as torchrun
+
     # else a restart finds the addresses of the processes that are gone (pytorch issue 135712)
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds for workers to save; 30 would be too few
+    os.environ.setdefault(
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"
+    )  # seconds for workers to save; 30 would be too few
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # is for the workers, who set a handler
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers' own line says it all
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the workers' own line says it all
     try:
-        torchrun(torchrun_args(["--standalone", f"--nproc_per_node={n}", f"--max-restarts={max_restarts}",
-                               str(Path(program).resolve()), *argv]))
+        torchrun(
+            torchrun_args(
+                [
+                    "--standalone",
+                    f"--nproc_per_node={n}",
+                    f"--max-restarts={max_restarts}",
+                    str(Path(program).resolve()),
+                    *argv,
+                ]
+            )
+        )
     except ChildFailedError as e:
         return e.get_first_failure()[1].exitcode
     except SignalException as e:
@@ -77,12 +114,15 @@ def launch(program, argv, n, max_restarts=0):
 
 def lost_another(error):
     """Whether an error means that another process of this run has ended or cannot be reached."""
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
+    return isinstance(error, dist.DistError) or any(
+        name in str(error).lower() for name in ("gloo", "nccl")
+    )
 
 
 def wait_for_first_rank(world):
-    """Nobody leaves while the first rank writes: the launcher would end it. Where others leave a moment earlier, Gloo may
-    report that as a loss, but all is done then, and a first rank that failed says so itself."""
+    """Nobody leaves while the first rank writes: the launcher would end it. Where others leave a
+    moment earlier, Gloo may report that as a loss, but all is done then, and a first rank that
+    failed says so itself."""
     try:
         if world.size > 1:
             dist.barrier()
@@ -92,7 +132,8 @@ def wait_for_first_rank(world):
 
 
 def first_rank_first(world, prepare):
-    """Call prepare() on the first rank, then on the others, who find its work done; a failure ends all of them."""
+    """Call prepare() on the first rank, then on the others, who find its work done; a failure
+    ends all of them."""
     result, error = None, None
     for turn in (True, False):
         if (world.rank == 0) == turn:
@@ -103,25 +144,31 @@ def first_rank_first(world, prepare):
         if world.size > 1:
             failed = torch.tensor(float(error is not None), device=world.device)
             dist.all_reduce(failed)
-            error = error or (InputError("another rank could not prepare the data") if failed else None)
+            error = error or (
+                InputError("another rank could not prepare the data") if failed else None
+            )
         if error:
             raise error
     return result
 
 
 def native_dtype(device):
-    """bfloat16 where the hardware multiplies it, Ampere and later, a CPU with AVX512-BF16 or AMX; else float32."""
+    """bfloat16 where the hardware multiplies it, Ampere and later, a CPU with AVX512-BF16 or
+    AMX; else float32."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         flags = Path("/proc/cpuinfo")
-        native = flags.exists() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16"))
+        native = flags.exists() and any(
+            f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16")
+        )
     return torch.bfloat16 if native else torch.float32
 
 
 def keep_freed_memory():
-    """Have glibc reuse large blocks. It returns them to the system when freed, and on CPUs a step then spends a
-    quarter of its time on page faults: laptop 13,700 -> 17,700 tokens/s on 2 cores."""
+    """Have glibc reuse large blocks. It returns them to the system when freed, and on CPUs a
+    step then spends a quarter of its time on page faults: laptop 13,700 -> 17,700 tokens/s on 2
+    cores."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX
@@ -135,7 +182,8 @@ def has_fp8(device):
 
 
 def fp8_pays(device):
-    """Where it was measured to be faster than bf16: on Hopper, 1.12 times (gpt2-small's step on an H200)."""
+    """Where it was measured to be faster than bf16: on Hopper, 1.12 times (gpt2-small's step on
+    an H200)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -147,7 +195,9 @@ def can_compile(say):
         missing = "Python's headers (python3-dev)"
     else:
         return True
-    say(f"running without torch.compile, which is slower: {missing} would have to be installed for it")
+    say(
+        f"running without torch.compile, which is slower: {missing} would have to be installed for it"
+    )
     return False
 
 
@@ -173,7 +223,9 @@ class Clock:
 def to_device(values, device):
     """A list of numbers as an fp32 tensor there, without waiting for the device."""
     cuda = device.type == "cuda"
-    return torch.tensor(values, dtype=torch.float32, device="cpu", pin_memory=cuda).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.float32, device="cpu", pin_memory=cuda).to(
+        device, non_blocking=True
+    )
 
 
 def share_text(world, text):
@@ -184,6 +236,8 @@ def share_text(world, text):
     dist.broadcast(length, 0)
     data = torch.zeros(int(length), dtype=torch.uint8, device=world.device)
     if world.rank == 0:
-        data.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)) if len(data) else None
+        data.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)) if len(
+            data
+        ) else None
     dist.broadcast(data, 0)
     return data.cpu().numpy().tobytes().decode()

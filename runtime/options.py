@@ -1,4 +1,5 @@
-"""A command line from a dataclass: every field is an option, with its help, default, type and what is valid."""
+"""A command line from a dataclass: every field is an option, with its help, default, type and
+what is valid."""
 
 import argparse
 import dataclasses
@@ -16,11 +17,14 @@ RATE = lambda x: 0 <= x < math.inf, "zero or more"
 AUTO = "auto", "on", "off"
 FRACTION = lambda x: 0 <= x <= 1, "a fraction"
 PAIR = lambda xs: len(xs) in (0, 2) and all(x > 0 for x in xs), "two positive numbers, or none"
-BY_STAGE = lambda xs: bool(xs) and all(0 < x < math.inf for x in xs), "one positive number per stage"
+BY_STAGE = (
+    lambda xs: bool(xs) and all(0 < x < math.inf for x in xs),
+    "one positive number per stage",
+)
 
 
 def seconds(text):
-    """"90s", "10m" or "1.5h" in seconds; ValueError for anything else."""
+    """ "90s", "10m" or "1.5h" in seconds; ValueError for anything else."""
     number, unit = float(text[:-1]), dict(s=1, m=60, h=3600).get(text[-1:])
     if unit is None or not 0 < number < math.inf:
         raise ValueError(f"{text}: expected a time such as 90s, 10m or 1.5h")
@@ -28,7 +32,8 @@ def seconds(text):
 
 
 def interval(text):
-    """(steps, seconds) of an interval given as either: "500" -> (500, inf), "10m" -> (0, 600.0), "off" -> (0, inf)."""
+    """(steps, seconds) of an interval given as either: "500" -> (500, inf), "10m" -> (0, 600.0),
+    "off" -> (0, inf)."""
     if text == "off":
         return 0, math.inf
     if text.isdecimal() and int(text):
@@ -45,11 +50,14 @@ def valid(parse, text):
 
 
 def option(default, help, expect=None, group=None):
-    """A dataclass field with help for --help. expect: (predicate, in words), or the strings that are valid; group: the
-    heading it begins in --help."""
+    """A dataclass field with help for --help. expect: (predicate, in words), or the strings that
+    are valid; group: the heading it begins in --help."""
     if expect and isinstance(expect[0], str):
         help = f"{help}: {', '.join(expect)}"
-        expect = (lambda x, allowed=expect: x in allowed), f"{', '.join(expect[:-1])} or {expect[-1]}"
+        expect = (
+            (lambda x, allowed=expect: x in allowed),
+            f"{', '.join(expect[:-1])} or {expect[-1]}",
+        )
     return dataclasses.field(default=default, metadata=dict(help=help, expect=expect, group=group))
 
 
@@ -59,37 +67,71 @@ def check_options(config):
         value = getattr(config, f.name)
         if f.metadata["expect"] and not f.metadata["expect"][0](value):
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"--{f.name.replace('_', '-')} {shown}: expected {f.metadata['expect'][1]}")
+            raise InputError(
+                f"--{f.name.replace('_', '-')} {shown}: expected {f.metadata['expect'][1]}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How and where a run is kept. A run that goes on from a checkpoint may have other values than the one before."""
-    run_dir: str = option("", "where log, metrics and weights go; empty is runs/<utc>-<track>", group="run")
-    cache_dir: str = option(str(Path(__file__).resolve().parent.parent / ".cache"), "prepared data and compiled code")
-    eval_every: int = option(125, "steps between validations; there is always one at the end", POSITIVE)
-    repeat: int = option(1, "runs from this many successive seeds, one after the other in one process", POSITIVE)
-    max_time: str = option("", "end after this much training, such as 90s, 10m or 1.5h",
-                           (lambda text: not text or valid(seconds, text), "a time such as 90s, 10m or 1.5h"))
-    patience: int = option(0, "end after so many validations without a better one; 0 goes on", COUNT)
+    """How and where a run is kept. A run that goes on from a checkpoint may have other values
+    than the one before."""
+
+    run_dir: str = option(
+        "", "where log, metrics and weights go; empty is runs/<utc>-<track>", group="run"
+    )
+    cache_dir: str = option(
+        str(Path(__file__).resolve().parent.parent / ".cache"), "prepared data and compiled code"
+    )
+    eval_every: int = option(
+        125, "steps between validations; there is always one at the end", POSITIVE
+    )
+    repeat: int = option(
+        1, "runs from this many successive seeds, one after the other in one process", POSITIVE
+    )
+    max_time: str = option(
+        "",
+        "end after this much training, such as 90s, 10m or 1.5h",
+        (lambda text: not text or valid(seconds, text), "a time such as 90s, 10m or 1.5h"),
+    )
+    patience: int = option(
+        0, "end after so many validations without a better one; 0 goes on", COUNT
+    )
     sample_tokens: int = option(120, "length of the text sample at the end", COUNT)
     gpus: int = option(0, "how many GPUs; 0 is all there are", COUNT, group="machine")
     micro_tokens: int = option(0, "tokens per forward pass; 0 fits them to the memory found", COUNT)
-    recompute: str = option("auto", "compute blocks again in backward instead of keeping them; auto: if memory is short",
-                            AUTO)
-    kernels: tuple[str, ...] = option(("auto",), "auto, reference (PyTorch only), all, or names of ops to run by Triton")
+    recompute: str = option(
+        "auto",
+        "compute blocks again in backward instead of keeping them; auto: if memory is short",
+        AUTO,
+    )
+    kernels: tuple[str, ...] = option(
+        ("auto",), "auto, reference (PyTorch only), all, or names of ops to run by Triton"
+    )
     compile: bool = option(True, "torch.compile; off, a run starts at once and is slower")
-    checkpoint_every: str = option("10m", "so many steps, or such a time; also at the end and on SIGTERM, SIGINT and "
-                                          "SIGUSR1; off is never", (lambda text: valid(interval, text),
-                                                                    "a number of steps, a time such as 10m, or off"),
-                                   group="checkpoints")
+    checkpoint_every: str = option(
+        "10m",
+        "so many steps, or such a time; also at the end and on SIGTERM, SIGINT and "
+        "SIGUSR1; off is never",
+        (lambda text: valid(interval, text), "a number of steps, a time such as 10m, or off"),
+        group="checkpoints",
+    )
     keep_last: int = option(2, "checkpoints to keep, the newest", POSITIVE)
-    keep_best: int = option(0, "checkpoints to keep besides, those of the lowest validation loss; then there is one at "
-                               "each new best", COUNT)
-    resume: str = option("", "go on from a run's folder or a checkpoint in it; auto: from --run-dir or the newest "
-                             "unfinished run of the track, or begin if there is none")
+    keep_best: int = option(
+        0,
+        "checkpoints to keep besides, those of the lowest validation loss; then there is one at "
+        "each new best",
+        COUNT,
+    )
+    resume: str = option(
+        "",
+        "go on from a run's folder or a checkpoint in it; auto: from --run-dir or the newest "
+        "unfinished run of the track, or begin if there is none",
+    )
     warm_start: str = option("", "take the weights of a run or checkpoint, and nothing else")
-    max_restarts: int = option(0, "with several GPUs: how often torchrun may start again after a failure, resuming", COUNT)
+    max_restarts: int = option(
+        0, "with several GPUs: how often torchrun may start again after a failure, resuming", COUNT
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,23 +150,34 @@ class Parser(argparse.ArgumentParser):
 def parse_options(cls, argv, shown, **texts):
     """argv -> {field of the dataclass cls: value} for the options given.
 
-    Names are the fields' with hyphens; a bool has its --no- form, a tuple takes any number of values. shown: fields
-    whose value in --help differs from the default; texts: prog, usage, description, epilog. Raises InputError.
+    Names are the fields' with hyphens; a bool has its --no- form, a tuple takes any number of
+    values. shown: fields whose value in --help differs from the default; texts: prog, usage,
+    description, epilog. Raises InputError.
     """
-    parser = Parser(allow_abbrev=False, **texts, formatter_class=lambda prog: argparse.HelpFormatter(
-        prog, max_help_position=34, width=110))
+    parser = Parser(
+        allow_abbrev=False,
+        **texts,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
     group, own = None, cls.__annotations__
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):  # inherited ones come last
+    for f in sorted(
+        dataclasses.fields(cls), key=lambda f: f.name not in own
+    ):  # inherited ones come last
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
         kind = typing.get_args(f.type)[0] if typing.get_args(f.type) else f.type
         name, default = "--" + f.name.replace("_", "-"), shown.get(f.name, f.default)
         default = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        kwargs = dict(dest=f.name, default=None, help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
+        kwargs = dict(
+            dest=f.name, default=None, help=f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        )
         if f.type is bool:
             group.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
         elif typing.get_origin(f.type) is tuple:
             group.add_argument(name, type=kind, nargs="*", metavar=kind.__name__.upper(), **kwargs)
         else:
             group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(argv)).items()
+        if value is not None
+    }

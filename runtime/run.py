@@ -15,13 +15,25 @@ from .signals import Interrupted
 
 
 class Run:
-    """One run of a Trainer: where it is (at: Position), and what ranks have voted for (wanted): to stop, to save, to
-    end because time is over. A vote counts in the same step on all of them."""
+    """One run of a Trainer: where it is (at: Position), and what ranks have voted for (wanted):
+    to stop, to save, to end because time is over. A vote counts in the same step on all of
+    them."""
 
     def __init__(self, trainer, log, requests, store, at):
         """log: Log; requests: what signals ask for; store: Checkpoints, on the first rank."""
-        self.trainer, self.c, self.log, self.requests, self.store = trainer, trainer.c, log, requests, store
-        self.at, self.first, self.wanted, self.first_rank = at, at.step, set(), trainer.world.rank == 0
+        self.trainer, self.c, self.log, self.requests, self.store = (
+            trainer,
+            trainer.c,
+            log,
+            requests,
+            store,
+        )
+        self.at, self.first, self.wanted, self.first_rank = (
+            at,
+            at.step,
+            set(),
+            trainer.world.rank == 0,
+        )
         self.clock = Clock(trainer.world.device, at.train_time)
         self.save_steps, self.save_seconds = interval(self.c.checkpoint_every)
         self.save_at = time.monotonic() + self.save_seconds
@@ -29,17 +41,21 @@ class Run:
 
     def start(self):
         self.clock.start()
-        if self.at.step and self.validation_due() and self.at.validated != self.at.step:  # a signal came first
+        if (
+            self.at.step and self.validation_due() and self.at.validated != self.at.step
+        ):  # a signal came first
             self.validate()
 
     def votes(self):
-        """This rank's: to stop, to save, to end. When a checkpoint is due by time, the first rank's clock says."""
+        """This rank's: to stop, to save, to end. When a checkpoint is due by time, the first
+        rank's clock says."""
         due = self.first_rank and time.monotonic() > self.save_at
         save_now, self.requests.save = self.requests.save or due, False
         return self.requests.stop > 0, save_now, self.clock.now() > self.max_time
 
     def after(self, step, tokens, flops_per_token):
-        """This step is behind us: learn what it reported, validate and save if that is due. Whether it was the last."""
+        """This step is behind us: learn what it reported, validate and save if that is due.
+        Whether it was the last."""
         c, at, wanted = self.c, self.at, self.wanted
         at.step = step
         at.tokens += tokens
@@ -50,7 +66,9 @@ class Run:
             return True
         if better and c.keep_best or self.save_steps and step % self.save_steps == 0:
             wanted.add("save")
-        if wanted and step % c.adam_every == 0:  # else gradients wait for Adam, and would not be saved
+        if (
+            wanted and step % c.adam_every == 0
+        ):  # else gradients wait for Adam, and would not be saved
             if "stop" in wanted:
                 return True
             wanted.discard("save")
@@ -71,20 +89,31 @@ class Run:
         """Look at what the steps up to this one have reported, log and show it."""
         c, at = self.c, self.at
         for report in self.trainer.guard.reports(step):
-            self.wanted.update(name for name, votes in zip(("stop", "save", "end"), report.votes) if votes)
+            self.wanted.update(
+                name for name, votes in zip(("stop", "save", "end"), report.votes) if votes
+            )
             if report.complaint:
                 at.skipped += 1
                 if at.skipped > c.max_skips:
                     raise InputError(report.refusal())
-                self.log.say(f"step {report.step} does not count: {report.complaint} ({at.skipped} of {c.max_skips})")
+                self.log.say(
+                    f"step {report.step} does not count: {report.complaint} ({at.skipped} of {c.max_skips})"
+                )
             elapsed = self.clock.now()
             self.log.step(report.step, c.steps, "train", report.loss, elapsed)
             left = datetime.timedelta(seconds=int(elapsed / report.step * (c.steps - report.step)))
-            self.log.progress(report.step, f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "
-                                           f"{at.flops / elapsed / self.trainer.peak:.0%} of peak  {left} left at most")
+            self.log.progress(
+                report.step,
+                f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "
+                f"{at.flops / elapsed / self.trainer.peak:.0%} of peak  {left} left at most",
+            )
 
     def validation_due(self):
-        return self.at.step == self.c.steps or self.at.step % self.c.eval_every == 0 or "end" in self.wanted
+        return (
+            self.at.step == self.c.steps
+            or self.at.step % self.c.eval_every == 0
+            or "end" in self.wanted
+        )
 
     def validate(self):
         """Outside the training clock; returns whether it was the best so far."""
@@ -93,7 +122,9 @@ class Run:
         self.receive(math.inf)
         at.metrics, at.validated = self.trainer.validate(at.step), at.step
         loss = at.metrics["val_loss"]
-        self.log.step(at.step, self.c.steps, "val", loss, self.clock.total, val_bpb=at.metrics["val_bpb"])
+        self.log.step(
+            at.step, self.c.steps, "val", loss, self.clock.total, val_bpb=at.metrics["val_bpb"]
+        )
         better = at.best is None or loss < at.best
         at.best, at.since_best = (loss, 0) if better else (at.best, at.since_best + 1)
         self.clock.start()
@@ -105,7 +136,8 @@ class Run:
         return reached or "end" in self.wanted or c.patience and at.since_best >= c.patience
 
     def save(self, wait=False):
-        """Checkpoint; the training clock goes on, if it runs. Returns whether one was begun, with wait written."""
+        """Checkpoint; the training clock goes on, if it runs. Returns whether one was begun,
+        with wait written."""
         c, at, trainer = self.c, self.at, self.trainer
         if c.checkpoint_every == "off":
             return False
@@ -114,10 +146,16 @@ class Run:
         tensors = state.gather(trainer)  # all ranks take part
         if not self.store:
             return False
-        meta = dict(config=dataclasses.asdict(c), progress=dataclasses.asdict(at),
-                    data_fingerprint=trainer.data.dataset.fingerprint, environment=trainer.environment)
+        meta = dict(
+            config=dataclasses.asdict(c),
+            progress=dataclasses.asdict(at),
+            data_fingerprint=trainer.data.dataset.fingerprint,
+            environment=trainer.environment,
+        )
         metric = at.metrics["val_loss"] if at.validated == at.step else None
         saved = self.store.save(at.step, tensors, meta, metric, wait)
         if not saved and not wait:
-            self.log.say(f"step {at.step}: no checkpoint, since the last one is still being written")
+            self.log.say(
+                f"step {at.step}: no checkpoint, since the last one is still being written"
+            )
         return saved

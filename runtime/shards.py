@@ -1,8 +1,10 @@
-"""Tensors whose rows (dim 0) are shared out over the ranks of a machine, the same way on every machine.
+"""Tensors whose rows (dim 0) are shared out over the ranks of a machine, the same way on every
+machine.
 
-Gradients are reduce-scattered inside a machine and each part is then summed across machines, so that the slow links
-between them carry 1 / ranks of it; what its owner has updated is gathered inside each machine. All of it is started
-and waited for apart, so that it overlaps between tensors. Rows that ranks do not divide get padding.
+Gradients are reduce-scattered inside a machine and each part is then summed across machines, so
+that the slow links between them carry 1 / ranks of it; what its owner has updated is gathered
+inside each machine. All of it is started and waited for apart, so that it overlaps between tensors.
+Rows that ranks do not divide get padding.
 """
 
 import torch
@@ -14,27 +16,32 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class Shard:
-    """One tensor's place: `whole` is all of it, `own` this rank's rows, a view. With sharded=False all ranks own all.
+    """One tensor's place: `whole` is all of it, `own` this rank's rows, a view. With sharded=False
+    all ranks own all.
 
-    The n rows of a part may be more than are left for the last ranks: `own` is shorter there, or empty.
+    The n rows of a part may be more than are left for the last ranks: `own` is shorter there, or
+    empty.
     """
 
     def __init__(self, whole, world, sharded=True):
         self.whole, self.world = whole, world
         self.ranks = world.local_size if sharded else 1
         self.n = -(-len(whole) // self.ranks)
-        self.start = min(world.rank % world.local_size * self.n, len(whole)) if self.ranks > 1 else 0
-        self.own = whole[self.start:self.start + self.n]
+        self.start = (
+            min(world.rank % world.local_size * self.n, len(whole)) if self.ranks > 1 else 0
+        )
+        self.own = whole[self.start : self.start + self.n]
 
     def reduce(self, grad):
-        """Start summing over ranks; returns (work or None, this rank's rows, padded to n). grad: of as many elements."""
+        """Start summing over ranks; returns (work or None, this rank's rows, padded to n). grad:
+        of as many elements."""
         grad = grad.view(self.whole.shape)
         if self.world.size == 1:
             return None, grad
         if self.ranks == 1:
             return dist.all_reduce(grad, async_op=True), grad
         grad = padded(grad, self.n * self.ranks)
-        part = torch.empty_like(grad[:self.n])
+        part = torch.empty_like(grad[: self.n])
         return reduce_scatter(part, grad, group=self.world.node, async_op=True), part
 
     def reduce_across(self, work, part):
@@ -50,12 +57,15 @@ class Shard:
             return lambda: None
         n = self.n * self.ranks
         out = self.whole if len(self.whole) == n else self.own.new_empty(n, *self.own.shape[1:])
-        work = all_gather(out, padded(self.own.clone(), self.n), group=self.world.node, async_op=True)
+        work = all_gather(
+            out, padded(self.own.clone(), self.n), group=self.world.node, async_op=True
+        )
 
         def finish():
             work.wait()
             if out is not self.whole:
-                self.whole.copy_(out[:len(self.whole)])
+                self.whole.copy_(out[: len(self.whole)])
+
         return finish
 
     def collect(self, part):
@@ -64,7 +74,7 @@ class Shard:
             return part
         out = part.new_empty(self.n * self.ranks, *part.shape[1:])
         all_gather(out, padded(part, self.n), group=self.world.node)
-        return out[:len(self.whole)]
+        return out[: len(self.whole)]
 
 
 def padded(x, n):

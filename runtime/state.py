@@ -1,8 +1,8 @@
 """What training goes on from, as whole tensors by name: the same on any number of ranks.
 
-    weights/PARAMETER   fp32, the masters
-    m/PARAMETER, v/PARAMETER   moments
-    other/NAME          losses that the guard remembers, scales of FP8 products
+weights/PARAMETER   fp32, the masters
+m/PARAMETER, v/PARAMETER   moments
+other/NAME          losses that the guard remembers, scales of FP8 products
 """
 
 import torch
@@ -14,7 +14,8 @@ from .resume import Position
 
 
 def gather(trainer):
-    """All of it, on the CPU of the first rank; {} on the others. All ranks have to call it, with no gradients waiting."""
+    """All of it, on the CPU of the first rank; {} on the others. All ranks have to call it, with
+    no gradients waiting."""
     tensors = gather_optimizer(trainer.optimizer)
     if trainer.world.rank == 0:
         tensors |= {f"other/{name}": x.to("cpu", copy=True) for name, x in other(trainer).items()}
@@ -22,15 +23,19 @@ def gather(trainer):
 
 
 def restore(trainer, tensors, meta):
-    """Copy a checkpoint's tensors, there on the first rank, into the trainer of every rank; returns its Position."""
+    """Copy a checkpoint's tensors, there on the first rank, into the trainer of every rank;
+    returns its Position."""
     at, world = Position(**meta["progress"]), trainer.world
     at.resumed_at.append(at.step)
 
     def fetch(name, like):
-        whole = tensors[name].view(like.shape).to(like) if world.rank == 0 else torch.empty_like(like)
+        whole = (
+            tensors[name].view(like.shape).to(like) if world.rank == 0 else torch.empty_like(like)
+        )
         if world.size > 1:
             dist.broadcast(whole, 0)
         return whole
+
     load_optimizer(trainer.optimizer, fetch, at.step)
     for name, x in other(trainer).items():
         x.copy_(fetch(f"other/{name}", x))
@@ -51,14 +56,19 @@ def gather_optimizer(optimizer):
         whole = {kind: shard.collect(part) for kind, part in kinds.items() if part is not None}
         if optimizer.world.rank == 0:
             shape = optimizer.params[name].shape
-            tensors |= {f"{kind}/{name}": (x.view(shape) if x.numel() == shape.numel() else x).to("cpu", copy=True)
-                        for kind, x in whole.items()}
+            tensors |= {
+                f"{kind}/{name}": (x.view(shape) if x.numel() == shape.numel() else x).to(
+                    "cpu", copy=True
+                )
+                for kind, x in whole.items()
+            }
     return tensors
 
 
 @torch.no_grad()
 def load_optimizer(optimizer, fetch, step_count):
-    """fetch(name, like): the whole tensor by that name in the shape and dtype and on the device of `like`."""
+    """fetch(name, like): the whole tensor by that name in the shape and dtype and on the device
+    of `like`."""
     optimizer.reset()
     optimizer.step_count = step_count
     for name, s in optimizer.state.items():
@@ -66,7 +76,8 @@ def load_optimizer(optimizer, fetch, step_count):
 
         def own(kind, part):
             whole = part.new_empty(len(shard.whole), *part.shape[1:], dtype=torch.float32)
-            return fetch(f"{kind}/{name}", whole)[shard.start:shard.start + len(part)]
+            return fetch(f"{kind}/{name}", whole)[shard.start : shard.start + len(part)]
+
         store(shard.own, s["companion"], own("weights", shard.own))
         for kind in ("m", "v"):
             if s[kind] is not None:

@@ -1,6 +1,8 @@
-"""One thread per test process: pytest-xdist already uses every core, and small matrices lose to thread barriers.
+"""One thread per test process: pytest-xdist already uses every core, and small matrices lose to
+thread barriers.
 
-Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be said before triton is imported.
+Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be said before
+triton is imported.
 """
 
 import os

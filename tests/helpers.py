@@ -19,30 +19,76 @@ WORDS = "the a cat dog sees likes chases finds and but then why who red small ol
 def write_text(path, n_words=20000, seed=0):
     """A text with something to learn in it: random sentences over a few words."""
     r = random.Random(seed)
-    path.write_text("".join(r.choice(WORDS) + (".\n" if r.random() < 0.1 else " ") for _ in range(n_words)))
+    path.write_text(
+        "".join(r.choice(WORDS) + (".\n" if r.random() < 0.1 else " ") for _ in range(n_words))
+    )
     return path
 
 
 def tiny(text, tmp_path, **fields):
     """A Config that trains in a second or two on one core, fp32, uncompiled."""
-    base = dict(track="tiny", data="text", text=str(text), tokenizer="bytes", cache_dir=str(tmp_path / "cache"),
-                run_dir=str(tmp_path / "run"), n_layer=2, n_embd=32, n_head=2, value_embed_layers=(0, 1),
-                softcap=(23.0, 5.0, 7.5), row_len=32, val_row_len=64, max_doc_len=(32,), short_window=(8,),
-                long_window=(32,), batch_tokens=(256,),
-                steps=20, eval_every=10, val_tokens=1000, dtype="float32", compile=False, sample_tokens=8,
-                checkpoint_every="off")
+    base = dict(
+        track="tiny",
+        data="text",
+        text=str(text),
+        tokenizer="bytes",
+        cache_dir=str(tmp_path / "cache"),
+        run_dir=str(tmp_path / "run"),
+        n_layer=2,
+        n_embd=32,
+        n_head=2,
+        value_embed_layers=(0, 1),
+        softcap=(23.0, 5.0, 7.5),
+        row_len=32,
+        val_row_len=64,
+        max_doc_len=(32,),
+        short_window=(8,),
+        long_window=(32,),
+        batch_tokens=(256,),
+        steps=20,
+        eval_every=10,
+        val_tokens=1000,
+        dtype="float32",
+        compile=False,
+        sample_tokens=8,
+        checkpoint_every="off",
+    )
     return tg.Config(**(base | fields))
 
 
-# every piece of the model that is off by default; layer 0 has pairs, 0 and 3 value embeddings, 2 no attention
-PIECES = dict(n_layer=5, n_head=4, long_layers=(3,), value_embed_layers=(0, 3), n_gram=3, ngram_rows=64,
-              ngram_signs=True, smear=True, attn_gate=True, key_offset=True, paired_layers=(0,), skip=(1, 2), backout=2,
-              yarn=True)
+# every piece of the model that is off by default; layer 0 has pairs, 0 and 3 value embeddings, 2 no
+# attention
+PIECES = dict(
+    n_layer=5,
+    n_head=4,
+    long_layers=(3,),
+    value_embed_layers=(0, 3),
+    n_gram=3,
+    ngram_rows=64,
+    ngram_signs=True,
+    smear=True,
+    attn_gate=True,
+    key_offset=True,
+    paired_layers=(0,),
+    skip=(1, 2),
+    backout=2,
+    yarn=True,
+)
 
 # and every other one, for a whole run of two or three stages
-EVERYTHING = PIECES | dict(mtp=(3, 2, 1), tied=0.5, short_window=(4, 8), long_window=(16, 32), max_doc_len=(16, 32),
-                           stage_lr=(1.0, 1.2), weight_decay=1.0, normuon=True, row_moments=True, adam_every=2,
-                           extension=2)
+EVERYTHING = PIECES | dict(
+    mtp=(3, 2, 1),
+    tied=0.5,
+    short_window=(4, 8),
+    long_window=(16, 32),
+    max_doc_len=(16, 32),
+    stage_lr=(1.0, 1.2),
+    weight_decay=1.0,
+    normuon=True,
+    row_moments=True,
+    adam_every=2,
+    extension=2,
+)
 
 
 def stage_of(c, windows=None, **fields):
@@ -52,9 +98,22 @@ def stage_of(c, windows=None, **fields):
 
 def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, ops=None, **fields):
     """(Config, GPT) with every parameter random, so that nothing is hidden behind a zero."""
-    c = dataclasses.replace(tg.Config(n_layer=3, n_embd=32, n_head=2, value_embed_layers=(0, 2),
-                                      softcap=(23.0, 5.0, 7.5), n_gram=3, ngram_rows=64, row_len=24,
-                                      val_row_len=24, batch_tokens=(24,), max_doc_len=(24,)), **fields)
+    c = dataclasses.replace(
+        tg.Config(
+            n_layer=3,
+            n_embd=32,
+            n_head=2,
+            value_embed_layers=(0, 2),
+            softcap=(23.0, 5.0, 7.5),
+            n_gram=3,
+            ngram_rows=64,
+            row_len=24,
+            val_row_len=24,
+            batch_tokens=(24,),
+            max_doc_len=(24,),
+        ),
+        **fields,
+    )
     model = tg.GPT(c, n_vocab, dtype, ops)
     model.init_weights(seed)
     g = torch.Generator().manual_seed(seed + 1)

@@ -1,4 +1,5 @@
-"""Trainers to start, signal and kill by the dozen: forked from a process that has imported torch, which takes long."""
+"""Trainers to start, signal and kill by the dozen: forked from a process that has imported
+torch, which takes long."""
 
 import contextlib
 import ctypes
@@ -21,12 +22,23 @@ CLONE_NEWNET = 0x40000000
 
 
 class Nursery:
-    """Runs train_gpt.main(argv) in processes of their own, one run at a time. Use as a context manager."""
+    """Runs train_gpt.main(argv) in processes of their own, one run at a time. Use as a context
+    manager."""
 
     def __enter__(self):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-        self.parent = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, cwd=ROOT, env=env)
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TRITON_INTERPRET": "0",
+        }
+        self.parent = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=env,
+        )
         self.running = None
         return self
 
@@ -41,7 +53,9 @@ class Nursery:
         folder.mkdir(parents=True, exist_ok=True)
         if self.running:
             self.running.kill(each=True).wait()
-        self.parent.stdin.write(json.dumps(dict(argv=[str(a) for a in argv], folder=str(folder), **job)) + "\n")
+        self.parent.stdin.write(
+            json.dumps(dict(argv=[str(a) for a in argv], folder=str(folder), **job)) + "\n"
+        )
         self.parent.stdin.flush()
         self.running = Run(self, json.loads(self.parent.stdout.readline()), folder)
         return self.running
@@ -52,7 +66,8 @@ class Nursery:
 
 
 class Run:
-    """Processes from a Nursery, by rank. statuses, once they have ended: negative for a signal that killed one."""
+    """Processes from a Nursery, by rank. statuses, once they have ended: negative for a signal
+    that killed one."""
 
     def __init__(self, nursery, pids, folder):
         self.nursery, self.pids, self.folder, self.statuses = nursery, pids, folder, None
@@ -64,8 +79,10 @@ class Run:
         return self
 
     def kill(self, number=signal.SIGKILL, rank=0, each=False):
-        for pid in self.pids if each else self.pids[rank:rank + 1]:
-            if self.statuses is None:  # not reaped before the parent is told to go on, so the number is still its own
+        for pid in self.pids if each else self.pids[rank : rank + 1]:
+            if (
+                self.statuses is None
+            ):  # not reaped before the parent is told to go on, so the number is still its own
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         return self
@@ -86,7 +103,9 @@ class Run:
 
     @property
     def err(self):
-        return "".join((self.folder / f"stderr{rank}").read_text() for rank in range(len(self.pids)))
+        return "".join(
+            (self.folder / f"stderr{rank}").read_text() for rank in range(len(self.pids))
+        )
 
     @property
     def result(self):
@@ -116,7 +135,8 @@ def rows(run_dir):
 
 
 def same(run_dir, other):
-    """Assert that two finished runs are bit for bit the same: losses, weights, moments, what the guard knows."""
+    """Assert that two finished runs are bit for bit the same: losses, weights, moments, what the
+    guard knows."""
     assert rows(run_dir) == rows(other)
     ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (run_dir, other))
     for name in ("steps", "tokens", "val_loss", "val_bpb", "reached", "seed", "data_fingerprint"):
@@ -132,16 +152,22 @@ def remains(run_dir):
 
 
 def serve():
-    """Fork for each job from stdin: a line with the process ids goes to stdout, and one with the exit statuses."""
+    """Fork for each job from stdin: a line with the process ids goes to stdout, and one with the
+    exit statuses."""
     import torch
 
     sys.path.insert(0, str(ROOT))
     import train_gpt as tg
+
     torch.set_num_threads(1)
-    tg.machine_probe = lambda device: dict(matmul=dict(float32=1e9, bfloat16=1e9), copy=1e9)  # takes a second
+    tg.machine_probe = lambda device: dict(
+        matmul=dict(float32=1e9, bfloat16=1e9), copy=1e9
+    )  # takes a second
     tqdm = tg.Log.step.__globals__["tqdm"]
     tqdm.monitor_interval = 0  # which is a thread
-    tqdm.set_lock(threading.RLock())  # its own is shared with forks, and one that is killed may never give it back
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared with forks, and one that is killed may never give it back
     import_the_rest(tg)
     for line in sys.stdin:
         job, pids = json.loads(line), []
@@ -153,12 +179,20 @@ def serve():
             if not pids[-1]:
                 local = ranks // hosts
                 if ranks > 1:  # what torchrun would set
-                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local), WORLD_SIZE=str(ranks),
-                                      LOCAL_WORLD_SIZE=str(local), MASTER_PORT=str(port))
+                    os.environ.update(
+                        RANK=str(rank),
+                        LOCAL_RANK=str(rank % local),
+                        WORLD_SIZE=str(ranks),
+                        LOCAL_WORLD_SIZE=str(local),
+                        MASTER_PORT=str(port),
+                    )
                     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
                 child(tg, rank=rank, host=rank // local, **job)
         print(json.dumps(pids), flush=True)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+        print(
+            json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]),
+            flush=True,
+        )
 
 
 def import_the_rest(tg):
@@ -166,42 +200,84 @@ def import_the_rest(tg):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         text = Path(folder, "text")
         text.write_text("to be or not to be " * 200)
-        tg.train(tg.Config(data="text", text=str(text), tokenizer="bytes", cache_dir=folder, run_dir=f"{folder}/run",
-                           n_layer=1, n_embd=16, n_head=1, value_embed_layers=(), row_len=16, batch_tokens=(16,),
-                           steps=1, compile=False, checkpoint_every="off", dtype="float32"))
+        tg.train(
+            tg.Config(
+                data="text",
+                text=str(text),
+                tokenizer="bytes",
+                cache_dir=folder,
+                run_dir=f"{folder}/run",
+                n_layer=1,
+                n_embd=16,
+                n_head=1,
+                value_embed_layers=(),
+                row_len=16,
+                batch_tokens=(16,),
+                steps=1,
+                compile=False,
+                checkpoint_every="off",
+                dtype="float32",
+            )
+        )
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
 
 
-def child(tg, argv, folder, rank, host, fsync=(), step=0, at=(), limit=None, clock=None, networks=(), env=(), launch=(),
-          stderr=None, nohup=False):
+def child(
+    tg,
+    argv,
+    folder,
+    rank,
+    host,
+    fsync=(),
+    step=0,
+    at=(),
+    limit=None,
+    clock=None,
+    networks=(),
+    env=(),
+    launch=(),
+    stderr=None,
+    nohup=False,
+):
     """One process of a job.
 
-    fsync: seconds that each os.fsync in a checkpoint takes more, by rank; step: the same for a training step; at:
-    (step, signal) the first rank sends itself in that step, or in its first one if that is later; limit: bytes a file
-    may have; clock: what time.time() gives, as a function of the true time t; networks: network namespace for each
-    host; env: more of the environment, [name, value] pairs; launch: (processes, restarts), to start train_gpt.py with
-    torchrun from here instead; stderr: "broken" for a pipe that nobody reads any more; nohup: as that does.
+    fsync: seconds that each os.fsync in a checkpoint takes more, by rank; step: the same for a
+    training step; at: (step, signal) the first rank sends itself in that step, or in its first one
+    if that is later; limit: bytes a file may have; clock: what time.time() gives, as a function of
+    the true time t; networks: network namespace for each host; env: more of the environment, [name,
+    value] pairs; launch: (processes, restarts), to start train_gpt.py with torchrun from here
+    instead; stderr: "broken" for a pipe that nobody reads any more; nohup: as that does.
     """
     status = 70
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+            os.dup2(
+                os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644),
+                number,
+            )
         if stderr == "broken":
             nobody, end = os.pipe()
             os.close(nobody)
             os.dup2(end, 2)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)  # however the tests were started
+        signal.signal(
+            signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL
+        )  # however the tests were started
         os.environ.update(env)
         if networks:
             with open(f"/run/netns/{networks[host]}") as f:
-                assert ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET) == 0, ctypes.get_errno()
+                assert ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET) == 0, (
+                    ctypes.get_errno()
+                )
         if rank < len(fsync):
             real_fsync = os.fsync
 
             def slow_fsync(fd):
-                time.sleep(fsync[rank] if "/checkpoints" in os.readlink(f"/proc/self/fd/{fd}") else 0)
+                time.sleep(
+                    fsync[rank] if "/checkpoints" in os.readlink(f"/proc/self/fd/{fd}") else 0
+                )
                 real_fsync(fd)
+
             os.fsync = slow_fsync
         judge = tg.Guard.judge
 
@@ -211,9 +287,11 @@ def child(tg, argv, folder, rank, host, fsync=(), step=0, at=(), limit=None, clo
                 at[0] = math.inf
                 os.kill(os.getpid(), at[1])
             return judge(guard, now, *args, **kwargs)
+
         tg.Guard.judge = slow_judge
         if limit:
             import resource
+
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if clock:

@@ -1,4 +1,5 @@
-"""Any number of processes, on any number of machines, trains on the same tokens and gets the same losses."""
+"""Any number of processes, on any number of machines, trains on the same tokens and gets the
+same losses."""
 
 import functools
 import json
@@ -8,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import EVERYTHING, ROOT, options, run_trainer, tiny, train_losses, write_text
 
 import train_gpt as tg
-from helpers import EVERYTHING, ROOT, options, run_trainer, tiny, train_losses, write_text
 
 TORCHRUN = ("-m", "torch.distributed.run")
 
@@ -22,16 +23,44 @@ def free_port():
 
 
 def run_machines(machines, processes, *args, timeout=300):
-    """torchrun once for each of so many machines, with so many processes each; returns them finished, the one with the
-    result on its stdout first."""
-    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "test",
-                  "--local_addr", "127.0.0.1"]
-    command = [sys.executable, *TORCHRUN, "--nnodes", str(machines), "--nproc_per_node", str(processes), *rendezvous,
-               str(ROOT / "train_gpt.py"), *map(str, args)]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}) for _ in range(machines)]
+    """torchrun once for each of so many machines, with so many processes each; returns them
+    finished, the one with the result on its stdout first."""
+    rendezvous = [
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{free_port()}",
+        "--rdzv_id",
+        "test",
+        "--local_addr",
+        "127.0.0.1",
+    ]
+    command = [
+        sys.executable,
+        *TORCHRUN,
+        "--nnodes",
+        str(machines),
+        "--nproc_per_node",
+        str(processes),
+        *rendezvous,
+        str(ROOT / "train_gpt.py"),
+        *map(str, args),
+    ]
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        for _ in range(machines)
+    ]
     try:
-        done = [subprocess.CompletedProcess(command, 0, *p.communicate(timeout=timeout)) for p in started]
+        done = [
+            subprocess.CompletedProcess(command, 0, *p.communicate(timeout=timeout))
+            for p in started
+        ]
     finally:
         for p in started:
             p.kill()
@@ -40,9 +69,23 @@ def run_machines(machines, processes, *args, timeout=300):
     return sorted(done, key=lambda d: -len(d.stdout))
 
 
-CASES = dict([("one batch", dict()), ("stages, accumulation, nothing divides", dict(
-    micro_tokens=32, n_layer=3, stage_lr=(1.0, 1.5), batch_tokens=(160, 320), max_doc_len=(16, 32), long_docs="drop")),
-    ("everything", EVERYTHING | dict(batch_tokens=(224,), micro_tokens=64))])
+CASES = dict(
+    [
+        ("one batch", dict()),
+        (
+            "stages, accumulation, nothing divides",
+            dict(
+                micro_tokens=32,
+                n_layer=3,
+                stage_lr=(1.0, 1.5),
+                batch_tokens=(160, 320),
+                max_doc_len=(16, 32),
+                long_docs="drop",
+            ),
+        ),
+        ("everything", EVERYTHING | dict(batch_tokens=(224,), micro_tokens=64)),
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +104,9 @@ def run(case, tmp_path, machines, processes):
         result = tg.train(c)
         return train_losses(tmp_path / "run") + [result["val_loss"]], result["tokens"]
     if machines == 1:
-        done = run_trainer(*options(c), launcher=[*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"])
+        done = run_trainer(
+            *options(c), launcher=[*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"]
+        )
     else:
         done, *others = run_machines(machines, processes, *options(c))
         assert all(other.returncode == 0 and other.stdout == "" for other in others), others
@@ -73,10 +118,18 @@ def run(case, tmp_path, machines, processes):
     return losses, result["tokens"]
 
 
-@pytest.mark.parametrize("case, processes", [
-    ("one batch", 1), ("one batch", 2), ("everything", 2), ("stages, accumulation, nothing divides", 3),
-    pytest.param("one batch", 3, marks=pytest.mark.slow), pytest.param("everything", 3, marks=pytest.mark.slow),
-    pytest.param("stages, accumulation, nothing divides", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case, processes",
+    [
+        ("one batch", 1),
+        ("one batch", 2),
+        ("everything", 2),
+        ("stages, accumulation, nothing divides", 3),
+        pytest.param("one batch", 3, marks=pytest.mark.slow),
+        pytest.param("everything", 3, marks=pytest.mark.slow),
+        pytest.param("stages, accumulation, nothing divides", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_losses_of_several_processes_are_those_of_one(tmp_path, alone, case, processes):
     losses, tokens = run(case, tmp_path, 1, processes)
     expected, same = alone(case)
@@ -85,7 +138,8 @@ def test_losses_of_several_processes_are_those_of_one(tmp_path, alone, case, pro
 
 @pytest.mark.parametrize("case", ["everything", pytest.param("one batch", marks=pytest.mark.slow)])
 def test_losses_of_two_machines_are_those_of_one_process(tmp_path, alone, case):
-    """Two machines with two processes each: parts are shared out on each, and summed between them."""
+    """Two machines with two processes each: parts are shared out on each, and summed between
+    them."""
     losses, tokens = run(case, tmp_path, 2, 2)
     expected, same = alone(case)
     assert losses == pytest.approx(expected, rel=1e-4) and tokens == same
@@ -104,8 +158,12 @@ def test_launching_several_processes_keeps_the_exit_status(tmp_path):
     text = write_text(tmp_path / "words.txt")
     for target, status in ((9.0, 0), (0.1, 3)):
         c = tiny(text, tmp_path, run_dir=str(tmp_path / f"run{status}"), steps=4, target=target)
-        program = f"import sys, train_gpt; sys.exit(train_gpt.launch('train_gpt.py', {options(c)!r}, 2))"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT)
+        program = (
+            f"import sys, train_gpt; sys.exit(train_gpt.launch('train_gpt.py', {options(c)!r}, 2))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT
+        )
         assert done.returncode == status, done.stderr
         assert json.loads(done.stdout)["world_size"] == 2
         assert "Traceback" not in done.stderr
@@ -117,4 +175,6 @@ def test_a_loss_that_is_not_finite_ends_every_process_at_its_step(tmp_path):
     c = tiny(text, tmp_path, muon_lr=1e30, adam_lr=1e30)
     done = run_trainer(*options(c), launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
     assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.count("so the run stopped there, with the weights as they were before") == 1, done.stderr
+    assert (
+        done.stderr.count("so the run stopped there, with the weights as they were before") == 1
+    ), done.stderr

@@ -1,4 +1,5 @@
-"""The model against a plain twin, piece by piece and whole, its golden losses, and what a token must never see."""
+"""The model against a plain twin, piece by piece and whole, its golden losses, and what a token
+must never see."""
 
 import dataclasses
 import functools
@@ -7,14 +8,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import EVERYTHING, PIECES, stage_of, tiny, tiny_model, train_losses, write_text
 
 import train_gpt as tg
-from helpers import EVERYTHING, PIECES, stage_of, tiny, tiny_model, train_losses, write_text
 
 FAR = (24, 24, 24, 24, 24)  # the whole row
 NEAR = (3, 7, 2, 9, 9)
-ALONE = dict(pairs=dict(n_head=4, paired_layers=(0, 2)), skip=dict(skip=(0, 1)), backout=dict(backout=1)) | {
-    name: {name: True} for name in ("ngram_signs", "smear", "attn_gate", "key_offset")}
+ALONE = dict(
+    pairs=dict(n_head=4, paired_layers=(0, 2)), skip=dict(skip=(0, 1)), backout=dict(backout=1)
+) | {name: {name: True} for name in ("ngram_signs", "smear", "attn_gate", "key_offset")}
 
 
 def batch(n_rows=2, T=24, n_vocab=257, seed=0):
@@ -40,12 +42,14 @@ def assert_same_bits(ours, theirs):
 
 def logits_of(model, inputs, cu_seqlens, stage):
     a, b, s = model.c.softcap
-    return a * torch.sigmoid((F.linear(model.hidden(inputs, cu_seqlens, stage).flatten(0, 1), model.lm_head) + b) / s)
+    return a * torch.sigmoid(
+        (F.linear(model.hidden(inputs, cu_seqlens, stage).flatten(0, 1), model.lm_head) + b) / s
+    )
 
 
 def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long_windows=()):
-    """(loss, logits) of the same model written as loops over documents, layers, heads and tokens: no banks, no blocks,
-    no fusing."""
+    """(loss, logits) of the same model written as loops over documents, layers, heads and
+    tokens: no banks, no blocks, no fusing."""
     c, P = model.c, {name: p.double() for name, p in model.named_parameters()}
     C, H = c.n_embd, c.n_head
     D = C // H
@@ -81,14 +85,16 @@ def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long
             before = [0] * (n - 1) + ids.tolist()  # nothing before the document
             for i in range(t):
                 key = 0
-                for token in reversed(before[i:i + n]):
+                for token in reversed(before[i : i + n]):
                     key = key * (model.n_vocab | 1) + token
                 signs = model.signs[key // c.ngram_rows % 1024] if c.ngram_signs else 1
                 x = x.index_add(0, torch.tensor([i]), (signs * table[key % c.ngram_rows])[None])
         x = rms(x)
         if c.smear:
             share = [2 * torch.sigmoid(P["smear_gate"][0] @ x[i, :12]) for i in range(t)]
-            x = torch.stack([x[i] + (P["scalars"][0] * share[i] * x[i - 1] if i else 0) for i in range(t)])
+            x = torch.stack(
+                [x[i] + (P["scalars"][0] * share[i] * x[i - 1] if i else 0) for i in range(t)]
+            )
         x0, outputs, bank = x, [], iter(P["attn_bank"])
         attn_layers = [i for i in range(c.n_layer) if i not in c.skip[1:]]
         for layer in range(c.n_layer):
@@ -99,13 +105,17 @@ def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long
                 q, k, v = [], [], []
                 for j in range(H):
                     rows = slice(j * D, (j + 1) * D)
-                    at = 2 * positions + j // (H // 2) if pair else positions  # the later heads are half a token later
+                    at = (
+                        2 * positions + j // (H // 2) if pair else positions
+                    )  # the later heads are half a token later
                     q.append(rope(rms(h @ w_q[rows].T), at))
                     k.append(rope(rms(h @ w_k[rows].T), at))
                     v.append(h @ w_v[rows].T)
                     if c.key_offset and not pair and layer in (*c.long_layers, c.n_layer - 1):
                         for d in (*range(quarter, D // 2), *range(D // 2 + quarter, D)):
-                            k[j] = k[j].index_copy(1, torch.tensor([d]), k[j][[0, *range(t - 1)], d:d + 1])
+                            k[j] = k[j].index_copy(
+                                1, torch.tensor([d]), k[j][[0, *range(t - 1)], d : d + 1]
+                            )
                     if layer in c.value_embed_layers:
                         n = c.value_embed_layers.index(layer)
                         gate = 2 * torch.sigmoid(h[:, :12] @ P["value_gates"][n, j])
@@ -116,20 +126,27 @@ def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long
                     for i in range(t):
                         if pair:  # both heads' keys, in the order in which they take turns
                             me, first = 2 * i + j // (H // 2), j % (H // 2)
-                            seen = [(first + n % 2 * (H // 2), n // 2) for n in range(2 * t)
-                                    if 0 <= me - n <= 2 * stage.windows[layer]]
+                            seen = [
+                                (first + n % 2 * (H // 2), n // 2)
+                                for n in range(2 * t)
+                                if 0 <= me - n <= 2 * stage.windows[layer]
+                            ]
                         else:
                             seen = [(j, n) for n in range(max(0, i - stage.windows[layer]), i + 1)]
-                        keys, values = (torch.stack([x[head][n] for head, n in seen]) for x in (k, v))
+                        keys, values = (
+                            torch.stack([x[head][n] for head, n in seen]) for x in (k, v)
+                        )
                         y.append((keys @ q[j][i] * stage.attn_scale).softmax(0) @ values)
                     heads.append(torch.stack(y))
                     if c.attn_gate:
-                        gate = 2 * torch.sigmoid(h[:, :12] @ P["attn_gates"][attn_layers.index(layer), j])
+                        gate = 2 * torch.sigmoid(
+                            h[:, :12] @ P["attn_gates"][attn_layers.index(layer), j]
+                        )
                         heads[j] = gate[:, None] * heads[j]
                 x = x + torch.cat(heads, -1) @ w_o.T
             else:
                 x = x + P["scalars"][1] * outputs[c.skip[0]]
-            up, down = P["mlp_bank"][2 * layer:2 * layer + 2]
+            up, down = P["mlp_bank"][2 * layer : 2 * layer + 2]
             x = x + (rms(x) @ up.T).relu() ** 2 @ down
             outputs.append(x)
         if c.backout >= 0:
@@ -148,29 +165,50 @@ def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long
 
 
 @pytest.mark.parametrize("windows", [FAR, NEAR], ids=["far", "near"])
-@pytest.mark.parametrize("piece", ["nothing", *ALONE, "mtp", "tied", "untied", "all", "all, mtp, tied, yarn"])
+@pytest.mark.parametrize(
+    "piece", ["nothing", *ALONE, "mtp", "tied", "untied", "all", "all, mtp, tied, yarn"]
+)
 def test_loss_logits_and_every_gradient_agree_with_the_plain_twin(piece, windows):
-    c, model = tiny_model(dtype=torch.float64, tied=0.5 * ("tied" in piece),
-                          **(PIECES if "all" in piece else ALONE.get(piece, {})))
+    c, model = tiny_model(
+        dtype=torch.float64,
+        tied=0.5 * ("tied" in piece),
+        **(PIECES if "all" in piece else ALONE.get(piece, {})),
+    )
     weights = (1.0, 0.5, 0.2) if "mtp" in piece else (1.0,)
     long_windows = (9, 20, 48) if "yarn" in piece else ()
     if long_windows:
-        model.c = dataclasses.replace(c, rope_base=50.0)  # quick enough that some frequencies keep their share
+        model.c = dataclasses.replace(
+            c, rope_base=50.0
+        )  # quick enough that some frequencies keep their share
         model.rotate(long_windows)
     inputs, targets, cu_seqlens = batch()
     tied = "tied" in piece and piece != "untied"
-    stage = stage_of(c, windows[:c.n_layer], tied=tied, attn_scale=0.37, n_targets=len(weights))
-    ours, gradients = loss_and_gradients(model, inputs, targets, cu_seqlens, stage,
-                                         torch.tensor(weights) if len(weights) > 1 else None)
+    stage = stage_of(c, windows[: c.n_layer], tied=tied, attn_scale=0.37, n_targets=len(weights))
+    ours, gradients = loss_and_gradients(
+        model,
+        inputs,
+        targets,
+        cu_seqlens,
+        stage,
+        torch.tensor(weights) if len(weights) > 1 else None,
+    )
     loss, logits = plain(model, inputs, targets, cu_seqlens, stage, weights, long_windows)
     # attention's softmax, the rotary angles and the loss are fp32 inside, whatever the dtype
     assert ours.item() == pytest.approx(loss.item(), rel=1e-6)
-    torch.testing.assert_close(logits_of(model, inputs, cu_seqlens, stage), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of(model, inputs, cu_seqlens, stage), logits, rtol=1e-5, atol=1e-5
+    )
     p = dict(model.named_parameters())
     for name, a, b in zip(p, gradients, torch.autograd.grad(loss, p.values(), allow_unused=True)):
         assert (a is None or not a.numel()) == (b is None or not b.numel()), name
-        assert a is not None or name in ("embed" if stage.tied else "", "scalars") or not p[name].numel(), name
-        assert a is None or not a.numel() or 0 < b.norm() and (a - b).norm() <= 1e-5 * b.norm(), name
+        assert (
+            a is not None
+            or name in ("embed" if stage.tied else "", "scalars")
+            or not p[name].numel()
+        ), name
+        assert a is None or not a.numel() or 0 < b.norm() and (a - b).norm() <= 1e-5 * b.norm(), (
+            name
+        )
 
 
 def test_the_twins_yarn_is_no_identity():
@@ -184,9 +222,15 @@ def test_the_twins_yarn_is_no_identity():
 # --- switched off, and where they start
 
 
-@pytest.mark.parametrize("field, value, neutral", [
-    ("smear", True, dict(scalars=0)), ("attn_gate", True, dict(attn_gates=0)), ("backout", 1, dict(scalars=0)),
-    ("ngram_signs", True, dict(ngram_embeds=0))])
+@pytest.mark.parametrize(
+    "field, value, neutral",
+    [
+        ("smear", True, dict(scalars=0)),
+        ("attn_gate", True, dict(attn_gates=0)),
+        ("backout", 1, dict(scalars=0)),
+        ("ngram_signs", True, dict(ngram_embeds=0)),
+    ],
+)
 def test_a_piece_with_neutral_parameters_is_the_model_without_it(field, value, neutral):
     """Bit for bit, in the loss and in what the other parameters get."""
     results = []
@@ -196,7 +240,9 @@ def test_a_piece_with_neutral_parameters_is_the_model_without_it(field, value, n
         with torch.no_grad():
             for name in ("attn_bank", "mlp_bank", "ngram_embeds", "value_gates"):
                 p = model.get_parameter(name)
-                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+                p.add_(
+                    0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+                )
             for name, number in neutral.items():
                 model.get_parameter(name).fill_(number)
         loss, grads = loss_and_gradients(model, *batch(), stage_of(model.c, NEAR[:3]))
@@ -224,7 +270,8 @@ def test_one_target_is_the_same_with_and_without_weights():
 
 
 def test_where_the_pieces_start():
-    """As in the record: no smear, gates at 1, a fifth of the skipped layer, half of the backout taken away."""
+    """As in the record: no smear, gates at 1, a fifth of the skipped layer, half of the backout
+    taken away."""
     _, model = tiny_model(**PIECES)
     model.init_weights(0)
     assert model.scalars.tolist() == pytest.approx([0.0, 0.2, -0.5])
@@ -233,7 +280,10 @@ def test_where_the_pieces_start():
     assert not model.attn_bank.view(-1, 4, 32, 32)[:, 3].any() and not model.mlp_bank[1::2].any()
     assert not model.ngram_embeds.any()
     qkv = model.attn_bank.view(-1, 4, 32, 32)[:, :3]
-    assert all(p.std() > 0 for p in (model.embed, model.lm_head, model.value_embeds, qkv, model.mlp_bank[::2]))
+    assert all(
+        p.std() > 0
+        for p in (model.embed, model.lm_head, model.value_embeds, qkv, model.mlp_bank[::2])
+    )
 
 
 @pytest.mark.parametrize("fields", [{}, PIECES], ids=["nothing", "all"])
@@ -257,9 +307,19 @@ def per_token(model, *args):
     seen, reference = [], model.ops.linear_cross_entropy
 
     def listen(h, w, targets, **kwargs):
-        seen.append((h.detach(), torch.stack([reference(h[i:i + 1], w, targets[i:i + 1], **kwargs).detach()
-                                              for i in range(len(h))])))
+        seen.append(
+            (
+                h.detach(),
+                torch.stack(
+                    [
+                        reference(h[i : i + 1], w, targets[i : i + 1], **kwargs).detach()
+                        for i in range(len(h))
+                    ]
+                ),
+            )
+        )
         return reference(h, w, targets, **kwargs)
+
     model.ops = model.ops._replace(linear_cross_entropy=listen)
     try:
         model(*args)
@@ -269,16 +329,21 @@ def per_token(model, *args):
 
 
 WEIGHTS = torch.tensor([1.0, 0.5, 0.25])
-EVERY_WAY = [({}, dict()), (PIECES, dict(n_targets=3)), (PIECES | dict(tied=0.5), dict(n_targets=3, tied=True))]
+EVERY_WAY = [
+    ({}, dict()),
+    (PIECES, dict(n_targets=3)),
+    (PIECES | dict(tied=0.5), dict(n_targets=3, tied=True)),
+]
 
 
 @pytest.mark.parametrize("fields, changes", EVERY_WAY, ids=["nothing", "all", "all, tied"])
 @pytest.mark.parametrize("windows", [FAR, NEAR], ids=["far", "near"])
 def test_documents_do_not_leak(fields, changes, windows):
-    """Other tokens and targets in one document: not a bit moves in the states and losses of the others."""
+    """Other tokens and targets in one document: not a bit moves in the states and losses of the
+    others."""
     c, model = tiny_model(**fields)
     inputs, targets, cu_seqlens = batch()
-    stage = stage_of(c, windows[:c.n_layer], **changes)
+    stage = stage_of(c, windows[: c.n_layer], **changes)
     weights = WEIGHTS if stage.n_targets > 1 else None
     h, losses = per_token(model, inputs, targets, cu_seqlens, stage, weights)
     borders = sorted(set(cu_seqlens.tolist()))
@@ -286,25 +351,31 @@ def test_documents_do_not_leak(fields, changes, windows):
         other, others_targets = inputs.clone().flatten(), targets.clone().flatten()
         other[start:end] = (other[start:end] + 7) % 257
         others_targets[start:end] = (others_targets[start:end].clamp(min=0) + 3) % 257
-        h2, losses2 = per_token(model, other.view(2, 24), others_targets.view(2, 24), cu_seqlens, stage, weights)
+        h2, losses2 = per_token(
+            model, other.view(2, 24), others_targets.view(2, 24), cu_seqlens, stage, weights
+        )
         outside = torch.ones(48, dtype=torch.bool)
         outside[start:end] = False
         assert torch.equal(h[outside], h2[outside]) and not torch.equal(h[~outside], h2[~outside])
-        assert torch.equal(losses[outside], losses2[outside]), (losses != losses2).nonzero().flatten().tolist()
+        assert torch.equal(losses[outside], losses2[outside]), (
+            (losses != losses2).nonzero().flatten().tolist()
+        )
 
 
 @pytest.mark.parametrize("fields, changes", EVERY_WAY, ids=["nothing", "all", "all, tied"])
 def test_no_token_sees_the_future_or_another_document(fields, changes):
     c, model = tiny_model(**fields)
     inputs, targets, cu_seqlens = batch()
-    stage = stage_of(c, FAR[:c.n_layer], **changes)
+    stage = stage_of(c, FAR[: c.n_layer], **changes)
     weights = WEIGHTS if stage.n_targets > 1 else None
     doc = torch.bucketize(torch.arange(48), cu_seqlens, right=True)
     before, losses = per_token(model, inputs, targets, cu_seqlens, stage, weights)
     for at in (0, 4, 5, 6, 20, 24, 30, 47):
         changed = inputs.clone().flatten()
         changed[at] = (changed[at] + 1) % 257
-        after, losses_after = per_token(model, changed.view(2, 24), targets, cu_seqlens, stage, weights)
+        after, losses_after = per_token(
+            model, changed.view(2, 24), targets, cu_seqlens, stage, weights
+        )
         expected = [i for i in range(at, 48) if doc[i] == doc[at]]
         assert ((after - before).abs().amax(-1) > 0).nonzero().flatten().tolist() == expected
         assert set((losses_after != losses).nonzero().flatten().tolist()) <= set(expected)
@@ -318,7 +389,9 @@ def test_windows_are_kept_by_the_far_layers_alone_where_nothing_else_carries():
     before = model.hidden(inputs, cu_seqlens, stage_of(c, (4,)))
     changed = inputs.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 257
-    moved = (model.hidden(changed, cu_seqlens, stage_of(c, (4,))) != before).any(-1).nonzero().tolist()
+    moved = (
+        (model.hidden(changed, cu_seqlens, stage_of(c, (4,))) != before).any(-1).nonzero().tolist()
+    )
     assert moved == [[0, i] for i in range(10, 15)]
 
 
@@ -327,7 +400,9 @@ def test_padding_has_no_loss_and_no_gradient():
         c, model = tiny_model(**fields)
         inputs, targets, cu_seqlens = batch()
         stage = stage_of(c, n_targets=1 if weights is None else 3)
-        loss, gradients = loss_and_gradients(model, inputs, torch.full_like(targets, -100), cu_seqlens, stage, weights)
+        loss, gradients = loss_and_gradients(
+            model, inputs, torch.full_like(targets, -100), cu_seqlens, stage, weights
+        )
         assert loss.item() == 0
         assert all((g == 0).all() for g in gradients if g is not None)
 
@@ -337,12 +412,15 @@ def test_padding_has_no_loss_and_no_gradient():
 
 def test_paired_heads_equal_a_double_loop():
     """The model's own attention in a layer with pairs, caught on its way, in float64."""
-    c, model = tiny_model(dtype=torch.float64, n_layer=1, n_head=4, value_embed_layers=(), paired_layers=(0,))
+    c, model = tiny_model(
+        dtype=torch.float64, n_layer=1, n_head=4, value_embed_layers=(), paired_layers=(0,)
+    )
     caught = []
 
     def attention(q, k, v, **kwargs):
         caught.append((q, k, v, kwargs, ops.attention(q, k, v, **kwargs)))
         return caught[-1][-1]
+
     ops = model.ops
     model.ops = ops._replace(attention=attention)
     inputs, _, cu_seqlens = batch(T=12)
@@ -354,18 +432,27 @@ def test_paired_heads_equal_a_double_loop():
     for row in range(2):
         for head in range(2):
             for i in range(24):
-                seen = [j for j in range(24) if doc[12 * row + j // 2] == doc[12 * row + i // 2] and 0 <= i - j <= 6]
-                scores = torch.stack([q[row, i, head] @ k[row, j, head] for j in seen]) * kwargs["scale"]
+                seen = [
+                    j
+                    for j in range(24)
+                    if doc[12 * row + j // 2] == doc[12 * row + i // 2] and 0 <= i - j <= 6
+                ]
+                scores = (
+                    torch.stack([q[row, i, head] @ k[row, j, head] for j in seen]) * kwargs["scale"]
+                )
                 expected = sum(p * v[row, j, head] for p, j in zip(scores.softmax(0), seen))
                 torch.testing.assert_close(y[row, i, head], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("windows", [(3, 3, 3, 9, 9), (9, 9, 9, 9, 9), FAR], ids=str)
 def test_key_offset_goes_by_the_layer_and_not_by_the_windows(windows):
-    """Validation may have other windows than training, even one for all layers: it is the same model."""
+    """Validation may have other windows than training, even one for all layers: it is the same
+    model."""
     c, model = tiny_model(key_offset=True, n_layer=5, long_layers=(3,), value_embed_layers=())
     keys, ops = [], model.ops
-    model.ops = ops._replace(attention=lambda q, k, v, **kwargs: keys.append(k) or ops.attention(q, k, v, **kwargs))
+    model.ops = ops._replace(
+        attention=lambda q, k, v, **kwargs: keys.append(k) or ops.attention(q, k, v, **kwargs)
+    )
     for on in (True, False):
         model.c = dataclasses.replace(c, key_offset=on)
         model.hidden(batch()[0], batch()[2], stage_of(c, windows))
@@ -397,8 +484,10 @@ def test_n_grams_that_share_a_row_differ_by_their_signs():
 def test_the_signs_are_the_same_in_every_process_and_dtype():
     with torch.device("meta"):
         tg.GPT(tiny_model(n_gram=2, ngram_signs=True)[0], 257)
-    one, two = (tiny_model(n_gram=2, ngram_signs=True, seed=s, dtype=d)[1].signs for s, d in
-                ((0, torch.float32), (1, torch.bfloat16)))
+    one, two = (
+        tiny_model(n_gram=2, ngram_signs=True, seed=s, dtype=d)[1].signs
+        for s, d in ((0, torch.float32), (1, torch.bfloat16))
+    )
     assert torch.equal(one, two.float())
 
 
@@ -407,7 +496,9 @@ def test_tied_looks_up_the_head_and_untied_the_embedding():
     args = batch()
     for tied, used, unused in ((True, "lm_head", "embed"), (False, "embed", None)):
         stage = stage_of(c, tied=tied)
-        grads = dict(zip(dict(model.named_parameters()), loss_and_gradients(model, *args, stage)[1]))
+        grads = dict(
+            zip(dict(model.named_parameters()), loss_and_gradients(model, *args, stage)[1])
+        )
         assert unused is None or grads[unused] is None
         assert grads[used] is not None
     with torch.no_grad():
@@ -424,9 +515,9 @@ def test_yarn_rotates_by_the_stage_and_only_then():
     assert not torch.equal(model.cos, fresh[0])
     D = 16
     angles = torch.arange(24)[:, None] * tg.rope_frequencies(c, D // 4, (9, 20))
-    torch.testing.assert_close(model.cos[:, 0, :D // 4], angles.cos())
-    torch.testing.assert_close(model.sin[:, 0, :D // 4], angles.sin())
-    assert (model.cos[:, 0, D // 4:] == 1).all() and (model.sin[:, 0, D // 4:] == 0).all()
+    torch.testing.assert_close(model.cos[:, 0, : D // 4], angles.cos())
+    torch.testing.assert_close(model.sin[:, 0, : D // 4], angles.sin())
+    assert (model.cos[:, 0, D // 4 :] == 1).all() and (model.sin[:, 0, D // 4 :] == 0).all()
 
 
 # --- compiled, chunked, recomputed
@@ -459,7 +550,7 @@ def test_every_piece_compiles_into_one_graph(backend, recompute):
 @pytest.mark.parametrize("fields, changes", EVERY_WAY, ids=["nothing", "all", "all, tied"])
 def test_recomputing_blocks_changes_no_bit(fields, changes):
     c, model = tiny_model(**fields)
-    stage = stage_of(c, NEAR[:c.n_layer], **changes)
+    stage = stage_of(c, NEAR[: c.n_layer], **changes)
     args = *batch(), stage, WEIGHTS if stage.n_targets > 1 else None
     kept = loss_and_gradients(model, *args)
     model.recompute = True
@@ -473,6 +564,7 @@ def saved_bytes(model, *args):
     def pack(x):
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = model(*args)
     loss.backward()
@@ -493,7 +585,9 @@ def test_chunked_logits_give_the_same_loss():
         args = (*batch(), stage_of(model.c, n_targets=1 if weights is None else 3))
         whole = model(*args, weights)
         for chunk in (1, 7, 24, 48, 1000):
-            assert model(*args, weights, chunk=chunk).item() == pytest.approx(whole.item(), rel=1e-6)
+            assert model(*args, weights, chunk=chunk).item() == pytest.approx(
+                whole.item(), rel=1e-6
+            )
 
 
 # --- sampled softmax
@@ -506,10 +600,15 @@ def test_sampled_softmax_counts_each_other_token_for_several(n, tied):
     inputs, targets, cu_seqlens = batch()
     stage = stage_of(c, tied=tied, n_targets=3, n_sampled=n)
     loss, gradients = loss_and_gradients(model, inputs, targets, cu_seqlens, stage, WEIGHTS)
-    later, ends = [targets], F.pad(tg.document_starts(inputs, cu_seqlens)[:, 1:], (0, 1), value=True)
+    later, ends = (
+        [targets],
+        F.pad(tg.document_starts(inputs, cu_seqlens)[:, 1:], (0, 1), value=True),
+    )
     for _ in range(2):
         later.append(torch.where(ends, -100, later[-1].roll(-1, dims=1)))
-    tokens, among, sampled = tg.sample_vocabulary(torch.stack(later, 2).flatten(0, 1), 320, n, inputs.sum())
+    tokens, among, sampled = tg.sample_vocabulary(
+        torch.stack(later, 2).flatten(0, 1), 320, n, inputs.sum()
+    )
     first, many = int(sampled[0]), sampled[1].double().exp()
     mass = logits_of(model, inputs, cu_seqlens, stage)[:, tokens].exp()
     log_sum = (mass[:, :first].sum(1) + many * mass[:, first:].sum(1)).log()
@@ -552,29 +651,69 @@ def test_flops_per_token_counts_the_matrices():
     c, model = tiny_model()
     matrices = 3 * (4 * 32 * 32 + 2 * 4 * 32 * 32) + 320 * 32
     assert model.flops_per_token(stage_of(c, FAR[:3])) == 6 * matrices + 3 * 12 * 32 * 12
-    assert model.flops_per_token(stage_of(c, (4, 8, 24))) == 6 * matrices + 12 * 32 * (4 + 8 + 24) / 2
+    assert (
+        model.flops_per_token(stage_of(c, (4, 8, 24))) == 6 * matrices + 12 * 32 * (4 + 8 + 24) / 2
+    )
     sampled = model.flops_per_token(stage_of(c, (4, 8, 24), n_sampled=64))
     assert sampled == 6 * (matrices - 256 * 32) + 12 * 32 * (4 + 8 + 24) / 2
 
 
 def test_flops_per_token_of_pairs_and_of_a_layer_without_attention():
-    """Twice the keys at half the heads' width for each of twice the queries; four products and the scores left out."""
+    """Twice the keys at half the heads' width for each of twice the queries; four products and
+    the scores left out."""
     c, model = tiny_model(**PIECES)
     matrices = 4 * 4 * 32 * 32 + 5 * 2 * 4 * 32 * 32 + 320 * 32
-    assert model.flops_per_token(stage_of(c, (4, 8, 24, 12, 12))) == 6 * matrices + 12 * 32 * (2 * 4 + 8 + 12 + 12) / 2
-    assert model.flops_per_token(stage_of(c, (99,) * 5)) == 6 * matrices + 12 * 32 * (2 + 3) * 24 / 2
+    assert (
+        model.flops_per_token(stage_of(c, (4, 8, 24, 12, 12)))
+        == 6 * matrices + 12 * 32 * (2 * 4 + 8 + 12 + 12) / 2
+    )
+    assert (
+        model.flops_per_token(stage_of(c, (99,) * 5)) == 6 * matrices + 12 * 32 * (2 + 3) * 24 / 2
+    )
 
 
 # --- golden losses
 
 
-# Ten steps from seed 0, then the validation. They change when the recipe changes, and then on purpose: print and look.
+# Ten steps from seed 0, then the validation. They change when the recipe changes, and then on
+# purpose: print and look.
 GOLDEN = dict(
-    nothing=[5.77051, 5.66595, 5.45091, 5.18659, 4.90735, 4.64692, 4.43202, 4.28090, 4.13569, 4.03124, 3.97309],
-    everything=[9.72506, 9.24106, 8.40790, 7.73423, 6.49191, 5.52569, 4.99809, 4.98865, 4.88467, 4.88597, 4.84990])
+    nothing=[
+        5.77051,
+        5.66595,
+        5.45091,
+        5.18659,
+        4.90735,
+        4.64692,
+        4.43202,
+        4.28090,
+        4.13569,
+        4.03124,
+        3.97309,
+    ],
+    everything=[
+        9.72506,
+        9.24106,
+        8.40790,
+        7.73423,
+        6.49191,
+        5.52569,
+        4.99809,
+        4.98865,
+        4.88467,
+        4.88597,
+        4.84990,
+    ],
+)
 
 
-@pytest.mark.parametrize("name, fields", [("nothing", {}), ("everything", EVERYTHING)], ids=["nothing", "everything"])
+@pytest.mark.parametrize(
+    "name, fields", [("nothing", {}), ("everything", EVERYTHING)], ids=["nothing", "everything"]
+)
 def test_golden_losses(tmp_path, name, fields):
-    result = tg.train(tiny(write_text(tmp_path / "words.txt"), tmp_path, steps=10, eval_every=10, **fields))
-    assert [*train_losses(tmp_path / "run"), result["val_loss"]] == pytest.approx(GOLDEN[name], rel=1e-4)
+    result = tg.train(
+        tiny(write_text(tmp_path / "words.txt"), tmp_path, steps=10, eval_every=10, **fields)
+    )
+    assert [*train_losses(tmp_path / "run"), result["val_loss"]] == pytest.approx(
+        GOLDEN[name], rel=1e-4
+    )

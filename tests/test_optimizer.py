@@ -1,4 +1,5 @@
-"""The optimizer of train_gpt.py: numbers against references written here, and sharding without processes."""
+"""The optimizer of train_gpt.py: numbers against references written here, and sharding without
+processes."""
 
 import dataclasses
 import functools
@@ -7,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers import PIECES
 from torch import nn
 
-from helpers import PIECES
 from kernels import updates
 from kernels.polar_express import COEFFICIENTS
 from kernels.updates import join
@@ -18,8 +19,16 @@ from runtime.state import gather_optimizer, load_optimizer
 from train_gpt import GPT, Config, Optimizer, Rule, World, parameter_table, stage_at
 
 # odd sizes, so that no world size but 1 divides them all
-SHAPES = dict(scalars=(5,), gates=(3, 1), embed=(13, 7), head=(9, 11), tables=(3, 5, 4),
-              tall=(5, 12, 4), wide=(3, 4, 10), one=(1, 6, 6))
+SHAPES = dict(
+    scalars=(5,),
+    gates=(3, 1),
+    embed=(13, 7),
+    head=(9, 11),
+    tables=(3, 5, 4),
+    tall=(5, 12, 4),
+    wide=(3, 4, 10),
+    one=(1, 6, 6),
+)
 TABLE = dict(
     scalars=Rule("adam", 0.04, (0.9, 0.99), eps=0.1, sharded=False),
     gates=Rule("adam", 0.02, (0.9, 0.99)),
@@ -76,11 +85,17 @@ def single(rule, start, dtype=torch.float32, **options):
 
 def test_adam_is_torchs_adam():
     """20 steps with changing learning rates and very different gradient sizes, to 1e-6."""
-    shapes = {n: s for n, s in SHAPES.items() if TABLE[n].optim == "adam" and not TABLE[n].weight_decay}
+    shapes = {
+        n: s for n, s in SHAPES.items() if TABLE[n].optim == "adam" and not TABLE[n].weight_decay
+    }
     model, reference = Parameters(shapes), Parameters(shapes)
     optimizer = Optimizer(model, {n: TABLE[n] for n in shapes})
-    torchs = torch.optim.Adam([dict(params=[p], betas=TABLE[n].betas, eps=TABLE[n].eps)
-                               for n, p in reference.named_parameters()])
+    torchs = torch.optim.Adam(
+        [
+            dict(params=[p], betas=TABLE[n].betas, eps=TABLE[n].eps)
+            for n, p in reference.named_parameters()
+        ]
+    )
     for step in range(20):
         scale = 1 - step / 25
         grads = {n: g * 10.0 ** (step % 5 - 2) for n, g in gradients(step, shapes).items()}
@@ -100,25 +115,32 @@ def test_adams_first_step_is_the_learning_rate(size):
     model, optimizer = single(Rule("adam", 0.1, (0.9, 0.99)), torch.zeros(3))
     model.w.grad = torch.tensor([size, -size, 0.0])
     optimizer.step(0.5, 0.9)
-    torch.testing.assert_close(model.w.detach(), torch.tensor([-0.05, 0.05, 0.0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        model.w.detach(), torch.tensor([-0.05, 0.05, 0.0]), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("lr_scale", [1.0, 0.5])
 def test_adams_decay_is_cautious_and_times_the_squared_learning_rate(lr_scale):
-    """A weight shrinks by lr^2 decay where its step goes towards zero as well, and else not at all."""
+    """A weight shrinks by lr^2 decay where its step goes towards zero as well, and else not at
+    all."""
     start = torch.tensor([2.0, 2.0, -2.0, -2.0, 2.0])
     model, optimizer = single(Rule("adam", 0.1, (0.0, 0.0), weight_decay=4.0), start)
     model.w.grad = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0])
     optimizer.step(lr_scale, 0.9)
     lr = 0.1 * lr_scale
-    expected = start - lr * torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0]) - 4 * lr**2 * torch.tensor([2.0, 0, 0, -2, 0])
+    expected = (
+        start
+        - lr * torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0])
+        - 4 * lr**2 * torch.tensor([2.0, 0, 0, -2, 0])
+    )
     torch.testing.assert_close(model.w.detach(), expected)
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_row_adam_is_float64s(every):
-    """Each row's step is its gradient over the root of its mean square's average, with the rule's learning rate, second
-    beta and eps, Adam's own count of steps, and cautious decay."""
+    """Each row's step is its gradient over the root of its mean square's average, with the
+    rule's learning rate, second beta and eps, Adam's own count of steps, and cautious decay."""
     start = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
     rule = Rule("row_adam", 0.05, (0.5, 0.9), eps=0.01, weight_decay=20.0)
     model, optimizer = single(rule, start, adam_every=every)
@@ -166,7 +188,9 @@ def test_adam_every_nth_step_is_adam_on_summed_gradients(every):
             assert optimizer.waiting() == []
         else:
             assert set(optimizer.waiting()) == adam_names
-            assert_equal({n: before[n] for n in adam_names}, {n: weights(model)[n] for n in adam_names})
+            assert_equal(
+                {n: before[n] for n in adam_names}, {n: weights(model)[n] for n in adam_names}
+            )
         assert_equal(weights(model), weights(reference))
 
 
@@ -174,7 +198,8 @@ def test_adam_every_nth_step_is_adam_on_summed_gradients(every):
 
 
 def orthogonalised(G):
-    """The five polynomials on one float64 matrix, straight from their definition, without a transpose."""
+    """The five polynomials on one float64 matrix, straight from their definition, without a
+    transpose."""
     X = G / (1.02 * (G * G).sum().sqrt())
     for a, b, c in COEFFICIENTS:
         X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
@@ -192,7 +217,8 @@ def muon_reference(start, grads, lrs, momenta, decay, normuon=False):
             average = beta * average + (1 - beta) * g
             update = orthogonalised(beta * average + (1 - beta) * g)
             shrink = lr**2 * decay * (update * w >= 0)
-            if normuon:  # each row, or column, of the longer side to the same size, the whole as large as before
+            # each row, or column, of the longer side to the same size, the whole as large as before
+            if normuon:
                 v = 0.9 * v + 0.1 * (update**2).mean(1 if rows >= cols else 0, keepdim=True)
                 balanced = update / v.sqrt()
                 update = balanced * update.norm() / balanced.norm()
@@ -202,9 +228,12 @@ def muon_reference(start, grads, lrs, momenta, decay, normuon=False):
 
 
 @pytest.mark.parametrize("normuon", [False, True])
-@pytest.mark.parametrize("shape", [(3, 8, 8), (4, 12, 3), (2, 5, 20), (1, 1, 7), (1, 6, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 8), (4, 12, 3), (2, 5, 20), (1, 1, 7), (1, 6, 2)], ids=str
+)
 def test_muon_is_a_loop_over_matrices(shape, normuon):
-    """Momentum with Nesterov's look ahead, polar factor, sqrt(rows / cols) for tall ones, cautious decoupled decay."""
+    """Momentum with Nesterov's look ahead, polar factor, sqrt(rows / cols) for tall ones,
+    cautious decoupled decay."""
     lrs, momenta = [0.1, 0.1, 0.05, 0.02, 0.0, 0.07], [0.85, 0.9, 0.95, 0.95, 0.9, 0.0]
     start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     grads = [torch.randn(shape, generator=torch.Generator().manual_seed(10 + k)) for k in range(6)]
@@ -212,12 +241,13 @@ def test_muon_is_a_loop_over_matrices(shape, normuon):
     for k, grad in enumerate(grads):
         model.w.grad = grad.clone()
         optimizer.step(lrs[k] / 0.1, momenta[k])
-        expected = muon_reference(start, grads[:k + 1], lrs, momenta, 10.0, normuon)
+        expected = muon_reference(start, grads[: k + 1], lrs, momenta, 10.0, normuon)
         torch.testing.assert_close(model.w.detach().double(), expected, atol=1e-4, rtol=0)
 
 
 def test_muons_decay_is_decoupled_and_times_the_squared_learning_rate():
-    """A weight whose step goes towards zero shrinks by 1 - lr^2 decay besides; without a gradient nothing happens."""
+    """A weight whose step goes towards zero shrinks by 1 - lr^2 decay besides; without a
+    gradient nothing happens."""
     start, grad = torch.ones(2, 3, 3), torch.diag(torch.tensor([1.0, 2.0, -1.0])).expand(2, 3, 3)
     ends = []
     for decay in (0.0, 5.0):
@@ -269,7 +299,8 @@ def train(optimizer, model, steps, seed=0):
 
 
 def test_bf16_weights_are_the_masters_rounded():
-    """After every step; and the masters do what fp32 weights would do with the same gradients (Adam)."""
+    """After every step; and the masters do what fp32 weights would do with the same gradients
+    (Adam)."""
     model, exact = Parameters(dtype=torch.bfloat16), Parameters()
     with torch.no_grad():
         for p, q in zip(exact.parameters(), model.parameters()):
@@ -285,13 +316,21 @@ def test_bf16_weights_are_the_masters_rounded():
             assert torch.equal(p.detach().flatten(), master.bfloat16().flatten())
             assert not torch.equal(p.detach().float().flatten(), master.flatten())
             if TABLE[name].optim != "muon":
-                assert torch.equal(master, exact.get_parameter(name).view(optimizer.shards[name].whole.shape).detach())
+                assert torch.equal(
+                    master,
+                    exact.get_parameter(name).view(optimizer.shards[name].whole.shape).detach(),
+                )
             else:
-                torch.testing.assert_close(master, exact.get_parameter(name).detach(), atol=0.05, rtol=0)
+                torch.testing.assert_close(
+                    master, exact.get_parameter(name).detach(), atol=0.05, rtol=0
+                )
 
 
-@pytest.mark.parametrize("rule, shape", [(Rule("adam", 1e-4, (0.0, 0.9)), (4,)),
-                                         (Rule("muon", 1e-4), (1, 1, 1))], ids=["adam", "muon"])
+@pytest.mark.parametrize(
+    "rule, shape",
+    [(Rule("adam", 1e-4, (0.0, 0.9)), (4,)), (Rule("muon", 1e-4), (1, 1, 1))],
+    ids=["adam", "muon"],
+)
 def test_updates_too_small_for_bf16_add_up_in_the_master(rule, shape):
     """At 1.0 bf16 cannot take off 1e-4; a hundred of them are 1e-2."""
     model, optimizer = single(rule, torch.ones(shape), torch.bfloat16)
@@ -364,6 +403,7 @@ def test_step_clears_gradients_and_keeps_the_parameters_storage():
 
 class OnGPU(torch.Tensor):
     """Says it is on a GPU, where nobody may ask for its value."""
+
     device = torch.device("cuda", 0)
 
     def __bool__(self):
@@ -378,14 +418,21 @@ def judged(ok, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [dict(), dict(normuon=True)], ids=["muon", "normuon"])
 def test_a_step_that_does_not_count_leaves_every_bit(dtype, options, kind):
-    """Whatever the gradients hold; what follows is as if it had not been, but for the step count of Adam."""
+    """Whatever the gradients hold; what follows is as if it had not been, but for the step count
+    of Adam."""
     model = Parameters(dtype=dtype)
     optimizer = Optimizer(model, TABLE, **options)
     train(optimizer, model, 2)
 
     def everything():
-        moments = {(n, k): x.clone() for n, s in optimizer.state.items() for k, x in s.items() if x is not None}
+        moments = {
+            (n, k): x.clone()
+            for n, s in optimizer.state.items()
+            for k, x in s.items()
+            if x is not None
+        }
         return weights(model) | moments
+
     before = everything()
     for bad in (float("nan"), float("inf"), 1.0):
         give(model, {n: g * bad for n, g in gradients(5).items()})
@@ -394,7 +441,9 @@ def test_a_step_that_does_not_count_leaves_every_bit(dtype, options, kind):
         assert optimizer.waiting() == []
     give(model, gradients(6))
     optimizer.step(1.0, 0.9, judged(True, kind))
-    assert all(p.isfinite().all() and not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(
+        p.isfinite().all() and not torch.equal(p, before[n]) for n, p in model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -402,7 +451,10 @@ def test_a_step_that_does_not_count_leaves_every_bit(dtype, options, kind):
 def test_gradients_of_a_step_that_does_not_count_do_not_wait(bad, kind):
     """With adam_every, the step after a bad one updates from its own gradients."""
     model, other = Parameters(), Parameters()
-    optimizer, reference = Optimizer(model, TABLE, adam_every=2), Optimizer(other, TABLE, adam_every=2)
+    optimizer, reference = (
+        Optimizer(model, TABLE, adam_every=2),
+        Optimizer(other, TABLE, adam_every=2),
+    )
     give(model, {n: g * bad for n, g in gradients(1).items()})
     give(other, {n: torch.zeros_like(g) for n, g in gradients(1).items()})
     for o in (optimizer, reference):
@@ -422,8 +474,9 @@ EVERYTHING = PIECES | dict(n_embd=32, weight_decay=1.0, normuon=True, row_moment
 
 @pytest.fixture(scope="module", params=["plain", "everything"])
 def graphs(request):
-    """(which, counts of graphs of adam_update, row_scale, nesterov, balance, descend after each of three steps) of
-    GPT's parameters, compiled as the optimizer compiles them; the weights must be those of the eager run."""
+    """(which, counts of graphs of adam_update, row_scale, nesterov, balance, descend after each
+    of three steps) of GPT's parameters, compiled as the optimizer compiles them; the weights
+    must be those of the eager run."""
     counts, after = [0] * 5, []
     torch._dynamo.reset()  # other tests' graphs count towards the limit
 
@@ -431,18 +484,33 @@ def graphs(request):
         def backend(graph, inputs):
             counts[i] += 1
             return graph.forward
+
         return backend
+
     c = tiny(**(EVERYTHING if request.param == "everything" else {}))
     models = [GPT(c, 65) for _ in range(2)]
     for m in models:
         m.init_weights(0)
-    compiled, eager = (Optimizer(m, parameter_table(c), compile=m is models[0], normuon=c.normuon) for m in models)
+    compiled, eager = (
+        Optimizer(m, parameter_table(c), compile=m is models[0], normuon=c.normuon) for m in models
+    )
     adam, row_scale, nesterov, balance, descend = (
-        torch.compile(f, fullgraph=True, dynamic=True, backend=counting(i)) for i, f in
-        enumerate((updates.adam_update, updates.row_scale, updates.nesterov, updates.balance, updates.descend)))
+        torch.compile(f, fullgraph=True, dynamic=True, backend=counting(i))
+        for i, f in enumerate(
+            (
+                updates.adam_update,
+                updates.row_scale,
+                updates.nesterov,
+                updates.balance,
+                updates.descend,
+            )
+        )
+    )
     compiled.adam = adam
     compiled.row_adam = functools.partial(updates.row_update, row_scale=row_scale, descend=descend)
-    compiled.muon = functools.partial(updates.muon_update, nesterov=nesterov, balance=balance, descend=descend)
+    compiled.muon = functools.partial(
+        updates.muon_update, nesterov=nesterov, balance=balance, descend=descend
+    )
     for step in range(3):
         grads = gradients(step, {n: p.shape for n, p in models[0].named_parameters()})
         for m, o in zip(models, (compiled, eager)):
@@ -460,8 +528,8 @@ def test_values_that_change_every_step_compile_nothing(graphs):
 
 
 def test_one_graph_of_each_update_for_all_shapes(graphs):
-    """Two of Adam where some parameters decay and others do not; NorMuon's balance has another for square
-    matrices, descend for tables."""
+    """Two of Adam where some parameters decay and others do not; NorMuon's balance has another
+    for square matrices, descend for tables."""
     assert graphs[1][0] == ((1, 0, 1, 0, 1) if graphs[0] == "plain" else (2, 1, 1, 2, 2))
 
 
@@ -476,13 +544,29 @@ def test_the_table_must_name_every_parameter_and_no_other():
 
 
 def tiny(**kwargs):
-    return Config(**dict(n_layer=2, n_embd=16, n_head=2, row_len=32, val_row_len=32, batch_tokens=(64,),
-                         value_embed_layers=(0, 1)) | kwargs)
+    return Config(
+        **dict(
+            n_layer=2,
+            n_embd=16,
+            n_head=2,
+            row_len=32,
+            val_row_len=32,
+            batch_tokens=(64,),
+            value_embed_layers=(0, 1),
+        )
+        | kwargs
+    )
 
 
-CONFIGS = dict(default=Config(), tiny=tiny(), one_layer=tiny(n_layer=1, value_embed_layers=(0,)),
-               no_value_embeds=tiny(value_embed_layers=()), no_softcap=tiny(softcap=()),
-               ngrams=tiny(n_gram=3, ngram_rows=100), everything=tiny(**EVERYTHING))
+CONFIGS = dict(
+    default=Config(),
+    tiny=tiny(),
+    one_layer=tiny(n_layer=1, value_embed_layers=(0,)),
+    no_value_embeds=tiny(value_embed_layers=()),
+    no_softcap=tiny(softcap=()),
+    ngrams=tiny(n_gram=3, ngram_rows=100),
+    everything=tiny(**EVERYTHING),
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -503,11 +587,18 @@ def test_the_table_of_the_model(name):
 
 
 def test_what_decays():
-    """With the record's factors: tables little, the head and what is tied to it 31 times as much, small ones not."""
+    """With the record's factors: tables little, the head and what is tied to it 31 times as
+    much, small ones not."""
     for tied in (0.0, 0.5):
         table = parameter_table(Config(weight_decay=1.6, tied=tied))
         assert {n for n, r in table.items() if r.weight_decay} == {
-            "value_embeds", "embed", "ngram_embeds", "lm_head", "attn_bank", "mlp_bank"}
+            "value_embeds",
+            "embed",
+            "ngram_embeds",
+            "lm_head",
+            "attn_bank",
+            "mlp_bank",
+        }
         assert table["lm_head"].weight_decay == 1.0 and table["mlp_bank"].weight_decay == 1.6
         assert table["embed"].weight_decay == (1.0 if tied else pytest.approx(0.032))
         assert (table["embed"].lr == table["lm_head"].lr) == bool(tied)
@@ -518,15 +609,22 @@ def test_what_decays():
 @pytest.mark.parametrize("tied", [0.0, 0.5])
 def test_tables_have_a_moment_a_row(tied):
     """The head and what is tied to it keep Adam's, and nothing else changes."""
-    without, table = (parameter_table(Config(row_moments=on, tied=tied, weight_decay=1.0)) for on in (False, True))
+    without, table = (
+        parameter_table(Config(row_moments=on, tied=tied, weight_decay=1.0)) for on in (False, True)
+    )
     tables = {"value_embeds", "ngram_embeds"} | ({"embed"} if not tied else set())
     for n, rule in table.items():
-        assert rule == dataclasses.replace(without[n], optim="row_adam" if n in tables else without[n].optim), n
+        assert rule == dataclasses.replace(
+            without[n], optim="row_adam" if n in tables else without[n].optim
+        ), n
     c = tiny(**PIECES, row_moments=True, tied=tied)
     state = Optimizer(GPT(c, 65), parameter_table(c)).state
     for n, s in state.items():
         assert (s["m"] is None) == (n in tables), n
-    assert state["value_embeds"]["v"].shape == (len(c.value_embed_layers) * 128, 1)  # 65 tokens, padded
+    assert state["value_embeds"]["v"].shape == (
+        len(c.value_embed_layers) * 128,
+        1,
+    )  # 65 tokens, padded
 
 
 def model_step(c, model, optimizer, rows, n_tokens):
@@ -538,7 +636,9 @@ def model_step(c, model, optimizer, rows, n_tokens):
     return loss.item()
 
 
-@pytest.mark.parametrize("name", ["tiny", "one_layer", "no_value_embeds", "no_softcap", "everything"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "one_layer", "no_value_embeds", "no_softcap", "everything"]
+)
 def test_the_optimizer_trains_the_model(name):
     """Five steps on one batch: the loss falls and every parameter that is used has moved."""
     c = CONFIGS[name]
@@ -567,7 +667,9 @@ def test_untying_copies_weights_masters_and_moments(dtype):
     for k in range(3):
         for name, p in model.named_parameters():
             if name != "embed":  # as while tied: it has no gradient
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k)).to(p.dtype)
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k)).to(
+                    p.dtype
+                )
         optimizer.step(1.0, 0.9)
     model.lm_head.grad = torch.ones_like(model.lm_head)
     before = weights(model)
@@ -580,9 +682,13 @@ def test_untying_copies_weights_masters_and_moments(dtype):
     assert head["m"].any() and head["v"].any()
     assert torch.equal(master_of(optimizer, "embed"), master_of(optimizer, "lm_head"))
     assert_equal(weights(model), before | dict(embed=before["lm_head"]))
-    assert torch.equal(model.embed.grad, model.lm_head.grad)  # the sum that waits for Adam is of both
+    assert torch.equal(
+        model.embed.grad, model.lm_head.grad
+    )  # the sum that waits for Adam is of both
     optimizer.step(1.0, 0.9)  # the same rule, so the same gradient still gives the same weights
-    assert torch.equal(model.embed, model.lm_head) and not torch.equal(model.embed, before["lm_head"])
+    assert torch.equal(model.embed, model.lm_head) and not torch.equal(
+        model.embed, before["lm_head"]
+    )
 
 
 # --- shards
@@ -594,15 +700,25 @@ def world_of(rank, size, local=None):
     if local == size:
         return World(rank, size, torch.device("cpu"), size)
     first = rank - rank % local
-    return World(rank, size, torch.device("cpu"), local, tuple(range(first, first + local)),
-                 tuple(range(rank % local, size, local)))
+    return World(
+        rank,
+        size,
+        torch.device("cpu"),
+        local,
+        tuple(range(first, first + local)),
+        tuple(range(rank % local, size, local)),
+    )
 
 
 @pytest.mark.parametrize("world_size", range(1, 10))
 def test_parts_of_all_ranks_make_up_every_parameter(world_size):
-    """In order, nothing twice, nothing missing, padded parts equally long; each rank holds only its state."""
+    """In order, nothing twice, nothing missing, padded parts equally long; each rank holds only
+    its state."""
     model = Parameters()
-    optimizers = [Optimizer(model, TABLE, world_of(rank, world_size), normuon=True) for rank in range(world_size)]
+    optimizers = [
+        Optimizer(model, TABLE, world_of(rank, world_size), normuon=True)
+        for rank in range(world_size)
+    ]
     for name, p in model.named_parameters():
         rule, states = TABLE[name], [o.state[name] for o in optimizers]
         whole = p.detach()
@@ -618,9 +734,13 @@ def test_parts_of_all_ranks_make_up_every_parameter(world_size):
             assert all(torch.equal(part, whole) for part in parts)
             continue
         assert torch.equal(torch.cat(parts), whole)  # random numbers: in order and once each
-        starts = [(part.data_ptr() - p.data_ptr()) // p.element_size() for part in parts if len(part)]
+        starts = [
+            (part.data_ptr() - p.data_ptr()) // p.element_size() for part in parts if len(part)
+        ]
         counts = [part.numel() for part in parts if len(part)]
-        assert starts == [sum(counts[:i]) for i in range(len(counts))]  # the parts are views of the weights
+        assert starts == [
+            sum(counts[:i]) for i in range(len(counts))
+        ]  # the parts are views of the weights
         (n,) = {o.shards[name].n for o in optimizers}
         assert len(whole) <= n * world_size < len(whole) + world_size
         assert all(len(part) <= n for part in parts)
@@ -633,24 +753,34 @@ def test_machines_share_out_alike():
     alone = [Optimizer(model, TABLE, world_of(rank, 3)) for rank in range(3)]
     for name in SHAPES:
         for rank in range(6):
-            assert there[rank].shards[name].own.data_ptr() == alone[rank % 3].shards[name].own.data_ptr()
+            assert (
+                there[rank].shards[name].own.data_ptr()
+                == alone[rank % 3].shards[name].own.data_ptr()
+            )
             assert len(there[rank].shards[name].own) == len(alone[rank % 3].shards[name].own)
 
 
 class Ranks:
-    """Ranks as threads, with torch.distributed's collectives as its documentation has them, at their worst.
+    """Ranks as threads, with torch.distributed's collectives as its documentation has them, at
+    their worst.
 
-    A collective's result is NaN until wait(); its input must not change before; all ranks must call the same
-    ones in the same order with the same sizes. Groups are tuples of ranks.
+    A collective's result is NaN until wait(); its input must not change before; all ranks must call
+    the same ones in the same order with the same sizes. Groups are tuples of ranks.
     """
 
     def __init__(self, size, local=None):
-        self.size, self.barrier, self.thread = size, threading.Barrier(size, timeout=30), threading.local()
+        self.size, self.barrier, self.thread = (
+            size,
+            threading.Barrier(size, timeout=30),
+            threading.local(),
+        )
         self.worlds = [world_of(rank, size, local) for rank in range(size)]
         self.slots, self.calls = [None] * size, []
 
     def run(self, fn):
-        """fn(rank) on all ranks at once; returns their results, or raises what the first of them raised."""
+        """fn(rank) on all ranks at once; returns their results, or raises what the first of them
+        raised."""
+
         def body(rank):
             self.thread.rank = rank
             try:
@@ -658,6 +788,7 @@ class Ranks:
             except BaseException:
                 self.barrier.abort()
                 raise
+
         with ThreadPoolExecutor(self.size) as pool:
             futures = [pool.submit(body, rank) for rank in range(self.size)]
         errors = [e for e in (f.exception() for f in futures) if e]
@@ -688,15 +819,20 @@ class Ranks:
 
         class Work:
             def wait(self):
-                assert in_place or torch.equal(x, copy), "the input of a running collective was overwritten"
+                assert in_place or torch.equal(x, copy), (
+                    "the input of a running collective was overwritten"
+                )
                 out.copy_(result)
+
         return Work() if async_op else Work().wait()
 
     def reduce_scatter(self, out, x, group=None, async_op=False):
         values, place = self.exchange("reduce_scatter", x, group)
         assert len(x) == len(out) * len(values)
         total = sum(values)
-        return self.start(x, out, total.chunk(len(values))[place] if len(total) else total, async_op)
+        return self.start(
+            x, out, total.chunk(len(values))[place] if len(total) else total, async_op
+        )
 
     def all_gather(self, out, x, group=None, async_op=False):
         values, _ = self.exchange("all_gather", x, group)
@@ -731,9 +867,12 @@ def assert_close_to_alone(found, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [2, 3, 5, 7, (4, 2), (6, 3), (6, 2), (3, 1)], indirect=True, ids=str)
+@pytest.mark.parametrize(
+    "ranks", [2, 3, 5, 7, (4, 2), (6, 3), (6, 2), (3, 1)], indirect=True, ids=str
+)
 def test_many_ranks_do_what_one_does(ranks, dtype):
-    """Four steps: all ranks end with the same bits: the weights of one rank with the summed gradients."""
+    """Four steps: all ranks end with the same bits: the weights of one rank with the summed
+    gradients."""
     models = [Parameters(dtype=dtype) for _ in range(ranks.size)]
     optimizers = [Optimizer(m, TABLE, world) for m, world in zip(models, ranks.worlds)]
     alone = Parameters(dtype=dtype)
@@ -746,6 +885,7 @@ def test_many_ranks_do_what_one_does(ranks, dtype):
         def on_rank(rank):
             give(models[rank], grads[rank])
             optimizers[rank].step(0.7, 0.9)
+
         ranks.run(on_rank)
         assert all(p.grad is None for m in models for p in m.parameters())
         for m in models[1:]:
@@ -767,19 +907,24 @@ def test_between_machines_go_parts_only(ranks):
     def on_rank(rank):
         give(models[rank], gradients(rank))
         optimizers[rank].step(0.7, 0.9)
+
     ranks.run(on_rank)
     across = sum(n for what, members, n in ranks.calls if members == 2)
     everywhere = [n for what, members, n in ranks.calls if members == 8]
     assert everywhere == [5]  # the scalars
-    sizes = {n: 4 * o.n * optimizers[0].shards[n].whole[0].numel()
-             for n, o in optimizers[0].shards.items() if TABLE[n].sharded}
+    sizes = {
+        n: 4 * o.n * optimizers[0].shards[n].whole[0].numel()
+        for n, o in optimizers[0].shards.items()
+        if TABLE[n].sharded
+    }
     assert 4 * across == sum(sizes.values())
 
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("ranks", [3, (4, 2)], indirect=True, ids=str)
 def test_many_ranks_train_the_model(ranks, every):
-    """GPT's own parameters and table, each rank with its row of the batch, as one rank with all rows."""
+    """GPT's own parameters and table, each rank with its row of the batch, as one rank with all
+    rows."""
     c = tiny(**EVERYTHING | dict(n_gram=2, ngram_rows=100, weight_decay=0.0))
     size = ranks.size
     tokens = torch.randint(65, (size, 33), generator=torch.Generator().manual_seed(0))
@@ -788,11 +933,12 @@ def test_many_ranks_train_the_model(ranks, every):
         model = GPT(c, 65)
         model.init_weights(0)
         return model, Optimizer(model, parameter_table(c), world, normuon=True, adam_every=every)
+
     model, optimizer = fresh()
     many = [fresh(world) for world in ranks.worlds]
     for _ in range(2):
         model_step(c, model, optimizer, tokens, 32 * size)
-        ranks.run(lambda rank: model_step(c, *many[rank], tokens[rank:rank + 1], 32 * size))
+        ranks.run(lambda rank: model_step(c, *many[rank], tokens[rank : rank + 1], 32 * size))
     for name, w in weights(model).items():
         for m, _ in many[1:]:
             assert torch.equal(m.get_parameter(name), many[0][0].get_parameter(name)), name
@@ -803,7 +949,8 @@ def test_many_ranks_train_the_model(ranks, every):
 
 @pytest.mark.parametrize("ranks", [4, (4, 2)], indirect=True, ids=str)
 def test_masters_of_all_ranks_are_those_of_one(ranks):
-    """bf16: each rank keeps the exact masters of its part only; together they are the single rank's."""
+    """bf16: each rank keeps the exact masters of its part only; together they are the single
+    rank's."""
     shapes = {n: s for n, s in SHAPES.items() if TABLE[n].optim == "adam" and TABLE[n].sharded}
     table = {n: TABLE[n] for n in shapes}
     models = [Parameters(shapes, torch.bfloat16) for _ in range(4)]
@@ -816,7 +963,7 @@ def test_masters_of_all_ranks_are_those_of_one(ranks):
         reference.step(1.0, 0.9)
         ranks.run(lambda rank: (give(models[rank], grads[rank]), optimizers[rank].step(1.0, 0.9)))
     for name in shapes:
-        together = torch.cat([master_of(o, name) for o in optimizers[:ranks.worlds[0].local_size]])
+        together = torch.cat([master_of(o, name) for o in optimizers[: ranks.worlds[0].local_size]])
         torch.testing.assert_close(together, master_of(reference, name), atol=1e-6, rtol=1e-6)
 
 
@@ -833,7 +980,9 @@ def from_tensors(tensors):
 def test_state_that_was_gathered_and_loaded_goes_on_bit_for_bit(dtype, every):
     """From other weights and moments, and with gradients that have to go."""
     model, other = Parameters(dtype=dtype), Parameters(dtype=dtype, seed=9)
-    optimizer, continued = (Optimizer(m, TABLE, normuon=True, adam_every=every) for m in (model, other))
+    optimizer, continued = (
+        Optimizer(m, TABLE, normuon=True, adam_every=every) for m in (model, other)
+    )
 
     def steps(model, optimizer, numbers):
         for k in numbers:
@@ -841,6 +990,7 @@ def test_state_that_was_gathered_and_loaded_goes_on_bit_for_bit(dtype, every):
                 grad = gradients(k)[name].to(p.dtype)
                 p.grad = grad if p.grad is None else p.grad + grad
             optimizer.step(1 - 0.1 * k, 0.85)
+
     steps(other, continued, [7])
     assert bool(continued.waiting()) == (every == 2)
     steps(model, optimizer, range(4))
@@ -860,7 +1010,9 @@ def test_state_that_was_gathered_and_loaded_goes_on_bit_for_bit(dtype, every):
 def test_state_of_many_ranks_is_that_of_one_and_loads_on_any_number(ranks):
     """A rank without rows of a parameter is no trouble."""
     models = [Parameters() for _ in range(ranks.size)]
-    optimizers = [Optimizer(m, TABLE, world, adam_every=2) for m, world in zip(models, ranks.worlds)]
+    optimizers = [
+        Optimizer(m, TABLE, world, adam_every=2) for m, world in zip(models, ranks.worlds)
+    ]
     alone = Parameters()
     reference = Optimizer(alone, TABLE, adam_every=2)
 
@@ -871,9 +1023,16 @@ def test_state_of_many_ranks_is_that_of_one_and_loads_on_any_number(ranks):
             def accumulate(model, grads):
                 for name, p in model.named_parameters():
                     p.grad = grads[name].clone() if p.grad is None else p.grad + grads[name]
+
             accumulate(alone, summed(grads))
             reference.step(0.7, 0.9)
-            ranks.run(lambda rank: (accumulate(models[rank], grads[rank]), optimizers[rank].step(0.7, 0.9)))
+            ranks.run(
+                lambda rank: (
+                    accumulate(models[rank], grads[rank]),
+                    optimizers[rank].step(0.7, 0.9),
+                )
+            )
+
     steps(range(4), models, optimizers, alone, reference)
     tensors = ranks.run(lambda rank: gather_optimizer(optimizers[rank]))
     assert not any(tensors[1:])

@@ -5,10 +5,22 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from train_gpt import (Config, by_stage, layer_windows, lr_scale, muon_momentum, progress_at, rope_frequencies,
-                       stage_at, stage_number, target_weights, val_stage)
+from train_gpt import (
+    Config,
+    by_stage,
+    layer_windows,
+    lr_scale,
+    muon_momentum,
+    progress_at,
+    rope_frequencies,
+    stage_at,
+    stage_number,
+    target_weights,
+    val_stage,
+)
 
 quick = settings(deadline=None, max_examples=200, database=None)
 progresses = st.floats(0, 1)
@@ -28,10 +40,14 @@ def test_by_stage_borders():
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_every_stage_gets_its_steps(n):
-    """For progress = step / steps, step belongs to stage floor(n step / steps), without rounding errors."""
+    """For progress = step / steps, step belongs to stage floor(n step / steps), without rounding
+    errors."""
     for steps in (1, 7, 49, 98, 100, 500, 1000, 1774):
         for step in range(steps):
-            assert by_stage(range(n), step / steps) == math.floor(Fraction(n * step, steps)), (step, steps)
+            assert by_stage(range(n), step / steps) == math.floor(Fraction(n * step, steps)), (
+                step,
+                steps,
+            )
 
 
 @quick
@@ -40,16 +56,30 @@ def test_stages_never_go_back(a, b, n):
     assert by_stage(range(n), min(a, b)) <= by_stage(range(n), max(a, b))
 
 
-@pytest.mark.parametrize("n, long, far", [
-    (1, (), {0}), (2, (), {1}), (4, (3,), {3}), (8, (3, 0), {0, 3, 7}), (11, (3, 10), {3, 10})])
+@pytest.mark.parametrize(
+    "n, long, far",
+    [(1, (), {0}), (2, (), {1}), (4, (3,), {3}), (8, (3, 0), {0, 3, 7}), (11, (3, 10), {3, 10})],
+)
 def test_long_layers_and_the_last_see_far(n, long, far):
     windows = layer_windows(Config(n_layer=n, long_layers=long, value_embed_layers=(0,)), 5, 9)
     assert windows == tuple(9 if i in far else 5 for i in range(n))
 
 
 def test_the_extension_stays_where_the_schedules_end():
-    c = Config(steps=12, extension=2, short_window=(1, 2), batch_tokens=(256, 512), lr_floor=0.15, tied=1.0, mtp=(3, 2))
-    assert [progress_at(c, step) for step in range(12)] == [*(step / 10 for step in range(10)), 1.0, 1.0]
+    c = Config(
+        steps=12,
+        extension=2,
+        short_window=(1, 2),
+        batch_tokens=(256, 512),
+        lr_floor=0.15,
+        tied=1.0,
+        mtp=(3, 2),
+    )
+    assert [progress_at(c, step) for step in range(12)] == [
+        *(step / 10 for step in range(10)),
+        1.0,
+        1.0,
+    ]
     assert lr_scale(c, progress_at(c, 11)) == pytest.approx(0.15)
     assert muon_momentum(progress_at(c, 11)) == pytest.approx(0.85)
     assert target_weights(c, progress_at(c, 11)) == [1.0, 0.0]
@@ -58,12 +88,22 @@ def test_the_extension_stays_where_the_schedules_end():
 
 
 def staged(**kwargs):
-    return Config(**dict(n_layer=4, row_len=64, batch_tokens=(128, 256, 640), max_doc_len=(16, 1000),
-                         short_window=(1, 2, 3), long_window=(10, 20)) | kwargs)
+    return Config(
+        **dict(
+            n_layer=4,
+            row_len=64,
+            batch_tokens=(128, 256, 640),
+            max_doc_len=(16, 1000),
+            short_window=(1, 2, 3),
+            long_window=(10, 20),
+        )
+        | kwargs
+    )
 
 
 def test_stage_at():
-    """Every tuple has its own number of stages; rows are batch_tokens over row_len; documents fit a row."""
+    """Every tuple has its own number of stages; rows are batch_tokens over row_len; documents
+    fit a row."""
     c = staged()
     expected = {  # progress: windows, max_doc_len, rows
         0.0: ((1, 1, 1, 10), 16, 2),
@@ -98,11 +138,21 @@ def test_stage_values_are_among_those_configured(progress):
 @pytest.mark.parametrize("n_layer", range(1, 12))
 def test_validation_sees_the_last_windows_or_its_own(n_layer):
     """Whatever the stage; documents are as long as its rows, scale and head are the stage's."""
-    c = staged(n_layer=n_layer, value_embed_layers=(), yarn=True, tied=0.5, mtp=(3, 2), sampled_softmax=(64,),
-               val_row_len=100)
+    c = staged(
+        n_layer=n_layer,
+        value_embed_layers=(),
+        yarn=True,
+        tied=0.5,
+        mtp=(3, 2),
+        sampled_softmax=(64,),
+        val_row_len=100,
+    )
     for progress in (0.0, 0.4, 0.6, 1.0):
         stage = stage_at(c, progress)
-        last, own = val_stage(c, stage), val_stage(staged(**{**vars(c), "val_windows": (5, 7)}), stage)
+        last, own = (
+            val_stage(c, stage),
+            val_stage(staged(**{**vars(c), "val_windows": (5, 7)}), stage),
+        )
         assert last.windows == layer_windows(c, 3, 20) and own.windows == layer_windows(c, 5, 7)
         for val in (last, own):
             assert val[1:] == (100, 0, stage.attn_scale, stage.tied, 1, 0)
@@ -111,7 +161,9 @@ def test_validation_sees_the_last_windows_or_its_own(n_layer):
 def test_tied_for_its_fraction_of_training():
     for tied, steps in ((0.0, 0), (0.25, 5), (0.66, 14), (1.0, 20)):
         c = Config(tied=tied)
-        assert [stage_at(c, step / 20).tied for step in range(20)] == [True] * steps + [False] * (20 - steps)
+        assert [stage_at(c, step / 20).tied for step in range(20)] == [True] * steps + [False] * (
+            20 - steps
+        )
 
 
 # --- the next tokens' weights
@@ -120,9 +172,19 @@ def test_tied_for_its_fraction_of_training():
 RECORD = Config(mtp=(3, 2, 1))
 
 
-@pytest.mark.parametrize("progress, weights", [
-    (0.0, [1, 0.5, 0.25]), (1 / 6, [1, 0.5, 0.125]), (1 / 3 - 1e-9, [1, 0.5, 0]),
-    (1 / 3 + 1e-9, [1, 0.5]), (1 / 2, [1, 0.25]), (2 / 3 - 1e-9, [1, 0]), (2 / 3 + 1e-9, None), (1.0, None)])
+@pytest.mark.parametrize(
+    "progress, weights",
+    [
+        (0.0, [1, 0.5, 0.25]),
+        (1 / 6, [1, 0.5, 0.125]),
+        (1 / 3 - 1e-9, [1, 0.5, 0]),
+        (1 / 3 + 1e-9, [1, 0.5]),
+        (1 / 2, [1, 0.25]),
+        (2 / 3 - 1e-9, [1, 0]),
+        (2 / 3 + 1e-9, None),
+        (1.0, None),
+    ],
+)
 def test_target_weights_are_the_records(progress, weights):
     """Stage 1: 1, .5, .25 -> 0; stage 2: 1, .5 -> 0; stage 3: 1."""
     assert target_weights(RECORD, progress) == (weights and pytest.approx(weights, abs=1e-7))
@@ -131,31 +193,41 @@ def test_target_weights_are_the_records(progress, weights):
 @quick
 @given(progresses, st.lists(st.integers(1, 5), min_size=1, max_size=5).map(tuple))
 def test_target_weights_of_any_schedule(progress, mtp):
-    """As many as the stage has targets, which is what is compiled for; falling, and all but the last fixed."""
+    """As many as the stage has targets, which is what is compiled for; falling, and all but the
+    last fixed."""
     c = Config(mtp=mtp)
     n, weights = stage_at(c, progress).n_targets, target_weights(c, progress)
     assert n == by_stage(mtp, progress)
     if n == 1:
         assert weights is None
     else:
-        assert len(weights) == n and weights[:-1] == [0.5**k for k in range(n - 1)] and 0 <= weights[-1] <= 0.5**(n - 1)
+        assert (
+            len(weights) == n
+            and weights[:-1] == [0.5**k for k in range(n - 1)]
+            and 0 <= weights[-1] <= 0.5 ** (n - 1)
+        )
 
 
 # --- rotary frequencies
 
 
-YARN = Config(n_embd=512, n_head=4, row_len=64, batch_tokens=(64,), yarn=True, long_window=(384, 896, 1408))
+YARN = Config(
+    n_embd=512, n_head=4, row_len=64, batch_tokens=(64,), yarn=True, long_window=(384, 896, 1408)
+)
 
 
 def test_rotary_frequencies_without_yarn():
     for n, base in ((1, 10.0), (2, 100.0), (32, 1024.0)):
         expected = [base ** -(k / max(1, n - 1)) for k in range(n)]
         for windows in ((), (5,), (5, 7, 9)):
-            assert rope_frequencies(Config(rope_base=base), n, windows).tolist() == pytest.approx(expected)
+            assert rope_frequencies(Config(rope_base=base), n, windows).tolist() == pytest.approx(
+                expected
+            )
 
 
 def yarn_by_the_formula(freqs, old, new, alpha=1.0, beta=32.0):
-    """Peng et al.: g(lambda) = (1 - ramp) g / s + ramp g, ramp by how many turns a wave makes in the old context."""
+    """Peng et al.: g(lambda) = (1 - ramp) g / s + ramp g, ramp by how many turns a wave makes in
+    the old context."""
     s, result = new / old, []
     for g in freqs:
         wavelength = 2 * math.pi / g
@@ -180,7 +252,9 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_does_not():
     slow = turns <= 1
     torch.testing.assert_close(after[slow], before[slow] * 384 / 896)
     assert slow.any() and (after <= before).all() and (after.diff() < 0).all()
-    assert torch.equal(rope_frequencies(YARN, 32, (384, 384)), before)  # no change of the window, no change
+    assert torch.equal(
+        rope_frequencies(YARN, 32, (384, 384)), before
+    )  # no change of the window, no change
 
 
 def test_yarns_scale_is_the_records():
@@ -188,17 +262,22 @@ def test_yarns_scale_is_the_records():
     scales = [stage_at(YARN, progress).attn_scale for progress in (0.0, 0.5, 1.0)]
     assert scales[0] == pytest.approx(1.36 / math.sqrt(128))
     assert [0.1 * s / scales[0] for s in scales] == pytest.approx([0.100, 0.117, 0.128], abs=5e-4)
-    assert {stage_at(Config(**{**vars(YARN), "yarn": False}), p).attn_scale for p in (0.0, 0.5, 1.0)} == {scales[0]}
+    assert {
+        stage_at(Config(**{**vars(YARN), "yarn": False}), p).attn_scale for p in (0.0, 0.5, 1.0)
+    } == {scales[0]}
 
 
 def test_the_tables_and_the_scale_change_at_the_same_steps():
     """enter() fills the tables for the windows up to a step's stage; the stage holds the scale."""
     steps = 100
     for step in range(steps):
-        windows = YARN.long_window[:stage_number(YARN.long_window, step / steps) + 1]
+        windows = YARN.long_window[: stage_number(YARN.long_window, step / steps) + 1]
         assert windows[-1] == stage_at(YARN, step / steps).windows[-1]
-        assert stage_at(YARN, step / steps).attn_scale / stage_at(YARN, 0).attn_scale == pytest.approx(
-            math.prod(1 + 0.2 * math.log(b / a) for a, b in zip(windows, windows[1:])))
+        assert stage_at(YARN, step / steps).attn_scale / stage_at(
+            YARN, 0
+        ).attn_scale == pytest.approx(
+            math.prod(1 + 0.2 * math.log(b / a) for a, b in zip(windows, windows[1:]))
+        )
 
 
 # --- learning rate
@@ -235,7 +314,8 @@ def test_stage_multipliers_and_their_blend_with_the_floor():
 
 
 def test_a_stage_may_change_within_the_cooldown():
-    """There the multiplier's jump counts by the part that is not cooled down yet, and the end is the same."""
+    """There the multiplier's jump counts by the part that is not cooled down yet, and the end is
+    the same."""
     c = Config(stage_lr=(1.0, 3.0), cooldown=0.8, lr_floor=0.1)
     t = (0.5 - 0.2) / 0.8
     assert lr_scale(c, 0.5) - lr_scale(c, 0.5 - 1e-9) == pytest.approx(2 * (1 - t), abs=1e-6)

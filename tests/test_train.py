@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import EVERYTHING, PIECES, options, run_trainer, tiny, train_losses, write_text
 from safetensors.torch import load_file
 
 import train_gpt as tg
 from data import InputError, ShardWriter
-from helpers import EVERYTHING, PIECES, options, run_trainer, tiny, train_losses, write_text
 from kernels import launch
 from runtime import machine
 
@@ -29,9 +29,24 @@ def test_a_run_as_a_user_starts_it(text, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1  # one line of JSON, nothing else
     result = json.loads(done.stdout)
-    assert {"track", "target_metric", "target", "reached", "val_loss", "val_bpb", "train_time_s", "cold_start_s",
-            "steps", "tokens", "tokens_per_s", "params", "device", "world_size", "run_dir",
-            "data_fingerprint"} <= set(result)
+    assert {
+        "track",
+        "target_metric",
+        "target",
+        "reached",
+        "val_loss",
+        "val_bpb",
+        "train_time_s",
+        "cold_start_s",
+        "steps",
+        "tokens",
+        "tokens_per_s",
+        "params",
+        "device",
+        "world_size",
+        "run_dir",
+        "data_fingerprint",
+    } <= set(result)
     assert result["reached"] and result["val_loss"] <= 5.5
     assert result["steps"] < 30 and result["tokens"] == result["steps"] * 256
     assert "a sample" in done.stderr
@@ -41,20 +56,46 @@ def test_a_run_as_a_user_starts_it(text, tmp_path):
     log = (run / "log.txt").read_text()
     assert (tg.ROOT / "train_gpt.py").read_text() in log and '"git_commit"' in log
     val_line = r"^step:(\d+)/30 val_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\d+\.\d+)ms( .*)?$"
-    assert float(re.findall(val_line, log, re.M)[-1][1]) == pytest.approx(result["val_loss"], abs=1e-4)
-    assert len(re.findall(r"^step:\d+/30 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms$", log, re.M)) \
-        == result["steps"] == len(train_losses(run))
+    assert float(re.findall(val_line, log, re.M)[-1][1]) == pytest.approx(
+        result["val_loss"], abs=1e-4
+    )
+    assert (
+        len(
+            re.findall(
+                r"^step:\d+/30 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms$", log, re.M
+            )
+        )
+        == result["steps"]
+        == len(train_losses(run))
+    )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="probing attention and Triton's ops loads the compiler")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="probing attention and Triton's ops loads the compiler"
+)
 def test_an_uncompiled_run_does_not_load_the_compiler(text, tmp_path):
-    """Which takes longer than some runs; a compiled one does, so that the question is a fair one."""
-    program = ("import sys, train_gpt as tg; tg.main(sys.argv[1:]); "
-               "print('loaded' if 'torch._dynamo' in sys.modules else 'not loaded')")
+    """Which takes longer than some runs; a compiled one does, so that the question is a fair
+    one."""
+    program = (
+        "import sys, train_gpt as tg; tg.main(sys.argv[1:]); "
+        "print('loaded' if 'torch._dynamo' in sys.modules else 'not loaded')"
+    )
     for compile, answer in ((False, "not loaded"), (True, "loaded")):
-        c = tiny(text, tmp_path, compile=compile, steps=2, run_dir=str(tmp_path / answer), n_layer=1,
-                 value_embed_layers=(0,))
-        done = subprocess.run([sys.executable, "-c", program, *options(c)], capture_output=True, text=True, cwd=tg.ROOT)
+        c = tiny(
+            text,
+            tmp_path,
+            compile=compile,
+            steps=2,
+            run_dir=str(tmp_path / answer),
+            n_layer=1,
+            value_embed_layers=(0,),
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, *options(c)],
+            capture_output=True,
+            text=True,
+            cwd=tg.ROOT,
+        )
         assert done.stdout.splitlines()[1:] == [answer], done.stderr
 
 
@@ -73,7 +114,9 @@ def test_weights_on_disk_are_the_model(text, tmp_path):
     result = tg.train(c)
     weights = load_file(tmp_path / "run" / "model.safetensors")
     model = tg.GPT(c, 257)
-    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in weights.items()}
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in weights.items()
+    }
     model.load_state_dict(weights, strict=True)
     loader = tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World()).val
     stage = tg.val_stage(c, tg.stage_at(c, 1.0))
@@ -84,31 +127,50 @@ def test_weights_on_disk_are_the_model(text, tmp_path):
 def test_bits_per_byte_of_bytes_are_the_loss_in_bits(text, tmp_path):
     result = tg.train(tiny(text, tmp_path, val_tokens=0, steps=2))
     n = json.loads(next((tmp_path / "cache/data").glob("*/meta.json")).read_text())
-    assert result["val_bpb"] == pytest.approx(result["val_loss"] / math.log(2) * (n["val_tokens"] - 1) / n["val_bytes"])
+    assert result["val_bpb"] == pytest.approx(
+        result["val_loss"] / math.log(2) * (n["val_tokens"] - 1) / n["val_bytes"]
+    )
 
 
 def test_learns_and_is_deterministic(text, tmp_path):
-    runs = [tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / f"r{i}"), seed=s, steps=60, eval_every=60))
-            for i, s in enumerate((0, 0, 1))]
+    runs = [
+        tg.train(
+            tiny(text, tmp_path, run_dir=str(tmp_path / f"r{i}"), seed=s, steps=60, eval_every=60)
+        )
+        for i, s in enumerate((0, 0, 1))
+    ]
     assert runs[0]["val_loss"] == runs[1]["val_loss"] != runs[2]["val_loss"]
     assert train_losses(tmp_path / "r0") == train_losses(tmp_path / "r1")
-    assert runs[0]["val_loss"] < 2.2  # ln 257 = 5.55 at the start; the words' own entropy is about 0.7 a byte
+    assert (
+        runs[0]["val_loss"] < 2.2
+    )  # ln 257 = 5.55 at the start; the words' own entropy is about 0.7 a byte
 
 
 @pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["nothing", "everything"])
 def test_accumulation_does_not_change_the_losses(text, tmp_path, fields):
     whole = tg.train(tiny(text, tmp_path, **fields))
-    c = tiny(text, tmp_path, run_dir=str(tmp_path / "parts"), micro_tokens=96, **fields)  # 3 rows, 3, 2 + padding
+    c = tiny(
+        text, tmp_path, run_dir=str(tmp_path / "parts"), micro_tokens=96, **fields
+    )  # 3 rows, 3, 2 + padding
     parts = tg.train(c)
     assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
-    assert train_losses(tmp_path / "parts") == pytest.approx(train_losses(tmp_path / "run"), rel=1e-4)
+    assert train_losses(tmp_path / "parts") == pytest.approx(
+        train_losses(tmp_path / "run"), rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("fields, reached", [(PIECES, 1.35), (EVERYTHING, 2.9)], ids=["pieces", "everything"])
+@pytest.mark.parametrize(
+    "fields, reached", [(PIECES, 1.35), (EVERYTHING, 2.9)], ids=["pieces", "everything"]
+)
 def test_every_piece_together_learns_and_is_deterministic(text, tmp_path, fields, reached):
-    """The model's pieces beat the model without them, 1.49; the optimizer's and the schedule's are for longer runs."""
-    runs = [tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / f"r{i}"), steps=60, eval_every=60, **fields))
-            for i in range(2)]
+    """The model's pieces beat the model without them, 1.49; the optimizer's and the schedule's
+    are for longer runs."""
+    runs = [
+        tg.train(
+            tiny(text, tmp_path, run_dir=str(tmp_path / f"r{i}"), steps=60, eval_every=60, **fields)
+        )
+        for i in range(2)
+    ]
     assert runs[0]["val_loss"] == runs[1]["val_loss"] < reached
     assert train_losses(tmp_path / "r0") == train_losses(tmp_path / "r1")
 
@@ -121,9 +183,14 @@ def saved_model(c, run_dir):
 
 @pytest.mark.parametrize("ended", [4, 10, 14, 20])
 def test_saved_weights_do_not_depend_on_where_training_ended(text, tmp_path, monkeypatch, ended):
-    """Tied or not, with the first stage's rotary frequencies or the last one's: they are those of an untied model."""
+    """Tied or not, with the first stage's rotary frequencies or the last one's: they are those
+    of an untied model."""
     evaluated, evaluate = [], tg.evaluate
-    monkeypatch.setattr(tg, "evaluate", lambda *args: evaluated.append((args[1], evaluate(*args))) or evaluated[-1][1])
+    monkeypatch.setattr(
+        tg,
+        "evaluate",
+        lambda *args: evaluated.append((args[1], evaluate(*args))) or evaluated[-1][1],
+    )
     target = 1000.0 if ended < 20 else 0.0
     c = tiny(text, tmp_path, eval_every=ended, target=target, **EVERYTHING)
     result = tg.train(c)
@@ -131,7 +198,7 @@ def test_saved_weights_do_not_depend_on_where_training_ended(text, tmp_path, mon
     stage, nats = evaluated[-1]
     assert stage.tied == (ended <= 9)
     model = saved_model(c, tmp_path / "run")
-    model.rotate(c.long_window[:1 + (ended > 9)])
+    model.rotate(c.long_window[: 1 + (ended > 9)])
     batches = tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World()).val.micro_batches()
     again = evaluate(model, stage._replace(tied=False), len(model.lm_head), batches, tg.World())
     assert again == pytest.approx(nats, rel=1e-5)
@@ -139,13 +206,17 @@ def test_saved_weights_do_not_depend_on_where_training_ended(text, tmp_path, mon
 
 
 def test_the_split_is_between_two_steps(text, tmp_path, monkeypatch):
-    """Until then the embedding keeps its first weights and no moments; at the split it is the head."""
+    """Until then the embedding keeps its first weights and no moments; at the split it is the
+    head."""
     at, update = [], tg.Optimizer.step
 
     def listen(self, *args):
         before = self.params["embed"].detach().clone(), self.params["lm_head"].detach().clone()
         update(self, *args)
-        at.append((*before, self.params["embed"].detach().clone(), self.state["embed"]["m"].any().item()))
+        at.append(
+            (*before, self.params["embed"].detach().clone(), self.state["embed"]["m"].any().item())
+        )
+
     monkeypatch.setattr(tg.Optimizer, "step", listen)
     tg.train(tiny(text, tmp_path, tied=0.3, steps=10))
     for step, (embed, head, after, moments) in enumerate(at):
@@ -156,7 +227,9 @@ def test_the_split_is_between_two_steps(text, tmp_path, monkeypatch):
 
 def test_bfloat16_weights_with_fp32_masters_follow_float32(text, tmp_path):
     whole = tg.train(tiny(text, tmp_path, steps=60))
-    half = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "half"), steps=60, dtype="bfloat16"))
+    half = tg.train(
+        tiny(text, tmp_path, run_dir=str(tmp_path / "half"), steps=60, dtype="bfloat16")
+    )
     assert half["val_loss"] == pytest.approx(whole["val_loss"], rel=0.03)
 
 
@@ -167,28 +240,46 @@ def without_interpreter(monkeypatch):
 
 
 def test_fp8_follows_bf16(text, tmp_path, monkeypatch, without_interpreter):
-    """Products in 8 bits, emulated on a CPU: other losses, near by; compiled without a break, they are the same."""
+    """Products in 8 bits, emulated on a CPU: other losses, near by; compiled without a break,
+    they are the same."""
     fields = dict(steps=6, eval_every=6, dtype="bfloat16")
     half = tg.train(tiny(text, tmp_path, **fields))
     eight = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "eight"), fp8="on", **fields))
     a, b = train_losses(tmp_path / "run"), train_losses(tmp_path / "eight")
-    assert a != b and b == pytest.approx(a, rel=0.02) and eight["val_loss"] == pytest.approx(half["val_loss"], rel=0.02)
+    assert (
+        a != b
+        and b == pytest.approx(a, rel=0.02)
+        and eight["val_loss"] == pytest.approx(half["val_loss"], rel=0.02)
+    )
 
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, **kwargs, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: compile(f, **kwargs, backend="aot_eager")
+    )
     torch._dynamo.reset()
-    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), fp8="on", compile=True, **fields))
+    tg.train(
+        tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), fp8="on", compile=True, **fields)
+    )
     assert train_losses(tmp_path / "compiled") == pytest.approx(b, rel=1e-3)
 
 
-def test_fp8_scales_follow_each_steps_largest_activation(text, tmp_path, monkeypatch, without_interpreter):
+def test_fp8_scales_follow_each_steps_largest_activation(
+    text, tmp_path, monkeypatch, without_interpreter
+):
     """Once a step, whatever was validated in between, and warming up leaves none behind."""
     seen, step = [], tg.Trainer.step
 
     def watched(self, *args, **kwargs):
         before = [float(x.scale) for x in self.model.scales()]
         step(self, *args, **kwargs)
-        seen.append((before, [float(x.scale) for x in self.model.scales()], [float(x.amax) for x in self.model.scales()]))
+        seen.append(
+            (
+                before,
+                [float(x.scale) for x in self.model.scales()],
+                [float(x.amax) for x in self.model.scales()],
+            )
+        )
+
     monkeypatch.setattr(tg.Trainer, "step", watched)
     tg.train(tiny(text, tmp_path, steps=4, eval_every=1, dtype="bfloat16", fp8="on"))
     first = tg.FP8ReLU2MLP().post.scale.item()
@@ -205,7 +296,9 @@ def test_fp8_is_chosen_by_the_machine_and_asked_for_in_vain_refused(text, tmp_pa
         assert tg.settle(c, gpu).fp8 == choice and tg.settle(c, torch.device("cpu")).fp8 == "off"
         assert tg.settle(dataclasses.replace(c, dtype="float32"), gpu).fp8 == "off"
         assert tg.settle(dataclasses.replace(c, fp8="on"), gpu).fp8 == "on"
-    with pytest.raises(InputError, match="--fp8 on: expected bfloat16 on .*, found torch.float32 on cpu"):
+    with pytest.raises(
+        InputError, match="--fp8 on: expected bfloat16 on .*, found torch.float32 on cpu"
+    ):
         tg.train(dataclasses.replace(c, fp8="on", dtype="float32"))
 
 
@@ -213,15 +306,28 @@ def test_compiled_run_agrees_with_eager(text, tmp_path):
     """The one run through Inductor: forward, backward, both optimizers, validation, two stages."""
     fields = dict(n_layer=1, value_embed_layers=(0,), short_window=(8, 16), steps=6, eval_every=3)
     eager = tg.train(tiny(text, tmp_path, **fields))
-    compiled = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), compile=True, **fields))
-    assert train_losses(tmp_path / "compiled") == pytest.approx(train_losses(tmp_path / "run"), rel=1e-4)
+    compiled = tg.train(
+        tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), compile=True, **fields)
+    )
+    assert train_losses(tmp_path / "compiled") == pytest.approx(
+        train_losses(tmp_path / "run"), rel=1e-4
+    )
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("backend, recompute", [("aot_eager", "off"), *(
-    pytest.param("inductor", recompute, marks=pytest.mark.slow) for recompute in ("off", "on"))])
+@pytest.mark.parametrize(
+    "backend, recompute",
+    [
+        ("aot_eager", "off"),
+        *(
+            pytest.param("inductor", recompute, marks=pytest.mark.slow)
+            for recompute in ("off", "on")
+        ),
+    ],
+)
 def test_a_compiled_run_of_every_piece_agrees_with_eager_and_compiles_nothing_inside_the_clock(
-        text, tmp_path, monkeypatch, backend, recompute):
+    text, tmp_path, monkeypatch, backend, recompute
+):
     fields = EVERYTHING | dict(steps=14, eval_every=5, recompute=recompute)
     eager = tg.train(tiny(text, tmp_path, **fields))
     run, compile = tg.Trainer.run, torch.compile
@@ -230,10 +336,15 @@ def test_a_compiled_run_of_every_piece_agrees_with_eager_and_compiles_nothing_in
     def strictly(self, *args):
         with torch._dynamo.config.patch(error_on_recompile=True):
             return run(self, *args)
+
     torch._dynamo.reset()
     monkeypatch.setattr(tg.Trainer, "run", strictly)
-    compiled = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), compile=True, **fields))
-    assert train_losses(tmp_path / "compiled") == pytest.approx(train_losses(tmp_path / "run"), rel=1e-3)
+    compiled = tg.train(
+        tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), compile=True, **fields)
+    )
+    assert train_losses(tmp_path / "compiled") == pytest.approx(
+        train_losses(tmp_path / "run"), rel=1e-3
+    )
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-3)
 
 
@@ -246,12 +357,15 @@ def test_non_finite_loss_stops_at_its_step_and_says_so(text, tmp_path, monkeypat
             with torch.no_grad():
                 self.params["lm_head"][3, 0] = math.nan
         after.append({n: p.detach().clone() for n, p in self.params.items()})
+
     monkeypatch.setattr(tg.Optimizer, "step", poison)
     assert tg.main(options(tiny(text, tmp_path))) == 2
     out, err = capsys.readouterr()
     assert out == "" and "error: step 6: the training loss is nan" in err
     assert len(after) == 6
-    assert all(p.equal(after[4][n]) or n == "lm_head" for n, p in after[5].items())  # nothing happened
+    assert all(
+        p.equal(after[4][n]) or n == "lm_head" for n, p in after[5].items()
+    )  # nothing happened
     assert len(train_losses(tmp_path / "run")) == 5
 
 
@@ -264,71 +378,127 @@ def refused(argv, capsys):
     return err
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--track", "nope"], f"unknown track 'nope': expected one of {', '.join(tg.track_names())}\n"),
-    (["--step", "5"], "unknown option --step: did you mean --steps? valid are --adam-every --adam-lr"),
-    (["--frobnicate"], "unknown option --frobnicate: valid are --adam-every --adam-lr"),
-    (["stray"], "unknown option stray"),
-    (["--steps", "many"], "--steps: invalid int value: 'many'"),
-    (["--steps", "0"], "--steps 0: expected a positive number"),
-    (["--seed", "-1"], "--seed -1: expected zero or more"),
-    (["--seed", str(2**63 - 1), "--repeat", "2"], f"--seed {2**63 - 1}: expected seeds below 2**63, all 2 of them"),
-    (["--sampled-softmax", "64", "100"], "--sampled-softmax 64 100: expected multiples of 64, or 0"),
-    (["--batch-tokens", "1000"], "--batch-tokens (1000,): expected multiples of 256"),
-    (["--n-head", "3"], "expected a multiple of 4 * n_head"),
-    (["--target-metric", "accuracy"], "expected val_loss or val_bpb"),
-    (["--dtype", "int8"], "expected auto, bfloat16 or float32"),
-    (["--value-embed-layers", "9"], "expected layers from 0 to"),
-    (["--softcap", "15"], "expected three numbers, or none"),
-    (["--softcap", "1", "1", "0"], "expected three numbers, or none"),
-    (["--muon-lr", "nan"], "--muon-lr nan: expected zero or more"),
-    (["--rope-base", "0"], "--rope-base 0.0: expected a positive number"),
-    (["--lr-floor", "2"], "--lr-floor 2.0: expected a fraction"),
-    (["--val-windows", "5", "-1"], "--val-windows 5 -1: expected two"),
-    (["--target", "1", "--paired-layers", "4"], "--paired-layers (4,): expected layers from 0 to 3, and an even n_head"),
-    (["--target", "1", "--paired-layers", "0", "--n-head", "1"], "expected layers from 0 to 3, and an even n_head"),
-    (["--skip", "1"], "--skip (1,): expected an earlier and a later layer"),
-    (["--skip", "2", "1"], "--skip (2, 1): expected an earlier and a later layer"),
-    (["--target", "1", "--skip", "1", "3"], "--skip (1, 3): expected an earlier and a later layer"),  # it has value embeddings
-    (["--target", "1", "--skip", "1", "2", "--paired-layers", "2"], "the later one without pairs"),
-    (["--backout", "3"], "--backout 3: expected a layer before the last, or -1"),
-    (["--mtp", "2", "0"], "--mtp 2 0: expected one positive number per stage"),
-    (["--adam-every", "0"], "--adam-every 0: expected a positive number"),
-    (["--tied", "1.5"], "--tied 1.5: expected a fraction"),
-    (["--max-skips", "-1"], "--max-skips -1: expected zero or more"),
-    (["--recompute", "yes"], "--recompute yes: expected auto, on or off"),
-    (["--checkpoint-every", "0"], "--checkpoint-every 0: expected a number of steps, a time such as 10m, or off"),
-    (["--max-time", "10"], "--max-time 10: expected a time such as 90s, 10m or 1.5h"),
-    (["--micro-tokens", "100"], "--micro-tokens 100: expected a multiple of row_len (256)"),
-    ([""], "unknown option ''"),
-    (["--track", "shakespeare-char"], "--text : expected a file or folder, which track shakespeare-char needs"),
-    (["--text", "missing.txt"], "missing.txt: no such file or folder"),
-    (["--tokenizer", "words", "--text", __file__], "unknown tokenizer 'words'"),
-    (["--tokenizer", "bpe:12", "--text", __file__], "expected a size from 257 to 65536"),
-    (["--gpus", "4"], f"--gpus 4: this machine has {torch.cuda.device_count()}"),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (
+            ["--track", "nope"],
+            f"unknown track 'nope': expected one of {', '.join(tg.track_names())}\n",
+        ),
+        (
+            ["--step", "5"],
+            "unknown option --step: did you mean --steps? valid are --adam-every --adam-lr",
+        ),
+        (["--frobnicate"], "unknown option --frobnicate: valid are --adam-every --adam-lr"),
+        (["stray"], "unknown option stray"),
+        (["--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["--steps", "0"], "--steps 0: expected a positive number"),
+        (["--seed", "-1"], "--seed -1: expected zero or more"),
+        (
+            ["--seed", str(2**63 - 1), "--repeat", "2"],
+            f"--seed {2**63 - 1}: expected seeds below 2**63, all 2 of them",
+        ),
+        (
+            ["--sampled-softmax", "64", "100"],
+            "--sampled-softmax 64 100: expected multiples of 64, or 0",
+        ),
+        (["--batch-tokens", "1000"], "--batch-tokens (1000,): expected multiples of 256"),
+        (["--n-head", "3"], "expected a multiple of 4 * n_head"),
+        (["--target-metric", "accuracy"], "expected val_loss or val_bpb"),
+        (["--dtype", "int8"], "expected auto, bfloat16 or float32"),
+        (["--value-embed-layers", "9"], "expected layers from 0 to"),
+        (["--softcap", "15"], "expected three numbers, or none"),
+        (["--softcap", "1", "1", "0"], "expected three numbers, or none"),
+        (["--muon-lr", "nan"], "--muon-lr nan: expected zero or more"),
+        (["--rope-base", "0"], "--rope-base 0.0: expected a positive number"),
+        (["--lr-floor", "2"], "--lr-floor 2.0: expected a fraction"),
+        (["--val-windows", "5", "-1"], "--val-windows 5 -1: expected two"),
+        (
+            ["--target", "1", "--paired-layers", "4"],
+            "--paired-layers (4,): expected layers from 0 to 3, and an even n_head",
+        ),
+        (
+            ["--target", "1", "--paired-layers", "0", "--n-head", "1"],
+            "expected layers from 0 to 3, and an even n_head",
+        ),
+        (["--skip", "1"], "--skip (1,): expected an earlier and a later layer"),
+        (["--skip", "2", "1"], "--skip (2, 1): expected an earlier and a later layer"),
+        (
+            ["--target", "1", "--skip", "1", "3"],
+            "--skip (1, 3): expected an earlier and a later layer",
+        ),  # it has value embeddings
+        (
+            ["--target", "1", "--skip", "1", "2", "--paired-layers", "2"],
+            "the later one without pairs",
+        ),
+        (["--backout", "3"], "--backout 3: expected a layer before the last, or -1"),
+        (["--mtp", "2", "0"], "--mtp 2 0: expected one positive number per stage"),
+        (["--adam-every", "0"], "--adam-every 0: expected a positive number"),
+        (["--tied", "1.5"], "--tied 1.5: expected a fraction"),
+        (["--max-skips", "-1"], "--max-skips -1: expected zero or more"),
+        (["--recompute", "yes"], "--recompute yes: expected auto, on or off"),
+        (
+            ["--checkpoint-every", "0"],
+            "--checkpoint-every 0: expected a number of steps, a time such as 10m, or off",
+        ),
+        (["--max-time", "10"], "--max-time 10: expected a time such as 90s, 10m or 1.5h"),
+        (["--micro-tokens", "100"], "--micro-tokens 100: expected a multiple of row_len (256)"),
+        ([""], "unknown option ''"),
+        (
+            ["--track", "shakespeare-char"],
+            "--text : expected a file or folder, which track shakespeare-char needs",
+        ),
+        (["--text", "missing.txt"], "missing.txt: no such file or folder"),
+        (["--tokenizer", "words", "--text", __file__], "unknown tokenizer 'words'"),
+        (["--tokenizer", "bpe:12", "--text", __file__], "expected a size from 257 to 65536"),
+        (["--gpus", "4"], f"--gpus 4: this machine has {torch.cuda.device_count()}"),
+    ],
+)
 def test_bad_options_are_refused_in_one_line(argv, said, capsys, tmp_path):
     assert said in refused([*argv, "--cache-dir", tmp_path], capsys)
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"", "the file is empty"), (b"a\0b" * 1000, "binary file"), (b"short", "fills a row"),
-    (b"many words " * 300, "one batch needs"),
-    (b"x", "too little text")])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "the file is empty"),
+        (b"a\0b" * 1000, "binary file"),
+        (b"short", "fills a row"),
+        (b"many words " * 300, "one batch needs"),
+        (b"x", "too little text"),
+    ],
+)
 def test_bad_texts_are_refused_and_leave_nothing(content, said, capsys, tmp_path):
     (tmp_path / "t.txt").write_bytes(content)
     run = tmp_path / "run"
-    assert said in refused(["--text", tmp_path / "t.txt", "--tokenizer", "bytes", "--cache-dir", tmp_path / "cache",
-                            "--run-dir", run], capsys)
+    assert said in refused(
+        [
+            "--text",
+            tmp_path / "t.txt",
+            "--tokenizer",
+            "bytes",
+            "--cache-dir",
+            tmp_path / "cache",
+            "--run-dir",
+            run,
+        ],
+        capsys,
+    )
     assert not run.exists()
     assert not list(tmp_path.glob("cache/**/*.tmp"))
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda b: b[:-2], "train_000000.bin: "),
-    (lambda b: b"\1" + b[1:], "not what was written"),
-    (lambda b: b[:2000] + b"\xff\xff" + b[2002:], "and start again, which makes it anew from the text"),
-])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda b: b[:-2], "train_000000.bin: "),
+        (lambda b: b"\1" + b[1:], "not what was written"),
+        (
+            lambda b: b[:2000] + b"\xff\xff" + b[2002:],
+            "and start again, which makes it anew from the text",
+        ),
+    ],
+)
 def test_damaged_shards_are_refused(damage, said, capsys, text, tmp_path):
     c = tiny(text, tmp_path)
     tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World())
@@ -348,37 +518,64 @@ def test_an_earlier_run_is_never_overwritten(text, tmp_path, capsys):
 
 def test_own_text_drops_the_tracks_target_unless_given(text):
     own = tg.parse_args(["--track", "laptop", "--text", str(text)])
-    assert own.target is None and own.data == "text" and own.n_layer == 4  # nor is its model the one for that target
+    assert (
+        own.target is None and own.data == "text" and own.n_layer == 4
+    )  # nor is its model the one for that target
     assert tg.parse_args(["--track", "laptop", "--text", str(text), "--target", "2"]).target == 2
     assert tg.parse_args(["--track", "shakespeare-char", "--text", str(text)]).target == 1.4697
 
 
 def test_easier_targets_choose_a_smaller_model(text):
-    at = lambda target: tg.parse_args(["--track", "shakespeare-char", "--text", str(text), "--target", str(target)])
+    at = lambda target: tg.parse_args(
+        ["--track", "shakespeare-char", "--text", str(text), "--target", str(target)]
+    )
     assert at(1.898).n_embd == at(2.5).n_embd < at(1.8).n_embd == at(1.4).n_embd
     assert at(1.898).target == 1.898
     laptop = lambda *target: tg.parse_args(["--track", "laptop", *target])
-    assert laptop() == laptop("--target", "1.5") == dataclasses.replace(laptop("--target", "2"), target=1.5)
+    assert (
+        laptop()
+        == laptop("--target", "1.5")
+        == dataclasses.replace(laptop("--target", "2"), target=1.5)
+    )
     assert laptop().n_layer < laptop("--target", "1.49").n_layer
 
 
 @pytest.mark.parametrize("name", tg.track_names())
 def test_every_track_is_a_valid_config(name, text):
     c = tg.Config(**(tg.load_track(name) | dict(text=str(text))))
-    assert c.track == name and c.target and all(isinstance(c.__getattribute__(f), tuple) for f in (
-        "batch_tokens", "max_doc_len", "short_window", "long_window", "stage_lr", "softcap", "value_embed_layers"))
+    assert (
+        c.track == name
+        and c.target
+        and all(
+            isinstance(c.__getattribute__(f), tuple)
+            for f in (
+                "batch_tokens",
+                "max_doc_len",
+                "short_window",
+                "long_window",
+                "stage_lr",
+                "softcap",
+                "value_embed_layers",
+            )
+        )
+    )
 
 
 def test_help_names_every_field_and_track(capsys):
     assert tg.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in [f"--{f.replace('_', '-')}" for f in tg.Config.__dataclass_fields__] + tg.track_names():
+    for name in [
+        f"--{f.replace('_', '-')}" for f in tg.Config.__dataclass_fields__
+    ] + tg.track_names():
         assert name in text
 
 
 def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
-    """The real track on shards in FineWeb's form, with a small model and no vocabulary to be had."""
-    monkeypatch.setattr("data.gpt2_tokenizer", lambda: (_ for _ in ()).throw(InputError("no network")))
+    """The real track on shards in FineWeb's form, with a small model and no vocabulary to be
+    had."""
+    monkeypatch.setattr(
+        "data.gpt2_tokenizer", lambda: (_ for _ in ()).throw(InputError("no network"))
+    )
     monkeypatch.setattr("data.fineweb.KNOWN_SHA256", {})
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     r = np.random.default_rng(0)
@@ -389,10 +586,28 @@ def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
         with ShardWriter(folder, f"fineweb_{split}") as w:
             w.paths = [None] * index  # so that the number is the index
             w.write(tokens)
-    c = tg.Config(**(tg.load_track("gpt2-small") | dict(
-        cache_dir=str(tmp_path / "cache"), run_dir=str(tmp_path / "run"), train_shards=2, n_embd=48, ngram_rows=500,
-        row_len=256, val_row_len=1024, batch_tokens=(512, 1024, 1536), steps=7, extension=1, eval_every=3,
-        val_tokens=5000, compile=False, dtype="float32", target=10.0)))
+    c = tg.Config(
+        **(
+            tg.load_track("gpt2-small")
+            | dict(
+                cache_dir=str(tmp_path / "cache"),
+                run_dir=str(tmp_path / "run"),
+                train_shards=2,
+                n_embd=48,
+                ngram_rows=500,
+                row_len=256,
+                val_row_len=1024,
+                batch_tokens=(512, 1024, 1536),
+                steps=7,
+                extension=1,
+                eval_every=3,
+                val_tokens=5000,
+                compile=False,
+                dtype="float32",
+                target=10.0,
+            )
+        )
+    )
     result = tg.train(c)
     assert result["reached"] and result["val_bpb"] is None
     assert math.isfinite(result["val_loss"])
@@ -424,13 +639,16 @@ def test_validation_on_own_text_is_as_long_as_the_tracks_or_the_text(text, tmp_p
 def test_a_run_dir_that_cannot_be_is_refused(text, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for bad in ("file", "file/run"):
-        assert "--run-dir" in refused(options(tiny(text, tmp_path, run_dir=str(tmp_path / bad))), capsys)
+        assert "--run-dir" in refused(
+            options(tiny(text, tmp_path, run_dir=str(tmp_path / bad))), capsys
+        )
 
 
 def test_weights_that_cannot_be_written_do_not_cost_the_result(text, tmp_path, monkeypatch):
     def full(weights, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("safetensors.torch.save_file", full)
     result = tg.train(tiny(text, tmp_path, steps=2))
     names = {p.name for p in (tmp_path / "run").iterdir()}
@@ -439,8 +657,12 @@ def test_weights_that_cannot_be_written_do_not_cost_the_result(text, tmp_path, m
     assert "model.safetensors could not be written" in (tmp_path / "run" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("missing, said", [("compiler", "C++ compiler"), ("headers", "python3-dev")])
-def test_without_what_compiling_needs_the_run_goes_on(missing, said, text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "missing, said", [("compiler", "C++ compiler"), ("headers", "python3-dev")]
+)
+def test_without_what_compiling_needs_the_run_goes_on(
+    missing, said, text, tmp_path, monkeypatch, capsys
+):
     if missing == "compiler":
         monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     else:
@@ -454,7 +676,8 @@ def test_without_what_compiling_needs_the_run_goes_on(missing, said, text, tmp_p
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_repeated_runs_are_those_of_their_seeds_alone(text, tmp_path, compile):
-    """The second run of --repeat reuses the model, the optimizer and the compiled step, and must not notice."""
+    """The second run of --repeat reuses the model, the optimizer and the compiled step, and must
+    not notice."""
     fields = dict(steps=6, eval_every=6, compile=compile)
     results = []
     c = tiny(text, tmp_path, repeat=2, seed=3, run_dir=str(tmp_path / "both"), **fields)
@@ -462,7 +685,15 @@ def test_repeated_runs_are_those_of_their_seeds_alone(text, tmp_path, compile):
     assert [r["seed"] for r in results] == [3, 4] and last == results[1]
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["seed3", "seed4"]
     for r in results:
-        alone = tg.train(tiny(text, tmp_path, seed=r["seed"], run_dir=str(tmp_path / f"alone{r['seed']}"), **fields))
+        alone = tg.train(
+            tiny(
+                text,
+                tmp_path,
+                seed=r["seed"],
+                run_dir=str(tmp_path / f"alone{r['seed']}"),
+                **fields,
+            )
+        )
         assert train_losses(r["run_dir"]) == train_losses(alone["run_dir"])
         assert r["val_loss"] == alone["val_loss"]
     assert results[0]["val_loss"] != results[1]["val_loss"]

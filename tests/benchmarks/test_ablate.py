@@ -1,4 +1,5 @@
-"""benchmarks/ablate.py: its table, its statistics against scipy's, real runs that are cut short and gone on with."""
+"""benchmarks/ablate.py: its table, its statistics against scipy's, real runs that are cut short
+and gone on with."""
 
 import dataclasses
 import json
@@ -7,14 +8,15 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from helpers import options, tiny, write_text
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 import train_gpt as tg
 from benchmarks import ablate
 from benchmarks.__main__ import main
 from data import InputError
-from helpers import options, tiny, write_text
 
 LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
 
@@ -26,17 +28,25 @@ LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
 def test_every_piece_changes_its_track_or_says_why(track):
     base = tg.parse_args(["--track", track])
     chosen, left_out = ablate.choose(base, ())
-    assert list(chosen)[0] == "base" and set(chosen) - {"base"} | set(left_out) == set(ablate.PIECES)
-    assert all(reason == "makes no difference to this configuration" or "cannot be turned on here: --" in reason
-               for reason in left_out.values())
+    assert list(chosen)[0] == "base" and set(chosen) - {"base"} | set(left_out) == set(
+        ablate.PIECES
+    )
+    assert all(
+        reason == "makes no difference to this configuration"
+        or "cannot be turned on here: --" in reason
+        for reason in left_out.values()
+    )
     for name, v in list(chosen.items())[1:]:
         assert v.fields and v.config == dataclasses.replace(base, **v.fields) != base
         piece = ablate.PIECES[name]
-        assert v.label == (f"without {name}" if ablate.apply(base, piece.off) != base else f"with {name}")
+        assert v.label == (
+            f"without {name}" if ablate.apply(base, piece.off) != base else f"with {name}"
+        )
         assert v.fields.keys() <= (piece.off if v.label.startswith("without") else piece.on).keys()
 
         def tokens(c):
             return sum(stage.rows * c.row_len for stage in ablate.stages_of(c))
+
         assert tokens(v.config) == tokens(base)  # what makes their losses comparable
 
 
@@ -51,17 +61,28 @@ def test_a_piece_is_turned_off_where_it_is_on():
 
 def test_names_that_do_not_work_are_refused():
     base = tg.Config()
-    with pytest.raises(InputError, match="--only softcp: no such piece; did you mean softcap[?] expected of softcap, "):
+    with pytest.raises(
+        InputError,
+        match="--only softcp: no such piece; did you mean softcap[?] expected of softcap, ",
+    ):
         ablate.choose(base, ["smear", "softcp"])
     with pytest.raises(InputError, match="--only zz: no such piece; expected of softcap"):
         ablate.choose(base, ["zz"])
-    with pytest.raises(InputError, match="--only document-growth: makes no difference to this configuration"):
+    with pytest.raises(
+        InputError, match="--only document-growth: makes no difference to this configuration"
+    ):
         ablate.choose(base, ["document-growth"])
     odd = tg.Config(n_head=1)
-    with pytest.raises(InputError, match="--only paired-heads: cannot be turned on here: --paired-layers"):
+    with pytest.raises(
+        InputError, match="--only paired-heads: cannot be turned on here: --paired-layers"
+    ):
         ablate.choose(odd, ["paired-heads"])
     assert ablate.choose(odd, ())[1]["paired-heads"].startswith("cannot be turned on here")
-    assert list(ablate.choose(base, ["smear", "softcap", "smear"])[0]) == ["base", "smear", "softcap"]
+    assert list(ablate.choose(base, ["smear", "softcap", "smear"])[0]) == [
+        "base",
+        "smear",
+        "softcap",
+    ]
 
 
 @given(st.integers(1, 7), st.integers(0, 30))
@@ -79,7 +100,9 @@ def test_the_difference_is_scipys_paired_interval(pairs):
     got = ablate.difference(pairs)
     a, b = zip(*pairs)
     expected = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert got["n"] == len(pairs) and got["mean"] == pytest.approx(sum(a) / len(a) - sum(b) / len(b), abs=1e-9)
+    assert got["n"] == len(pairs) and got["mean"] == pytest.approx(
+        sum(a) / len(a) - sum(b) / len(b), abs=1e-9
+    )
     assert (got["low"], got["high"]) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
@@ -88,8 +111,12 @@ def test_the_ratio_is_that_of_the_logarithms(pairs):
     got = ablate.ratio(pairs)
     logs = [[math.log(x) for x in side] for side in zip(*pairs)]
     expected = stats.ttest_rel(*logs).confidence_interval(0.95)
-    assert got["n"] == len(pairs) and got["mean"] == pytest.approx(stats.gmean([a / b for a, b in pairs]))
-    assert (math.log(got["low"]), math.log(got["high"])) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert got["n"] == len(pairs) and got["mean"] == pytest.approx(
+        stats.gmean([a / b for a, b in pairs])
+    )
+    assert (math.log(got["low"]), math.log(got["high"])) == pytest.approx(
+        (expected.low, expected.high), abs=1e-9
+    )
     back = ablate.ratio([(b, a) for a, b in pairs])  # the other way round it is one over
     assert (back["mean"], back["low"]) == pytest.approx((1 / got["mean"], 1 / got["high"]))
 
@@ -97,8 +124,12 @@ def test_the_ratio_is_that_of_the_logarithms(pairs):
 def test_known_numbers():
     # differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, t(0.975, 2) = 4.302653
     got = ablate.difference([(1.1, 1.0), (2.2, 2.0), (3.3, 3.0)])
-    assert (got["mean"], got["high"]) == pytest.approx((0.2, 0.2 + 4.302653 * 0.1 / 3**0.5), abs=1e-6)
-    assert ablate.difference([(3.0, 1.0)]) == dict(mean=2.0, low=None, high=None, n=1)  # one seed has no interval
+    assert (got["mean"], got["high"]) == pytest.approx(
+        (0.2, 0.2 + 4.302653 * 0.1 / 3**0.5), abs=1e-6
+    )
+    assert ablate.difference([(3.0, 1.0)]) == dict(
+        mean=2.0, low=None, high=None, n=1
+    )  # one seed has no interval
     assert ablate.ratio([(3.0, 1.5)]) == dict(mean=pytest.approx(2.0), low=None, high=None, n=1)
     assert ablate.difference([]) is None and ablate.ratio([]) is None
 
@@ -115,21 +146,41 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def made(variant, seed, losses, seconds=10.0):
     """A run that validates every 10 steps."""
     n = len(losses)
-    val = [dict(step=10 * (i + 1), train_time=seconds * (i + 1) / n, val_loss=loss, val_bpb=loss / 2)
-           for i, loss in enumerate(losses)]
-    return dict(variant=variant, seed=seed, val=val, train_time_s=seconds, steps=10 * n, tokens=100 * n,
-                ms_per_step=1e3 * seconds / (10 * n))
+    val = [
+        dict(step=10 * (i + 1), train_time=seconds * (i + 1) / n, val_loss=loss, val_bpb=loss / 2)
+        for i, loss in enumerate(losses)
+    ]
+    return dict(
+        variant=variant,
+        seed=seed,
+        val=val,
+        train_time_s=seconds,
+        steps=10 * n,
+        tokens=100 * n,
+        ms_per_step=1e3 * seconds / (10 * n),
+    )
 
 
 def test_summary_pairs_by_seed():
-    runs = [made("base", 0, [4, 3, 2]), made("a", 1, [4, 3.5, 3], 24.0), made("a", 0, [4, 3, 2.5], 12.0),
-            made("base", 1, [5, 4, 3], 20.0), made("base", 2, [9, 9, 9])]
+    runs = [
+        made("base", 0, [4, 3, 2]),
+        made("a", 1, [4, 3.5, 3], 24.0),
+        made("a", 0, [4, 3, 2.5], 12.0),
+        made("base", 1, [5, 4, 3], 20.0),
+        made("base", 2, [9, 9, 9]),
+    ]
     got = ablate.summarise(runs, ["base", "a", "untried"], "val_loss", 3.5)
-    assert list(got) == ["base", "a"] and got["base"]["runs"] == 3 and got["base"]["loss"] == pytest.approx(14 / 3)
-    assert got["a"]["difference"] == pytest.approx(dict(n=2, mean=0.25, low=0.25 - 12.7062 * 0.25, high=0.25 + 12.7062 *
-                                                        0.25), abs=1e-3)  # seed 2 has no partner
+    assert (
+        list(got) == ["base", "a"]
+        and got["base"]["runs"] == 3
+        and got["base"]["loss"] == pytest.approx(14 / 3)
+    )
+    assert got["a"]["difference"] == pytest.approx(
+        dict(n=2, mean=0.25, low=0.25 - 12.7062 * 0.25, high=0.25 + 12.7062 * 0.25), abs=1e-3
+    )  # seed 2 has no partner
     assert got["a"]["step_ratio"] == pytest.approx(dict(median=1.2, least=1.2, most=1.2))
-    # base: halfway between 4 and 3, 5 s of 10, and between 4 and 3, 16.67 of 20; a: 6 of 12, and 16 of 24
+    # base: halfway between 4 and 3, 5 s of 10, and between 4 and 3, 16.67 of 20; a: 6 of 12, and 16
+    # of 24
     assert ablate.time_to(runs[0], "val_loss", 3.5) == pytest.approx(5.0)
     assert got["a"]["time_to_target"] == pytest.approx((6 + 16) / 2) and got["a"]["reached"] == 2
     assert got["a"]["target_ratio"]["mean"] == pytest.approx((6 / 5 * 16 / (50 / 3)) ** 0.5)
@@ -141,25 +192,51 @@ def test_summary_pairs_by_seed():
 
 
 def test_a_target_that_one_seed_misses_has_no_ratio():
-    runs = [made(v, s, [4, 3 if (v, s) != ("a", 1) else 3.6]) for v in ("base", "a") for s in (0, 1)]
+    runs = [
+        made(v, s, [4, 3 if (v, s) != ("a", 1) else 3.6]) for v in ("base", "a") for s in (0, 1)
+    ]
     got = ablate.summarise(runs, ["base", "a"], "val_loss", 3.5)
-    assert got["a"]["reached"] == 1 and got["a"]["target_ratio"] is None and got["a"]["difference"]["n"] == 2
+    assert (
+        got["a"]["reached"] == 1
+        and got["a"]["target_ratio"] is None
+        and got["a"]["difference"]["n"] == 2
+    )
     got = ablate.summarise(runs, ["base", "a"], "val_loss", 1.0)
     assert got["base"]["reached"] == 0 and got["base"]["time_to_target"] is None
 
 
 def test_a_run_that_failed_is_counted_and_in_no_mean():
-    runs = [made("base", 0, [4.0]), made("base", 1, [4.0]), made("a", 0, [3.0]), dict(variant="a", seed=1, error="NaN"),
-            dict(variant="b", seed=0, error="NaN"), dict(variant="b", seed=1, error="NaN")]
+    runs = [
+        made("base", 0, [4.0]),
+        made("base", 1, [4.0]),
+        made("a", 0, [3.0]),
+        dict(variant="a", seed=1, error="NaN"),
+        dict(variant="b", seed=0, error="NaN"),
+        dict(variant="b", seed=1, error="NaN"),
+    ]
     got = ablate.summarise(runs, ["base", "a", "b"], "val_loss", 5.0)
     assert got["a"] == got["a"] | dict(runs=2, failed=1, loss=3.0, reached=1, target_ratio=None)
     assert got["a"]["difference"] == dict(mean=-1.0, low=None, high=None, n=1)
-    assert got["b"] == got["b"] | dict(runs=2, failed=2, loss=None, ms_per_step=None, difference=None, step_ratio=None)
-    result = dict(track="t", metric="val_loss", target=5.0, steps=10, runs=runs, summary=got, left_out={"x": "is not"},
-                  settings=dict(device="d", torch="2", threads=1), statement=ablate.STATEMENT, variants={
-                      n: dict(label=f"without {n}", what="w", fields={}) for n in ("base", "a", "b")})
+    assert got["b"] == got["b"] | dict(
+        runs=2, failed=2, loss=None, ms_per_step=None, difference=None, step_ratio=None
+    )
+    result = dict(
+        track="t",
+        metric="val_loss",
+        target=5.0,
+        steps=10,
+        runs=runs,
+        summary=got,
+        left_out={"x": "is not"},
+        settings=dict(device="d", torch="2", threads=1),
+        statement=ablate.STATEMENT,
+        variants={n: dict(label=f"without {n}", what="w", fields={}) for n in ("base", "a", "b")},
+    )
     text = ablate.render(result)
-    assert "| without b | – (2 of 2 failed) |  | – |  | not reached | – | w |" in text and "Left out: x is not." in text
+    assert (
+        "| without b | – (2 of 2 failed) |  | – |  | not reached | – | w |" in text
+        and "Left out: x is not." in text
+    )
     assert "3.0000 (1 of 2 failed) | -1.0000 |" in text and "Failed: without a, seed 1: NaN" in text
     assert "reached in 1 of 2" in text
 
@@ -169,7 +246,11 @@ def test_a_run_that_failed_is_counted_and_in_no_mean():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(tg, "machine_probe", lambda device: dict(matmul=dict(float32=1e12, bfloat16=1e12), copy=1e10))
+    monkeypatch.setattr(
+        tg,
+        "machine_probe",
+        lambda device: dict(matmul=dict(float32=1e12, bfloat16=1e12), copy=1e10),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +269,19 @@ def small(tmp_path_factory):
 def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys):
     folder, c, args = small
     out, table = tmp_path / "out.json", tmp_path / "out.md"
-    command = ["ablate", "--only", "softcap", "smear", "--seeds", "2", "--json", str(out), "--table", str(table), *args]
+    command = [
+        "ablate",
+        "--only",
+        "softcap",
+        "smear",
+        "--seeds",
+        "2",
+        "--json",
+        str(out),
+        "--table",
+        str(table),
+        *args,
+    ]
     real, made_runs = ablate.Bench.run, []
 
     def cut_short(bench, name, seed):
@@ -196,6 +289,7 @@ def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys)
             raise KeyboardInterrupt
         made_runs.append((name, seed))
         return real(bench, name, seed)
+
     monkeypatch.setattr(ablate.Bench, "run", cut_short)
     assert main(command) == 130
     assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; {out} has what was measured"
@@ -211,15 +305,22 @@ def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys)
     assert result["runs"][:4] == first and "0:00:00 left" in capsys.readouterr().err
     by = {(r["variant"], r["seed"]): r for r in result["runs"]}
     for r in by.values():
-        assert r["steps"] == 3 and r["tokens"] == 768 and len(r["val"]) == 3  # to the end, though 9 is met at once
+        assert (
+            r["steps"] == 3 and r["tokens"] == 768 and len(r["val"]) == 3
+        )  # to the end, though 9 is met at once
         assert r["ms_per_step"] == pytest.approx(1e3 * r["train_time_s"] / 3)
     softcap = result["summary"]["softcap"]
-    losses = [[by[name, seed]["val"][-1]["val_loss"] for seed in (0, 1)] for name in ("softcap", "base")]
+    losses = [
+        [by[name, seed]["val"][-1]["val_loss"] for seed in (0, 1)] for name in ("softcap", "base")
+    ]
     interval = stats.ttest_rel(*losses).confidence_interval(0.95)
-    assert (softcap["difference"]["low"], softcap["difference"]["high"]) == pytest.approx((interval.low, interval.high))
+    assert (softcap["difference"]["low"], softcap["difference"]["high"]) == pytest.approx(
+        (interval.low, interval.high)
+    )
     assert softcap["reached"] == 2 and softcap["target_ratio"]["n"] == 2
-    assert result["variants"]["softcap"] == dict(label="without softcap", what=ablate.PIECES["softcap"].what,
-                                                 fields=dict(softcap=[]))
+    assert result["variants"]["softcap"] == dict(
+        label="without softcap", what=ablate.PIECES["softcap"].what, fields=dict(softcap=[])
+    )
     text = table.read_text()
     assert "| with smear |" in text and "| without softcap |" in text and "(smear=True) |" in text
     assert "95% t-interval" in text and "768 tokens in every run" in text and "(sd " in text
@@ -230,7 +331,12 @@ def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys)
     made_runs.clear()
     assert main(more) == 0 and made_runs == [("value-embeds", 0)]
     grown = json.loads(out.read_text())
-    assert grown["runs"][:6] == result["runs"] and set(grown["summary"]) == {"base", "softcap", "smear", "value-embeds"}
+    assert grown["runs"][:6] == result["runs"] and set(grown["summary"]) == {
+        "base",
+        "softcap",
+        "smear",
+        "value-embeds",
+    }
     made_runs.clear()
     assert main(more) == 0 and not made_runs  # nothing to do
     assert json.loads(out.read_text())["runs"] == grown["runs"]
@@ -238,23 +344,34 @@ def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys)
     # other settings are refused, and cost nothing
     before = out.read_bytes()
     assert main([*command, "--muon-lr", "0.01"]) == 2
-    assert "--json: the file's runs were made with muon_lr 0.03, not 0.01" in capsys.readouterr().err
-    assert main([*command, "--micro-tokens", "128"]) == 2 and "micro_tokens 0, not 128" in capsys.readouterr().err
+    assert (
+        "--json: the file's runs were made with muon_lr 0.03, not 0.01" in capsys.readouterr().err
+    )
+    assert (
+        main([*command, "--micro-tokens", "128"]) == 2
+        and "micro_tokens 0, not 128" in capsys.readouterr().err
+    )
     other = write_text(tmp_path / "other.txt", seed=1)
-    assert main([*command, "--text", str(other)]) == 2 and "were made with fingerprint" in capsys.readouterr().err
+    assert (
+        main([*command, "--text", str(other)]) == 2
+        and "were made with fingerprint" in capsys.readouterr().err
+    )
     monkeypatch.setattr(ablate, "source_hash", lambda: "another")
     assert main(command) == 2 and "were made with other source" in capsys.readouterr().err
     assert out.read_bytes() == before and not made_runs
 
 
 def test_a_run_here_is_the_trainers_own(small, tmp_path):
-    """Kept trainers, other variants in between and other seeds before leave no trace in the losses."""
+    """Kept trainers, other variants in between and other seeds before leave no trace in the
+    losses."""
     folder, c, args = small
     result = ablate.run(only=["softcap"], seeds=2, trainer_options=args)
     for name, fields in (("base", {}), ("softcap", dict(softcap=()))):
         rows = []
-        tg.train(dataclasses.replace(c, seed=1, target=None, run_dir=str(tmp_path / name), **fields),
-                 report=rows.append)
+        tg.train(
+            dataclasses.replace(c, seed=1, target=None, run_dir=str(tmp_path / name), **fields),
+            report=rows.append,
+        )
         mine = next(r for r in result["runs"] if (r["variant"], r["seed"]) == (name, 1))
         assert mine["val"][-1]["val_loss"] == rows[0]["val_loss"]
 
@@ -264,18 +381,25 @@ def test_a_variant_that_fails_is_reported_and_the_others_go_on(small, monkeypatc
     real = tg.Trainer.run
 
     def run(trainer, *rest, **more):
-        assert all(p.grad is None for p in trainer.model.parameters())  # also where a run failed before
+        assert all(
+            p.grad is None for p in trainer.model.parameters()
+        )  # also where a run failed before
         if not trainer.c.softcap:
             trainer.model.lm_head.grad = torch.full_like(trainer.model.lm_head, math.nan)
             raise InputError("step 2: the training loss is nan")
         return real(trainer, *rest, **more)
+
     monkeypatch.setattr(tg.Trainer, "run", run)
     result = ablate.run(only=["softcap"], seeds=2, trainer_options=args)
     assert result["runs"][1]["error"] == "step 2: the training loss is nan"
     assert result["summary"]["softcap"]["failed"] == 2
     assert "Failed: without softcap, seed 0: step 2" in ablate.render(result)
-    assert [r["variant"] for r in ablate.resume(result, result["settings"], {})] == ["base"] * 2  # it is tried again
-    monkeypatch.setattr(tg.Trainer, "run", lambda *a, **k: (_ for _ in ()).throw(InputError("no luck")))
+    assert [r["variant"] for r in ablate.resume(result, result["settings"], {})] == [
+        "base"
+    ] * 2  # it is tried again
+    monkeypatch.setattr(
+        tg.Trainer, "run", lambda *a, **k: (_ for _ in ()).throw(InputError("no luck"))
+    )
     with pytest.raises(InputError, match="every run failed, the first one with: no luck"):
         ablate.run(only=["softcap"], seeds=1, trainer_options=args)
 
@@ -283,7 +407,9 @@ def test_a_variant_that_fails_is_reported_and_the_others_go_on(small, monkeypatc
 def test_trainers_that_do_not_fit_are_built_anew(small, monkeypatch):
     folder, c, args = small
     built, real = [], ablate.Bench.build
-    monkeypatch.setattr(ablate.Bench, "build", lambda b, c, log: (built.append(c), real(b, c, log))[1])
+    monkeypatch.setattr(
+        ablate.Bench, "build", lambda b, c, log: (built.append(c), real(b, c, log))[1]
+    )
     kept = ablate.run(only=["softcap"], seeds=2, trainer_options=args)
     assert len(built) == 3  # one more for what all share
     assert all(c.micro_tokens == 256 and c.recompute == "off" for c in built[1:])
@@ -295,17 +421,22 @@ def test_trainers_that_do_not_fit_are_built_anew(small, monkeypatch):
         assert a["val"][-1]["val_loss"] == b["val"][-1]["val_loss"]
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--seeds", "0"], "--seeds 0: expected 1 or more"),
-    (["--only", "softcup"], "--only softcup: no such piece; did you mean softcap?"),
-    (["--repeat", "3"], "--repeat is not for ablate: leave it out; --seeds N repeats"),
-    (["--run-dir=x"], "--run-dir is not for ablate: leave it out"),
-    (["--step", "3"], "unknown option --step: did you mean --steps?"),
-    (["--json", "BAD"], "not JSON; give another file"),
-    (["--json", "OTHER"], "holds something else than a result of ablate; give another file"),
-    (["--json", "EMPTY"], "--json: the file holds no ablation; give another file"),
-])
-def test_bad_input_is_refused_before_anything_is_built(small, tmp_path, monkeypatch, capsys, more, message):
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--seeds", "0"], "--seeds 0: expected 1 or more"),
+        (["--only", "softcup"], "--only softcup: no such piece; did you mean softcap?"),
+        (["--repeat", "3"], "--repeat is not for ablate: leave it out; --seeds N repeats"),
+        (["--run-dir=x"], "--run-dir is not for ablate: leave it out"),
+        (["--step", "3"], "unknown option --step: did you mean --steps?"),
+        (["--json", "BAD"], "not JSON; give another file"),
+        (["--json", "OTHER"], "holds something else than a result of ablate; give another file"),
+        (["--json", "EMPTY"], "--json: the file holds no ablation; give another file"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_built(
+    small, tmp_path, monkeypatch, capsys, more, message
+):
     folder, c, args = small
     monkeypatch.setattr(ablate.Bench, "build", lambda *_: pytest.fail("built something"))
     (tmp_path / "BAD").write_text("{")
@@ -326,7 +457,8 @@ def test_one_process_only(monkeypatch):
 
 @pytest.mark.slow
 def test_many_compiled_variants_in_one_process(small):
-    """More than torch.compile takes of one function, and the same losses as uncompiled up to rounding."""
+    """More than torch.compile takes of one function, and the same losses as uncompiled up to
+    rounding."""
     folder, c, args = small
     only = ["softcap", "value-embeds", "ngrams", "smear", "backout", "short-windows"]
     eager = ablate.run(only=only, seeds=1, trainer_options=args)

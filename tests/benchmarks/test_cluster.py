@@ -1,4 +1,5 @@
-"""benchmarks/cluster.py: sums, volumes, the public record's stages, measured costs, limits of scaling, bad input."""
+"""benchmarks/cluster.py: sums, volumes, the public record's stages, measured costs, limits of
+scaling, bad input."""
 
 import dataclasses
 import json
@@ -7,46 +8,75 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings, strategies as st
+from helpers import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train_gpt as tg
 from benchmarks import cluster
 from benchmarks.__main__ import main
 from benchmarks.cluster import RECORD, TERMS, Collective, Cost, Links, communication_ms, step_ms
 from data import InputError
-from helpers import tiny_model
 from runtime import shards
 
 GPT2_SMALL = tg.parse_args(["--track", "gpt2-small"])
 
 # modded-nanogpt: bytes of an Adam step (every second one), then of a Muon step (every one)
-RECORD_VOLUMES = [*[Collective(kind, size, "all", 2) for kind, size in (
-    ("reduce_scatter", 386e6), ("all_gather", 386e6), ("all_gather", 580e6), *[("all_gather", 77e6)] * 2)],
-    Collective("reduce_scatter", 167e6), Collective("all_gather", 167e6)]
+RECORD_VOLUMES = [
+    *[
+        Collective(kind, size, "all", 2)
+        for kind, size in (
+            ("reduce_scatter", 386e6),
+            ("all_gather", 386e6),
+            ("all_gather", 580e6),
+            *[("all_gather", 77e6)] * 2,
+        )
+    ],
+    Collective("reduce_scatter", 167e6),
+    Collective("all_gather", 167e6),
+]
 
 
-@pytest.mark.parametrize("log", [(31.54, 56.57, 82.38), (32.45, 58.06, 83.97), (31.59, 56.90, 82.74)])
+@pytest.mark.parametrize(
+    "log", [(31.54, 56.57, 82.38), (32.45, 58.06, 83.97), (31.59, 56.90, 82.74)]
+)
 def test_from_one_gpu_it_predicts_the_records_stages_on_eight(log):
     """ms per step in the logs of records 88, 85 and 89; one-GPU cost from record 88's."""
-    predicted = [sum(step_ms(rows, 16384, 8, RECORD, RECORD_VOLUMES).values()) for rows in (8, 16, 24)]
+    predicted = [
+        sum(step_ms(rows, 16384, 8, RECORD, RECORD_VOLUMES).values()) for rows in (8, 16, 24)
+    ]
     assert predicted == pytest.approx(log, rel=0.03)
 
 
 def test_on_one_gpu_it_gives_back_what_went_in():
-    predicted = [sum(step_ms(rows, 16384, 1, RECORD, RECORD_VOLUMES).values()) for rows in (8, 16, 24)]
-    assert predicted == pytest.approx((230.99, 429.85, 633.14), rel=0.005)  # record 88's log on one H100
+    predicted = [
+        sum(step_ms(rows, 16384, 1, RECORD, RECORD_VOLUMES).values()) for rows in (8, 16, 24)
+    ]
+    assert predicted == pytest.approx(
+        (230.99, 429.85, 633.14), rel=0.005
+    )  # record 88's log on one H100
 
 
-@given(st.integers(1, 40), st.integers(1, 300), st.floats(0.01, 10), *[st.floats(0, 50)] * 2, st.floats(0, 1))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.floats(0.01, 10),
+    *[st.floats(0, 50)] * 2,
+    st.floats(0, 1),
+)
 @settings(deadline=None)
-def test_terms_are_not_negative_and_no_rank_works_less_than_its_rows(rows, n, us, shared, fixed, overlap):
+def test_terms_are_not_negative_and_no_rank_works_less_than_its_rows(
+    rows, n, us, shared, fixed, overlap
+):
     terms = step_ms(rows, 1024, n, Cost(us, shared, fixed), RECORD_VOLUMES, Links(), overlap)
     assert tuple(terms) == TERMS and all(v > -1e-9 for v in terms.values())
     assert terms["compute"] + terms["idle"] == pytest.approx(us * -(-rows // n) * 1.024)
 
 
 def test_beyond_a_row_for_each_rank_more_gpus_compute_nothing_faster():
-    busy = [sum(step_ms(8, 1024, n, Cost(1.0, 0.0, 0.0), []).values()) for n in (1, 2, 4, 8, 16, 1024)]
+    busy = [
+        sum(step_ms(8, 1024, n, Cost(1.0, 0.0, 0.0), []).values()) for n in (1, 2, 4, 8, 16, 1024)
+    ]
     assert busy == pytest.approx([8.192, 4.096, 2.048, 1.024, 1.024, 1.024])
 
 
@@ -54,41 +84,67 @@ def test_communication_by_hand():
     links = Links(link=100.0, network=5.0, node=8)
     assert communication_ms([Collective("all_gather", 1e9)], 1, links) == 0
     # 7/8 of 1 GB at 100 GB/s is 8.75 ms; 7 hops of 3.4 us and 8.4 us
-    assert communication_ms([Collective("all_gather", 1e9)], 8, links) == pytest.approx(8.75 + 0.0322)
-    assert communication_ms([Collective("all_reduce", 1e9)], 8, links) == pytest.approx(17.5 + 0.056)
+    assert communication_ms([Collective("all_gather", 1e9)], 8, links) == pytest.approx(
+        8.75 + 0.0322
+    )
+    assert communication_ms([Collective("all_reduce", 1e9)], 8, links) == pytest.approx(
+        17.5 + 0.056
+    )
     # two nodes: 15/16 at 8 * 5 GB/s; 14 hops inside, 1 between
-    assert communication_ms([Collective("reduce_scatter", 1e9)], 16, links) == pytest.approx(23.4375 + 0.0656)
-    # inside each of them as on one; from each rank to its like twice 1/2 of a part, by a card of its own
-    assert communication_ms([Collective("reduce_scatter", 1e9, "node")], 16, links) == pytest.approx(8.75 + 0.0322)
-    assert communication_ms([Collective("all_reduce", 1e9 / 8, "across")], 16, links) == pytest.approx(25 + 0.0276)
-    assert communication_ms([Collective("all_reduce", 1e9 / 8, "across", 4)], 16, links) == pytest.approx(25.0276 / 4)
+    assert communication_ms([Collective("reduce_scatter", 1e9)], 16, links) == pytest.approx(
+        23.4375 + 0.0656
+    )
+    # inside each of them as on one; from each rank to its like twice 1/2 of a part, by a card of
+    # its own
+    assert communication_ms(
+        [Collective("reduce_scatter", 1e9, "node")], 16, links
+    ) == pytest.approx(8.75 + 0.0322)
+    assert communication_ms(
+        [Collective("all_reduce", 1e9 / 8, "across")], 16, links
+    ) == pytest.approx(25 + 0.0276)
+    assert communication_ms(
+        [Collective("all_reduce", 1e9 / 8, "across", 4)], 16, links
+    ) == pytest.approx(25.0276 / 4)
     assert communication_ms([Collective("all_reduce", 1e9 / 8, "across")], 8, links) == 0
-    assert cluster.sent_bytes([Collective("all_reduce", 8e6, "across", 4)], 16, 8) == 2 * 1 / 2 * 8e6 / 4
-    # one rank a node: everything crosses, over one card; where nodes are not full, one ring over all ranks
-    assert communication_ms([Collective("all_reduce", 1e9)], 4, links._replace(node=1)) == pytest.approx(300 + 0.066)
+    assert (
+        cluster.sent_bytes([Collective("all_reduce", 8e6, "across", 4)], 16, 8)
+        == 2 * 1 / 2 * 8e6 / 4
+    )
+    # one rank a node: everything crosses, over one card; where nodes are not full, one ring over
+    # all ranks
+    assert communication_ms(
+        [Collective("all_reduce", 1e9)], 4, links._replace(node=1)
+    ) == pytest.approx(300 + 0.066)
     assert communication_ms([Collective("all_gather", 1e9, "node")], 12, links) == pytest.approx(
-        11 / 12 * 1000 / 30 + 0.052)
+        11 / 12 * 1000 / 30 + 0.052
+    )
     assert step_ms(8, 1024, 16, Cost(1.0, 24.0, 0.0), [], links)["shared"] == 3.0
     assert step_ms(8, 1024, 12, Cost(1.0, 24.0, 0.0), [], links)["shared"] == 2.0
 
 
 def test_overlap_hides_no_more_than_the_updates_take():
     def wire(overlap, shared):
-        return step_ms(8, 1024, 8, Cost(1.0, shared, 0.0), RECORD_VOLUMES, Links(), overlap)["communication"]
+        return step_ms(8, 1024, 8, Cost(1.0, shared, 0.0), RECORD_VOLUMES, Links(), overlap)[
+            "communication"
+        ]
+
     assert wire(0.5, 1e3) == pytest.approx(wire(0.0, 0.0) / 2)
     assert wire(1.0, 8.0) == pytest.approx(wire(0.0, 0.0) - 1.0)
 
 
 @pytest.fixture
 def exchanged(monkeypatch):
-    """What is handed to torch.distributed, [(kind, bytes, group), ...], with a group for a node and one across them."""
+    """What is handed to torch.distributed, [(kind, bytes, group), ...], with a group for a node
+    and one across them."""
     seen = []
 
     def record(kind, whole):
         def call(*tensors, group=None, async_op=False):
             seen.append((kind, tensors[whole].nbytes, group or "all"))
             return types.SimpleNamespace(wait=lambda: None)
+
         return call
+
     monkeypatch.setattr(shards, "reduce_scatter", record("reduce_scatter", 1))
     monkeypatch.setattr(shards, "all_gather", record("all_gather", 0))
     monkeypatch.setattr(dist, "all_reduce", record("all_reduce", 0))
@@ -97,19 +153,32 @@ def exchanged(monkeypatch):
 
 
 @pytest.mark.parametrize("n, node", [(3, 8), (6, 2), (15, 3), (3, 1), (5, 3)])
-@pytest.mark.parametrize("fields", [dict(), dict(tied=1.0, adam_every=3, skip=(0, 1), attn_gate=True),
-                                    dict(smear=True, n_gram=2, adam_every=2), dict(backout=0, value_embed_layers=())])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(tied=1.0, adam_every=3, skip=(0, 1), attn_gate=True),
+        dict(smear=True, n_gram=2, adam_every=2),
+        dict(backout=0, value_embed_layers=()),
+    ],
+)
 def test_volumes_are_those_of_the_trainer(n, node, fields, exchanged):
     """All that a rank exchanges in as many steps as there are between Adam's updates, counted."""
-    c, model = tiny_model(70, dtype=torch.bfloat16, **dict(value_embed_layers=(0,), n_gram=1) | fields)
-    local, groups = (node, ("node", "across")) if n % node == 0 else (n, (None, None))  # as join_world() has it
+    c, model = tiny_model(
+        70, dtype=torch.bfloat16, **dict(value_embed_layers=(0,), n_gram=1) | fields
+    )
+    local, groups = (
+        (node, ("node", "across")) if n % node == 0 else (n, (None, None))
+    )  # as join_world() has it
     world = tg.World(n - 1, n, torch.device("cpu"), local, *groups)
     optimizer = tg.Optimizer(model, tg.parameter_table(c), world, adam_every=c.adam_every)
     guard, stage = tg.Guard(world.device, tg.gradient_report), tg.stage_at(c, 0.0)
     x, cu = torch.randint(70, (1, c.row_len)), torch.tensor([0, c.row_len], dtype=torch.int32)
     for step in range(c.adam_every):
         model(x, x, cu, stage).backward()
-        guard.judge(step, torch.zeros(()), {name: p.grad for name, p in model.named_parameters()}, (0, 0, 0))
+        guard.judge(
+            step, torch.zeros(()), {name: p.grad for name, p in model.named_parameters()}, (0, 0, 0)
+        )
         optimizer.step(0.0, 0.9)  # whatever it judges: nothing is summed here
     expected = cluster.collectives_of(c, cluster.model_of(c, 70), n, node, stage.tied)
     for x in expected:
@@ -122,12 +191,15 @@ def test_volumes_are_those_of_the_trainer(n, node, fields, exchanged):
 
 
 def test_several_nodes_send_the_same_inside_and_a_part_between():
-    """Per rank: what one node would send, and twice (N - 1) / N of its eighth to its like on the others."""
+    """Per rank: what one node would send, and twice (N - 1) / N of its eighth to its like on the
+    others."""
     model, one = cluster.model_of(GPT2_SMALL, 50257), {}
     for n in (8, 16, 64):
         volumes = cluster.collectives_of(GPT2_SMALL, model, n, 8)
-        one[n] = {group: cluster.sent_bytes([v for v in volumes if v.group == group], n, 8)
-                  for group in ("node", "across", "all")}
+        one[n] = {
+            group: cluster.sent_bytes([v for v in volumes if v.group == group], n, 8)
+            for group in ("node", "across", "all")
+        }
     assert one[8]["node"] == one[16]["node"] == one[64]["node"] and one[8]["across"] == 0
     # gradients in, weights out: each 7/8 of it; an eighth of the gradients across
     whole = one[8]["node"] / 2 * 8 / 7
@@ -147,11 +219,31 @@ def test_stages_with_a_tied_head_exchange_less():
 
 def test_the_tracks_table(capsys, tmp_path):
     out, table = tmp_path / "out.json", tmp_path / "table.md"
-    assert main(["cluster", "--gpus", "8", "--nodes", "2", "--dollars-per-gpu-hour", "3", "--json", str(out),
-                 "--table", str(table)]) == 0
+    assert (
+        main(
+            [
+                "cluster",
+                "--gpus",
+                "8",
+                "--nodes",
+                "2",
+                "--dollars-per-gpu-hour",
+                "3",
+                "--json",
+                str(out),
+                "--table",
+                str(table),
+            ]
+        )
+        == 0
+    )
     result = json.loads(out.read_text())
     p = result["predicted"]
-    assert p["gpus"] == 16 and p["nodes"] == 2 and result["cost"]["source"].startswith("the public record")
+    assert (
+        p["gpus"] == 16
+        and p["nodes"] == 2
+        and result["cost"]["source"].startswith("the public record")
+    )
     assert [t["gpus"] for t in result["table"]] == [2**i for i in range(11)]
     assert sum(s["steps"] for s in p["stages"]) == result["steps"] == GPT2_SMALL.steps
     assert p["seconds"] == pytest.approx(sum(s["steps"] * s["ms"] for s in p["stages"]) / 1e3)
@@ -163,8 +255,16 @@ def test_the_tracks_table(capsys, tmp_path):
 
 def measured(tmp_path, **fields):
     model = cluster.model_of(GPT2_SMALL, 50257)
-    result = dict(world_size=1, params=sum(p.numel() for p in model.parameters()), device="a GPU", stages=[1, 2],
-                  fit=dict(fixed_ms=10.0, us_per_token=2.0, optimizer_ms=6.0)) | fields
+    result = (
+        dict(
+            world_size=1,
+            params=sum(p.numel() for p in model.parameters()),
+            device="a GPU",
+            stages=[1, 2],
+            fit=dict(fixed_ms=10.0, us_per_token=2.0, optimizer_ms=6.0),
+        )
+        | fields
+    )
     path = tmp_path / "trainer.json"
     path.write_text(json.dumps(result))
     return path
@@ -173,15 +273,26 @@ def measured(tmp_path, **fields):
 def test_cost_from_the_trainers_benchmark(tmp_path):
     path = measured(tmp_path)
     assert cluster.run(results=path)["cost"] | dict(source=None) == dict(
-        us_per_token=2.0, shared_ms=6.0, fixed_ms=4.0, source=None)
-    path.write_text(json.dumps(dict(results=dict(trainer=json.loads(path.read_text())))))  # `all` holds it
+        us_per_token=2.0, shared_ms=6.0, fixed_ms=4.0, source=None
+    )
+    path.write_text(
+        json.dumps(dict(results=dict(trainer=json.loads(path.read_text()))))
+    )  # `all` holds it
     assert cluster.run(results=path, fixed_ms=1.0)["cost"]["fixed_ms"] == 1.0
-    noisy = measured(tmp_path, params=7, fit=dict(fixed_ms=-1.0, us_per_token=2.0, optimizer_ms=6.0))
+    noisy = measured(
+        tmp_path, params=7, fit=dict(fixed_ms=-1.0, us_per_token=2.0, optimizer_ms=6.0)
+    )
     assert cluster.cost_from(noisy, 7)[:3] == (2.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("fields, says", [(dict(world_size=2), "one rank"), (dict(fit=None), "two or more sizes"),
-                                          (dict(params=7), "measured with 7 parameters")])
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(world_size=2), "one rank"),
+        (dict(fit=None), "two or more sizes"),
+        (dict(params=7), "measured with 7 parameters"),
+    ],
+)
 def test_measurements_of_something_else_are_refused(tmp_path, fields, says):
     with pytest.raises(InputError, match=says):
         cluster.run(results=measured(tmp_path, **fields))
@@ -192,7 +303,10 @@ def test_files_that_are_no_result_are_refused(tmp_path, text, capsys):
     path = tmp_path / "x.json"
     path.write_text(text)
     assert main(["cluster", "--from", str(path)]) == 2
-    assert capsys.readouterr().err == f"error: --from {path}: expected the JSON of `python -m benchmarks trainer`\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: --from {path}: expected the JSON of `python -m benchmarks trainer`\n"
+    )
     with pytest.raises(InputError, match="No such file"):
         cluster.run(results=tmp_path / "missing.json")
 
@@ -200,11 +314,23 @@ def test_files_that_are_no_result_are_refused(tmp_path, text, capsys):
 def test_no_numbers_are_made_up():
     with pytest.raises(InputError, match="no measurement of laptop"):
         cluster.run(trainer_options=["--track", "laptop"])
-    assert cluster.run(us_per_token=3.0, trainer_options=["--track", "laptop"])["cost"]["source"] == "given"
+    assert (
+        cluster.run(us_per_token=3.0, trainer_options=["--track", "laptop"])["cost"]["source"]
+        == "given"
+    )
 
 
-@pytest.mark.parametrize("option", [["--gpus", "0"], ["--nodes", "x"], ["--overlap", "1.1"], ["--link", "-1"],
-                                    ["--us-per-token", "nan"], ["--fixed-ms", "inf"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--gpus", "0"],
+        ["--nodes", "x"],
+        ["--overlap", "1.1"],
+        ["--link", "-1"],
+        ["--us-per-token", "nan"],
+        ["--fixed-ms", "inf"],
+    ],
+)
 def test_numbers_that_are_none_are_refused(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["cluster", *option])

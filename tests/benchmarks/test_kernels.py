@@ -1,4 +1,5 @@
-"""benchmarks/: statistics, rotation, what goes wrong, tables, commands; every case of benchmarks/cases.py once, tiny."""
+"""benchmarks/: statistics, rotation, what goes wrong, tables, commands; every case of
+benchmarks/cases.py once, tiny."""
 
 import json
 import math
@@ -9,20 +10,43 @@ import weakref
 
 import pytest
 import torch
+from kernel_checks import DEVICE
 
 import benchmarks.__main__ as command
 from benchmarks import cases, kernels, measure, timing
-from benchmarks.cases import BACKWARD, BOTH, CASES, FORWARD, GPT2_SMALL, INFERENCE, Case, Draw, Size, Variant
+from benchmarks.cases import (
+    BACKWARD,
+    BOTH,
+    CASES,
+    FORWARD,
+    GPT2_SMALL,
+    INFERENCE,
+    Case,
+    Draw,
+    Size,
+    Variant,
+)
 from benchmarks.kernels import TARGETS
 from benchmarks.measure import Machine
-from kernel_checks import DEVICE
 
-TINY = Size(tokens=32, width=64, hidden=128, vocab=320, heads=2, head_dim=32, layers=1, row_len=16, max_doc_len=12,
-            windows=(4, 8))
+TINY = Size(
+    tokens=32,
+    width=64,
+    hidden=128,
+    vocab=320,
+    heads=2,
+    head_dim=32,
+    layers=1,
+    row_len=16,
+    max_doc_len=12,
+    windows=(4, 8),
+)
 
 
 def machine(**fields):
-    defaults = dict(device=DEVICE, clock=timing.HostClock(), seconds=0.0, rates=dict(copy=1e9, bf16=1e12))
+    defaults = dict(
+        device=DEVICE, clock=timing.HostClock(), seconds=0.0, rates=dict(copy=1e9, bf16=1e12)
+    )
     return Machine(**(defaults | fields))
 
 
@@ -57,7 +81,9 @@ class FakeSampler:
 
 
 def test_summary_is_the_median_between_percentiles():
-    assert timing.summary([5, 1, 2, 4, 3, 100]) == dict(median_us=3.5, p20_us=2, p80_us=5, samples=6)
+    assert timing.summary([5, 1, 2, 4, 3, 100]) == dict(
+        median_us=3.5, p20_us=2, p80_us=5, samples=6
+    )
     assert timing.summary([7.0]) == dict(median_us=7.0, p20_us=7.0, p80_us=7.0, samples=1)
 
 
@@ -78,6 +104,7 @@ def test_samples_are_whole_walks_over_the_sets():
 def test_results_are_held_until_their_set_is_next_in_turn():
     class Result:
         pass
+
     made, order = [], []
 
     def call(i):
@@ -86,16 +113,21 @@ def test_results_are_held_until_their_set_is_next_in_turn():
         assert sum(alive) == min(len(made), 3) and all(alive[-3:])
         made.append(weakref.ref(result := Result()))
         return result
+
     timing.rotate(call, 3, 7)
     assert order == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_variants_take_turns_and_another_one_is_first_each_time():
     clock, log = FakeClock(), []
-    samplers = {n: FakeSampler(clock, n, lambda _, c=c: c, log) for n, c in dict(a=10, b=20, c=30).items()}
+    samplers = {
+        n: FakeSampler(clock, n, lambda _, c=c: c, log) for n, c in dict(a=10, b=20, c=30).items()
+    }
     samples, failed = timing.interleaved(samplers, clock, seconds=0, least=4)
-    assert samples == dict(a=[1] * 4, b=[2] * 4, c=[3] * 4) and not failed  # per call; the first round does not count
-    rounds = ["".join(log[i:i + 3]) for i in range(0, len(log), 3)]
+    assert (
+        samples == dict(a=[1] * 4, b=[2] * 4, c=[3] * 4) and not failed
+    )  # per call; the first round does not count
+    rounds = ["".join(log[i : i + 3]) for i in range(0, len(log), 3)]
     assert rounds == ["cab", "abc", "bca", "cab", "abc"]
 
 
@@ -110,7 +142,9 @@ def test_a_drifting_clock_hits_all_alike():
 def test_rounds_fill_the_time_given():
     for cost, rounds in ((1000, 10), (1e6, 5), (1, 30)):  # microseconds a round
         clock = FakeClock()
-        samples, _ = timing.interleaved({"a": FakeSampler(clock, "a", lambda _: cost, [])}, clock, seconds=0.01)
+        samples, _ = timing.interleaved(
+            {"a": FakeSampler(clock, "a", lambda _: cost, [])}, clock, seconds=0.01
+        )
         assert len(samples["a"]) == rounds
 
 
@@ -121,7 +155,10 @@ def test_a_variant_that_raises_leaves_the_others_alone():
         if at > 4:
             raise RuntimeError("no more")
         return 10
-    samplers = dict(a=FakeSampler(clock, "a", breaks, []), b=FakeSampler(clock, "b", lambda _: 10, []))
+
+    samplers = dict(
+        a=FakeSampler(clock, "a", breaks, []), b=FakeSampler(clock, "b", lambda _: 10, [])
+    )
     samples, failed = timing.interleaved(samplers, clock, seconds=0)
     assert list(samples) == ["b"] and len(samples["b"]) == 5 and str(failed["a"]) == "no more"
     assert failed["a"].__traceback__ is None  # it would hold memory
@@ -152,7 +189,9 @@ def test_graphs_on_a_gpu():
     with torch.cuda.stream(torch.cuda.Stream()):
         x, clock = torch.zeros(4, device=DEVICE), timing.CudaClock()
         s = timing.Sampler(lambda i: x[i].add_(1), 4, clock)
-        assert not timing.synchronizes(lambda i: x + 1) and timing.synchronizes(lambda i: x.sum().item())
+        assert not timing.synchronizes(lambda i: x + 1) and timing.synchronizes(
+            lambda i: x.sum().item()
+        )
         s.capture(torch.cuda.graph_pool_handle())
         x.zero_()
         samples, failed = timing.interleaved(dict(a=s), clock, seconds=0)
@@ -165,9 +204,18 @@ def test_graphs_on_a_gpu():
 
 def toy(variants, **fields):
     """y = 2 x, where variants say otherwise."""
-    return Case(**(dict(shape="(4, 8)", inputs=lambda draw: (draw(4, 8, dtype=torch.float32),),
-                        variants={"right": Variant(lambda *_: lambda x: 2 * x)} | variants,
-                        work=cases.three(64, 128), leaves=(0,)) | fields))
+    return Case(
+        **(
+            dict(
+                shape="(4, 8)",
+                inputs=lambda draw: (draw(4, 8, dtype=torch.float32),),
+                variants={"right": Variant(lambda *_: lambda x: 2 * x)} | variants,
+                work=cases.three(64, 128),
+                leaves=(0,),
+            )
+            | fields
+        )
+    )
 
 
 def by(rows, *keys):
@@ -190,10 +238,12 @@ def test_rows_of_a_case():
 
     def make(*_):
         return Double.apply
+
     case = toy(dict(right=Variant(make), other=Variant(make, work={FORWARD: 32}, rate="fp8")))
     rows = measure.measure("toy", case, 4, machine(clock=clock, rates=dict(copy=3.2e7)))
     assert [(r["variant"], r["direction"]) for r in rows] == [
-        (v, d) for d in (FORWARD, BACKWARD, BOTH) for v in ("right", "other")]
+        (v, d) for d in (FORWARD, BACKWARD, BOTH) for v in ("right", "other")
+    ]
     r = by(rows, "variant", "direction")["other", FORWARD]
     assert (r["median_us"], r["work"], r["unit"], r["method"]) == (10, 32, "bytes", "launches")
     assert r["per_second"] == pytest.approx(3.2e6) and r["difference"] == 0
@@ -212,25 +262,58 @@ def test_what_goes_wrong_is_one_line_and_not_timed():
         return (2 * x).detach()
 
     def doubles_with_gradient(factor):
-        return type("Double", (torch.autograd.Function,), dict(
-            forward=staticmethod(lambda ctx, x: 2 * x), backward=staticmethod(lambda ctx, g: factor * g)))
+        return type(
+            "Double",
+            (torch.autograd.Function,),
+            dict(
+                forward=staticmethod(lambda ctx, x: 2 * x),
+                backward=staticmethod(lambda ctx, g: factor * g),
+            ),
+        )
 
     def missing(*_):
         __import__("a_package_nobody_has")
-    rows = measure.measure("toy", toy(dict(
-        raises=Variant(raises), raises_later=Variant(lambda *_: raises), missing=Variant(missing),
-        nan=Variant(lambda *_: lambda x: x * math.nan), off=Variant(lambda *_: lambda x: 2.1 * x),
-        close=Variant(lambda *_: lambda x: 2.001 * x), gradient=Variant(lambda *_: doubles_with_gradient(3).apply),
-        nan_gradient=Variant(lambda *_: doubles_with_gradient(math.nan).apply),
-        detached=Variant(lambda *_: only_forward), other=Variant(lambda *_: lambda x: 3 * x, tolerance=None),
-    )), 4, machine())
+
+    rows = measure.measure(
+        "toy",
+        toy(
+            dict(
+                raises=Variant(raises),
+                raises_later=Variant(lambda *_: raises),
+                missing=Variant(missing),
+                nan=Variant(lambda *_: lambda x: x * math.nan),
+                off=Variant(lambda *_: lambda x: 2.1 * x),
+                close=Variant(lambda *_: lambda x: 2.001 * x),
+                gradient=Variant(lambda *_: doubles_with_gradient(3).apply),
+                nan_gradient=Variant(lambda *_: doubles_with_gradient(math.nan).apply),
+                detached=Variant(lambda *_: only_forward),
+                other=Variant(lambda *_: lambda x: 3 * x, tolerance=None),
+            )
+        ),
+        4,
+        machine(),
+    )
     errors = {r["variant"]: r["error"] for r in rows if "error" in r}
-    assert errors.keys() == {"raises", "raises_later", "missing", "nan", "off", "gradient", "nan_gradient",
-                             "detached"}
+    assert errors.keys() == {
+        "raises",
+        "raises_later",
+        "missing",
+        "nan",
+        "off",
+        "gradient",
+        "nan_gradient",
+        "detached",
+    }
     assert errors["raises"] == errors["raises_later"] == "RuntimeError: out of luck"
     assert errors["missing"] == "ModuleNotFoundError: No module named 'a_package_nobody_has'"
-    assert "wrong: result 0 is nan off" in errors["nan"] and "0.05 off the reference, 0.02 allowed" in errors["off"]
-    assert "wrong: result 1 is 0.5 off" in errors["gradient"] and "result 1 is nan off" in errors["nan_gradient"]
+    assert (
+        "wrong: result 0 is nan off" in errors["nan"]
+        and "0.05 off the reference, 0.02 allowed" in errors["off"]
+    )
+    assert (
+        "wrong: result 1 is 0.5 off" in errors["gradient"]
+        and "result 1 is nan off" in errors["nan_gradient"]
+    )
     assert {r["variant"] for r in rows if "median_us" in r} == {"right", "close", "other"}
     assert by(rows, "variant")["other"]["difference"] is None
     assert all("\n" not in e and len(e) <= 240 for e in errors.values())
@@ -239,6 +322,7 @@ def test_what_goes_wrong_is_one_line_and_not_timed():
 def test_without_a_reference_the_others_are_timed_uncompared():
     def raises(*_):
         raise torch.OutOfMemoryError("too much")
+
     case = toy({})
     case.variants = {"right": Variant(raises), "other": Variant(lambda *_: lambda x: 2 * x)}
     rows = measure.measure("toy", case, 4, machine())
@@ -248,16 +332,30 @@ def test_without_a_reference_the_others_are_timed_uncompared():
 
 def test_broken_variants_are_left_out_and_everything_is_announced():
     told = []
-    rows = measure.measure("toy", toy(dict(broken=Variant(lambda *_: pytest.fail))), 4, machine(),
-                           tell=lambda *what: told.append(what), broken=("broken",))
+    rows = measure.measure(
+        "toy",
+        toy(dict(broken=Variant(lambda *_: pytest.fail))),
+        4,
+        machine(),
+        tell=lambda *what: told.append(what),
+        broken=("broken",),
+    )
     assert {r["variant"] for r in rows} == {"right"}
-    assert told == [("right", "comparing")] + [(v, d) for d in (FORWARD, BACKWARD, BOTH) for v in ("right", None)]
+    assert told == [("right", "comparing")] + [
+        (v, d) for d in (FORWARD, BACKWARD, BOTH) for v in ("right", None)
+    ]
 
 
 def test_ops_that_change_their_inputs_are_compared_by_what_they_leave():
     def case(make):
-        return toy(dict(other=Variant(lambda *_: make)), leaves=(), work={FORWARD: 1}, mutates=True,
-                   inputs=lambda draw: (draw(8, dtype=torch.float32), draw.below(9, 8)))
+        return toy(
+            dict(other=Variant(lambda *_: make)),
+            leaves=(),
+            work={FORWARD: 1},
+            mutates=True,
+            inputs=lambda draw: (draw(8, dtype=torch.float32), draw.below(9, 8)),
+        )
+
     for make, right in ((lambda x, n: x.mul_(2), True), (lambda x, n: x.mul_(1.9), False)):
         c = case(make)
         c.variants["right"] = Variant(lambda *_: lambda x, n: x.mul_(2))
@@ -267,7 +365,10 @@ def test_ops_that_change_their_inputs_are_compared_by_what_they_leave():
 
 def test_upstream_gradients_are_random_and_1_for_losses():
     draw = Draw(DEVICE)
-    dy, again = draw.like(torch.empty(1000, device=DEVICE)), draw.like(torch.empty(1000, device=DEVICE))
+    dy, again = (
+        draw.like(torch.empty(1000, device=DEVICE)),
+        draw.like(torch.empty(1000, device=DEVICE)),
+    )
     assert not torch.equal(dy, again) and dy.std() > 0.9
     assert draw.like(torch.zeros((), device=DEVICE)) == 1
 
@@ -277,13 +378,17 @@ def test_inputs_beyond_the_cache_come_in_several_sets():
 
     def make(*_):
         return lambda x: seen.append(x.data_ptr()) or 2 * x
-    measure.measure("toy", toy(dict(other=Variant(make))), 4, machine(cache_bytes=128))  # 128 bytes an input
+
+    measure.measure(
+        "toy", toy(dict(other=Variant(make))), 4, machine(cache_bytes=128)
+    )  # 128 bytes an input
     assert len(set(seen)) == 3
 
 
 def test_sizes_shrink_where_memory_is_short():
     def build(s):
         return toy({}, peak_bytes=1e6 * s.tokens)
+
     assert measure.fit(build, TINY._replace(tokens=49152), math.inf)[1] == 49152
     assert measure.fit(build, TINY._replace(tokens=49152), 24e9)[1] == 12288
     assert measure.fit(build, TINY._replace(tokens=49152), 1)[1] < 256  # and it tries all the same
@@ -292,21 +397,31 @@ def test_sizes_shrink_where_memory_is_short():
 def test_what_waits_for_the_host_is_launched_and_the_rest_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(timing, "synchronizes", lambda call: call(0).grad_fn is None)
-    monkeypatch.setattr(timing.Sampler, "capture", lambda self, pool: setattr(self, "method", f"graph in {pool}"))
+    monkeypatch.setattr(
+        timing.Sampler, "capture", lambda self, pool: setattr(self, "method", f"graph in {pool}")
+    )
 
     def waits(x):
         return (2 * x).detach()
-    variants = dict(waits=Variant(lambda *_: waits, tolerance=None), launched=Variant(lambda *_: lambda x: 2 * x),
-                    never=Variant(lambda *_: lambda x: 2 * x, graph=False))
+
+    variants = dict(
+        waits=Variant(lambda *_: waits, tolerance=None),
+        launched=Variant(lambda *_: lambda x: 2 * x),
+        never=Variant(lambda *_: lambda x: 2 * x, graph=False),
+    )
     case = toy(variants, work={FORWARD: 1})
-    m = measure.Measurement("toy", case, 4, machine(graphs=True), lambda *_: None, (), ("launched",))
+    m = measure.Measurement(
+        "toy", case, 4, machine(graphs=True), lambda *_: None, (), ("launched",)
+    )
     m.fns = {v: made.make() for v, made in case.variants.items()}
     m.time(FORWARD)
     assert {r["variant"]: r["method"] for r in m.rows} == dict(
-        right="graph in (0, 1)", waits="launches", launched="launches", never="launches")
+        right="graph in (0, 1)", waits="launches", launched="launches", never="launches"
+    )
 
     def fails(self, pool):
         raise RuntimeError("operation not permitted when stream is capturing")
+
     monkeypatch.setattr(timing.Sampler, "capture", fails)
     with pytest.raises(measure.Uncaptured, match="not permitted"):
         m.time(FORWARD)
@@ -316,6 +431,7 @@ def test_a_lost_device_ends_the_process(monkeypatch):
     class Dead(timing.HostClock):
         def wait(self):
             raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
     with pytest.raises(measure.Lost, match="illegal memory access was"):
         measure.measure("toy", toy({}), 4, machine(clock=Dead()))
 
@@ -328,15 +444,25 @@ def test_rates():
 def test_working_off_a_plan(monkeypatch, capsys):
     def missing(s):
         raise ModuleNotFoundError("No module named 'kernels.gone'")
+
     sent = []
-    monkeypatch.setattr(measure, "CASES", dict(toy=(lambda s: toy({}, shape=f"({s.tokens})"), True), gone=(missing, True),
-                                               large=(lambda s: toy({}, peak_bytes=1e6 * s.tokens), True)))
+    monkeypatch.setattr(
+        measure,
+        "CASES",
+        dict(
+            toy=(lambda s: toy({}, shape=f"({s.tokens})"), True),
+            gone=(missing, True),
+            large=(lambda s: toy({}, peak_bytes=1e6 * s.tokens), True),
+        ),
+    )
     plan = [("toy", 512), ("gone", 512), ("large", 4096)]
     measure.work_off(plan, {}, {}, machine(memory_bytes=1.5e9), time.time() + 60, sent.append, TINY)
     rows = {m["item"][0]: m["rows"] for m in sent if m["kind"] == "rows"}
     assert [m["item"] for m in sent if m["kind"] == "rows"] == plan
     assert {r["shape"] for r in rows["toy"]} == {"(512)"} and len(rows["toy"]) == 3
-    assert [r["error"] for r in rows["gone"]] == ["ModuleNotFoundError: No module named 'kernels.gone'"]
+    assert [r["error"] for r in rows["gone"]] == [
+        "ModuleNotFoundError: No module named 'kernels.gone'"
+    ]
     assert {r["tokens"] for r in rows["large"][:3]} == {1024}
     assert rows["large"][3]["error"] == "too many for 2 GB: measured with 1,024"
     assert ("toy", 512) == sent[0]["item"] and sent[0]["what"] == "building"
@@ -356,8 +482,11 @@ def test_every_case_agrees_with_its_reference_on_tiny_inputs(name):
     m.compare()
     for row in m.rows:  # what others offer may be absent
         assert not row["variant"].startswith("stopwatch"), row
-        assert row["error"].startswith("ModuleNotFoundError" if DEVICE.type == "cuda" else
-                                       ("ModuleNotFoundError", "NotImplementedError")), row
+        assert row["error"].startswith(
+            "ModuleNotFoundError"
+            if DEVICE.type == "cuda"
+            else ("ModuleNotFoundError", "NotImplementedError")
+        ), row
         assert "named 'kernels" not in row["error"], row
     assert next(iter(case.variants)) in m.fns
     for direction in case.work:  # the reference in each direction
@@ -367,7 +496,9 @@ def test_every_case_agrees_with_its_reference_on_tiny_inputs(name):
             call(0)
 
 
-@pytest.mark.parametrize("name", ["adam_update", "nesterov", "balance", "descend", "descend, NorMuon"])
+@pytest.mark.parametrize(
+    "name", ["adam_update", "nesterov", "balance", "descend", "descend, NorMuon"]
+)
 def test_updates_are_measured_with_the_guard_and_all_that_the_trainer_hands_over(name):
     case = CASES[name][0](TINY)
     *inputs, ok = case.inputs(Draw(DEVICE))
@@ -383,7 +514,9 @@ def test_updates_are_measured_with_the_guard_and_all_that_the_trainer_hands_over
 
 
 def test_token_ids_of_the_embedding_are_zipfs():
-    index, table = CASES["embedding"][0](GPT2_SMALL._replace(tokens=200_000, width=1)).inputs(Draw(DEVICE))
+    index, table = CASES["embedding"][0](GPT2_SMALL._replace(tokens=200_000, width=1)).inputs(
+        Draw(DEVICE)
+    )
     counts = index.bincount(minlength=len(table))
     assert index.min() == 0 and index.max() < len(table) and 0.06 < counts[0] / len(index) < 0.068
     assert counts[9] / counts[99] == pytest.approx(10, rel=0.2)
@@ -391,18 +524,24 @@ def test_token_ids_of_the_embedding_are_zipfs():
 
 @pytest.mark.parametrize("name", CASES)
 def test_work_is_counted_for_the_sizes_measured(name):
-    """Each direction's least work at gpt2-small's size takes an H200 more than 10 us and less than 50 ms."""
+    """Each direction's least work at gpt2-small's size takes an H200 more than 10 us and less
+    than 50 ms."""
     case = CASES[name][0](GPT2_SMALL)
     for direction, work in case.work.items():
-        assert 10e-6 < work / (4.3e12 if case.unit == "bytes" else 790e12) < 50e-3, (direction, work)
+        assert 10e-6 < work / (4.3e12 if case.unit == "bytes" else 790e12) < 50e-3, (
+            direction,
+            work,
+        )
     if {FORWARD, BACKWARD, BOTH} <= case.work.keys():
         assert case.work[BOTH] == case.work[FORWARD] + case.work[BACKWARD]
 
 
 def test_work_against_counts_by_hand():
     """The roofline of the survey: MB at 49,152 tokens."""
+
     def work(name):
         return {d: round(w / 1e6) for d, w in CASES[name][0](GPT2_SMALL).work.items()}
+
     assert work("rms_norm")[FORWARD] == 151 and work("rms_norm")[BACKWARD] == 226
     assert work("add_rms_norm, weight")[FORWARD] == work("add_rms_norm, weight")[BACKWARD] == 302
     assert work("softcap_cross_entropy")[BOTH] == 9890
@@ -415,7 +554,12 @@ def test_work_against_counts_by_hand():
 def test_documents_fill_the_rows():
     lengths = cases.documents(GPT2_SMALL)
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    assert sum(lengths) == 49152 and {0, 16384, 32768} <= set(starts) and max(lengths) <= 2048 and len(lengths) > 60
+    assert (
+        sum(lengths) == 49152
+        and {0, 16384, 32768} <= set(starts)
+        and max(lengths) <= 2048
+        and len(lengths) > 60
+    )
 
 
 def test_every_target_is_of_a_case():
@@ -434,7 +578,8 @@ def send_rows(connection, item):
 
 
 def obliging(left, broken, launched, graphs, deadline, connection):
-    """A worker in whose cases b the variant v does what the case is called after, until it is left out."""
+    """A worker in whose cases b the variant v does what the case is called after, until it is
+    left out."""
     connection.send(dict(kind="at", item=None, variant=None, what="rates"))
     connection.send(dict(kind="rates", rates=dict(copy=1.0)))
     for name, tokens in left:
@@ -482,39 +627,66 @@ def test_a_plan_without_trouble():
     seen = []
     plan = [("x", 2), ("x", 1), ("y", 2)]
     rows, rates = supervise(plan, saw=lambda rows, rates: seen.append(len(rows)))
-    assert [(r["case"], r["tokens"]) for r in rows] == plan and rates == [dict(copy=1.0)] and seen == [1, 2, 3, 3]
+    assert (
+        [(r["case"], r["tokens"]) for r in rows] == plan
+        and rates == [dict(copy=1.0)]
+        and seen == [1, 2, 3, 3]
+    )
 
 
-@pytest.mark.parametrize("trouble,reason", [("dies", "exit status 7"), ("hangs", "no answer in 0.5 s"),
-                                            ("lost", "illegal memory access")])
+@pytest.mark.parametrize(
+    "trouble,reason",
+    [("dies", "exit status 7"), ("hangs", "no answer in 0.5 s"), ("lost", "illegal memory access")],
+)
 def test_what_takes_the_process_with_it_costs_one_line(trouble, reason):
     rows, rates = supervise([("x", 2), (trouble, 2), ("y", 2), (trouble, 1)], silence=0.5)
-    assert [(r["case"], r["tokens"]) for r in rows] == [("x", 2), (trouble, 2), (trouble, 2), ("y", 2), (trouble, 1)]
-    assert rows[1]["variant"] == "v" and rows[1]["error"].startswith("comparing: ") and reason in rows[1]["error"]
+    assert [(r["case"], r["tokens"]) for r in rows] == [
+        ("x", 2),
+        (trouble, 2),
+        (trouble, 2),
+        ("y", 2),
+        (trouble, 1),
+    ]
+    assert (
+        rows[1]["variant"] == "v"
+        and rows[1]["error"].startswith("comparing: ")
+        and reason in rows[1]["error"]
+    )
     assert sum("error" in r for r in rows) == 1 and len(rates) == 2  # once, for both sizes
 
 
 def test_what_cannot_be_captured_is_launched():
     rows, rates = supervise([("uncaptured", 2), ("y", 2)])
-    assert [r["case"] for r in rows] == ["uncaptured", "y"] and not any("error" in r for r in rows) and len(rates) == 2
+    assert (
+        [r["case"] for r in rows] == ["uncaptured", "y"]
+        and not any("error" in r for r in rows)
+        and len(rates) == 2
+    )
     rows, _ = supervise([("x", 2)], worker=no_graphs)
     assert [r["case"] for r in rows] == ["x"] and "error" not in rows[0]
 
 
 def test_a_machine_on_which_nothing_works():
     rows, rates = supervise([("x", 2), ("y", 1)], worker=dies_at_once)
-    assert [r["error"] for r in rows] == ["not run: the process died, exit status 3"] * 2 and rates == []
+    assert [r["error"] for r in rows] == [
+        "not run: the process died, exit status 3"
+    ] * 2 and rates == []
 
 
 def test_time_is_up(monkeypatch):
     rows, _ = supervise([("x", 2), ("y", 2), ("z", 2)], worker=endless, seconds=-29.5)
-    assert [r["error"] for r in rows] == ["not run: out of time"] * 3  # nothing is begun after the deadline
+    assert [r["error"] for r in rows] == [
+        "not run: out of time"
+    ] * 3  # nothing is begun after the deadline
     real = time.time
     began = real()
     monkeypatch.setattr(time, "time", lambda: began + 30 * (real() - began))  # seconds pass faster
     rows, _ = supervise([("x", 2), ("y", 2), ("z", 2)], worker=endless, seconds=3)
     assert "error" not in rows[0] and rows[0]["case"] == "x"
-    assert [(r["case"], r["error"]) for r in rows[1:]] == [("y", "building: out of time"), ("z", "not run: out of time")]
+    assert [(r["case"], r["error"]) for r in rows[1:]] == [
+        ("y", "building: out of time"),
+        ("z", "not run: out of time"),
+    ]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it would work")
@@ -527,58 +699,140 @@ def test_the_real_worker_in_a_process_of_its_own():
 
 
 def a_row(case, variant, direction, us, tokens=49152, share=0.5, unit="bytes", **fields):
-    return dict(case=case, shape=f"({tokens:,}, 768) bf16", tokens=tokens, direction=direction, variant=variant,
-                median_us=us, p20_us=us - 1, p80_us=us + 1, samples=20, calls=10, method="graph", difference=0.0,
-                unit=unit, work=151e6, per_second=151e6 / us * 1e6, rate="copy", share=share) | fields
+    return (
+        dict(
+            case=case,
+            shape=f"({tokens:,}, 768) bf16",
+            tokens=tokens,
+            direction=direction,
+            variant=variant,
+            median_us=us,
+            p20_us=us - 1,
+            p80_us=us + 1,
+            samples=20,
+            calls=10,
+            method="graph",
+            difference=0.0,
+            unit=unit,
+            work=151e6,
+            per_second=151e6 / us * 1e6,
+            rate="copy",
+            share=share,
+        )
+        | fields
+    )
 
 
 def a_result(rows, device="NVIDIA H200"):
     r = dict(device=device, rates=[dict(copy=4.3e12, bf16=790e12, fp8=None)], rows=rows)
-    r["targets"] = [dict(target=str(t), measured=value, verdict=verdict)
-                    for t in TARGETS for value, verdict in [kernels.judge(t, r)]]
+    r["targets"] = [
+        dict(target=str(t), measured=value, verdict=verdict)
+        for t in TARGETS
+        for value, verdict in [kernels.judge(t, r)]
+    ]
     return r
 
 
 def test_a_table_with_gaps():
-    text = kernels.render(a_result([
-        a_row("rms_norm", "eager", FORWARD, 88.0), a_row("rms_norm", "stopwatch", FORWARD, 40.0, share=0.878),
-        a_row("rms_norm", "eager", BACKWARD, 1234.5, share=None, method="launches", difference=None),
-        a_row("rms_norm", "eager", FORWARD, 30.0, tokens=16384),
-        dict(case="rms_norm", tokens=49152, direction=None, variant="Liger", error="ModuleNotFoundError: none"),
-        dict(case="qk_norm_rope", tokens=49152, direction=None, variant=None, error="not run: out of time"),
-        a_row("linear_relu2", "stopwatch", FORWARD, 300.0, unit="FLOPs", work=0.232e12, per_second=773e12, rate="fp8")]))
+    text = kernels.render(
+        a_result(
+            [
+                a_row("rms_norm", "eager", FORWARD, 88.0),
+                a_row("rms_norm", "stopwatch", FORWARD, 40.0, share=0.878),
+                a_row(
+                    "rms_norm",
+                    "eager",
+                    BACKWARD,
+                    1234.5,
+                    share=None,
+                    method="launches",
+                    difference=None,
+                ),
+                a_row("rms_norm", "eager", FORWARD, 30.0, tokens=16384),
+                dict(
+                    case="rms_norm",
+                    tokens=49152,
+                    direction=None,
+                    variant="Liger",
+                    error="ModuleNotFoundError: none",
+                ),
+                dict(
+                    case="qk_norm_rope",
+                    tokens=49152,
+                    direction=None,
+                    variant=None,
+                    error="not run: out of time",
+                ),
+                a_row(
+                    "linear_relu2",
+                    "stopwatch",
+                    FORWARD,
+                    300.0,
+                    unit="FLOPs",
+                    work=0.232e12,
+                    per_second=773e12,
+                    rate="fp8",
+                ),
+            ]
+        )
+    )
     lines = text.splitlines()
-    assert "# Kernels on NVIDIA H200" == lines[0] and "copy 4,300 GB/s, bf16 790 TFLOP/s, fp8 not measured" in text
+    assert (
+        "# Kernels on NVIDIA H200" == lines[0]
+        and "copy 4,300 GB/s, bf16 790 TFLOP/s, fp8 not measured" in text
+    )
     at = lines.index("## rms_norm")
-    assert lines[at + 2:at + 12] == [
-        "| (49,152, 768) bf16 | forward, 151 MB | backward, 151 MB |", "|---|---|---|",
+    assert lines[at + 2 : at + 12] == [
+        "| (49,152, 768) bf16 | forward, 151 MB | backward, 151 MB |",
+        "|---|---|---|",
         "| stopwatch | **40.0** (39.0–41.0), 3,775 GB/s, 88% | not measured |",
         "| eager | 88.0 (87.0–89.0), 1,716 GB/s, 50% | **1,234** (1,234–1,236) † ‡, 122 GB/s |",
-        "| Liger | not measured | not measured |", "",
-        "| (16,384, 768) bf16 | forward, 151 MB |", "|---|---|", "| stopwatch | not measured |",
-        "| eager | **30.0** (29.0–31.0), 5,033 GB/s, 50% |"]
+        "| Liger | not measured | not measured |",
+        "",
+        "| (16,384, 768) bf16 | forward, 151 MB |",
+        "|---|---|",
+        "| stopwatch | not measured |",
+        "| eager | **30.0** (29.0–31.0), 5,033 GB/s, 50% |",
+    ]
     assert "- Liger, 49,152 tokens: ModuleNotFoundError: none" in lines
     at = lines.index("## qk_norm_rope")
-    assert lines[at + 2:at + 5] == ["not measured", "", "- 49,152 tokens: not run: out of time"]
+    assert lines[at + 2 : at + 5] == ["not measured", "", "- 49,152 tokens: not run: out of time"]
     assert "forward, 0.232 TFLOP" in text and "773 TFLOP/s, 50% of fp8" in text
 
 
 def test_targets_are_met_not_met_or_not_measured():
-    rows = [a_row("rms_norm", "stopwatch", FORWARD, 40.0, share=0.86),
-            a_row("rms_norm", "stopwatch", BACKWARD, 70.0, share=0.79),
-            a_row("softcap_cross_entropy", "stopwatch", BOTH, 2950.0),
-            a_row("relu2_mlp", "stopwatch", BOTH, 100.0), a_row("relu2_mlp", "torch.compile", BOTH, 110.0),
-            a_row("linear_cross_entropy", "stopwatch, fp8", BOTH, 100.0),
-            a_row("polar_express", "stopwatch", FORWARD, 1400.0),
-            a_row("qk_norm_rope", "stopwatch", FORWARD, 100.0, tokens=16384)]
+    rows = [
+        a_row("rms_norm", "stopwatch", FORWARD, 40.0, share=0.86),
+        a_row("rms_norm", "stopwatch", BACKWARD, 70.0, share=0.79),
+        a_row("softcap_cross_entropy", "stopwatch", BOTH, 2950.0),
+        a_row("relu2_mlp", "stopwatch", BOTH, 100.0),
+        a_row("relu2_mlp", "torch.compile", BOTH, 110.0),
+        a_row("linear_cross_entropy", "stopwatch, fp8", BOTH, 100.0),
+        a_row("polar_express", "stopwatch", FORWARD, 1400.0),
+        a_row("qk_norm_rope", "stopwatch", FORWARD, 100.0, tokens=16384),
+    ]
     found = {e["target"]: (e["measured"], e["verdict"]) for e in a_result(rows)["targets"]}
     assert list(found.values()) == [
-        (0.86, "met"), (0.79, "not met"), (2950.0, "not met"), (None, "not measured"), (pytest.approx(1.1), "met"),
-        (None, "not measured"), (1400.0, "met"), (None, "not measured"), (None, "not measured"), (None, "not measured")]
+        (0.86, "met"),
+        (0.79, "not met"),
+        (2950.0, "not met"),
+        (None, "not measured"),
+        (pytest.approx(1.1), "met"),
+        (None, "not measured"),
+        (1400.0, "met"),
+        (None, "not measured"),
+        (None, "not measured"),
+        (None, "not measured"),
+    ]
     assert "rms_norm, forward: at least 85% of the copy rate" in found
-    assert "softcap_cross_entropy, without autograd, forward (stopwatch, e5m2): at most 2.2 ms" in found
+    assert (
+        "softcap_cross_entropy, without autograd, forward (stopwatch, e5m2): at most 2.2 ms"
+        in found
+    )
     text = kernels.render(a_result(rows))
-    assert "| 86.0% | met |" in text and "| 2.95 ms | not met |" in text and "| 1.10x | met |" in text
+    assert (
+        "| 86.0% | met |" in text and "| 2.95 ms | not met |" in text and "| 1.10x | met |" in text
+    )
     assert "| not measured | not measured |" in text
     assert {e["verdict"] for e in a_result(rows, "NVIDIA A100")["targets"]} == {"not measured"}
 
@@ -595,14 +849,27 @@ def test_kernels_refuses_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["kernels"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("error: benchmark kernels needs a CUDA GPU")
+    assert (
+        out == ""
+        and err.count("\n") == 1
+        and err.startswith("error: benchmark kernels needs a CUDA GPU")
+    )
     assert "python -m benchmarks loader" in err
 
 
-@pytest.mark.parametrize("options,said", [
-    (["kernels", "--only", "rms_nrom"], "'rms_nrom': expected some of adam_update, add_rms_norm, attention"),
-    (["kernels", "--tokens", "100"], "'100': expected a multiple of 128"),
-    (["nonsense"], "invalid choice"), ([], "NAME"), (["loader", "--only", "x"], "--only")])
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        (
+            ["kernels", "--only", "rms_nrom"],
+            "'rms_nrom': expected some of adam_update, add_rms_norm, attention",
+        ),
+        (["kernels", "--tokens", "100"], "'100': expected a multiple of 128"),
+        (["nonsense"], "invalid choice"),
+        ([], "NAME"),
+        (["loader", "--only", "x"], "--only"),
+    ],
+)
 def test_bad_options_end_with_2(options, said, capsys):
     with pytest.raises(SystemExit) as e:
         command.main(options)
@@ -623,14 +890,21 @@ def test_plan_of_a_run(monkeypatch):
         seen["plan"] = plan
         saw([], [])
         return [], []
-    properties = types.SimpleNamespace(name="G", major=9, minor=0, L2_cache_size=1, total_memory=2,
-                                       multi_processor_count=3)
+
+    properties = types.SimpleNamespace(
+        name="G", major=9, minor=0, L2_cache_size=1, total_memory=2, multi_processor_count=3
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(kernels, "supervise", supervise)
     saved = []
     result = kernels.run(only=("rms_norm", "polar_express"), tokens=(256, 128), save=saved.append)
-    assert seen["plan"] == [("rms_norm", 256), ("rms_norm, weight", 256), ("polar_express", 256), ("rms_norm", 128),
-                            ("rms_norm, weight", 128)]
+    assert seen["plan"] == [
+        ("rms_norm", 256),
+        ("rms_norm, weight", 256),
+        ("polar_express", 256),
+        ("rms_norm", 128),
+        ("rms_norm, weight", 128),
+    ]
     assert saved == [result] and result["device"] == "G" and len(result["targets"]) == len(TARGETS)
     kernels.run()
     assert {name for name, _ in seen["plan"]} == set(CASES)
@@ -638,7 +912,9 @@ def test_plan_of_a_run(monkeypatch):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Benchmarks `a` (grows, renders, has an option), `b` (raises) and `c` (needs what is not there)."""
+    """Benchmarks `a` (grows, renders, has an option), `b` (raises) and `c` (needs what is not
+    there)."""
+
     def grows(n=2, save=lambda result: None):
         for i in range(n):
             save(dict(rows=list(range(i))))
@@ -646,10 +922,17 @@ def stand_ins(monkeypatch):
 
     def breaks():
         raise RuntimeError("broken\nbenchmark")
-    modules = dict(a=types.SimpleNamespace(__doc__="About a.", run=grows, render=lambda r: f"# a\n\n{r['rows']}\n",
-                                           add_arguments=lambda p: p.add_argument("--n", type=int, default=2)),
-                   b=types.SimpleNamespace(__doc__="", run=breaks),
-                   c=types.SimpleNamespace(__doc__="", run=breaks, unavailable=lambda: "no such machine"))
+
+    modules = dict(
+        a=types.SimpleNamespace(
+            __doc__="About a.",
+            run=grows,
+            render=lambda r: f"# a\n\n{r['rows']}\n",
+            add_arguments=lambda p: p.add_argument("--n", type=int, default=2),
+        ),
+        b=types.SimpleNamespace(__doc__="", run=breaks),
+        c=types.SimpleNamespace(__doc__="", run=breaks, unavailable=lambda: "no such machine"),
+    )
     monkeypatch.setattr(command, "BENCHMARKS", dict.fromkeys(modules, "about"))
     monkeypatch.setattr(command, "ALL", tuple(modules))
     monkeypatch.setattr(command, "module_of", modules.get)
@@ -658,11 +941,25 @@ def stand_ins(monkeypatch):
 def test_one_benchmark(stand_ins, tmp_path, capsys):
     assert command.main(["a", "--n", "3"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["benchmark"] == "a" and printed["rows"] == [0, 1, 2] and printed["environment"]["torch"]
-    assert command.main(["a", "--json", str(tmp_path / "new/r.json"), "--table", str(tmp_path / "t.md")]) == 0
-    assert json.loads((tmp_path / "new/r.json").read_text())["rows"] == [0, 1] and capsys.readouterr().out == ""
+    assert (
+        printed["benchmark"] == "a"
+        and printed["rows"] == [0, 1, 2]
+        and printed["environment"]["torch"]
+    )
+    assert (
+        command.main(
+            ["a", "--json", str(tmp_path / "new/r.json"), "--table", str(tmp_path / "t.md")]
+        )
+        == 0
+    )
+    assert (
+        json.loads((tmp_path / "new/r.json").read_text())["rows"] == [0, 1]
+        and capsys.readouterr().out == ""
+    )
     assert (tmp_path / "t.md").read_text() == "# a\n\n[0, 1]\n"
-    assert sorted(os.listdir(tmp_path)) == ["new", "t.md"] and os.listdir(tmp_path / "new") == ["r.json"]
+    assert sorted(os.listdir(tmp_path)) == ["new", "t.md"] and os.listdir(tmp_path / "new") == [
+        "r.json"
+    ]
 
 
 def test_options_beyond_the_benchmarks_own(stand_ins, monkeypatch, capsys):
@@ -674,6 +971,7 @@ def test_options_beyond_the_benchmarks_own(stand_ins, monkeypatch, capsys):
         if "--bad" in trainer_options:
             raise command.InputError("--bad: no such option")
         return dict(options=trainer_options)
+
     monkeypatch.setattr(command.module_of("a"), "run", run)
     assert command.main(["a", "--m", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["options"] == ["--m", "3"]
@@ -685,6 +983,7 @@ def test_a_result_is_saved_as_it_grows(stand_ins, tmp_path, monkeypatch):
     def killed(save):
         save(dict(rows=[1]))
         raise KeyboardInterrupt
+
     monkeypatch.setattr(command.module_of("a"), "run", killed)
     monkeypatch.setattr(command.module_of("a"), "add_arguments", lambda parser: None)
     assert command.main(["a", "--json", str(tmp_path / "r.json")]) == 130
@@ -692,12 +991,21 @@ def test_a_result_is_saved_as_it_grows(stand_ins, tmp_path, monkeypatch):
 
 
 def test_all_runs_what_it_can(stand_ins, tmp_path):
-    assert command.main(["all", "--json", str(tmp_path / "r.json"), "--table", str(tmp_path / "t.md")]) == 0
+    assert (
+        command.main(["all", "--json", str(tmp_path / "r.json"), "--table", str(tmp_path / "t.md")])
+        == 0
+    )
     results = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert results["a"]["rows"] == [0, 1] and results["b"] == dict(error="RuntimeError: broken benchmark")
+    assert results["a"]["rows"] == [0, 1] and results["b"] == dict(
+        error="RuntimeError: broken benchmark"
+    )
     assert results["c"] == dict(skipped="no such machine")
     text = (tmp_path / "t.md").read_text()
-    assert "# a\n\n[0, 1]" in text and "RuntimeError: broken benchmark" in text and "no such machine" in text
+    assert (
+        "# a\n\n[0, 1]" in text
+        and "RuntimeError: broken benchmark" in text
+        and "no such machine" in text
+    )
 
 
 def test_every_benchmark_has_what_the_command_expects():

@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for every chip, spills nothing on Hopper, fits, and takes no more than it did.
+"""Every Triton kernel compiles for every chip, spills nothing on Hopper, fits, and takes no more
+than it did.
 
 Compiling needs Triton outside its interpreter, hence the processes.
 """
@@ -9,9 +10,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 
 from benchmarks.resources import ARCH, CASES, COMMITTED, SHARED_LIMIT, render, worse
-from helpers import ROOT
 
 MATRIX_KERNELS = ("linear_relu2", "symmetric_matmul")  # kernels whose time is matrix products
 
@@ -19,9 +20,17 @@ MATRIX_KERNELS = ("linear_relu2", "symmetric_matmul")  # kernels whose time is m
 @pytest.fixture(scope="module", params=ARCH, ids=ARCH.values())
 def rows(request, tmp_path_factory):
     pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    done = subprocess.run([sys.executable, "-m", "benchmarks", "resources", "--chip", str(request.param)], cwd=ROOT,
-                          env=env, capture_output=True, text=True)
+    env = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "resources", "--chip", str(request.param)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return request.param, json.loads(done.stdout)
 
@@ -41,13 +50,16 @@ def test_nothing_is_spilled_on_hopper(rows):
 def test_matrix_kernels_use_the_tensor_cores_of_their_chip(rows):
     chip, result = rows
     matrix = [r for r in result["rows"] if r["kernel"].startswith(MATRIX_KERNELS)]
-    assert {m for m in MATRIX_KERNELS for r in matrix if r["kernel"].startswith(m)} == set(MATRIX_KERNELS)
+    assert {m for m in MATRIX_KERNELS for r in matrix if r["kernel"].startswith(m)} == set(
+        MATRIX_KERNELS
+    )
     for r in matrix:
         assert r["wgmma"] if chip == 90 else r["tcgen05"] if chip == 100 else True, r
 
 
 def test_nothing_got_worse(rows):
-    """If a change is worth it, run `python -m benchmarks resources --write` and commit the table with it."""
+    """If a change is worth it, run `python -m benchmarks resources --write` and commit the table
+    with it."""
     _, result = rows
     committed = json.loads(COMMITTED.read_text())
     if committed["triton"] != result["triton"]:
@@ -64,6 +76,8 @@ def test_the_committed_table_is_whole_and_readable():
 def test_a_kernel_that_needs_more_is_noticed():
     row = dict(case="c", kernel="k", arch="sm_90a", registers=64, spilled=0, shared=100)
     assert worse([row], [row]) == []
-    assert worse([row | dict(registers=65)], [row]) == ["c: k on sm_90a: 65 registers, 64 in the table"]
+    assert worse([row | dict(registers=65)], [row]) == [
+        "c: k on sm_90a: 65 registers, 64 in the table"
+    ]
     assert worse([row | dict(spilled=4)], [row]) == ["c: k on sm_90a: 4 spilled, 0 in the table"]
     assert worse([row | dict(kernel="new")], [row]) == ["c: new on sm_90a: not in the table"]

@@ -1,14 +1,15 @@
-"""benchmarks/start.py: phases add up, imports by package, a real start with empty and with filled caches."""
+"""benchmarks/start.py: phases add up, imports by package, a real start with empty and with
+filled caches."""
 
 import json
 import time
 
 import pytest
+from helpers import options, tiny, write_text
 
 from benchmarks import start
 from benchmarks.__main__ import main
 from data import InputError
-from helpers import options, tiny, write_text
 
 
 class Now:
@@ -29,13 +30,17 @@ def test_a_phase_does_not_count_those_inside_it():
             function()
         now.t += seconds
         return seconds
+
     inner = phases.timed(lambda: spend(2), "inner")
     outer = phases.timed(lambda: spend(10, inner, inner), lambda: "outer")
     now.t += 1
     outer(), inner()
     now.t += 100
     phases.switch()
-    assert phases.seconds == dict(other=101, outer=20, inner=12) and sum(phases.seconds.values()) == now.t
+    assert (
+        phases.seconds == dict(other=101, outer=20, inner=12)
+        and sum(phases.seconds.values()) == now.t
+    )
     assert list(phases.seconds) == ["other", "outer", "inner"]
 
 
@@ -46,11 +51,14 @@ def test_a_phase_that_raises_ends():
     def fail():
         now.t += 3
         raise ValueError
+
     with pytest.raises(ValueError):
         phases.timed(fail, "failing", wait=lambda: waited.append(now.t))()
     now.t += 4
     phases.switch()
-    assert phases.seconds == dict(other=4, failing=3) and waited == [3] and phases.stack == ["other"]
+    assert (
+        phases.seconds == dict(other=4, failing=3) and waited == [3] and phases.stack == ["other"]
+    )
 
 
 def test_imports_are_summed_by_package():
@@ -65,33 +73,75 @@ import time:   1000000 |    1000000 |       numpy._core"""
 
 
 def test_cold_and_warm(tmp_path, capsys):
-    c = tiny(write_text(tmp_path / "text.txt"), tmp_path, tokenizer="bpe:300", target_metric="val_loss")
+    c = tiny(
+        write_text(tmp_path / "text.txt"), tmp_path, tokenizer="bpe:300", target_metric="val_loss"
+    )
     before, out, table = time.perf_counter(), tmp_path / "out.json", tmp_path / "table.md"
     assert main(["start", "--json", str(out), "--table", str(table), *options(c)]) == 0
     result = json.loads(out.read_text())
     assert sum(sum(t) for t in result["totals"].values()) < time.perf_counter() - before
     for state in ("cold", "warm"):
         phases = result[state]
-        assert {"interpreter", "imports", "arguments", "data", "model", "kernels", "probe", "log", "first step",
-                "other"} == set(phases)
-        assert min(phases.values()) >= 0 and sum(phases.values()) == pytest.approx(result["totals"][state][0])
+        assert {
+            "interpreter",
+            "imports",
+            "arguments",
+            "data",
+            "model",
+            "kernels",
+            "probe",
+            "log",
+            "first step",
+            "other",
+        } == set(phases)
+        assert min(phases.values()) >= 0 and sum(phases.values()) == pytest.approx(
+            result["totals"][state][0]
+        )
         assert phases["imports"] > 0.3 and phases["first step"] > 0 and phases["probe"] > 0
-    assert result["cold"]["data"] > result["warm"]["data"]  # the tokenizer was trained in the first run only
-    assert "torch" in dict(result["imports"]) and not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    assert (
+        result["cold"]["data"] > result["warm"]["data"]
+    )  # the tokenizer was trained in the first run only
+    assert (
+        "torch" in dict(result["imports"])
+        and not (tmp_path / "run").exists()
+        and not (tmp_path / "cache").exists()
+    )
     assert "| first step |" in table.read_text() and table.read_text() in capsys.readouterr().err
 
 
 def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
     """The trainer's process, run here, with torch.compile handing back what it is given."""
-    import torch
-    import train_gpt as tg
     from unittest import mock
 
-    c = tiny(write_text(tmp_path / "text.txt"), tmp_path, compile=True, batch_tokens=(256, 512), mtp=(2, 1), tied=0.5)
-    for owner, names in ((tg, ("parse_args", "load_data", "choose_ops", "describe_environment",
-                               "machine_probe", "evaluate", "keep_freed_memory")),
-                         (tg.Trainer, ("__init__", "describe", "accumulate", "run")), (tg.GPT, ("init_weights",)),
-                         (tg.Optimizer, ("reset", "step"))):
+    import torch
+
+    import train_gpt as tg
+
+    c = tiny(
+        write_text(tmp_path / "text.txt"),
+        tmp_path,
+        compile=True,
+        batch_tokens=(256, 512),
+        mtp=(2, 1),
+        tied=0.5,
+    )
+    for owner, names in (
+        (
+            tg,
+            (
+                "parse_args",
+                "load_data",
+                "choose_ops",
+                "describe_environment",
+                "machine_probe",
+                "evaluate",
+                "keep_freed_memory",
+            ),
+        ),
+        (tg.Trainer, ("__init__", "describe", "accumulate", "run")),
+        (tg.GPT, ("init_weights",)),
+        (tg.Optimizer, ("reset", "step")),
+    ):
         for name in names:  # put back what trace() replaces
             monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(tg, "keep_freed_memory", lambda: None)
@@ -101,14 +151,21 @@ def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
     with mock.patch.object(torch, "compile", lambda function, **_: function):
         assert start.trace(str(result), time.monotonic(), options(c), synthetic=False) == 130
     phases = json.loads(result.read_text())
-    assert {"graph of 256 tokens, 2 targets, tied", "graph of 512 tokens", "graph of the optimizer",
-            "graph of validation", "first step"} <= set(phases)
+    assert {
+        "graph of 256 tokens, 2 targets, tied",
+        "graph of 512 tokens",
+        "graph of the optimizer",
+        "graph of validation",
+        "first step",
+    } <= set(phases)
     assert phases["first step"] < 5 and not (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_trainer_that_fails_says_why(tmp_path, capsys):
     assert main(["start", "--n-head", "3"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the trainer ended with status 2 before its first step: --n-embd 128: expected a")
+    assert error.startswith(
+        "error: the trainer ended with status 2 before its first step: --n-embd 128: expected a"
+    )
     with pytest.raises(InputError, match="--repeats 0: expected 1 or more"):
         start.run(repeats=0)

@@ -1,4 +1,5 @@
-"""benchmarks/trainer.py and breakdown.py: division of time, traces of a GPU, real runs on one and two processes."""
+"""benchmarks/trainer.py and breakdown.py: division of time, traces of a GPU, real runs on one
+and two processes."""
 
 import json
 import math
@@ -10,14 +11,15 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from helpers import ROOT, options, tiny, write_text
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_gpt as tg
 from benchmarks import trainer
 from benchmarks.__main__ import main
 from benchmarks.breakdown import MARK, PARTS, covered, divide, trace_parts
 from data import InputError, TrainLoader, read_shard
-from helpers import ROOT, options, tiny, write_text
 
 SPAN = st.tuples(st.integers(-5, 60), st.integers(0, 30)).map(lambda s: (s[0], s[0] + s[1]))
 
@@ -27,13 +29,18 @@ SPAN = st.tuples(st.integers(-5, 60), st.integers(0, 30)).map(lambda s: (s[0], s
 
 @given(st.lists(SPAN, max_size=12), st.integers(0, 20), st.integers(20, 50))
 def test_covered_is_the_number_of_instants_in_any(intervals, start, end):
-    assert covered(intervals, start, end) == sum(any(a <= t < b for a, b in intervals) for t in range(start, end))
+    assert covered(intervals, start, end) == sum(
+        any(a <= t < b for a, b in intervals) for t in range(start, end)
+    )
 
 
 @given(st.dictionaries(st.sampled_from(PARTS), st.lists(SPAN, max_size=5)), st.integers(20, 50))
 def test_every_instant_goes_to_the_first_that_has_it(layers, end):
     lengths, rest = divide(layers, 0, end)
-    first = [next((p for p, spans in layers.items() if any(a <= t < b for a, b in spans)), None) for t in range(end)]
+    first = [
+        next((p for p, spans in layers.items() if any(a <= t < b for a, b in spans)), None)
+        for t in range(end)
+    ]
     assert lengths == {p: first.count(p) for p in layers} and rest == first.count(None)
 
 
@@ -46,35 +53,66 @@ def host(name, start, end, category="user_annotation"):
 
 def kernel(name, launched, start, end, category="kernel", launcher="cuda_runtime", tid=1):
     id = random.getrandbits(40)
-    return [dict(ph="X", cat=launcher, name="launch", ts=launched, dur=1, tid=tid, args=dict(correlation=id)),
-            dict(ph="X", cat=category, name=name, ts=start, dur=end - start, tid=7, args=dict(correlation=id))]
+    return [
+        dict(
+            ph="X",
+            cat=launcher,
+            name="launch",
+            ts=launched,
+            dur=1,
+            tid=tid,
+            args=dict(correlation=id),
+        ),
+        dict(
+            ph="X",
+            cat=category,
+            name=name,
+            ts=start,
+            dur=end - start,
+            tid=7,
+            args=dict(correlation=id),
+        ),
+    ]
 
 
 def one_step():
     """A step from 0 to 200: what runs on the GPU lags behind what launches it."""
     return [
         host(MARK + "profiled", 0, 200),
-        host(MARK + "data", 0, 20), host(MARK + "forward", 20, 30), host(MARK + "backward", 30, 45),
-        host(MARK + "guard", 45, 46), host(MARK + "optimizer", 50, 60), host("Torch-Compiled Region", 0, 200),
+        host(MARK + "data", 0, 20),
+        host(MARK + "forward", 20, 30),
+        host(MARK + "backward", 30, 45),
+        host(MARK + "guard", 45, 46),
+        host(MARK + "optimizer", 50, 60),
+        host("Torch-Compiled Region", 0, 200),
         host(MARK + "forward", 0, 200, "gpu_user_annotation"),
         *kernel("Memcpy HtoD", 15, 18, 26, "gpu_memcpy"),
-        *kernel("gemm", 21, 30, 60), *kernel("triton", 22, 60, 70, launcher="cuda_driver"),
+        *kernel("gemm", 21, 30, 60),
+        *kernel("triton", 22, 60, 70, launcher="cuda_driver"),
         *kernel("gemm", 35, 75, 110, tid=99),  # backward's own thread launches it
-        *kernel("norm", 45, 108, 118), *kernel("ncclDevKernel_AllReduce", 45, 118, 120),
-        *kernel("ncclDevKernel_ReduceScatter", 47, 105, 130), *kernel("fill", 48, 130, 135),
-        *kernel("adam", 52, 130, 160), *kernel("ncclDevKernel_AllGather", 53, 150, 180),
-        dict(ph="M", name="process_name"), dict(ph="f", cat="ac2g", name="ac2g", ts=3),
+        *kernel("norm", 45, 108, 118),
+        *kernel("ncclDevKernel_AllReduce", 45, 118, 120),
+        *kernel("ncclDevKernel_ReduceScatter", 47, 105, 130),
+        *kernel("fill", 48, 130, 135),
+        *kernel("adam", 52, 130, 160),
+        *kernel("ncclDevKernel_AllGather", 53, 150, 180),
+        dict(ph="M", name="process_name"),
+        dict(ph="f", cat="ac2g", name="ac2g", ts=3),
     ]
 
 
 def test_a_gpus_time_goes_to_what_launched_its_kernels():
     parts = trace_parts(one_step(), cuda=True)
     assert parts == dict(
-        forward=40, backward=35, guard=8, optimizer=30,
+        forward=40,
+        backward=35,
+        guard=8,
+        optimizer=30,
         communication=32,  # 118-130 and 160-180: elsewhere a kernel of ours runs as well
         data=26,  # 0-18 waiting for the batch, 18-26 its copy
         gaps=29,  # 26-30, 70-75, 180-200
-        other=0)  # 130-135 is the optimizer's already
+        other=0,
+    )  # 130-135 is the optimizer's already
     assert sum(parts.values()) == 200 and tuple(parts) == PARTS
 
 
@@ -87,21 +125,33 @@ def test_kernels_from_elsewhere_are_other_and_nothing_counts_outside():
 
 
 def test_on_a_cpu_waiting_for_others_is_not_the_optimizers_time():
-    events = [host(MARK + "profiled", 0, 100), host(MARK + "data", 0, 10), host(MARK + "forward", 10, 40),
-              host(MARK + "backward", 40, 70), host(MARK + "guard", 70, 74), host(MARK + "communication", 72, 73),
-              host(MARK + "optimizer", 75, 95), host(MARK + "communication", 80, 85),
-              host("aten::mm", 12, 30, "cpu_op")]
+    events = [
+        host(MARK + "profiled", 0, 100),
+        host(MARK + "data", 0, 10),
+        host(MARK + "forward", 10, 40),
+        host(MARK + "backward", 40, 70),
+        host(MARK + "guard", 70, 74),
+        host(MARK + "communication", 72, 73),
+        host(MARK + "optimizer", 75, 95),
+        host(MARK + "communication", 80, 85),
+        host("aten::mm", 12, 30, "cpu_op"),
+    ]
     assert trace_parts(events, cuda=False) == dict(
-        forward=30, backward=30, guard=3, optimizer=15, communication=6, data=10, gaps=0, other=6)
+        forward=30, backward=30, guard=3, optimizer=15, communication=6, data=10, gaps=0, other=6
+    )
 
 
 # --- fit and data
 
 
 def test_fit_finds_the_line():
-    stages = [dict(tokens_per_rank=n, ms=7 + 0.0015 * n, parts=dict(optimizer=o))
-              for n, o in ((16384, 2.0), (32768, 3.0), (49152, 4.0))]
-    assert trainer.fit(stages) == pytest.approx(dict(fixed_ms=7.0, us_per_token=1.5, optimizer_ms=3.0))
+    stages = [
+        dict(tokens_per_rank=n, ms=7 + 0.0015 * n, parts=dict(optimizer=o))
+        for n, o in ((16384, 2.0), (32768, 3.0), (49152, 4.0))
+    ]
+    assert trainer.fit(stages) == pytest.approx(
+        dict(fixed_ms=7.0, us_per_token=1.5, optimizer_ms=3.0)
+    )
     assert trainer.fit(stages[:1]) is None and trainer.fit([stages[0], stages[0]]) is None
 
 
@@ -114,8 +164,17 @@ def test_synthetic_tokens(tmp_path):
     counts = np.sort(np.bincount(tokens[tokens != dataset.eot]))[::-1] / len(tokens)
     assert counts[0] < 0.1 and counts[:1000].sum() > 0.4
     before = dataset.train[0].stat().st_mtime_ns
-    assert trainer.synthetic("fineweb10B", "gpt2", tmp_path, n_tokens=500_000).train[0].stat().st_mtime_ns == before
-    assert trainer.vocabulary("stdlib", "bpe:4096") == 4096 and trainer.vocabulary("text", "bytes") == 257
+    assert (
+        trainer.synthetic("fineweb10B", "gpt2", tmp_path, n_tokens=500_000)
+        .train[0]
+        .stat()
+        .st_mtime_ns
+        == before
+    )
+    assert (
+        trainer.vocabulary("stdlib", "bpe:4096") == 4096
+        and trainer.vocabulary("text", "bytes") == 257
+    )
     with pytest.raises(InputError, match="val_loss"):
         dataset.tokenizer
 
@@ -125,20 +184,36 @@ def test_synthetic_tokens(tmp_path):
 
 @pytest.fixture
 def tiny_options(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # run() sets it; back to what it was
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # run() sets it; back to what it was
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
     monkeypatch.setattr(tg, "keep_freed_memory", lambda: None)
-    return options(tiny(write_text(tmp_path / "text.txt"), tmp_path, batch_tokens=(256, 512), sample_tokens=0))
+    return options(
+        tiny(write_text(tmp_path / "text.txt"), tmp_path, batch_tokens=(256, 512), sample_tokens=0)
+    )
 
 
 def test_a_schedules_stages(tiny_options, capsys):
     saved = []
-    result = trainer.run(steps=2, trainer_options=tiny_options, save=lambda r: saved.append(len(r["stages"])))
+    result = trainer.run(
+        steps=2, trainer_options=tiny_options, save=lambda r: saved.append(len(r["stages"]))
+    )
     assert saved == [1, 2] and [s["tokens"] for s in result["stages"]] == [256, 512]
     for s in result["stages"]:
-        assert s["p20"] <= s["ms"] <= s["p80"] and s["tokens_per_s"] == pytest.approx(1e3 * s["tokens"] / s["ms"])
-        assert tuple(s["parts"]) == PARTS and sum(s["parts"].values()) == pytest.approx(s["profiled_ms"])
-        assert min(s["parts"][p] for p in ("forward", "backward", "guard", "optimizer", "data", "other")) > 0
+        assert s["p20"] <= s["ms"] <= s["p80"] and s["tokens_per_s"] == pytest.approx(
+            1e3 * s["tokens"] / s["ms"]
+        )
+        assert tuple(s["parts"]) == PARTS and sum(s["parts"].values()) == pytest.approx(
+            s["profiled_ms"]
+        )
+        assert (
+            min(
+                s["parts"][p]
+                for p in ("forward", "backward", "guard", "optimizer", "data", "other")
+            )
+            > 0
+        )
         assert s["parts"]["communication"] == s["parts"]["gaps"] == 0 and s["passes"] == 1
         assert 0 < s["peak_share"] < 1 and s["peak_memory_bytes"] > 1e8
     assert result["fit"]["us_per_token"] is not None and json.loads(json.dumps(result)) == result
@@ -147,8 +222,8 @@ def test_a_schedules_stages(tiny_options, capsys):
 
 
 def test_every_kind_of_stage_is_entered_and_run(tiny_options, monkeypatch):
-    """Targets, windows and the tied head change at different steps, Adam updates at every third step: each stage runs
-    its own weights, graph and rotary tables, in whole groups of steps."""
+    """Targets, windows and the tied head change at different steps, Adam updates at every third
+    step: each stage runs its own weights, graph and rotary tables, in whole groups of steps."""
     seen, events, data = [], [], []
 
     def spy(owner, name, note):
@@ -157,31 +232,102 @@ def test_every_kind_of_stage_is_entered_and_run(tiny_options, monkeypatch):
         def call(*args, **kwargs):
             note(*args)
             return function(*args, **kwargs)
+
         monkeypatch.setattr(owner, name, call)
-    spy(tg.GPT, "forward", lambda model, x, y, cu, stage, weights=None: seen.append(
-        (stage.tied, stage.n_targets, weights is not None and weights.tolist(), max(stage.windows), x.numel())))
+
+    spy(
+        tg.GPT,
+        "forward",
+        lambda model, x, y, cu, stage, weights=None: seen.append(
+            (
+                stage.tied,
+                stage.n_targets,
+                weights is not None and weights.tolist(),
+                max(stage.windows),
+                x.numel(),
+            )
+        ),
+    )
     spy(tg.GPT, "rotate", lambda model, windows: events.append(windows))
     spy(tg.Optimizer, "untie", lambda optimizer: events.append("untie"))
-    spy(tg.Optimizer, "step", lambda optimizer, lr, momentum, ok: data.append((optimizer.step_count, ok.item())))
-    result = trainer.run(steps=4, trainer_options=[
-        *tiny_options, "--mtp", "2", "1", "--tied", "0.25", "--yarn", "--long-window", "16", "32", "--adam-every", "3",
-        "--batch-tokens", "256", "512"])
+    spy(
+        tg.Optimizer,
+        "step",
+        lambda optimizer, lr, momentum, ok: data.append((optimizer.step_count, ok.item())),
+    )
+    result = trainer.run(
+        steps=4,
+        trainer_options=[
+            *tiny_options,
+            "--mtp",
+            "2",
+            "1",
+            "--tied",
+            "0.25",
+            "--yarn",
+            "--long-window",
+            "16",
+            "32",
+            "--adam-every",
+            "3",
+            "--batch-tokens",
+            "256",
+            "512",
+        ],
+    )
     # 4 steps are 2 groups of 3; with 3 groups to warm up, one before and three in the profile
     n = 3 * (3 + 2 + 1 + 3)
-    assert seen == [(True, 2, [1.0, 0.5], 16, 256)] * n + [(False, 2, [1.0, 0.25], 16, 256)] * n + [
-        (False, 1, False, 32, 512)] * n
+    assert (
+        seen
+        == [(True, 2, [1.0, 0.5], 16, 256)] * n
+        + [(False, 2, [1.0, 0.25], 16, 256)] * n
+        + [(False, 1, False, 32, 512)] * n
+    )
     assert events[-4:] == [(16,), (16,), "untie", (16, 32)]
     assert data == [(step, True) for step in range(3 * n)]
     assert [(s["n_targets"], s["tied"], s["steps"], s["tokens"]) for s in result["stages"]] == [
-        (2, True, 6, 256), (2, False, 6, 256), (1, False, 6, 512)]
+        (2, True, 6, 256),
+        (2, False, 6, 256),
+        (1, False, 6, 512),
+    ]
     assert "| 256 | 8, 16 | 32 | 1 | 2, tied |" in trainer.render(result)
 
 
 def test_given_tokens_are_run_as_at_the_end_of_the_track(tiny_options, monkeypatch):
-    given, last = [*tiny_options, "--mtp", "2", "1", "--tied", "0.5", "--long-window", "8", "16", "32", "--max-doc-len",
-                    "16", "32", "--short-window", "4", "8", "--stage-lr", "1", "2", "--batch-tokens", "256", "512"], []
-    monkeypatch.setattr(trainer, "measure", lambda t, b, stage, *args, measure=trainer.measure: (
-        last.append(stage) or measure(t, b, stage, *args)))
+    given, last = (
+        [
+            *tiny_options,
+            "--mtp",
+            "2",
+            "1",
+            "--tied",
+            "0.5",
+            "--long-window",
+            "8",
+            "16",
+            "32",
+            "--max-doc-len",
+            "16",
+            "32",
+            "--short-window",
+            "4",
+            "8",
+            "--stage-lr",
+            "1",
+            "2",
+            "--batch-tokens",
+            "256",
+            "512",
+        ],
+        [],
+    )
+    monkeypatch.setattr(
+        trainer,
+        "measure",
+        lambda t, b, stage, *args, measure=trainer.measure: (
+            last.append(stage) or measure(t, b, stage, *args)
+        ),
+    )
     result = trainer.run(steps=1, tokens=[64, 128, 64], trainer_options=given)
     assert [s["tokens"] for s in result["stages"]] == [64, 128] and result["fit"]
     end = tg.stage_at(tg.parse_args(given), 1.0)
@@ -196,27 +342,39 @@ def test_a_step_is_the_mean_of_those_with_and_without_adam(tiny_options, monkeyp
     def slow_every_second(optimizer, *args):
         time.sleep(0.2 * (optimizer.step_count % 2))
         step(optimizer, *args)
+
     monkeypatch.setattr(tg.Optimizer, "step", slow_every_second)
-    stage, = trainer.run(steps=3, tokens=[64], trainer_options=[*tiny_options, "--adam-every", "2"])["stages"]
-    assert 100 < stage["p20"] <= stage["p80"] < 180 and 100 < stage["parts"]["optimizer"] < 180 and stage["steps"] == 4
+    (stage,) = trainer.run(
+        steps=3, tokens=[64], trainer_options=[*tiny_options, "--adam-every", "2"]
+    )["stages"]
+    assert (
+        100 < stage["p20"] <= stage["p80"] < 180
+        and 100 < stage["parts"]["optimizer"] < 180
+        and stage["steps"] == 4
+    )
 
 
 def test_a_loss_that_is_not_finite_ends_it(tiny_options, monkeypatch):
     forward = tg.GPT.forward
-    monkeypatch.setattr(tg.GPT, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * math.inf)
+    monkeypatch.setattr(
+        tg.GPT, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * math.inf
+    )
     with pytest.raises(InputError, match="the training loss is inf.*lower --muon-lr"):
         trainer.run(steps=1, tokens=[64], trainer_options=tiny_options)
 
 
 def test_time_is_booked_where_it_is_spent(tiny_options, monkeypatch):
     """Sleep in each part; what is slow then is that part."""
+
     def slower(owner, name, ms):
         function = getattr(owner, name)
 
         def call(*args, **kwargs):
             time.sleep(ms / 1e3)
             return function(*args, **kwargs)
+
         monkeypatch.setattr(owner, name, call)
+
     slower(tg.GPT, "hidden", 100)
     slower(tg.Shard, "reduce", 20)  # for each of 7 parameters
     slower(tg.Guard, "send", 60)
@@ -224,26 +382,55 @@ def test_time_is_booked_where_it_is_spent(tiny_options, monkeypatch):
     parts = trainer.run(steps=1, tokens=[64], trainer_options=tiny_options)["stages"][0]["parts"]
     assert 100 < parts["forward"] < 290 and parts["optimizer"] > 140 and parts["data"] > 30
     assert 60 < parts["guard"] < 120
-    assert sum(parts[p] for p in ("forward", "guard", "optimizer", "data")) > 0.7 * sum(parts.values())
+    assert sum(parts[p] for p in ("forward", "guard", "optimizer", "data")) > 0.7 * sum(
+        parts.values()
+    )
 
 
 def test_two_processes_wait_for_each_other_and_one_reports(tiny_options, tmp_path):
     out = tmp_path / "out.json"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "benchmarks",
-         "trainer", *tiny_options, "--steps", "2", "--tokens", "64", "128", "--json", str(out)],
-        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "benchmarks",
+            "trainer",
+            *tiny_options,
+            "--steps",
+            "2",
+            "--tokens",
+            "64",
+            "128",
+            "--json",
+            str(out),
+        ],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["world_size"] == 2 and [s["tokens"] for s in result["stages"]] == [128, 256]
     assert all(s["parts"]["communication"] > 0 for s in result["stages"])
-    assert done.stderr.count("Where the time goes") == 1 and math.isfinite(result["fit"]["fixed_ms"])
+    assert done.stderr.count("Where the time goes") == 1 and math.isfinite(
+        result["fit"]["fixed_ms"]
+    )
 
 
-@pytest.mark.parametrize("given, says", [
-    (["--tokens", "100"], "--tokens 100: expected a multiple of row_len (32)"),
-    (["--steps", "0"], "--steps 0: expected 1 or more"),
-    (["--n-layr", "2"], "unknown option --n-layr: did you mean --n-layer?")])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--tokens", "100"], "--tokens 100: expected a multiple of row_len (32)"),
+        (["--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--n-layr", "2"], "unknown option --n-layr: did you mean --n-layer?"),
+    ],
+)
 def test_bad_input_is_one_line(given, says, tiny_options, capsys):
     assert main(["trainer", *tiny_options, *given]) == 2
     error = capsys.readouterr().err

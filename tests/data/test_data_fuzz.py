@@ -1,6 +1,8 @@
-"""Whatever is in a file, its reader gives what it says or one InputError: shards, tokenizers, meta.json, checked.json.
+"""Whatever is in a file, its reader gives what it says or one InputError: shards, tokenizers,
+meta.json, checked.json.
 
-The same mutations run under hypothesis, which shrinks what fails, and many more times in the slow test.
+The same mutations run under hypothesis, which shrinks what fails, and many more times in the slow
+test.
 """
 
 import base64
@@ -33,18 +35,21 @@ def one_line(e, name):
 
 # ---- shards
 
+
 def mutated_shard(r):
     """Bytes of a shard in which nothing, or any of header, size and single bits, is wrong."""
     n = r.choice([0, 1, 2, 3, r.randrange(600)])
     words = [MAGIC, 1, n] + [0] * 253
     for i in range(3):
         if r.random() < 0.15:
-            words[i] = r.choice([0, 1, -1, n - 1, n + 1, 2**31 - 1, -2**31, MAGIC, r.randrange(-2**31, 2**31)])
+            words[i] = r.choice(
+                [0, 1, -1, n - 1, n + 1, 2**31 - 1, -(2**31), MAGIC, r.randrange(-(2**31), 2**31)]
+            )
     if r.random() < 0.1:
-        words[r.randrange(3, 256)] = r.randrange(-2**31, 2**31)
+        words[r.randrange(3, 256)] = r.randrange(-(2**31), 2**31)
     content = bytearray(struct.pack("<256i", *words) + r.randbytes(2 * n))
     if r.random() < 0.2:
-        del content[r.randrange(len(content) + 1):]
+        del content[r.randrange(len(content) + 1) :]
     if r.random() < 0.2:
         content += r.randbytes(r.choice([1, 2, 7, 1024]))
     for _ in range(r.choice([0, 0, 0, 1, 8])):
@@ -67,13 +72,21 @@ class Shard:
         monkeypatch.setattr(shards.np, "memmap", noted)
 
     def check(self, content, n_vocab):
-        """Read `content` back: exactly the tokens of a whole shard, else one line; nothing else is ever mapped."""
+        """Read `content` back: exactly the tokens of a whole shard, else one line; nothing else
+        is ever mapped."""
         os.pwrite(self.fd, content, 0)
         os.ftruncate(self.fd, len(content))
         self.mapped.clear()
         words = struct.unpack("<3i", content[:12]) if len(content) >= HEADER_BYTES else None
-        whole = words and words[:2] == (MAGIC, 1) and words[2] > 0 and len(content) == HEADER_BYTES + 2 * words[2]
-        good = whole and (n_vocab is None or max(struct.unpack(f"<{words[2]}H", content[HEADER_BYTES:])) < n_vocab)
+        whole = (
+            words
+            and words[:2] == (MAGIC, 1)
+            and words[2] > 0
+            and len(content) == HEADER_BYTES + 2 * words[2]
+        )
+        good = whole and (
+            n_vocab is None or max(struct.unpack(f"<{words[2]}H", content[HEADER_BYTES:])) < n_vocab
+        )
         try:
             tokens = read_shard(self.path, n_vocab)
         except InputError as e:
@@ -103,7 +116,9 @@ def test_shards_120_000_times(shard):
     start, r = time.perf_counter(), random.Random(0)
     for _ in range(120_000):
         shard.check(mutated_shard(r), r.choice([None, 1, 30_000, 65_536]))
-    print(f"120,000 inputs, {shard.accepted:,} of them shards, in {time.perf_counter() - start:.0f} s")
+    print(
+        f"120,000 inputs, {shard.accepted:,} of them shards, in {time.perf_counter() - start:.0f} s"
+    )
     assert 10_000 < shard.accepted < 80_000
 
 
@@ -148,12 +163,28 @@ def test_what_is_no_file(tmp_path):
     """Nothing is waited for, nothing endless is read; links to shards are shards."""
     with ShardWriter(tmp_path, "t") as writer:
         writer.write([1, 2, 3])
-    for name, target in dict(good=writer.paths[0], self="self", dangling="nowhere", folder=".", zero="/dev/zero",
-                             null="/dev/null").items():
+    for name, target in dict(
+        good=writer.paths[0],
+        self="self",
+        dangling="nowhere",
+        folder=".",
+        zero="/dev/zero",
+        null="/dev/null",
+    ).items():
         (tmp_path / name).symlink_to(target)
     os.mkfifo(tmp_path / "pipe")
     assert read_shard(tmp_path / "good").tolist() == [1, 2, 3]
-    for path in ("self", "dangling", "folder", "zero", "null", "pipe", "t_000000.bin/below", "x" * 300, "nul\0byte"):
+    for path in (
+        "self",
+        "dangling",
+        "folder",
+        "zero",
+        "null",
+        "pipe",
+        "t_000000.bin/below",
+        "x" * 300,
+        "nul\0byte",
+    ):
         with pytest.raises(InputError, match="cannot read shard") as e:
             read_shard(tmp_path / path)
         one_line(e.value, tmp_path)
@@ -161,9 +192,37 @@ def test_what_is_no_file(tmp_path):
 
 # ---- JSON
 
-JUNK = [None, True, 0, -1, 7, 2**70, 1.5, float("inf"), float("nan"), "", "x", "../../x", "/etc/passwd", "\ud800",
-        "é" * 99, "YQ==", "bytes", "chars", "gpt2", "bpe:300", "bpe:-1", "(", "x*", "val_000000.bin", [], {}, [[]],
-        [None], {"x": 1}]
+JUNK = [
+    None,
+    True,
+    0,
+    -1,
+    7,
+    2**70,
+    1.5,
+    float("inf"),
+    float("nan"),
+    "",
+    "x",
+    "../../x",
+    "/etc/passwd",
+    "\ud800",
+    "é" * 99,
+    "YQ==",
+    "bytes",
+    "chars",
+    "gpt2",
+    "bpe:300",
+    "bpe:-1",
+    "(",
+    "x*",
+    "val_000000.bin",
+    [],
+    {},
+    [[]],
+    [None],
+    {"x": 1},
+]
 
 
 def mutated_json(r, value):
@@ -197,7 +256,7 @@ def mutated_text(r, value):
             if action < 0.5:
                 text[at] ^= 1 << r.randrange(8)
             elif action < 0.75:
-                del text[at:at + r.choice([1, 5, len(text)])]
+                del text[at : at + r.choice([1, 5, len(text)])]
             else:
                 text[at:at] = r.choice([b"[" * 5000, b"1" * 5000, b"\0", b"\xff", b",", b'"'])
     return bytes(text)
@@ -206,7 +265,9 @@ def mutated_text(r, value):
 @pytest.fixture(scope="module")
 def tokenizers():
     texts = lambda: iter(["the cat sat on the mat, naïve 中文 🙂\n" * 20])
-    return [json.loads(make_tokenizer(name, texts).to_json()) for name in ("bytes", "chars", "bpe:300")]
+    return [
+        json.loads(make_tokenizer(name, texts).to_json()) for name in ("bytes", "chars", "bpe:300")
+    ]
 
 
 @FAST
@@ -223,12 +284,32 @@ def test_tokenizers(tokenizers, r):
         assert Tokenizer.from_json(tok.to_json()).token_bytes.tolist() == tok.token_bytes.tolist()
 
 
-@pytest.mark.parametrize("change", [
-    dict(kind="gpt3"), dict(kind=None), dict(kind="bpe:"), dict(pattern=None), dict(pattern="("), dict(pattern="x*"),
-    dict(tokens=None), dict(tokens=[]), dict(tokens=["YQ=="]), dict(tokens="YQ=="), dict(tokens=["Y"] * 300),
-    dict(kind="chars"), dict(kind="chars", tokens=["b", "a"]), dict(kind="chars", tokens=["ab"]),
-    dict(kind="chars", tokens=["a", "a"]), dict(kind="chars", tokens=["\ud800"]), dict(kind="chars", tokens=[]),
-    dict(kind="bytes", tokens=[base64.b64encode(bytes([i])).decode() for i in (*range(254), 255, 254)])])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(kind="gpt3"),
+        dict(kind=None),
+        dict(kind="bpe:"),
+        dict(pattern=None),
+        dict(pattern="("),
+        dict(pattern="x*"),
+        dict(tokens=None),
+        dict(tokens=[]),
+        dict(tokens=["YQ=="]),
+        dict(tokens="YQ=="),
+        dict(tokens=["Y"] * 300),
+        dict(kind="chars"),
+        dict(kind="chars", tokens=["b", "a"]),
+        dict(kind="chars", tokens=["ab"]),
+        dict(kind="chars", tokens=["a", "a"]),
+        dict(kind="chars", tokens=["\ud800"]),
+        dict(kind="chars", tokens=[]),
+        dict(
+            kind="bytes",
+            tokens=[base64.b64encode(bytes([i])).decode() for i in (*range(254), 255, 254)],
+        ),
+    ],
+)
 def test_tokenizers_that_would_not_work(tokenizers, change):
     """Some of these end tiktoken with a panic of Rust, which no `except Exception` catches."""
     assert Tokenizer.from_json(json.dumps(tokenizers[2])).pattern == PATTERN
@@ -239,7 +320,10 @@ def test_tokenizers_that_would_not_work(tokenizers, change):
 
 @pytest.mark.parametrize("of", [1, 2])
 def test_tokens_missing_or_there_twice(tokenizers, of):
-    for tokens in (tokenizers[of]["tokens"][:-1] * 2, tokenizers[of]["tokens"][1:] + tokenizers[of]["tokens"][1:2]):
+    for tokens in (
+        tokenizers[of]["tokens"][:-1] * 2,
+        tokenizers[of]["tokens"][1:] + tokenizers[of]["tokens"][1:2],
+    ):
         with pytest.raises(InputError, match="not a tokenizer"):
             Tokenizer.from_json(json.dumps(tokenizers[of] | dict(tokens=tokens)))
 
@@ -256,7 +340,8 @@ def prepared(tmp_path_factory):
 @FAST
 @given(RANDOM)
 def test_meta(prepared, r):
-    """What is read leads to shards in the folder whose checksums are those in meta.json, and otherwise is refused."""
+    """What is read leads to shards in the folder whose checksums are those in meta.json, and
+    otherwise is refused."""
     folder, meta = prepared
     (folder / "meta.json").write_bytes(mutated_text(r, meta))
     try:
@@ -266,7 +351,9 @@ def test_meta(prepared, r):
     else:
         assert tok.n_vocab == 257 and isinstance(found["fingerprint"], str)
         for split in ("train", "val"):
-            assert found[f"{split}_shards"] and set(found[f"{split}_shards"]) <= set(os.listdir(folder))
+            assert found[f"{split}_shards"] and set(found[f"{split}_shards"]) <= set(
+                os.listdir(folder)
+            )
             for name in found[f"{split}_shards"]:
                 assert found["checksums"][name]["sha256"] == sha256_of(folder / name)
 
@@ -291,7 +378,8 @@ def fineweb_folder(tmp_path_factory):
 @FAST
 @given(RANDOM)
 def test_notes_of_checked_files(fineweb_folder, r):
-    """Damaged notes cost a comparison, or a refusal where they hold another checksum; the shards stay."""
+    """Damaged notes cost a comparison, or a refusal where they hold another checksum; the shards
+    stay."""
     folder, notes = fineweb_folder
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
     (folder / "checked.json").write_bytes(mutated_text(r, notes))

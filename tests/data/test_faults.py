@@ -1,4 +1,5 @@
-"""Prepared data under faults: altered files, several processes at once, kills, and folders with odd things in them.
+"""Prepared data under faults: altered files, several processes at once, kills, and folders with odd
+things in them.
 
 FineWeb's part is in test_fineweb.py.
 """
@@ -38,8 +39,11 @@ def refused(source, cache, tokenizer="bytes"):
 
 def tree(folder):
     """Everything in a folder: {path: (inode, bytes, ns)}."""
-    return {p.relative_to(folder): (s.st_ino, s.st_size, s.st_mtime_ns) for p in sorted(folder.rglob("*"))
-            for s in [p.lstat()]}
+    return {
+        p.relative_to(folder): (s.st_ino, s.st_size, s.st_mtime_ns)
+        for p in sorted(folder.rglob("*"))
+        for s in [p.lstat()]
+    }
 
 
 @pytest.fixture
@@ -60,15 +64,23 @@ def folder(source, cache):
 
 # ---- what was prepared and what is there
 
+
 def flip(content):
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
 @pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin", "tokenizer.json"])
-@pytest.mark.parametrize("damage, found", [
-    (None, "not there"), (lambda c: c[:-2], "bytes, found"), (lambda c: c + b"\0\0", "bytes, found"),
-    (lambda c: b"", "found 0"), (flip, "expected sha256"),
-    (lambda c: c[:1100] + flip(c[1100:1101]) + c[1101:], "found")])
+@pytest.mark.parametrize(
+    "damage, found",
+    [
+        (None, "not there"),
+        (lambda c: c[:-2], "bytes, found"),
+        (lambda c: c + b"\0\0", "bytes, found"),
+        (lambda c: b"", "found 0"),
+        (flip, "expected sha256"),
+        (lambda c: c[:1100] + flip(c[1100:1101]) + c[1101:], "found"),
+    ],
+)
 def test_altered_files_are_refused(source, cache, folder, name, damage, found):
     """Though size and time of change are what they were."""
     path = folder / name
@@ -90,13 +102,19 @@ def test_the_line_names_size_and_checksum(source, cache, folder):
     size, content = path.stat().st_size, path.read_bytes()
     assert sums[path.name] == {"bytes": size, "sha256": files.sha256_of(path)}
     path.write_bytes(flip(content))
-    assert f"expected sha256 {sums[path.name]['sha256']}, found {files.sha256_of(path)}" in refused(source, cache)
+    assert f"expected sha256 {sums[path.name]['sha256']}, found {files.sha256_of(path)}" in refused(
+        source, cache
+    )
     path.write_bytes(content[:-1])
     assert f"expected {size} bytes, found {size - 1}" in refused(source, cache)
 
 
 def test_shards_exchanged_for_one_another(source, cache, folder):
-    for a, b in (("train_000000.bin", "x"), ("val_000000.bin", "train_000000.bin"), ("x", "val_000000.bin")):
+    for a, b in (
+        ("train_000000.bin", "x"),
+        ("val_000000.bin", "train_000000.bin"),
+        ("x", "val_000000.bin"),
+    ):
         (folder / a).rename(folder / b)
     assert "train_000000.bin: expected" in refused(source, cache)
 
@@ -109,8 +127,21 @@ def test_damaged_meta(source, cache, folder, content):
     assert str(folder / "meta.json") in line and "delete" in line
 
 
-@pytest.mark.parametrize("name", ["../../secret.bin", "/etc/passwd", "sub/train_000000.bin", "..", "", 7, None,
-                                  "train_000000.bin/../../../secret.bin", "train_000000.bin\n", "meta.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../secret.bin",
+        "/etc/passwd",
+        "sub/train_000000.bin",
+        "..",
+        "",
+        7,
+        None,
+        "train_000000.bin/../../../secret.bin",
+        "train_000000.bin\n",
+        "meta.json",
+    ],
+)
 def test_names_in_meta_cannot_leave_the_folder(source, cache, folder, name, tmp_path):
     """Though the file is there and its checksum agrees."""
     for path in (tmp_path / "secret.bin", folder / "sub/train_000000.bin"):
@@ -123,7 +154,9 @@ def test_names_in_meta_cannot_leave_the_folder(source, cache, folder, name, tmp_
 
 
 @pytest.mark.parametrize("key", ["train_shards", "val_shards", "checksums", "fingerprint"])
-@pytest.mark.parametrize("value", [..., None, [], {}, 7, {"train_000000.bin": {"bytes": None, "sha256": None}}])
+@pytest.mark.parametrize(
+    "value", [..., None, [], {}, 7, {"train_000000.bin": {"bytes": None, "sha256": None}}]
+)
 def test_meta_without_what_is_needed(source, cache, folder, key, value):
     meta = json.loads((folder / "meta.json").read_text()) | {key: value}
     if value is ...:
@@ -140,16 +173,25 @@ def test_folders_from_before_there_were_checksums_are_left_alone(source, cache, 
     (old / "meta.json").write_text(json.dumps(meta))
     before = tree(old)
     dataset = open_dataset(str(source), "bytes", cache)
-    assert dataset.folder != old and dataset.fingerprint == meta["fingerprint"] and tree(old) == before
+    assert (
+        dataset.folder != old and dataset.fingerprint == meta["fingerprint"] and tree(old) == before
+    )
 
 
 def test_a_start_on_prepared_data_writes_nothing(source, cache, folder, monkeypatch):
     """So the cache may be on a read-only disk."""
+
     def fail(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
     before = tree(cache)
-    for owner, name in ((os, "replace"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (files, "write_text")):
+    for owner, name in (
+        (os, "replace"),
+        (os, "mkdir"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (files, "write_text"),
+    ):
         monkeypatch.setattr(owner, name, fail)
     assert open_dataset(str(source), "bytes", cache).folder == folder
     assert tree(cache) == before
@@ -169,8 +211,10 @@ def test_cache_where_nobody_can_write(source):
 
 # ---- several processes at once
 
+
 def at_once(n, work):
-    """Run work(i) in n processes that start together; returns their exit codes (0, or that of a fault)."""
+    """Run work(i) in n processes that start together; returns their exit codes (0, or that of a
+    fault)."""
     barrier = FORK.Barrier(n)
 
     def child(i):
@@ -187,7 +231,8 @@ def at_once(n, work):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_several_processes_prepare_the_same(source, cache, monkeypatch, locks):
-    """One works and the others wait; where a file system has no locks all work, and none reads or destroys a half."""
+    """One works and the others wait; where a file system has no locks all work, and none reads
+    or destroys a half."""
     write, replace = text._write, os.replace
     note = source.with_name("written")
 
@@ -215,8 +260,13 @@ def test_several_processes_prepare_the_same(source, cache, monkeypatch, locks):
         monkeypatch.setattr(files.fcntl, "flock", no_locks)
     assert at_once(4, work) == [0] * 4
     assert len(note.read_text()) == (1 if locks else 4)
-    folder, = cache.iterdir()
-    assert sorted(os.listdir(folder)) == ["meta.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
+    (folder,) = cache.iterdir()
+    assert sorted(os.listdir(folder)) == [
+        "meta.json",
+        "tokenizer.json",
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
 
 
 def test_a_process_that_fails_does_not_disturb_the_others(source, cache, monkeypatch):
@@ -266,11 +316,21 @@ def test_waiting_is_said_and_ends_with_the_other_process(tmp_path, capfd):
     holder.join(10)
     waiter.join(10)
     assert waiter.exitcode == 0
-    assert capfd.readouterr().err == f"note: {tmp_path}: another process is preparing this; waiting for it\n"
+    assert (
+        capfd.readouterr().err
+        == f"note: {tmp_path}: another process is preparing this; waiting for it\n"
+    )
 
 
-@pytest.mark.parametrize("owner, name, nth", [(ShardWriter, "write", 1), (ShardWriter, "write", 4), (os, "fsync", 1),
-                                              *((os, "replace", n) for n in range(1, 9))])
+@pytest.mark.parametrize(
+    "owner, name, nth",
+    [
+        (ShardWriter, "write", 1),
+        (ShardWriter, "write", 4),
+        (os, "fsync", 1),
+        *((os, "replace", n) for n in range(1, 9)),
+    ],
+)
 def test_a_kill_at_any_moment_costs_nothing_but_the_work(source, cache, owner, name, nth):
     other = prepare_text(source, "chars", cache)[0]
     before = tree(other)
@@ -292,20 +352,30 @@ def test_a_kill_at_any_moment_costs_nothing_but_the_work(source, cache, owner, n
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
     dataset = open_dataset(str(source), "bytes", cache)
-    assert dataset.tokenizer.decode(read_shard(dataset.train[0], 257)) == LINES[:int(0.9 * len(LINES))]
+    assert (
+        dataset.tokenizer.decode(read_shard(dataset.train[0], 257))
+        == LINES[: int(0.9 * len(LINES))]
+    )
     assert tree(other) == before
 
 
 def test_what_killed_processes_left_goes_after_a_day(tmp_path):
-    keep = [put(tmp_path / name, "x") for name in ("mine.tmp", "x.0123abcd.bin", "shard.bin", "notes.zzzzzzzz.tmp")]
-    new, old_file, old_folder, link = (aside(tmp_path / name) for name in ("new", "old", "folder", "link"))
+    keep = [
+        put(tmp_path / name, "x")
+        for name in ("mine.tmp", "x.0123abcd.bin", "shard.bin", "notes.zzzzzzzz.tmp")
+    ]
+    new, old_file, old_folder, link = (
+        aside(tmp_path / name) for name in ("new", "old", "folder", "link")
+    )
     put(new, "x"), put(old_file, "x"), put(old_folder / "deep" / "x", "x")
     put(tmp_path / "elsewhere" / "x", "x")
     link.symlink_to(tmp_path / "elsewhere")
     for path in (*keep, old_file, old_folder, link):
         os.utime(path, (1, 1), follow_symlinks=False)
     sweep(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([new.name, "elsewhere", *(p.name for p in keep)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [new.name, "elsewhere", *(p.name for p in keep)]
+    )
     assert (tmp_path / "elsewhere" / "x").exists()
 
 
@@ -318,7 +388,8 @@ def test_preparing_sweeps_the_cache(source, cache):
 
 
 def test_names_aside_differ(tmp_path):
-    """Process numbers would not do: machines and containers that share a folder may have the same."""
+    """Process numbers would not do: machines and containers that share a folder may have the
+    same."""
     assert len({aside(tmp_path / "x") for _ in range(100)}) == 100
     assert {aside(tmp_path / "x").parent for _ in range(3)} == {tmp_path}
 
@@ -326,7 +397,9 @@ def test_names_aside_differ(tmp_path):
 def test_write_text_leaves_the_old_or_the_new(tmp_path, monkeypatch):
     path = put(tmp_path / "x", "old")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         with pytest.raises(OSError):
             write_text(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
@@ -335,6 +408,7 @@ def test_write_text_leaves_the_old_or_the_new(tmp_path, monkeypatch):
 
 
 # ---- text that moves
+
 
 def on_reading(monkeypatch, nth, act):
     """Call act() before the nth file is opened for its text."""
@@ -349,13 +423,20 @@ def on_reading(monkeypatch, nth, act):
     monkeypatch.setattr(text, "read_blocks", reading)
 
 
-@pytest.mark.parametrize("act, found", [
-    (lambda p: p.unlink(), "No such file"), (lambda p: p.write_text(LINES + "more"), "changed while it was read"),
-    (lambda p: p.write_text("less"), "changed while it was read"),
-    (lambda p: p.write_text(LINES.upper()), "changed while it was read"),
-    (lambda p: (p.unlink(), p.mkdir()), "p5")])
+@pytest.mark.parametrize(
+    "act, found",
+    [
+        (lambda p: p.unlink(), "No such file"),
+        (lambda p: p.write_text(LINES + "more"), "changed while it was read"),
+        (lambda p: p.write_text("less"), "changed while it was read"),
+        (lambda p: p.write_text(LINES.upper()), "changed while it was read"),
+        (lambda p: (p.unlink(), p.mkdir()), "p5"),
+    ],
+)
 @pytest.mark.parametrize("nth", [1, 3, 12])
-def test_a_file_that_vanishes_or_changes_while_reading(tmp_path, cache, monkeypatch, nth, act, found):
+def test_a_file_that_vanishes_or_changes_while_reading(
+    tmp_path, cache, monkeypatch, nth, act, found
+):
     for i in range(12):
         os.utime(put(tmp_path / "in" / f"p{i}", LINES), ns=(10**18, 10**18))
     victim = tmp_path / "in" / "p5"
@@ -382,9 +463,13 @@ def test_a_file_that_vanishes_after_listing(tmp_path, cache, monkeypatch):
 
 # ---- odd text, odd things in folders
 
+
 def decoded(source, cache, tokenizer="bytes"):
     dataset = open_dataset(str(source), tokenizer, cache)
-    return "".join(dataset.tokenizer.decode(read_shard(p, dataset.n_vocab)) for p in dataset.train + dataset.val)
+    return "".join(
+        dataset.tokenizer.decode(read_shard(p, dataset.n_vocab))
+        for p in dataset.train + dataset.val
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
@@ -395,7 +480,9 @@ def test_only_whitespace_is_text(tmp_path, cache, tokenizer):
 
 def test_invalid_utf8_and_late_nul_bytes(tmp_path, cache):
     content = b"caf\xe9 " * 2000 + b"\0\0 end\n" * 10
-    assert decoded(put(tmp_path / "a.txt", content), cache, "chars") == content.decode(errors="replace")
+    assert decoded(put(tmp_path / "a.txt", content), cache, "chars") == content.decode(
+        errors="replace"
+    )
 
 
 def test_a_nul_byte_at_the_beginning_is_refused(tmp_path, cache):
@@ -403,12 +490,21 @@ def test_a_nul_byte_at_the_beginning_is_refused(tmp_path, cache):
 
 
 def test_links_pipes_and_devices_in_a_folder(tmp_path, cache):
-    """A link to a file is read; links to folders, among them loops, are not followed; nothing waits for a pipe."""
+    """A link to a file is read; links to folders, among them loops, are not followed; nothing
+    waits for a pipe."""
     put(tmp_path / "in" / "sub" / "a.txt", LINES)
     put(tmp_path / "outside" / "b.txt", "not this\n" * 100)
     put(tmp_path / "one.txt", "this one\n" * 100)
-    for name, target in dict(loop=".", self="self", up="..", folder="../outside", file="../one.txt", null="/dev/null",
-                             zero="/dev/zero", dangling="nowhere").items():
+    for name, target in dict(
+        loop=".",
+        self="self",
+        up="..",
+        folder="../outside",
+        file="../one.txt",
+        null="/dev/null",
+        zero="/dev/zero",
+        dangling="nowhere",
+    ).items():
         (tmp_path / "in" / name).symlink_to(target)
     (tmp_path / "in" / "sub" / "loop").symlink_to(tmp_path / "in")
     os.mkfifo(tmp_path / "in" / "pipe")

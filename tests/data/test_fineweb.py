@@ -1,7 +1,9 @@
-"""data/fineweb.py against a small Hub on this machine: tiny shards, real HTTP, the real huggingface_hub.
+"""data/fineweb.py against a small Hub on this machine: tiny shards, real HTTP, the real
+huggingface_hub.
 
-huggingface_hub reads HF_ENDPOINT when imported, so real downloads run as a command in a process of their own,
-about 1 s each (`run`). What ends with the listing, and what no server can play, runs in this one (`here`).
+huggingface_hub reads HF_ENDPOINT when imported, so real downloads run as a command in a process of
+their own, about 1 s each (`run`). What ends with the listing, and what no server can play, runs in
+this one (`here`).
 """
 
 import errno
@@ -42,7 +44,10 @@ def shard(seed, n_tokens=1000):
     """The bytes of a valid shard."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, 1, n_tokens
-    return header.tobytes() + np.random.default_rng(seed).integers(0, 50257, n_tokens).astype("<u2").tobytes()
+    return (
+        header.tobytes()
+        + np.random.default_rng(seed).integers(0, 50257, n_tokens).astype("<u2").tobytes()
+    )
 
 
 def flipped(body):
@@ -55,7 +60,9 @@ def sha256(body):
 
 
 class Hub(ThreadingHTTPServer):
-    """The three requests a download makes: POST paths-info (the listing), then HEAD and GET of each file."""
+    """The three requests a download makes: POST paths-info (the listing), then HEAD and GET of
+    each file."""
+
     daemon_threads = True
 
     def __init__(self):
@@ -81,8 +88,10 @@ class Answer(BaseHTTPRequestHandler):
         """Note the request and return the last part of its path, or fail it and return None."""
         hub, last = self.server, self.path.rsplit("/", 1)[-1]
         hub.seen.append((self.command, last, self.headers.get("Range")))
-        right = self.path in (f"/api/datasets/{fineweb.REPO}/paths-info/{fineweb.REVISION}",
-                              f"/datasets/{fineweb.REPO}/resolve/{fineweb.REVISION}/{last}")
+        right = self.path in (
+            f"/api/datasets/{fineweb.REPO}/paths-info/{fineweb.REVISION}",
+            f"/datasets/{fineweb.REPO}/resolve/{fineweb.REVISION}/{last}",
+        )
         status = hub.status.get(self.command, 200 if right else 404)
         if status == 200:
             return last
@@ -100,17 +109,33 @@ class Answer(BaseHTTPRequestHandler):
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
         if self.start():
             self.server.awake.wait(20)
-            listing = [{"type": "file", "path": name, "oid": "0" * 40, "size": len(body),
-                        "lfs": {"oid": sha256(body), "size": len(body), "pointerSize": 134}}
-                       for name, body in self.server.files.items() if name in asked]
+            listing = [
+                {
+                    "type": "file",
+                    "path": name,
+                    "oid": "0" * 40,
+                    "size": len(body),
+                    "lfs": {"oid": sha256(body), "size": len(body), "pointerSize": 134},
+                }
+                for name, body in self.server.files.items()
+                if name in asked
+            ]
             self.reply(200, json.dumps(listing).encode())
 
     def do_HEAD(self):
         if name := self.start():
             body = self.server.files[name]
             etag = f'"{sha256(body)}"'
-            self.reply(200, body, [("ETag", etag), ("X-Linked-Etag", etag), ("X-Linked-Size", len(body)),
-                                   ("X-Repo-Commit", fineweb.REVISION)])
+            self.reply(
+                200,
+                body,
+                [
+                    ("ETag", etag),
+                    ("X-Linked-Etag", etag),
+                    ("X-Linked-Size", len(body)),
+                    ("X-Repo-Commit", fineweb.REVISION),
+                ],
+            )
 
     def do_GET(self):
         if name := self.start():
@@ -120,7 +145,10 @@ class Answer(BaseHTTPRequestHandler):
                 body = flipped(body)
             if asked := self.headers.get("Range"):
                 first = int(asked.removeprefix("bytes=").removesuffix("-"))
-                status, headers = 206, [("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")]
+                status, headers = (
+                    206,
+                    [("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")],
+                )
                 body = body[first:]
             self.reply(status, body, headers, send=hub.cut.pop(name, None))
 
@@ -150,30 +178,58 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(hub, folder, tmp_path):
-    """Run the command for two training shards. The result's `error` is its error line, None for success."""
+    """Run the command for two training shards. The result's `error` is its error line, None for
+    success."""
+
     def run(*args, endpoint=hub.url, command=("-c", COMMAND, sha256(hub.files[VAL]))):
-        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, *command, "--folder", folder, "--train-shards", "2", *args],
-                              cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("HF_") and "proxy" not in k.lower()
+        }
+        env |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            [sys.executable, *command, "--folder", folder, "--train-shards", "2", *args],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert "Traceback" not in done.stderr, done.stderr
         done.error = None
         if done.returncode:
             done.error = done.stderr.splitlines()[-1]
-            assert done.returncode == 2 and done.error.startswith("error: ") and not done.stdout, done
+            assert done.returncode == 2 and done.error.startswith("error: ") and not done.stdout, (
+                done
+            )
             assert done.stderr.count("error: ") == 1
         return done
+
     return run
 
 
 @pytest.fixture
 def here(hub, folder, monkeypatch):
-    """download() of two shards in this process; a stand-in for hf_hub_download notes what it `fetched`."""
+    """download() of two shards in this process; a stand-in for hf_hub_download notes what it
+    `fetched`."""
     import huggingface_hub
     from huggingface_hub import constants
-    for name, value in {"ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_OFFLINE": False,
-                        "HF_HUB_DISABLE_TELEMETRY": True, "HF_HUB_DISABLE_IMPLICIT_TOKEN": True}.items():
+
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
+    }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -218,6 +274,7 @@ def on_disk(folder):
 
 # ---- downloading
 
+
 def test_download_then_second_start_without_any_request(run, hub, folder):
     first = run()
     assert first.error is None and first.stdout.count("\n") == 1, first
@@ -231,7 +288,9 @@ def test_download_then_second_start_without_any_request(run, hub, folder):
 
 
 def test_lost_connection_is_resumed(run, hub, folder):
-    hub.files[TRAIN_1] = shard(7, n_tokens=6_000_000)  # 12 MB, because the client writes 10 MiB at a time
+    hub.files[TRAIN_1] = shard(
+        7, n_tokens=6_000_000
+    )  # 12 MB, because the client writes 10 MiB at a time
     hub.cut[TRAIN_1] = 11 << 20
     assert run().error is None
     assert on_disk(folder) == hub.files
@@ -258,7 +317,10 @@ def test_corrupt_twice_is_an_error(run, hub, folder):
 
 def test_second_download_goes_past_the_cache_of_the_client(here, hub, folder):
     def fetch(repo, name, *, local_dir, force_download, **_):
-        (local_dir / name).write_bytes(hub.files[name] if force_download else flipped(hub.files[name]))
+        (local_dir / name).write_bytes(
+            hub.files[name] if force_download else flipped(hub.files[name])
+        )
+
     here.client("hf_hub_download", fetch)
     here()
     assert on_disk(folder) == hub.files
@@ -272,7 +334,9 @@ def test_what_is_no_shard_is_refused(here, hub, folder):
 
 
 def test_pinned_checksum_outranks_the_hub(run, hub, folder):
-    error = run(command=("-m", "data.fineweb")).error  # the real constant, which this Hub's file cannot match
+    error = run(
+        command=("-m", "data.fineweb")
+    ).error  # the real constant, which this Hub's file cannot match
     assert "fineweb_val_000000.bin: expected sha256 5b95c8e0966f0861" in error
     assert on_disk(folder) == {}
 
@@ -280,8 +344,15 @@ def test_pinned_checksum_outranks_the_hub(run, hub, folder):
 def test_another_revision_is_asked_for_and_has_no_pin(here, hub, folder):
     def listing(self, repo, names, *, repo_type, revision):
         asked.append(revision)
-        return [SimpleNamespace(path=name, size=len(hub.files[name]),
-                                lfs=SimpleNamespace(sha256=sha256(hub.files[name]))) for name in names]
+        return [
+            SimpleNamespace(
+                path=name,
+                size=len(hub.files[name]),
+                lfs=SimpleNamespace(sha256=sha256(hub.files[name])),
+            )
+            for name in names
+        ]
+
     asked = []
     here()
     hub.files = {name: shard(100 + seed) for seed, name in enumerate(NAMES)}
@@ -299,8 +370,12 @@ def test_paths_are_train_then_val(here, folder):
 
 # ---- files that are already there
 
+
 def test_damaged_files_are_replaced(run, hub, folder):
-    fill(folder, {**hub.files, TRAIN_1: hub.files[TRAIN_1][:-2], TRAIN_2: flipped(hub.files[TRAIN_2])})
+    fill(
+        folder,
+        {**hub.files, TRAIN_1: hub.files[TRAIN_1][:-2], TRAIN_2: flipped(hub.files[TRAIN_2])},
+    )
     done = run()
     assert done.error is None and on_disk(folder) == hub.files
     assert [len(hub.gets(name)) for name in NAMES] == [0, 1, 1]
@@ -310,7 +385,10 @@ def test_damaged_files_are_replaced(run, hub, folder):
 def test_change_after_the_check_is_noticed(here, hub, folder):
     here()
     body, path = hub.files[TRAIN_1], folder / TRAIN_1
-    for changed, later_ns in (flipped(body), 1), (shard(9, 900), 0):  # one shows by its time, one by its size
+    for changed, later_ns in (
+        (flipped(body), 1),
+        (shard(9, 900), 0),
+    ):  # one shows by its time, one by its size
         mtime_ns = path.stat().st_mtime_ns
         path.write_bytes(changed)
         os.utime(path, ns=(mtime_ns, mtime_ns + later_ns))
@@ -349,16 +427,24 @@ def test_hand_copies_are_accepted_offline_and_verified_online(run, hub, folder, 
     fill(folder, hub.files)
     offline = run(endpoint=nowhere)
     assert offline.error is None and "2 training shards" in offline.stdout
-    assert offline.stderr.count("\n") == 1 and "checksums not verified for 2 shards" in offline.stderr
+    assert (
+        offline.stderr.count("\n") == 1 and "checksums not verified for 2 shards" in offline.stderr
+    )
     assert run().error is None and [method for method, *_ in hub.seen] == ["POST"]
     assert run(endpoint=nowhere).stderr == "", "verified by now"
 
 
-@pytest.mark.parametrize("name, damage, found", [
-    (VAL, flipped, "expected sha256"),  # the pinned one needs no Hub
-    (TRAIN_1, lambda body: body[:-2], "expected 3024 bytes for 1000 tokens, found 3022"),
-    (TRAIN_2, lambda body: b"", "found a file of 0 bytes")])
-def test_bad_hand_copies_are_refused_offline_and_kept(here, hub, folder, nowhere, name, damage, found):
+@pytest.mark.parametrize(
+    "name, damage, found",
+    [
+        (VAL, flipped, "expected sha256"),  # the pinned one needs no Hub
+        (TRAIN_1, lambda body: body[:-2], "expected 3024 bytes for 1000 tokens, found 3022"),
+        (TRAIN_2, lambda body: b"", "found a file of 0 bytes"),
+    ],
+)
+def test_bad_hand_copies_are_refused_offline_and_kept(
+    here, hub, folder, nowhere, name, damage, found
+):
     files = {**hub.files, name: damage(hub.files[name])}
     fill(folder, files)
     here.endpoint(nowhere)
@@ -377,8 +463,12 @@ def test_a_file_altered_and_its_time_set_back_is_noticed(here, hub, folder, nowh
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     here.endpoint(nowhere)
     error = here.error()
-    for part in (str(path), f"expected sha256 {sha256(hub.files[TRAIN_1])}",
-                 f"found {sha256(flipped(hub.files[TRAIN_1]))}", "cannot reach the Hub"):
+    for part in (
+        str(path),
+        f"expected sha256 {sha256(hub.files[TRAIN_1])}",
+        f"found {sha256(flipped(hub.files[TRAIN_1]))}",
+        "cannot reach the Hub",
+    ):
         assert part in error
     assert path.read_bytes() == flipped(hub.files[TRAIN_1])
     here.endpoint(hub.url)
@@ -440,6 +530,7 @@ def test_notes_of_before_have_no_ctime_and_are_completed(here, hub, folder, nowh
 
 # ---- nothing lost, nothing outside the folder
 
+
 def test_a_failing_download_keeps_what_was_there(here, hub, folder):
     """Also the damaged file it was to replace, until there is a whole one."""
     here()
@@ -453,22 +544,31 @@ def test_a_failing_download_keeps_what_was_there(here, hub, folder):
     here.client("hf_hub_download", half)
     with pytest.raises(KeyboardInterrupt):
         here()
-    assert on_disk(folder) == before and sorted(os.listdir(folder)) == sorted([*NAMES, "checked.json"])
+    assert on_disk(folder) == before and sorted(os.listdir(folder)) == sorted(
+        [*NAMES, "checked.json"]
+    )
 
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_several_processes_download_at_once(here, hub, folder, tmp_path, monkeypatch, locks):
     """Each file once where the file system has locks; where not, nobody reads or deletes a half."""
+
     def listing(self, repo, names, **_):
-        return [SimpleNamespace(path=name, size=len(hub.files[name]),
-                                lfs=SimpleNamespace(sha256=sha256(hub.files[name]))) for name in names]
+        return [
+            SimpleNamespace(
+                path=name,
+                size=len(hub.files[name]),
+                lfs=SimpleNamespace(sha256=sha256(hub.files[name])),
+            )
+            for name in names
+        ]
 
     def slowly(repo, name, *, local_dir, **_):
         with open(tmp_path / "fetched", "a") as f:
             f.write(name + "\n")
         with open(local_dir / name, "wb") as f:
             for at in range(0, len(hub.files[name]), 500):
-                f.write(hub.files[name][at:at + 500])
+                f.write(hub.files[name][at : at + 500])
                 f.flush()
                 time.sleep(0.01)
 
@@ -494,20 +594,39 @@ def test_several_processes_download_at_once(here, hub, folder, tmp_path, monkeyp
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0] * 3
-    assert on_disk(folder) == hub.files and sorted(os.listdir(folder)) == sorted([*NAMES, "checked.json"])
+    assert on_disk(folder) == hub.files and sorted(os.listdir(folder)) == sorted(
+        [*NAMES, "checked.json"]
+    )
     assert len((tmp_path / "fetched").read_text().split()) in ([3] if locks else range(4, 10))
 
 
-EVIL = ["../evil.bin", "/tmp/evil.bin", "sub/../../evil.bin", f"../{TRAIN_1}", "checked.json", "", "..", "C:\\evil"]
+EVIL = [
+    "../evil.bin",
+    "/tmp/evil.bin",
+    "sub/../../evil.bin",
+    f"../{TRAIN_1}",
+    "checked.json",
+    "",
+    "..",
+    "C:\\evil",
+]
 
 
 def test_a_listing_cannot_name_files_elsewhere(here, hub, folder, tmp_path):
     """Only the names that were asked for are taken from it."""
+
     def listing(self, repo, names, **_):
         lfs = SimpleNamespace(sha256=sha256(hub.files[TRAIN_1]))
-        return [SimpleNamespace(path=path, size=len(hub.files[TRAIN_1]), lfs=lfs) for path in EVIL] + [
-            SimpleNamespace(path=name, size=len(hub.files[name]), lfs=SimpleNamespace(sha256=sha256(hub.files[name])))
-            for name in names]
+        return [
+            SimpleNamespace(path=path, size=len(hub.files[TRAIN_1]), lfs=lfs) for path in EVIL
+        ] + [
+            SimpleNamespace(
+                path=name,
+                size=len(hub.files[name]),
+                lfs=SimpleNamespace(sha256=sha256(hub.files[name])),
+            )
+            for name in names
+        ]
 
     before = set(tmp_path.iterdir())
     here.client("get_paths_info", listing)
@@ -519,13 +638,19 @@ def test_a_listing_cannot_name_files_elsewhere(here, hub, folder, tmp_path):
 
 @pytest.mark.parametrize("size", [None, "3024", -1, 2**80])
 def test_a_listing_with_impossible_sizes(here, hub, folder, size):
-    here.client("get_paths_info", lambda self, repo, names, **_: [
-        SimpleNamespace(path=name, size=size, lfs=SimpleNamespace(sha256="0" * 64)) for name in names])
+    here.client(
+        "get_paths_info",
+        lambda self, repo, names, **_: [
+            SimpleNamespace(path=name, size=size, lfs=SimpleNamespace(sha256="0" * 64))
+            for name in names
+        ],
+    )
     assert here.error() and on_disk(folder) == {}
 
 
 def test_links_are_read_but_not_written_through(here, hub, folder, tmp_path):
-    """A damaged or missing target is replaced by a file in the folder; what lies elsewhere stays as it is."""
+    """A damaged or missing target is replaced by a file in the folder; what lies elsewhere stays
+    as it is."""
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.write_bytes(hub.files[VAL])
     bad.write_bytes(b"not ours")
@@ -534,8 +659,16 @@ def test_links_are_read_but_not_written_through(here, hub, folder, tmp_path):
         (folder / name).symlink_to(target)
     here()
     assert [name for name, _ in here.fetched] == [TRAIN_1, TRAIN_2]
-    assert (folder / VAL).is_symlink() and not (folder / TRAIN_1).is_symlink() and not (folder / TRAIN_2).is_symlink()
-    assert bad.read_bytes() == b"not ours" and not (tmp_path / "nowhere").exists() and on_disk(folder) == hub.files
+    assert (
+        (folder / VAL).is_symlink()
+        and not (folder / TRAIN_1).is_symlink()
+        and not (folder / TRAIN_2).is_symlink()
+    )
+    assert (
+        bad.read_bytes() == b"not ours"
+        and not (tmp_path / "nowhere").exists()
+        and on_disk(folder) == hub.files
+    )
 
 
 def test_a_pipe_in_a_shards_place_is_not_waited_for(here, hub, folder, nowhere):
@@ -547,13 +680,21 @@ def test_a_pipe_in_a_shards_place_is_not_waited_for(here, hub, folder, nowhere):
 
 # ---- what can go wrong
 
+
 def test_unreachable_hub_is_one_line_that_says_what_to_do(run, folder, nowhere):
     start = time.monotonic()
     done = run(endpoint=nowhere)
     assert time.monotonic() - start < 15
     assert done.stderr == done.error + "\n"
-    for part in [str(folder / VAL), "cannot reach the Hub", nowhere, "refused", "check the network",
-                 "HF_ENDPOINT", "by hand"]:
+    for part in [
+        str(folder / VAL),
+        "cannot reach the Hub",
+        nowhere,
+        "refused",
+        "check the network",
+        "HF_ENDPOINT",
+        "by hand",
+    ]:
         assert part in done.error
     assert not folder.exists()
 
@@ -565,9 +706,17 @@ def test_silent_hub_is_given_up_on(here, hub):
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("status, advice", [
-    (401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "check the revision"), (429, "wait a few minutes"),
-    (500, "try again later"), (503, "try again later")])
+@pytest.mark.parametrize(
+    "status, advice",
+    [
+        (401, "HF_TOKEN"),
+        (403, "HF_TOKEN"),
+        (404, "check the revision"),
+        (429, "wait a few minutes"),
+        (500, "try again later"),
+        (503, "try again later"),
+    ],
+)
 def test_http_errors_of_the_listing(here, hub, status, advice):
     hub.status["POST"] = status
     error = here.error()
@@ -576,8 +725,9 @@ def test_http_errors_of_the_listing(here, hub, status, advice):
     assert len(hub.seen) == 1, "no retry: the user should not wait for this line"
 
 
-@pytest.mark.parametrize("method, status, advice", [
-    ("HEAD", 403, "HF_TOKEN"), ("GET", 503, "try again later")])
+@pytest.mark.parametrize(
+    "method, status, advice", [("HEAD", 403, "HF_TOKEN"), ("GET", 503, "try again later")]
+)
 def test_http_errors_of_a_file(run, hub, folder, method, status, advice):
     hub.status[method] = status
     error = run().error
@@ -595,18 +745,39 @@ def test_unlisted_file(here, hub):
 LISTS, FETCHES = "get_paths_info", "hf_hub_download"
 
 
-@pytest.mark.parametrize("client, raised, parts", [
-    (LISTS, socket.gaierror(-3, "Temporary failure in name resolution"), ["reach", "name resolution"]),
-    (LISTS, ValueError("not JSON:\n a login page"), ["reach", "(not JSON: a login page)"]),
-    (LISTS, TimeoutError(), ["reach", "(TimeoutError)"]),
-    (FETCHES, ConnectionResetError(errno.ECONNRESET, "Connection reset"), ["reach", "reset"]),
-    (FETCHES, OSError(errno.ENOSPC, "Kein Platz"), ["cannot write", "Kein Platz", "free some space"]),
-    (FETCHES, OSError(errno.EDQUOT, "Disk quota exceeded"), ["cannot write", "quota"]),
-    (FETCHES, RuntimeError("xet: No space left on device"), ["cannot write", "free some space"]),
-    (FETCHES, PermissionError(errno.EACCES, "Permission denied", "/a/b"), ["cannot write", "/a/b"])])
+@pytest.mark.parametrize(
+    "client, raised, parts",
+    [
+        (
+            LISTS,
+            socket.gaierror(-3, "Temporary failure in name resolution"),
+            ["reach", "name resolution"],
+        ),
+        (LISTS, ValueError("not JSON:\n a login page"), ["reach", "(not JSON: a login page)"]),
+        (LISTS, TimeoutError(), ["reach", "(TimeoutError)"]),
+        (FETCHES, ConnectionResetError(errno.ECONNRESET, "Connection reset"), ["reach", "reset"]),
+        (
+            FETCHES,
+            OSError(errno.ENOSPC, "Kein Platz"),
+            ["cannot write", "Kein Platz", "free some space"],
+        ),
+        (FETCHES, OSError(errno.EDQUOT, "Disk quota exceeded"), ["cannot write", "quota"]),
+        (
+            FETCHES,
+            RuntimeError("xet: No space left on device"),
+            ["cannot write", "free some space"],
+        ),
+        (
+            FETCHES,
+            PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+            ["cannot write", "/a/b"],
+        ),
+    ],
+)
 def test_errors_of_the_client(here, client, raised, parts):
     def fail(*_, **__):
         raise raised
+
     here.client(client, fail)
     error = here.error()
     for part in VAL, *parts:
@@ -615,10 +786,16 @@ def test_errors_of_the_client(here, client, raised, parts):
 
 def test_short_disk_is_refused_before_downloading(here, hub, folder, monkeypatch):
     fill(folder, {VAL: hub.files[VAL]})
-    need = len(hub.files[TRAIN_1]) + len(hub.files[TRAIN_2])  # the file already there does not count
+    need = len(hub.files[TRAIN_1]) + len(
+        hub.files[TRAIN_2]
+    )  # the file already there does not count
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
     error = here.error()
-    assert f"expected {need:,} bytes" in error and f"found {need - 1:,}" in error and here.fetched == []
+    assert (
+        f"expected {need:,} bytes" in error
+        and f"found {need - 1:,}" in error
+        and here.fetched == []
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
     here()
     assert on_disk(folder) == hub.files
@@ -643,4 +820,7 @@ def test_train_shards_out_of_range(here, hub, folder, capsys, train_shards):
 
 
 def test_names_of_all_shards():
-    assert (fineweb.TRAIN[0], fineweb.TRAIN[-1]) == ("fineweb_train_000001.bin", "fineweb_train_000103.bin")
+    assert (fineweb.TRAIN[0], fineweb.TRAIN[-1]) == (
+        "fineweb_train_000001.bin",
+        "fineweb_train_000103.bin",
+    )

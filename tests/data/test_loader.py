@@ -1,4 +1,5 @@
-"""data/loader.py: which tokens a step sees depends on (data, seed, step) alone, and each is used right.
+"""data/loader.py: which tokens a step sees depends on (data, seed, step) alone, and each is used
+right.
 
 The shards here are made so that every token but end-of-text names its own place.
 """
@@ -18,18 +19,29 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from data.loader import (IGNORE, MicroBatch, Prefetcher, TrainLoader, ValLoader, default_max_docs,
-                         document_starts)
+from data.loader import (
+    IGNORE,
+    MicroBatch,
+    Prefetcher,
+    TrainLoader,
+    ValLoader,
+    default_max_docs,
+    document_starts,
+)
 from data.shards import MAGIC, VERSION, InputError
 
 EOT, N_VOCAB = 0, 60_000
-FAST = settings(deadline=None, max_examples=60,
-                suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+FAST = settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
 
 
 @contextmanager
 def within(seconds):
     """Fail, where it would hang, after so many seconds."""
+
     def fail(*_):
         raise AssertionError(f"still running after {seconds} s")
 
@@ -43,10 +55,12 @@ def within(seconds):
 
 
 class Corpus:
-    """Shards of documents of the given lengths (end-of-text included), in a folder that goes with it."""
+    """Shards of documents of the given lengths (end-of-text included), in a folder that goes
+    with it."""
 
     def __init__(self, *shards, lead=0, marks=True):
-        """lead: tokens before each shard's first document; marks: whether documents start with EOT."""
+        """lead: tokens before each shard's first document; marks: whether documents start with
+        EOT."""
         self.tokens, self.folder = [], tempfile.TemporaryDirectory()
         place = itertools.count(1)
         for lengths in shards:
@@ -67,8 +81,15 @@ class Corpus:
 
     def loader(self, row_len=8, rows=2, max_doc_len=8, **options):
         schedule = lambda value: value if callable(value) else lambda step: value
-        loader = TrainLoader(self.paths, eot=EOT, n_vocab=N_VOCAB, row_len=row_len, batch_rows=schedule(rows),
-                             max_doc_len=schedule(max_doc_len), **options)
+        loader = TrainLoader(
+            self.paths,
+            eot=EOT,
+            n_vocab=N_VOCAB,
+            row_len=row_len,
+            batch_rows=schedule(rows),
+            max_doc_len=schedule(max_doc_len),
+            **options,
+        )
         loader.corpus = self  # the folder lives as long as the loader
         return loader
 
@@ -83,17 +104,27 @@ class Corpus:
         return self.tokens[shard][at] == EOT or at == 0 and EOT not in self.tokens[shard]
 
 
-LENGTHS = st.lists(st.one_of(st.integers(1, 4), st.integers(1, 40)), min_size=1, max_size=25) \
-    .map(lambda lengths: [*lengths[:-1], max(2, lengths[-1])])  # a last one of 1 token has a test of its own
+LENGTHS = st.lists(st.one_of(st.integers(1, 4), st.integers(1, 40)), min_size=1, max_size=25).map(
+    lambda lengths: [*lengths[:-1], max(2, lengths[-1])]
+)  # a last one of 1 token has a test of its own
 CORPORA = st.lists(LENGTHS, min_size=1, max_size=3).map(lambda shards: Corpus(*shards))
 
 
 @st.composite
 def setups(draw, **fixed):
-    """(corpus, options of TrainLoader) such that every shard fills a batch, so that none is passed over."""
-    options = dict(row_len=draw(st.integers(1, 24)), max_doc_len=draw(st.integers(1, 40)),
-                   long_docs=draw(st.sampled_from(["drop", "split"])), shuffle=draw(st.booleans()),
-                   seed=draw(st.integers(0, 3)), max_docs=draw(st.sampled_from([None, 1, 2, 5]))) | fixed
+    """(corpus, options of TrainLoader) such that every shard fills a batch, so that none is
+    passed over."""
+    options = (
+        dict(
+            row_len=draw(st.integers(1, 24)),
+            max_doc_len=draw(st.integers(1, 40)),
+            long_docs=draw(st.sampled_from(["drop", "split"])),
+            shuffle=draw(st.booleans()),
+            seed=draw(st.integers(0, 3)),
+            max_docs=draw(st.sampled_from([None, 1, 2, 5])),
+        )
+        | fixed
+    )
     corpus = draw(CORPORA)
     least, row_len = min(usable(t, options) for t in corpus.tokens), options["row_len"]
     # what a row leaves out of its last document, at most
@@ -121,6 +152,7 @@ def stream(corpus, loader, n):
 
 # rows
 
+
 @FAST
 @given(setups())
 def test_rows_are_full_and_hold_parts_of_documents(setup):
@@ -136,7 +168,7 @@ def test_rows_are_full_and_hold_parts_of_documents(setup):
             for shard, start, n in row:
                 assert 1 <= n <= options["max_doc_len"]
                 assert 0 <= start and start + n < len(corpus.tokens[shard])
-                assert EOT not in corpus.tokens[shard][start + 1:start + n]
+                assert EOT not in corpus.tokens[shard][start + 1 : start + n]
 
 
 @FAST
@@ -151,13 +183,16 @@ def test_drop_takes_documents_from_their_start(setup):
             assert corpus.is_start(shard, start)
             if (shard, start, n) != row[-1]:
                 end = start + n
-                assert n == cut or end == len(corpus.tokens[shard]) - 1 or corpus.is_start(shard, end)
+                assert (
+                    n == cut or end == len(corpus.tokens[shard]) - 1 or corpus.is_start(shard, end)
+                )
 
 
 @FAST
 @given(setups(long_docs="drop"))
 def test_drop_uses_every_document_before_any_again(setup):
-    """When a document comes up again, those not yet seen would not have filled a row in any of the shards."""
+    """When a document comes up again, those not yet seen would not have filled a row in any of
+    the shards."""
     corpus, options = setup
     loader, cut = corpus.loader(**options), min(options["max_doc_len"], options["row_len"])
     unseen = {}
@@ -186,10 +221,12 @@ def test_split_uses_every_token_once_an_epoch(setup):
     rows = stream(corpus, loader, 3 * sum(rows_of))
     for epoch in range(3):
         used = Counter()
-        for row in rows[epoch * sum(rows_of):(epoch + 1) * sum(rows_of)]:
+        for row in rows[epoch * sum(rows_of) : (epoch + 1) * sum(rows_of)]:
             used.update((shard, at) for shard, start, n in row for at in range(start, start + n))
         assert max(used.values()) == 1
-        assert Counter(shard for shard, _ in used) == {i: n * row_len for i, n in enumerate(rows_of)}
+        assert Counter(shard for shard, _ in used) == {
+            i: n * row_len for i, n in enumerate(rows_of)
+        }
 
 
 @pytest.mark.parametrize("lengths", [[100, 20], [120]])
@@ -197,7 +234,12 @@ def test_split_keeps_what_comes_before_the_first_end_of_text(lengths):
     """The second shard of a long document begins with the rest of it; "split" keeps every token."""
     corpus = Corpus(lengths, lead=80)
     loader = corpus.loader(row_len=20, rows=1, long_docs="split", shuffle=False)
-    used = {at for row in stream(corpus, loader, 9) for _, start, n in row for at in range(start, start + n)}
+    used = {
+        at
+        for row in stream(corpus, loader, 9)
+        for _, start, n in row
+        for at in range(start, start + n)
+    }
     assert used >= set(range(180))
 
 
@@ -208,13 +250,16 @@ def test_drop_leaves_out_what_comes_before_the_first_end_of_text():
 
 @pytest.mark.parametrize("long_docs", ["drop", "split"])
 def test_file_order_without_shuffle_in_the_first_epoch_only(long_docs):
-    corpus = Corpus([5, 3] * 10, [8] * 10)  # 20 rows of 8, the last of each shard lacking its last target
+    corpus = Corpus(
+        [5, 3] * 10, [8] * 10
+    )  # 20 rows of 8, the last of each shard lacking its last target
     rows = stream(corpus, corpus.loader(shuffle=False, long_docs=long_docs), 36)
     first, second = rows[:18], rows[18:]
     starts = [(shard, start) for row in first for shard, start, _ in row]
     assert starts == sorted(starts) and starts[0] == (0, 0)
-    assert sum((row[:1] for row in first), []) == [(s, at, n) for s in (0, 1) for at, n in
-                                                   zip(range(0, 72, 8), [5, 8][s:s + 1] * 9)]
+    assert sum((row[:1] for row in first), []) == [
+        (s, at, n) for s in (0, 1) for at, n in zip(range(0, 72, 8), [5, 8][s : s + 1] * 9)
+    ]
     starts = [(shard, start) for row in second for shard, start, _ in row]
     assert starts != sorted(starts)
 
@@ -227,7 +272,7 @@ def test_epochs_and_seeds_shuffle_differently(long_docs):
     for seed in range(3):
         rows = stream(corpus, corpus.loader(seed=seed, long_docs=long_docs), 55 * 3)
         for epoch in range(3):
-            part = rows[55 * epoch:55 * (epoch + 1)]
+            part = rows[55 * epoch : 55 * (epoch + 1)]
             orders.add(tuple(start for row in part[:11] for _, start, _ in row))
             shard_orders.add(tuple(row[0][0] for row in part[::11]))
             assert len({row[0][0] for row in part[::11]}) == 5
@@ -246,9 +291,9 @@ def test_split_cuts_at_another_phase_each_epoch():
     loader = corpus.loader(row_len=256, rows=1, max_doc_len=16, long_docs="split", shuffle=False)
     rows, per_epoch, phases = stream(corpus, loader, 78 * 6), 78, []
     for epoch in range(6):
-        part = rows[epoch * per_epoch:(epoch + 1) * per_epoch]
+        part = rows[epoch * per_epoch : (epoch + 1) * per_epoch]
         cuts = Counter(start % 16 for row in part for _, start, _ in row)
-        (phase, n), = cuts.most_common(1)
+        ((phase, n),) = cuts.most_common(1)
         assert n > 0.9 * cuts.total()
         phases.append(phase)
     assert phases[0] == 0 and len(set(phases)) > 2
@@ -275,23 +320,37 @@ def test_rows_are_a_function_of_the_step(setup, steps):
 
 
 @FAST
-@given(setups(), st.lists(st.integers(1, 40), min_size=3, max_size=3),
-       st.lists(st.integers(1, 30), min_size=2, max_size=2), st.integers(0, 40), st.integers(0, 3), st.integers(1, 3))
-def test_a_run_that_is_taken_up_again_sees_what_it_would_have_seen(setup, limits, changes, step, ahead, world_size):
-    """A new loader's first step is the last run's next one: over changes of batch and document length, and epochs.
+@given(
+    setups(),
+    st.lists(st.integers(1, 40), min_size=3, max_size=3),
+    st.lists(st.integers(1, 30), min_size=2, max_size=2),
+    st.integers(0, 40),
+    st.integers(0, 3),
+    st.integers(1, 3),
+)
+def test_a_run_that_is_taken_up_again_sees_what_it_would_have_seen(
+    setup, limits, changes, step, ahead, world_size
+):
+    """A new loader's first step is the last run's next one: over changes of batch and document
+    length, and epochs.
 
     A prefetcher asked the last run's loader for some steps more than were trained on.
     """
     corpus, options = setup
     stage = lambda step: sum(step >= change for change in np.cumsum(changes))
-    options |= dict(max_doc_len=lambda step: limits[stage(step)], rows=lambda step: [1, 3, 2][stage(step)])
+    options |= dict(
+        max_doc_len=lambda step: limits[stage(step)], rows=lambda step: [1, 3, 2][stage(step)]
+    )
 
     def outcome(loader, step):
         """Places and tensors of a step, or the error, where the text no longer fills a row."""
         try:
             places = corpus.places(loader.rows(step))
-            return places, [[t.tolist() for t in micro] for rank in range(world_size)
-                            for micro in loader.micro_batches(step, rank, world_size)]
+            return places, [
+                [t.tolist() for t in micro]
+                for rank in range(world_size)
+                for micro in loader.micro_batches(step, rank, world_size)
+            ]
         except InputError as e:
             return str(e)
 
@@ -304,7 +363,10 @@ def test_a_run_that_is_taken_up_again_sees_what_it_would_have_seen(setup, limits
             break
     for s in range(step, step + 3):
         assert outcome(two, s) == outcome(one, s)
-    for loader, before in ((one, 5), (two, None)):  # --repeat: another seed, however far the first run came
+    for loader, before in (
+        (one, 5),
+        (two, None),
+    ):  # --repeat: another seed, however far the first run came
         loader.reseed(99)
         if before is not None:
             outcome(loader, before)
@@ -338,7 +400,8 @@ def test_max_doc_len_may_change_on_the_way(setup, longer, change, step):
 
 
 def test_longer_documents_are_used_from_the_change_on():
-    """In "drop" mode the epoch goes on with documents not yet seen; in "split" mode a new one begins."""
+    """In "drop" mode the epoch goes on with documents not yet seen; in "split" mode a new one
+    begins."""
     corpus, limit = Corpus([40] * 50), lambda step: 4 if step < 5 else 16
     loader = corpus.loader(row_len=16, rows=1, max_doc_len=limit)
     rows = [corpus.places(loader.rows(step))[0] for step in range(30)]
@@ -356,12 +419,15 @@ def test_longer_documents_are_used_from_the_change_on():
 def test_max_doc_len_beyond_the_row_means_the_row(long_docs):
     """So raising it further changes nothing and begins no new epoch."""
     corpus = Corpus([100, 3, 30, 17, 90] * 3)
-    one, two = (corpus.loader(row_len=16, max_doc_len=limit, long_docs=long_docs)
-                for limit in (16, lambda step: 20 + 50 * step))
+    one, two = (
+        corpus.loader(row_len=16, max_doc_len=limit, long_docs=long_docs)
+        for limit in (16, lambda step: 20 + 50 * step)
+    )
     assert all(corpus.places(one.rows(step)) == corpus.places(two.rows(step)) for step in range(12))
 
 
 # edges of the data
+
 
 @pytest.mark.parametrize("long_docs", ["drop", "split"])
 def test_too_little_text(long_docs):
@@ -408,7 +474,9 @@ def test_several_shards_that_do_not_fill_a_batch(long_docs):
 
 def test_max_doc_len_that_leaves_too_little():
     """Documents cut to 1 token no longer fill a row: an error and not an endless search."""
-    loader = Corpus([20] * 3).loader(row_len=16, rows=1, max_doc_len=lambda step: 16 if step < 1 else 1)
+    loader = Corpus([20] * 3).loader(
+        row_len=16, rows=1, max_doc_len=lambda step: 16 if step < 1 else 1
+    )
     with within(1.5), pytest.raises(InputError):
         loader.rows(1)
 
@@ -450,7 +518,9 @@ def test_wrong_vocabulary_is_refused():
     corpus = Corpus([8] * 4)
     for make in (TrainLoader, ValLoader):
         with pytest.raises(InputError, match="below 10"):
-            train = dict(batch_rows=lambda s: 1, max_doc_len=lambda s: 8) if make is TrainLoader else {}
+            train = (
+                dict(batch_rows=lambda s: 1, max_doc_len=lambda s: 8) if make is TrainLoader else {}
+            )
             make(corpus.paths, eot=EOT, n_vocab=10, row_len=8, **train)
 
 
@@ -460,7 +530,8 @@ def test_document_starts():
 
 
 def test_only_the_shards_that_are_reached_are_read():
-    """A run's second shard is not gone through before its turn; then it is checked like the first."""
+    """A run's second shard is not gone through before its turn; then it is checked like the
+    first."""
     corpus = Corpus([8] * 10, [8] * 10)
     content = corpus.paths[1].read_bytes()
     corpus.paths[1].write_bytes(content[:-2] + b"\xff\xff")
@@ -472,10 +543,13 @@ def test_only_the_shards_that_are_reached_are_read():
 
 # micro-batches
 
+
 def expected_rows(corpus, places, row_len):
     """Inputs and targets of rows given by their places, straight from the shards."""
-    inputs = [np.concatenate([corpus.tokens[i][s:s + n] for i, s, n in row]) for row in places]
-    targets = [np.concatenate([corpus.tokens[i][s + 1:s + n + 1] for i, s, n in row]) for row in places]
+    inputs = [np.concatenate([corpus.tokens[i][s : s + n] for i, s, n in row]) for row in places]
+    targets = [
+        np.concatenate([corpus.tokens[i][s + 1 : s + n + 1] for i, s, n in row]) for row in places
+    ]
     return np.array(inputs).reshape(-1, row_len), np.array(targets).reshape(-1, row_len)
 
 
@@ -485,13 +559,13 @@ def check_borders(micro, rows, max_docs, max_len):
     assert cu.dtype == torch.int32 and cu.ndim == 1 and cu[0] == 0 and cu[-1] == n_rows * row_len
     steps = cu.diff()
     assert (steps >= 0).all() and steps.max() <= max_len
-    assert (steps[:cu.tolist().index(n_rows * row_len)] > 0).all(), "an empty document"
+    assert (steps[: cu.tolist().index(n_rows * row_len)] > 0).all(), "an empty document"
     borders = set(cu.tolist())
     for r, lengths in enumerate(rows):
         own = sorted(b - r * row_len for b in borders if r * row_len <= b < (r + 1) * row_len)
         ends = [0, *np.cumsum(lengths).tolist()]
         first = [e for e in ends[:max_docs] if e < row_len]
-        assert own[:len(first)] == first
+        assert own[: len(first)] == first
         if lengths and len(lengths) <= max_docs and ends[-1] == row_len:
             assert own == first
 
@@ -502,29 +576,40 @@ WORLDS = st.sampled_from([1, 2, 3, 5])
 @FAST
 @given(setups(), WORLDS, st.sampled_from([None, 1, 2, 3, 7]), st.integers(0, 3))
 def test_ranks_share_the_batch_between_them(setup, world_size, micro_rows, step):
-    """The rows in order, once each; as many and as large micro-batches on every rank; padding is ignored."""
+    """The rows in order, once each; as many and as large micro-batches on every rank; padding is
+    ignored."""
     corpus, options = setup
     row_len = options["row_len"]
     places = corpus.places(corpus.loader(**options).rows(step))
-    ranks = [list(corpus.loader(**options).micro_batches(step, rank, world_size, micro_rows))
-             for rank in range(world_size)]
+    ranks = [
+        list(corpus.loader(**options).micro_batches(step, rank, world_size, micro_rows))
+        for rank in range(world_size)
+    ]
     n = micro_rows or -(-len(places) // world_size)
     assert {len(micros) for micros in ranks} == {-(-len(places) // (n * world_size))}
-    micros = [micro for together in zip(*ranks) for micro in together]  # the order of the global batch
+    micros = [
+        micro for together in zip(*ranks) for micro in together
+    ]  # the order of the global batch
     assert {m.inputs.shape for m in micros} == {m.targets.shape for m in micros} == {(n, row_len)}
     assert {m.inputs.dtype for m in micros} | {m.targets.dtype for m in micros} == {torch.int64}
     assert len({len(m.cu_seqlens) for m in micros}) == 1
 
     inputs, targets = (torch.cat([m[i] for m in micros]).numpy() for i in (0, 1))
     real_inputs, real_targets = expected_rows(corpus, places, row_len)
-    assert (inputs[:len(places)] == real_inputs).all() and (targets[:len(places)] == real_targets).all()
-    assert (targets[len(places):] == IGNORE).all() and IGNORE == -100
+    assert (inputs[: len(places)] == real_inputs).all() and (
+        targets[: len(places)] == real_targets
+    ).all()
+    assert (targets[len(places) :] == IGNORE).all() and IGNORE == -100
     assert ((inputs >= 0) & (inputs < N_VOCAB)).all()  # padding too can be looked up
 
     lengths = [[k for *_, k in row] for row in places] + [[]] * (len(inputs) - len(places))
     for i, micro in enumerate(micros):
-        check_borders(micro, lengths[i * n:(i + 1) * n], options["max_docs"] or default_max_docs(row_len),
-                      min(options["max_doc_len"], row_len))
+        check_borders(
+            micro,
+            lengths[i * n : (i + 1) * n],
+            options["max_docs"] or default_max_docs(row_len),
+            min(options["max_doc_len"], row_len),
+        )
 
 
 @FAST
@@ -545,17 +630,20 @@ def test_borders_of_a_row_with_more_documents_than_slots():
     """The first max_docs keep their borders; the rest is divided every max_doc_len."""
     corpus = Corpus([3] * 20, [40])
     loader = corpus.loader(row_len=20, rows=1, max_doc_len=6, shuffle=False, max_docs=2)
-    many, = loader.micro_batches(0)
+    (many,) = loader.micro_batches(0)
     assert many.cu_seqlens.tolist() == [0, 3, 6, 12, 18, 20, 20]
-    few, = corpus.loader(row_len=20, rows=1, max_doc_len=6, shuffle=False, max_docs=9).micro_batches(0)
+    (few,) = corpus.loader(
+        row_len=20, rows=1, max_doc_len=6, shuffle=False, max_docs=9
+    ).micro_batches(0)
     assert sorted(set(few.cu_seqlens.tolist())) == [0, 3, 6, 9, 12, 15, 18, 20]
 
 
 def test_padding_rows_are_divided_too():
     """No document longer than max_doc_len reaches the attention, not even one of padding."""
     corpus = Corpus([10] * 4)
-    micro, = corpus.loader(row_len=10, rows=1, max_doc_len=4, long_docs="split", shuffle=False).micro_batches(
-        0, micro_rows=2)
+    (micro,) = corpus.loader(
+        row_len=10, rows=1, max_doc_len=4, long_docs="split", shuffle=False
+    ).micro_batches(0, micro_rows=2)
     assert (micro.targets[1] == IGNORE).all()
     assert sorted(set(micro.cu_seqlens.tolist())) == [0, 4, 8, 10, 14, 18, 20]
 
@@ -584,40 +672,52 @@ def test_default_max_docs(row_len, n):
 
 # validation
 
+
 @FAST
-@given(CORPORA, st.integers(1, 24), WORLDS, st.integers(1, 4), st.sampled_from([None, 1, 2]), st.data())
+@given(
+    CORPORA, st.integers(1, 24), WORLDS, st.integers(1, 4), st.sampled_from([None, 1, 2]), st.data()
+)
 def test_val_counts_every_target_once(corpus, row_len, world_size, micro_rows, max_docs, data):
-    """In order over ranks and rows; only the end of the last row and whole rows after it are padding."""
+    """In order over ranks and rows; only the end of the last row and whole rows after it are
+    padding."""
     tokens = np.concatenate(corpus.tokens).astype(np.int64)
     n_tokens = data.draw(st.one_of(st.none(), st.integers(1, len(tokens) - 1)))
     loader = corpus.val(row_len, n_tokens=n_tokens, max_docs=max_docs)
     n = n_tokens or len(tokens) - 1
     assert loader.n_targets == n
-    assert loader.targets.dtype == np.uint16 and (loader.targets == tokens[1:n + 1]).all()
+    assert loader.targets.dtype == np.uint16 and (loader.targets == tokens[1 : n + 1]).all()
 
     ranks = [list(loader.micro_batches(rank, world_size, micro_rows)) for rank in range(world_size)]
     n_rows = -(-n // row_len)
     assert {len(micros) for micros in ranks} == {-(-n_rows // (micro_rows * world_size))}
     micros = [micro for together in zip(*ranks) for micro in together]
-    assert {m.inputs.shape for m in micros} == {m.targets.shape for m in micros} == {(micro_rows, row_len)}
+    assert (
+        {m.inputs.shape for m in micros}
+        == {m.targets.shape for m in micros}
+        == {(micro_rows, row_len)}
+    )
     assert len({len(m.cu_seqlens) for m in micros}) == 1
     inputs, targets = (torch.cat([m[i] for m in micros]).flatten().numpy() for i in (0, 1))
-    assert (inputs[:n] == tokens[:n]).all() and (targets[:n] == tokens[1:n + 1]).all()
+    assert (inputs[:n] == tokens[:n]).all() and (targets[:n] == tokens[1 : n + 1]).all()
     assert (targets[n:] == IGNORE).all() and ((inputs >= 0) & (inputs < N_VOCAB)).all()
 
     rows = []
     for at in range(0, len(inputs), row_len):
-        part = tokens[at:min(at + row_len, n)] if at < n else tokens[:0]
+        part = tokens[at : min(at + row_len, n)] if at < n else tokens[:0]
         inner = [i for i in np.flatnonzero(part == EOT) if i > 0]
         rows.append(np.diff([0, *inner, len(part)]).tolist() if len(part) else [])
     for i, micro in enumerate(micros):
-        check_borders(micro, rows[i * micro_rows:(i + 1) * micro_rows], max_docs or default_max_docs(row_len),
-                      row_len)
+        check_borders(
+            micro,
+            rows[i * micro_rows : (i + 1) * micro_rows],
+            max_docs or default_max_docs(row_len),
+            row_len,
+        )
 
 
 def test_val_pads_the_last_row():
     corpus = Corpus([6, 5], [4])
-    micro, = corpus.val(row_len=8).micro_batches(micro_rows=2)
+    (micro,) = corpus.val(row_len=8).micro_batches(micro_rows=2)
     a, b = corpus.tokens
     assert micro.targets.tolist() == [[*a[1:9]], [*a[9:], *b[:4], *[IGNORE] * 2]]
     assert sorted(set(micro.cu_seqlens.tolist())) == [0, 6, 8, 11, 14, 16]  # 8: a row, 14: padding
@@ -647,6 +747,7 @@ def test_val_can_be_gone_through_again():
 
 
 # prefetching
+
 
 def batch(i):
     return [MicroBatch(*(torch.tensor([i, j]) for _ in range(3))) for j in range(2)]
@@ -678,6 +779,7 @@ def test_prefetcher_gives_the_same_batches_in_order(n, depth):
 @pytest.mark.parametrize("after", [0, 3])
 def test_prefetcher_raises_here_what_was_raised_there(error, after):
     """After the batches made before it, and the thread is gone."""
+
     def fails():
         yield from map(batch, range(after))
         raise error
@@ -730,6 +832,7 @@ def test_close_after_the_end_and_twice():
 
 def test_close_with_an_unread_error():
     """An error nobody came to see does not keep the thread."""
+
     def fails():
         yield batch(0)
         raise ValueError

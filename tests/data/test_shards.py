@@ -34,7 +34,8 @@ def put(folder, content):
 
 
 def refusal(path, *found, n_vocab=None):
-    """The InputError of reading `path`: one line, with the file's name and each of `found` in it."""
+    """The InputError of reading `path`: one line, with the file's name and each of `found` in
+    it."""
     with pytest.raises(InputError) as e:
         read_shard(path, n_vocab)
     line = str(e.value)
@@ -46,9 +47,12 @@ def refusal(path, *found, n_vocab=None):
 
 # reading
 
+
 def test_reads_a_file_laid_out_by_hand(tmp_path):
     tokens = read_shard(put(tmp_path, header(n_tokens=4) + body(0, 1, 256, 65535)))
-    assert tokens.tolist() == [0, 1, 256, 65535] and tokens.dtype == np.uint16 and tokens.shape == (4,)
+    assert (
+        tokens.tolist() == [0, 1, 256, 65535] and tokens.dtype == np.uint16 and tokens.shape == (4,)
+    )
     assert read_shard(str(tmp_path / "x.bin"), 65536).tolist() == [0, 1, 256, 65535]
 
 
@@ -69,21 +73,35 @@ def test_folder_in_place_of_a_file(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 1, 12, 1020, 1023])
 def test_empty_file_and_short_header(tmp_path, size):
-    refusal(put(tmp_path, header(n_tokens=1)[:size]), "expected a 1024-byte", f"found a file of {size} bytes")
+    refusal(
+        put(tmp_path, header(n_tokens=1)[:size]),
+        "expected a 1024-byte",
+        f"found a file of {size} bytes",
+    )
 
 
 @pytest.mark.parametrize("magic", [0, 20240519, 20240521, -1, 20241220])
 def test_wrong_magic(tmp_path, magic):
-    refusal(put(tmp_path, header(magic, n_tokens=1) + body(1)), "expected magic 20240520", f"found {magic}")
+    refusal(
+        put(tmp_path, header(magic, n_tokens=1) + body(1)),
+        "expected magic 20240520",
+        f"found {magic}",
+    )
 
 
 def test_big_endian_header(tmp_path):
-    refusal(put(tmp_path, struct.pack(">256i", 20240520, 1, 1, *[0] * 253) + body(1)), "magic 20240520")
+    refusal(
+        put(tmp_path, struct.pack(">256i", 20240520, 1, 1, *[0] * 253) + body(1)), "magic 20240520"
+    )
 
 
 @pytest.mark.parametrize("version", [0, 2, -1])
 def test_wrong_version(tmp_path, version):
-    refusal(put(tmp_path, header(version=version, n_tokens=1) + body(1)), "version 1", f"found {version}")
+    refusal(
+        put(tmp_path, header(version=version, n_tokens=1) + body(1)),
+        "version 1",
+        f"found {version}",
+    )
 
 
 @pytest.mark.parametrize("change", [-6, -3, -2, -1, 1, 2, 1000])
@@ -94,7 +112,7 @@ def test_truncated_or_trailing_bytes(tmp_path, change):
     refusal(put(tmp_path, content), "expected 1030 bytes", "3 tokens", f"found {1030 + change}")
 
 
-@pytest.mark.parametrize("n_tokens", [0, -1, -512, -2**31])
+@pytest.mark.parametrize("n_tokens", [0, -1, -512, -(2**31)])
 @pytest.mark.parametrize("tail", [b"", body(1)])
 def test_token_count_zero_or_negative(tmp_path, n_tokens, tail):
     path = put(tmp_path, header(n_tokens=n_tokens) + tail)
@@ -102,7 +120,9 @@ def test_token_count_zero_or_negative(tmp_path, n_tokens, tail):
 
 
 def test_huge_token_count_allocates_nothing(tmp_path):
-    refusal(put(tmp_path, header(n_tokens=2**31 - 1) + body(1)), 1024 + 2 * (2**31 - 1), "found 1026")
+    refusal(
+        put(tmp_path, header(n_tokens=2**31 - 1) + body(1)), 1024 + 2 * (2**31 - 1), "found 1026"
+    )
 
 
 @pytest.mark.parametrize("at", [0, 3, 6])
@@ -116,10 +136,12 @@ def test_token_beyond_the_vocabulary_is_named_with_its_position(tmp_path, at):
 
 # writing
 
+
 @settings(FAST, max_examples=30)  # each shard waits for the disk
 @given(st.lists(TOKENS, max_size=5), st.integers(1, 12))
 def test_round_trip(parts, shard_tokens):
-    """Whatever the pieces and the shard size: full shards in order, only the last shorter, none empty."""
+    """Whatever the pieces and the shard size: full shards in order, only the last shorter, none
+    empty."""
     whole = sum(parts, [])
     with tempfile.TemporaryDirectory() as folder:
         with ShardWriter(folder, "train", shard_tokens) as writer:
@@ -129,7 +151,7 @@ def test_round_trip(parts, shard_tokens):
         assert [p.name for p in writer.paths] == [f"train_{i:06d}.bin" for i in range(n)]
         assert sorted(os.listdir(folder)) == sorted(p.name for p in writer.paths)
         shards = [read_shard(p).tolist() for p in writer.paths]
-        assert shards == [whole[i:i + shard_tokens] for i in range(0, len(whole), shard_tokens)]
+        assert shards == [whole[i : i + shard_tokens] for i in range(0, len(whole), shard_tokens)]
         assert writer.n_tokens == len(whole)
 
 
@@ -137,7 +159,9 @@ def test_bytes_on_disk_are_llm_c_s(tmp_path):
     """256 little-endian int32, three of them set, then little-endian uint16."""
     with ShardWriter(tmp_path, "v") as writer:
         writer.write([50256, 1, 258])
-    assert (tmp_path / "v_000000.bin").read_bytes() == header(n_tokens=3) + b"\x50\xc4\x01\x00\x02\x01"
+    assert (tmp_path / "v_000000.bin").read_bytes() == header(
+        n_tokens=3
+    ) + b"\x50\xc4\x01\x00\x02\x01"
 
 
 @pytest.mark.parametrize("n", [8, 9])
@@ -180,7 +204,12 @@ def test_exception_drops_the_open_shard_and_keeps_finished_ones(tmp_path):
     with pytest.raises(KeyError), ShardWriter(tmp_path, "t", 4) as writer:
         writer.write(range(6))
         raise KeyError
-    assert os.listdir(tmp_path) == ["t_000000.bin"] and read_shard(writer.paths[0]).tolist() == [0, 1, 2, 3]
+    assert os.listdir(tmp_path) == ["t_000000.bin"] and read_shard(writer.paths[0]).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert writer.paths == [tmp_path / "t_000000.bin"] and writer.n_tokens == 4
 
 
@@ -227,11 +256,15 @@ def test_failing_disk_gives_one_line_and_leaves_nothing(tmp_path, limit, piece):
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_failing_at_the_very_end(tmp_path, monkeypatch, call):
     """A network disk may first say so when asked to store, or to rename."""
+
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(InputError, match="t_000000.bin.*Input/output"), ShardWriter(tmp_path, "t") as writer:
+    with (
+        pytest.raises(InputError, match="t_000000.bin.*Input/output"),
+        ShardWriter(tmp_path, "t") as writer,
+    ):
         writer.write([1, 2, 3])
     assert os.listdir(tmp_path) == [] and writer.paths == []
 
@@ -246,7 +279,10 @@ def test_failing_disk_when_a_small_shard_is_closed(tmp_path):
 
 def test_failing_disk_keeps_finished_shards(tmp_path):
     """The third shard cannot be written; the two before it stay."""
-    with pytest.raises(InputError, match="t_000002.bin: cannot"), ShardWriter(tmp_path, "t", 4) as writer:
+    with (
+        pytest.raises(InputError, match="t_000002.bin: cannot"),
+        ShardWriter(tmp_path, "t", 4) as writer,
+    ):
         writer.write(range(8))
         with largest_file(0):
             writer.write(np.ones(100_000, dtype=np.uint16))
@@ -257,7 +293,10 @@ def test_failing_disk_keeps_finished_shards(tmp_path):
 def test_failing_rename_gives_one_line_and_leaves_no_partial_file(tmp_path, shard_tokens):
     """Inside write() when the shard is full, and at the end of the with-block."""
     (tmp_path / "t_000000.bin").mkdir()
-    with pytest.raises(InputError, match="t_000000.bin"), ShardWriter(tmp_path, "t", shard_tokens) as writer:
+    with (
+        pytest.raises(InputError, match="t_000000.bin"),
+        ShardWriter(tmp_path, "t", shard_tokens) as writer,
+    ):
         writer.write([1, 2, 3])
     assert os.listdir(tmp_path) == ["t_000000.bin"]
 

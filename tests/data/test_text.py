@@ -1,4 +1,5 @@
-"""data/text.py: every character of a corpus ends up once in train or val, nothing half-made is left."""
+"""data/text.py: every character of a corpus ends up once in train or val, nothing half-made is
+left."""
 
 import hashlib
 import os
@@ -44,11 +45,14 @@ def names(n, val):
 
 
 def ids_of(folder, meta, split):
-    return np.concatenate([read_shard(folder / name, meta["n_vocab"]) for name in meta[f"{split}_shards"]])
+    return np.concatenate(
+        [read_shard(folder / name, meta["n_vocab"]) for name in meta[f"{split}_shards"]]
+    )
 
 
 def prepared(source, cache, tokenizer="bytes"):
-    """{split: list of documents, as str} of a prepared corpus, checking that each begins with eot."""
+    """{split: list of documents, as str} of a prepared corpus, checking that each begins with
+    eot."""
     folder, meta, tok = prepare_text(source, tokenizer, cache)
     result = {}
     for split in ("train", "val"):
@@ -68,6 +72,7 @@ def refused(source, cache, tokenizer="bytes"):
 
 
 # reading blocks
+
 
 def documents(blocks):
     """Blocks joined to the documents they say they make."""
@@ -106,16 +111,25 @@ def test_two_ranges_join_to_the_file_wherever_they_meet(whole, block, data):
 
 
 @FAST
-@given(st.lists(st.sampled_from([*PIECES, MARK, MARK, "<|end", "<|endoftext|"]), max_size=20).map("".join),
-       st.integers(1, 40))
+@given(
+    st.lists(st.sampled_from([*PIECES, MARK, MARK, "<|end", "<|endoftext|"]), max_size=20).map(
+        "".join
+    ),
+    st.integers(1, 40),
+)
 @example(f"abcdefghijkl{MARK}mnopqrstuvwxyz" * 3, 4)
 def test_marks_divide_documents_wherever_blocks_end(whole, block):
     assert documents(blocks_of(whole.encode(), block)) == [d for d in whole.split(MARK) if d]
 
 
 @FAST
-@given(st.lists(st.one_of(st.binary(max_size=6), st.sampled_from([*map(str.encode, PIECES), b"\x80" * 20])),
-                max_size=12).map(b"".join), st.integers(1, 12))
+@given(
+    st.lists(
+        st.one_of(st.binary(max_size=6), st.sampled_from([*map(str.encode, PIECES), b"\x80" * 20])),
+        max_size=12,
+    ).map(b"".join),
+    st.integers(1, 12),
+)
 @example(b"\x80" * 100, 4)
 @example("🙂".encode()[:3] + b"\n" + "é".encode()[:1], 1)
 def test_invalid_utf8_becomes_the_replacement_character(content, block):
@@ -139,6 +153,7 @@ def test_blocks_end_after_a_newline_and_stay_small(tmp_path):
 
 def test_a_file_that_became_shorter(tmp_path):
     """Since it was listed: what is left of it, and no endless wait for the rest."""
+
     def fail(*_):
         raise AssertionError("still reading")
 
@@ -154,11 +169,12 @@ def test_a_file_that_became_shorter(tmp_path):
 
 # a single file
 
+
 @pytest.mark.parametrize("n", [*range(10, 32), 1999])
 def test_val_of_a_file_is_its_last_tenth(tmp_path, n):
     whole = (LINES * 2)[:n]
     got = prepared(put(tmp_path / "a.txt", whole), tmp_path / "cache")
-    assert got == {"train": [whole[:int(n * 0.9)]], "val": [whole[int(n * 0.9):]]}
+    assert got == {"train": [whole[: int(n * 0.9)]], "val": [whole[int(n * 0.9) :]]}
 
 
 @FAST
@@ -169,7 +185,9 @@ def test_multibyte_characters_at_the_cut(whole, block):
         put(Path(folder) / "x", whole)
         parts = {"train": "", "val": ""}
         for split, rel, first, end in split_documents(Path(folder), ["x"]):
-            parts[split] += "".join(part for part, _ in read_blocks(Path(folder) / rel, first, end, block))
+            parts[split] += "".join(
+                part for part, _ in read_blocks(Path(folder) / rel, first, end, block)
+            )
     assert parts["train"] + parts["val"] == whole
     size = len(whole.encode())
     assert abs(len(parts["train"].encode()) - int(size * 0.9)) < 4
@@ -191,9 +209,11 @@ def test_every_tokenizer_splits_at_the_same_place(tmp_path):
 def test_marks_divide_documents(tmp_path):
     """Each begins with eot; marks at the start, the end or in a row make no empty documents."""
     docs = [f"document {i}\n" + "word " * i for i in range(40)]
-    path = put(tmp_path / "a.txt", MARK + (MARK * 2).join(docs[:20]) + MARK + MARK.join(docs[20:]) + MARK)
+    path = put(
+        tmp_path / "a.txt", MARK + (MARK * 2).join(docs[:20]) + MARK + MARK.join(docs[20:]) + MARK
+    )
     got = prepared(path, tmp_path / "cache")
-    assert got["train"][:-1] == docs[:len(got["train"]) - 1] and len(got["train"]) > 30
+    assert got["train"][:-1] == docs[: len(got["train"]) - 1] and len(got["train"]) > 30
     assert "".join(got["train"] + got["val"]) == "".join(docs)
     assert len(got["train"]) + len(got["val"]) == 41  # one was cut in two
 
@@ -208,19 +228,29 @@ def test_mark_at_the_cut_is_still_a_mark(tmp_path, at):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
 def test_meta_counts_tokens_and_bytes(tmp_path, tokenizer):
-    folder, meta, tok = prepare_text(put(tmp_path / "a.txt", "é中🙂 x\n" * 500), tokenizer, tmp_path / "cache")
+    folder, meta, tok = prepare_text(
+        put(tmp_path / "a.txt", "é中🙂 x\n" * 500), tokenizer, tmp_path / "cache"
+    )
     for split in ("train", "val"):
         ids = ids_of(folder, meta, split)
-        assert meta[f"{split}_tokens"] == len(ids) and meta[f"{split}_bytes"] == tok.token_bytes[ids].sum()
+        assert (
+            meta[f"{split}_tokens"] == len(ids)
+            and meta[f"{split}_bytes"] == tok.token_bytes[ids].sum()
+        )
     assert meta["train_bytes"] + meta["val_bytes"] == 12 * 500
     assert (meta["tokenizer"], meta["n_vocab"], meta["files"]) == (tokenizer, tok.n_vocab, 1)
-    assert sorted(os.listdir(folder)) == ["meta.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
+    assert sorted(os.listdir(folder)) == [
+        "meta.json",
+        "tokenizer.json",
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
 
 
 def test_several_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "ShardWriter", partial(ShardWriter, shard_tokens=1000))
     path = put(tmp_path / "a.txt", LINES)
-    assert prepared(path, tmp_path / "cache")["train"] == [LINES[:int(len(LINES) * 0.9)]]
+    assert prepared(path, tmp_path / "cache")["train"] == [LINES[: int(len(LINES) * 0.9)]]
     meta = prepare_text(path, "bytes", tmp_path / "cache")[1]
     assert meta["train_shards"][:2] == ["train_000000.bin", "train_000001.bin"]
     assert len(meta["val_shards"]) == 2
@@ -236,14 +266,19 @@ def test_vocabulary_is_learned_from_train_alone_but_has_every_character(tmp_path
 
 # folders
 
+
 def test_folder_is_split_by_the_hash_of_the_path(tmp_path):
-    """A tenth of the files is val, in the order of the hashes, subfolders with "/" in their names."""
+    """A tenth of the files is val, in the order of the hashes, subfolders with "/" in their
+    names."""
     rels = [f"sub{i % 3}/f{i}.txt" for i in range(200)] + ["top.txt"]
     for rel in rels:
         put(tmp_path / "in" / rel, rel)
     got = prepared(tmp_path / "in", tmp_path / "cache")
     rels.sort(key=lambda rel: hashlib.sha256(rel.encode()).digest())
-    assert got == {"train": [r for r in rels if not is_val(r)], "val": [r for r in rels if is_val(r)]}
+    assert got == {
+        "train": [r for r in rels if not is_val(r)],
+        "val": [r for r in rels if is_val(r)],
+    }
     assert 5 < len(got["val"]) < 40
 
 
@@ -324,7 +359,8 @@ def test_file_names_that_are_not_utf8(tmp_path):
 
 
 def test_stdlib(tmp_path):
-    """Python's own library without its tests, what was installed beside it, or the builder's paths."""
+    """Python's own library without its tests, what was installed beside it, or the builder's
+    paths."""
     root, files = list_files("stdlib")
     assert {"os.py", "json/decoder.py", "typing.py"} <= set(files) and len(files) > 300
     parts = {part for rel in files for part in rel.split("/")}
@@ -332,7 +368,9 @@ def test_stdlib(tmp_path):
     assert all(rel.endswith(".py") and "_sysconfigdata" not in rel for rel in files)
     folder, meta, tok = prepare_text("stdlib", "bytes", tmp_path / "cache")
     total = sum((root / rel).stat().st_size for rel in files)
-    assert abs(meta["train_bytes"] + meta["val_bytes"] - total) < 1000  # invalid UTF-8 on purpose, marks
+    assert (
+        abs(meta["train_bytes"] + meta["val_bytes"] - total) < 1000
+    )  # invalid UTF-8 on purpose, marks
     assert 0.03 < meta["val_bytes"] / total < 0.2 and meta["files"] == len(files)
     val = tok.decode(ids_of(folder, meta, "val"))
     assert all((root / rel).read_text(errors="replace") in val for rel in files[:3])
@@ -340,6 +378,7 @@ def test_stdlib(tmp_path):
 
 
 # the cache
+
 
 def forbid_work(monkeypatch):
     monkeypatch.setattr(text, "make_tokenizer", lambda *_: pytest.fail("tokenized again"))
@@ -354,14 +393,19 @@ def test_second_call_only_looks(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "cache") == [first[0].name]
 
 
-@pytest.mark.parametrize("change", ["content", "time", "tokenizer", "added", "removed", "renamed", "cache"])
+@pytest.mark.parametrize(
+    "change", ["content", "time", "tokenizer", "added", "removed", "renamed", "cache"]
+)
 def test_any_change_is_noticed(tmp_path, monkeypatch, change):
     for name in "abc":
         put(tmp_path / "in" / name, LINES)
     tokenizer, cache = "bytes", tmp_path / "cache"
     prepare_text(tmp_path / "in", tokenizer, cache)
     if change == "content":
-        os.utime(put(tmp_path / "in" / "a", LINES + "x"), ns=(0, (tmp_path / "in" / "b").stat().st_mtime_ns))
+        os.utime(
+            put(tmp_path / "in" / "a", LINES + "x"),
+            ns=(0, (tmp_path / "in" / "b").stat().st_mtime_ns),
+        )
     elif change == "time":
         os.utime(put(tmp_path / "in" / "a", LINES.upper()), ns=(0, 10**18))
     elif change == "tokenizer":
@@ -392,7 +436,7 @@ def test_unfinished_folder_is_made_anew(tmp_path):
     folder, meta, _ = prepare_text(path, "bytes", tmp_path / "cache")
     (folder / "meta.json").unlink()
     (folder / "train_000000.bin").write_bytes(b"junk")
-    assert prepared(path, tmp_path / "cache")["train"][0] == LINES[:meta["train_bytes"]]
+    assert prepared(path, tmp_path / "cache")["train"][0] == LINES[: meta["train_bytes"]]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
@@ -414,10 +458,12 @@ def test_failure_midway_leaves_nothing(tmp_path, monkeypatch, error, where):
         with pytest.raises(InputError if error is OSError else error, match="midway"):
             prepare_text(path, "bytes", tmp_path / "cache")
     assert not (tmp_path / "cache").exists() or os.listdir(tmp_path / "cache") == []
-    assert prepared(path, tmp_path / "cache")["val"] == [LINES[int(len(LINES) * 0.9):]]
+    assert prepared(path, tmp_path / "cache")["val"] == [LINES[int(len(LINES) * 0.9) :]]
 
 
-@pytest.mark.parametrize("n, limit, what", [(10_000, 5000, "train_000000.bin"), (100, 1400, "prepare")])
+@pytest.mark.parametrize(
+    "n, limit, what", [(10_000, 5000, "train_000000.bin"), (100, 1400, "prepare")]
+)
 def test_full_disk(tmp_path, n, limit, what):
     """The system refuses the tokens, or only the vocabulary after them."""
     path = put(tmp_path / "a.txt", LINES[:n])
@@ -445,7 +491,7 @@ def test_failing_rename(tmp_path, monkeypatch, name):
         with pytest.raises(InputError, match="device busy"):
             prepare_text(path, "bytes", tmp_path / "cache")
     assert not [*(tmp_path / "cache").glob("*/meta.json"), *(tmp_path / "cache").glob("*.tmp")]
-    assert prepared(path, tmp_path / "cache")["val"] == [LINES[int(len(LINES) * 0.9):]]
+    assert prepared(path, tmp_path / "cache")["val"] == [LINES[int(len(LINES) * 0.9) :]]
 
 
 def test_cache_that_cannot_be_made(tmp_path):
@@ -455,6 +501,7 @@ def test_cache_that_cannot_be_made(tmp_path):
 
 
 # fingerprint
+
 
 def fingerprint(source, cache, tokenizer="bytes"):
     return prepare_text(source, tokenizer, cache)[1]["fingerprint"]
@@ -466,7 +513,11 @@ def test_fingerprint_is_of_the_text_not_the_place(tmp_path):
     shutil.copytree(tmp_path / "in", tmp_path / "elsewhere")
     cache = tmp_path / "cache"
     one = fingerprint(tmp_path / "in", cache)
-    assert one == fingerprint(tmp_path / "elsewhere", cache) == fingerprint(tmp_path / "in", cache, "chars")
+    assert (
+        one
+        == fingerprint(tmp_path / "elsewhere", cache)
+        == fingerprint(tmp_path / "in", cache, "chars")
+    )
     assert one != fingerprint(tmp_path / "in" / "s0", cache)
     put(tmp_path / "elsewhere" / "s1" / "f3", "text 3 é\n" * 8 + "text 3 e\n")
     assert one != fingerprint(tmp_path / "elsewhere", cache)
@@ -479,13 +530,16 @@ def test_fingerprint_of_a_file_does_not_depend_on_its_name_or_block_borders(tmp_
     assert one == fingerprint(tmp_path / "a.txt", tmp_path / "other")
 
 
-@pytest.mark.parametrize("other", [
-    ["xyz" * 10 + "p", "q" + "pq" * 9],  # moved from one file to the next
-    ["xyz" * 10 + "pq" * 10],
-    ["xyz" * 5 + MARK + "xyz" * 5, "pq" * 10],  # documents divided
-    ["xyz" * 10 + "\n", "pq" * 10],
-    ["xyz" * 9 + "xyy", "pq" * 10],
-])
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["xyz" * 10 + "p", "q" + "pq" * 9],  # moved from one file to the next
+        ["xyz" * 10 + "pq" * 10],
+        ["xyz" * 5 + MARK + "xyz" * 5, "pq" * 10],  # documents divided
+        ["xyz" * 10 + "\n", "pq" * 10],
+        ["xyz" * 9 + "xyy", "pq" * 10],
+    ],
+)
 def test_fingerprint_tells_corpora_apart(tmp_path, other):
     """Different train tokens with the same val file."""
     found = []
@@ -499,14 +553,18 @@ def test_fingerprint_tells_corpora_apart(tmp_path, other):
 
 # bad input
 
-@pytest.mark.parametrize("content, reason", [
-    ("", "is empty"),
-    (b"\x89PNG\r\n\0\0", "binary"),
-    ("text".encode("utf-16"), "binary"),
-    ("a", "train split is empty"),
-    ("🙂", "split is empty"),
-    (MARK * 50, "too little"),
-])
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("", "is empty"),
+        (b"\x89PNG\r\n\0\0", "binary"),
+        ("text".encode("utf-16"), "binary"),
+        ("a", "train split is empty"),
+        ("🙂", "split is empty"),
+        (MARK * 50, "too little"),
+    ],
+)
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
 def test_bad_files(tmp_path, content, reason, tokenizer):
     path = put(tmp_path / "a.txt", content)
@@ -549,7 +607,7 @@ def test_a_folder_of_one_byte_files(tmp_path):
 @pytest.mark.parametrize("character", [" ", "\t", "x"])
 def test_megabytes_of_one_character_are_encoded(tmp_path, character):
     """A table padded with spaces, say. In val, because learning from it is another matter."""
-    name, = names(1, True)
+    (name,) = names(1, True)
     put(tmp_path / "in" / name, character * 1_500_000 + "end")
     for i, name in enumerate(names(2, False)):
         put(tmp_path / "in" / name, LINES)
@@ -571,6 +629,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 # the way in for the trainer
 
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
 def test_open_dataset(tmp_path, tokenizer):
     path = put(tmp_path / "a.txt", LINES)
@@ -579,10 +638,20 @@ def test_open_dataset(tmp_path, tokenizer):
     assert (dataset.name, dataset.eot, dataset.n_vocab) == (str(path), tok.eot, tok.n_vocab)
     assert dataset.fingerprint == fingerprint(path, tmp_path / "cache")
     (train,), (val,) = dataset.train, dataset.val
-    assert tok.decode(read_shard(train, tok.n_vocab)) + tok.decode(read_shard(val, tok.n_vocab)) == LINES
-    loader = TrainLoader(dataset.train, eot=dataset.eot, n_vocab=dataset.n_vocab, row_len=64,
-                         batch_rows=lambda step: 4, max_doc_len=lambda step: 64, long_docs="split")
-    assert all(tok.decode(t[s:s + n]) in LINES for row in loader.rows(3) for t, s, n in row)
+    assert (
+        tok.decode(read_shard(train, tok.n_vocab)) + tok.decode(read_shard(val, tok.n_vocab))
+        == LINES
+    )
+    loader = TrainLoader(
+        dataset.train,
+        eot=dataset.eot,
+        n_vocab=dataset.n_vocab,
+        row_len=64,
+        batch_rows=lambda step: 4,
+        max_doc_len=lambda step: 64,
+        long_docs="split",
+    )
+    assert all(tok.decode(t[s : s + n]) in LINES for row in loader.rows(3) for t, s, n in row)
 
 
 def test_open_dataset_refuses_what_prepare_text_refuses(tmp_path):

@@ -16,11 +16,27 @@ from data.tokenizers import Tokenizer, gpt2_tokenizer, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = settings(deadline=None, max_examples=50)
-SAMPLE = ("It's a test, isn't it? 12345 and 3.14; the other the then there this that.\n\n"
-          "\tdef f(x):\r\n        return x ** 2  # naïve café — 中文字符 🙂\n    <|endoftext|> ") * 8
-SPECIAL = ["<|endoftext|>", "\r\n", "\n\n", "  ", "🙂", "é", "e\u0301", "\0", "\ufeff", "\u2028", "'LL",
-           "1234", "中"]
-# Any text the decoder of a file can yield (it never yields surrogates), rich in what tokenizers trip over.
+SAMPLE = (
+    "It's a test, isn't it? 12345 and 3.14; the other the then there this that.\n\n"
+    "\tdef f(x):\r\n        return x ** 2  # naïve café — 中文字符 🙂\n    <|endoftext|> "
+) * 8
+SPECIAL = [
+    "<|endoftext|>",
+    "\r\n",
+    "\n\n",
+    "  ",
+    "🙂",
+    "é",
+    "e\u0301",
+    "\0",
+    "\ufeff",
+    "\u2028",
+    "'LL",
+    "1234",
+    "中",
+]
+# Any text the decoder of a file can yield (it never yields surrogates), rich in what tokenizers
+# trip over.
 TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SPECIAL)), max_size=12).map("".join)
 
 
@@ -39,15 +55,18 @@ def tokenizer(request):
 
 
 def fake_gpt2():
-    """tiktoken's own class with 256 bytes and one merge, in an order that is not the bytes' order."""
+    """tiktoken's own class with 256 bytes and one merge, in an order that is not the bytes'
+    order."""
     import tiktoken
+
     ranks = {bytes([255 - i]): i for i in range(256)} | {b"th": 256}
-    return tiktoken.Encoding("gpt2", pat_str=r"\w+|\W+", mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": 257})
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257}
+    )
 
 
 def check_round_trip(tok, text):
-    ids, = tok.encode([text])
+    (ids,) = tok.encode([text])
     assert ids.dtype == np.uint16 and ids.ndim == 1
     assert tok.decode(ids) == tok.decode(ids.tolist()) == text
     assert tok.token_bytes[ids].sum() == len(text.encode())
@@ -111,11 +130,17 @@ def test_json_round_trip_gives_the_same_ids(tokenizer, text):
     again = Tokenizer.from_json(tokenizer.to_json())
     assert again.encode([text])[0].tolist() == tokenizer.encode([text])[0].tolist()
     assert again.to_json() == tokenizer.to_json()
-    assert (again.kind, again.n_vocab, again.eot) == (tokenizer.kind, tokenizer.n_vocab, tokenizer.eot)
+    assert (again.kind, again.n_vocab, again.eot) == (
+        tokenizer.kind,
+        tokenizer.n_vocab,
+        tokenizer.eot,
+    )
     assert (again.token_bytes == tokenizer.token_bytes).all()
 
 
-@pytest.mark.parametrize("chars", ["a", "ba\0\n", "é\U0001f642\ufeff\u2028\"\\", "\x7f\x80\xff\u0100"])
+@pytest.mark.parametrize(
+    "chars", ["a", "ba\0\n", 'é\U0001f642\ufeff\u2028"\\', "\x7f\x80\xff\u0100"]
+)
 def test_json_round_trip_of_characters(chars):
     tok = make_tokenizer("chars", once(chars))
     again = Tokenizer.from_json(json.dumps(json.loads(tok.to_json()), ensure_ascii=False))
@@ -151,8 +176,23 @@ def test_too_many_characters():
         make_tokenizer("chars", once(every[:65536]))
 
 
-@pytest.mark.parametrize("name", ["", "bpe", "bpe:", "bpe:x", "bpe:-300", "bpe:300 ", "bpe:3e2", "Bytes",
-                                  "gpt4", "char", "../x", "bytes\n"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "bpe",
+        "bpe:",
+        "bpe:x",
+        "bpe:-300",
+        "bpe:300 ",
+        "bpe:3e2",
+        "Bytes",
+        "gpt4",
+        "char",
+        "../x",
+        "bytes\n",
+    ],
+)
 def test_unknown_name(name):
     with pytest.raises(InputError) as e:
         make_tokenizer(name, never)
@@ -168,6 +208,7 @@ def test_bad_size(size):
 
 
 # BPE
+
 
 def test_bpe_begins_with_the_256_bytes(tokenizer):
     """So any text at all can be encoded, and an id below 256 costs one byte."""
@@ -189,7 +230,7 @@ def test_bpe_learns_the_commonest_pair_first():
 
 
 def test_bpe_compresses_what_it_was_trained_on():
-    ids, = make_tokenizer("bpe:1000", once(SAMPLE)).encode([SAMPLE])
+    (ids,) = make_tokenizer("bpe:1000", once(SAMPLE)).encode([SAMPLE])
     assert len(ids) < len(SAMPLE) / 3
 
 
@@ -211,8 +252,10 @@ def test_bpe_keeps_numbers_to_two_digits_and_words_apart():
 
 def test_bpe_is_the_same_whatever_the_texts_are_cut_into():
     lines = ["the cat\n", "sat on 1234 mats\n", "for naïve cats\n"] * 20
-    assert make_tokenizer("bpe:290", lambda: iter(lines)).tokens == \
-        make_tokenizer("bpe:290", once("".join(lines))).tokens
+    assert (
+        make_tokenizer("bpe:290", lambda: iter(lines)).tokens
+        == make_tokenizer("bpe:290", once("".join(lines))).tokens
+    )
 
 
 def test_bpe_training_is_deterministic_whatever_the_threads():
@@ -229,25 +272,38 @@ for parallel in ("false", "true"):
     print(make_tokenizer("bpe:600", lambda: iter([text])).to_json())
 """
     env = os.environ | dict(RAYON_NUM_THREADS="4", PYTHONHASHSEED="1")
-    done = subprocess.run([sys.executable, "-c", command], input=text.encode(), stdout=subprocess.PIPE,
-                          cwd=ROOT, env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        input=text.encode(),
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=env,
+        check=True,
+    )
     there = done.stdout.decode().splitlines()
     assert len(there) == 2 and len(set(here + there)) == 1
 
 
 @pytest.mark.slow
 def test_bpe_training_does_not_choke_on_text_without_spaces():
-    """Base64, DNA or minified code: 300 kB without a break, learned in seconds and not in minutes."""
-    letters = np.random.default_rng(0).integers(ord("a"), ord("m"), 300_000, dtype=np.uint8).tobytes()
-    command = ("import sys; from data.tokenizers import make_tokenizer; text = sys.stdin.read();"
-               "make_tokenizer('bpe:400', lambda: iter([text]))")
+    """Base64, DNA or minified code: 300 kB without a break, learned in seconds and not in
+    minutes."""
+    letters = (
+        np.random.default_rng(0).integers(ord("a"), ord("m"), 300_000, dtype=np.uint8).tobytes()
+    )
+    command = (
+        "import sys; from data.tokenizers import make_tokenizer; text = sys.stdin.read();"
+        "make_tokenizer('bpe:400', lambda: iter([text]))"
+    )
     subprocess.run([sys.executable, "-c", command], input=letters, cwd=ROOT, timeout=5, check=True)
 
 
 # GPT-2
 
+
 def test_gpt2_is_what_tiktoken_ships(monkeypatch):
     import tiktoken
+
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": fake_gpt2()}.__getitem__)
     tok = make_tokenizer("gpt2", never)
     assert (tok.kind, tok.n_vocab, tok.eot) == ("gpt2", 258, 257)
@@ -268,4 +324,8 @@ def test_gpt2_without_a_network(monkeypatch, error):
     for call in (gpt2_tokenizer, lambda: make_tokenizer("gpt2", never)):
         with pytest.raises(InputError) as e:
             call()
-        assert "bpe:N" in str(e.value) and type(error).__name__ in str(e.value) and "\n" not in str(e.value)
+        assert (
+            "bpe:N" in str(e.value)
+            and type(error).__name__ in str(e.value)
+            and "\n" not in str(e.value)
+        )

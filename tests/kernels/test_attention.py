@@ -1,7 +1,9 @@
-"""kernels/attention.py against dense attention, a document at a time, in float64 and in the same dtype.
+"""kernels/attention.py against dense attention, a document at a time, in float64 and in the same
+dtype.
 
-Every backend is tested: on a GPU those that work there, else the flash ones as fakes that do what is documented, and
-flex through the mathematics PyTorch runs without a compiler. What only the CPU needs runs blockwise, which is default.
+Every backend is tested: on a GPU those that work there, else the flash ones as fakes that do what
+is documented, and flex through the mathematics PyTorch runs without a compiler. What only the CPU
+needs runs blockwise, which is default.
 """
 
 import os
@@ -14,10 +16,11 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention
 import torch.nn.attention.varlen
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernel_checks import DEVICE
 from kernels import attention as module
 from kernels.attention import BACKENDS, OF_TOKENS, attention, choose_backend
 
@@ -26,7 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HUGE = 10**9
 # lengths of the documents of each row
 PACKINGS = {
-    "one short row": [[1, 15, 16, 1, 32, 12]],  # borders on 16, 32 and 64: where blocks of 16 and 32 end
+    "one short row": [
+        [1, 15, 16, 1, 32, 12]
+    ],  # borders on 16, 32 and 64: where blocks of 16 and 32 end
     "three rows": [[50], [16, 16, 1, 17], [1] * 9 + [41]],
     "rows of one block": [[16, 16], [32], [31, 1]],
     "single tokens": [[1], [1], [1]],
@@ -40,17 +45,23 @@ def no_forced_backend(monkeypatch):
 
 
 def cu_seqlens_of(rows, padding=2):
-    """int32 starts of the documents in the flattened rows, padded at the end with the number of tokens."""
+    """int32 starts of the documents in the flattened rows, padded at the end with the number of
+    tokens."""
     lengths = [0] + [n for row in rows for n in row]
-    return torch.tensor(lengths).cumsum(0).to(torch.int32).repeat_interleave(
-        torch.tensor([1] * (len(lengths) - 1) + [1 + padding]))
+    return (
+        torch.tensor(lengths)
+        .cumsum(0)
+        .to(torch.int32)
+        .repeat_interleave(torch.tensor([1] * (len(lengths) - 1) + [1 + padding]))
+    )
 
 
 def naive(q, k, v, rows, window, scale):
-    """Every document alone, with a dense (T, T) mask. Computes in the dtype it is given. (B, T, H, D)."""
+    """Every document alone, with a dense (T, T) mask. Computes in the dtype it is given. (B, T,
+    H, D)."""
     flat, parts, at = [x.flatten(0, 1) for x in (q, k, v)], [], 0
     for n in (n for row in rows for n in row):
-        q_, k_, v_ = (x[at:at + n].transpose(0, 1) for x in flat)  # (H, n, D)
+        q_, k_, v_ = (x[at : at + n].transpose(0, 1) for x in flat)  # (H, n, D)
         back = torch.arange(n)[:, None] - torch.arange(n)
         hidden = (back < 0) | (back > window)
         weights = (q_ @ k_.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1)
@@ -72,8 +83,16 @@ def output_and_gradients(fn, q, k, v, dy):
 
 def run(q, k, v, rows, window, scale=0.3, max_seqlen=None, **kwargs):
     longest = max(n for row in rows for n in row)
-    return attention(q, k, v, cu_seqlens=cu_seqlens_of(rows).to(q.device), max_seqlen=max_seqlen or longest,
-                     window=window, scale=scale, **kwargs)
+    return attention(
+        q,
+        k,
+        v,
+        cu_seqlens=cu_seqlens_of(rows).to(q.device),
+        max_seqlen=max_seqlen or longest,
+        window=window,
+        scale=scale,
+        **kwargs,
+    )
 
 
 def visible(rows, window):
@@ -82,13 +101,14 @@ def visible(rows, window):
     seen, at = torch.zeros(n, n, dtype=torch.bool), 0
     for length in (n for row in rows for n in row):
         for i in range(at, at + length):
-            seen[i, max(at, i - window):i + 1] = True
+            seen[i, max(at, i - window) : i + 1] = True
         at += length
     return seen
 
 
 def weights_of(rows, window, seed=0, **kwargs):
-    """(B T, B T) the attention weights themselves: values are the unit vectors of all tokens of all rows."""
+    """(B T, B T) the attention weights themselves: values are the unit vectors of all tokens of
+    all rows."""
     n = sum(map(sum, rows))
     q, k = draw(rows, H=1, D=n, seed=seed, n=2)
     v = torch.eye(n).view(len(rows), -1, 1, n)
@@ -106,7 +126,9 @@ def test_output_and_gradients_are_as_exact_as_eager(packing, window, dtype):
     rows = PACKINGS[packing]
     window = sum(rows[0]) - 1 if window == "T - 1" else window
     inputs = draw(rows, dtype=dtype)
-    exact = output_and_gradients(lambda *x: naive(*x, rows, window, 0.3), *(x.double() for x in inputs))
+    exact = output_and_gradients(
+        lambda *x: naive(*x, rows, window, 0.3), *(x.double() for x in inputs)
+    )
     eager = output_and_gradients(lambda *x: naive(*x, rows, window, 0.3), *inputs)
     ours = output_and_gradients(lambda *x: run(*x, rows, window), *inputs)
     for name, o, e, r in zip(("y", "dq", "dk", "dv"), ours, eager, exact):
@@ -127,7 +149,9 @@ def test_large_scores_do_not_overflow():
 def test_scale_is_the_factor_of_the_scores():
     rows = [[50, 14]]
     q, k, v = draw(rows, n=3)
-    torch.testing.assert_close(run(q, k, v, rows, 7, scale=0.5), run(q * 2, k, v, rows, 7, scale=0.25))
+    torch.testing.assert_close(
+        run(q, k, v, rows, 7, scale=0.5), run(q * 2, k, v, rows, 7, scale=0.25)
+    )
     assert not torch.allclose(run(q, k, v, rows, 7, scale=0.5), run(q, k, v, rows, 7, scale=0.25))
 
 
@@ -136,8 +160,8 @@ def test_heads_do_not_mix():
     q, k, v = draw(rows, H=3, n=3)
     together = run(q, k, v, rows, 7)
     for h in range(3):
-        alone = run(*(x[:, :, h:h + 1] for x in (q, k, v)), rows, 7)
-        torch.testing.assert_close(together[:, :, h:h + 1], alone)
+        alone = run(*(x[:, :, h : h + 1] for x in (q, k, v)), rows, 7)
+        torch.testing.assert_close(together[:, :, h : h + 1], alone)
 
 
 # --- who sees whom
@@ -145,7 +169,8 @@ def test_heads_do_not_mix():
 
 @pytest.mark.parametrize("window", [0, 1, 7, 15, 16, 17, 31, 32, 33, 62, 63, 64, HUGE])
 def test_window_is_exact(window):
-    """A token `window` back is seen, one more back is not: all of the T x T pattern, across block sizes."""
+    """A token `window` back is seen, one more back is not: all of the T x T pattern, across
+    block sizes."""
     seen = weights_of([[64]], window) > 0
     i = torch.arange(64)
     back = i[:, None] - i
@@ -180,7 +205,9 @@ def test_a_changed_query_moves_only_its_own_output(window):
 def packings(draw):
     """Rows of equal length up to 70, each cut at random places."""
     T = draw(st.integers(1, 70))
-    cuts = draw(st.lists(st.sets(st.integers(1, max(1, T - 1)), max_size=8), min_size=1, max_size=3))
+    cuts = draw(
+        st.lists(st.sets(st.integers(1, max(1, T - 1)), max_size=8), min_size=1, max_size=3)
+    )
     borders = [[0, *sorted(c for c in row if c < T), T] for row in cuts]
     return [[b - a for a, b in zip(row, row[1:])] for row in borders]
 
@@ -188,7 +215,8 @@ def packings(draw):
 @settings(deadline=None, max_examples=80, database=None)
 @given(packings(), st.one_of(st.integers(0, 75), st.just(HUGE)), st.integers(0, 9))
 def test_any_packing_any_window(rows, window, seed):
-    """Documents, rows and the future are invisible, all else in the window is seen, and weights sum to 1."""
+    """Documents, rows and the future are invisible, all else in the window is seen, and weights
+    sum to 1."""
     for max_seqlen in (None, sum(rows[0])):  # the longest document, or any bound of it
         weights = weights_of(rows, window, seed, max_seqlen=max_seqlen)
         assert torch.equal(weights > 0, visible(rows, window))
@@ -197,7 +225,8 @@ def test_any_packing_any_window(rows, window, seed):
 
 @pytest.mark.parametrize("window", [5, 60])
 def test_enormous_tokens_of_other_documents_and_rows_do_not_leak(window):
-    """Bit-exactly. (Not inf: times a weight of zero, in a shared block, that is NaN in any backend.)"""
+    """Bit-exactly. (Not inf: times a weight of zero, in a shared block, that is NaN in any
+    backend.)"""
     rows = [[20, 21, 23], [64]]
     q, k, v = draw(rows, n=3)
     before = run(q, k, v, rows, window)
@@ -216,6 +245,7 @@ def test_padding_and_empty_documents_change_nothing(window):
     def with_starts(*starts):
         cu_seqlens = torch.tensor(starts, dtype=torch.int32)
         return attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=34, window=window, scale=0.3)
+
     plain = with_starts(0, 30, 64)
     for starts in ((0, 30, 64, 64, 64, 64, 64, 64), (0, 0, 30, 30, 30, 64)):
         assert torch.equal(with_starts(*starts), plain)
@@ -227,7 +257,9 @@ def test_rows_mean_the_same_alone_and_together(window):
     q, k, v = draw(rows, n=3)
     together = run(q, k, v, rows, window)
     for r, row in enumerate(rows):
-        torch.testing.assert_close(together[r:r + 1], run(q[r:r + 1], k[r:r + 1], v[r:r + 1], [row], window))
+        torch.testing.assert_close(
+            together[r : r + 1], run(q[r : r + 1], k[r : r + 1], v[r : r + 1], [row], window)
+        )
 
 
 def test_inputs_stay_as_they_were_and_may_be_strided():
@@ -236,8 +268,9 @@ def test_inputs_stay_as_they_were_and_may_be_strided():
     q, k, v = big.chunk(3, dim=2)  # as from one projection
     copy = big.clone()
     for window in (7, HUGE):
-        torch.testing.assert_close(run(q, k, v, rows, window),
-                                   run(*(x.contiguous() for x in (q, k, v)), rows, window))
+        torch.testing.assert_close(
+            run(q, k, v, rows, window), run(*(x.contiguous() for x in (q, k, v)), rows, window)
+        )
     assert torch.equal(big, copy)
 
 
@@ -246,6 +279,7 @@ def test_inputs_stay_as_they_were_and_may_be_strided():
 
 class Largest(TorchDispatchMode):
     """Records the element count of the largest tensor any operation makes."""
+
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -259,7 +293,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
 @pytest.mark.parametrize("T, window", [(4096, 0), (4096, 16), (2000, 100), (2048, 512)])
 def test_no_tensor_of_T_times_T_where_the_window_is_small(T, window, backend):
-    """Forward and backward: nothing larger than B H T times two blocks, T rounded up to whole blocks."""
+    """Forward and backward: nothing larger than B H T times two blocks, T rounded up to whole
+    blocks."""
     rows = [[T - 10, 10]]
     q, k, v, dy = draw(rows, H=1, D=4)
     block = max(16, window)
@@ -268,9 +303,12 @@ def test_no_tensor_of_T_times_T_where_the_window_is_small(T, window, backend):
     assert 0 < largest.numel <= -(-T // block) * block * 2 * block < T * T
 
 
-@pytest.mark.parametrize("window, backend", [(3, "blockwise"), (40, "blockwise"), (3, "sdpa"), (3, "flex")])
+@pytest.mark.parametrize(
+    "window, backend", [(3, "blockwise"), (40, "blockwise"), (3, "sdpa"), (3, "flex")]
+)
 def test_compiles_into_one_graph_for_all_documents(monkeypatch, window, backend):
-    """fullgraph; the same numbers; other documents and max_seqlen the same: nothing is compiled anew."""
+    """fullgraph; the same numbers; other documents and max_seqlen the same: nothing is compiled
+    anew."""
     allow_flex_on_cpu(monkeypatch)
     graphs = []
 
@@ -279,12 +317,17 @@ def test_compiles_into_one_graph_for_all_documents(monkeypatch, window, backend)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     def fn(q, k, v, cu_seqlens):
-        return attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=60, window=window, scale=0.3, backend=backend)
+        return attention(
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=60, window=window, scale=0.3, backend=backend
+        )
+
     compiled = torch.compile(fn, fullgraph=True, dynamic=False, backend=compiler)
     for rows in ([[10, 40], [49, 1]], [[1, 49], [25, 25]]):
         cu, inputs = cu_seqlens_of(rows), draw(rows)
-        for a, b in zip(output_and_gradients(lambda *x: compiled(*x, cu), *inputs),
-                        output_and_gradients(lambda *x: fn(*x, cu), *inputs)):
+        for a, b in zip(
+            output_and_gradients(lambda *x: compiled(*x, cu), *inputs),
+            output_and_gradients(lambda *x: fn(*x, cu), *inputs),
+        ):
             torch.testing.assert_close(a, b)
     assert len(graphs) == 1
 
@@ -293,13 +336,32 @@ def test_compiles_into_one_graph_for_all_documents(monkeypatch, window, backend)
 
 
 def fake_flash_attn(monkeypatch, extra_window=0, future=0, documents=True, scale=1.0, poison=None):
-    """Install a flash_attn package that is right, or wrong in one way. Its interface: window (left, right),
-    -1 is no limit, causal allows nothing to the right."""
-    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-                               softmax_scale=None, causal=False, window_size=(-1, -1)):
-        assert q.dim() == 3 and cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    """Install a flash_attn package that is right, or wrong in one way. Its interface: window
+    (left, right), -1 is no limit, causal allows nothing to the right."""
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+    ):
+        assert (
+            q.dim() == 3
+            and cu_seqlens_q.dtype == torch.int32
+            and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        )
         starts = cu_seqlens_q.tolist() if documents else [0, len(q)]
-        assert max_seqlen_q == max_seqlen_k >= max(b - a for a, b in zip(starts, starts[1:])) or not documents
+        assert (
+            max_seqlen_q == max_seqlen_k >= max(b - a for a, b in zip(starts, starts[1:]))
+            or not documents
+        )
         left, right = window_size
         back = torch.arange(len(q))[:, None] - torch.arange(len(q))
         hidden = back < -(future or (0 if causal else len(q) if right < 0 else right))
@@ -312,6 +374,7 @@ def fake_flash_attn(monkeypatch, extra_window=0, future=0, documents=True, scale
         if poison is not None:
             {"q": q, "k": k, "v": v}[poison].register_hook(lambda g: g * float("nan"))
         return y
+
     package = types.ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
@@ -321,11 +384,34 @@ def fake_flash_attn_3(monkeypatch, returns_lse=False):
     """The flash-attn 3 package, as its signature has it, computed by the fake above."""
     flash = sys.modules["flash_attn"].flash_attn_varlen_func
 
-    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
-                               seqused_k=None, softmax_scale=None, causal=False, window_size=(-1, -1)):
-        y = flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale,
-                  causal=causal, window_size=window_size)
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q=None,
+        seqused_k=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+    ):
+        y = flash(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+        )
         return (y, None) if returns_lse else y
+
     package = types.ModuleType("flash_attn_interface")
     package.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
@@ -335,21 +421,55 @@ def fake_varlen(monkeypatch):
     """Torch's own varlen attention, as its signature documents it, computed by the fake above."""
     flash = sys.modules["flash_attn"].flash_attn_varlen_func
 
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale,
-                     window_size=window_size)
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+    ):
+        return flash(
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            max_q,
+            max_k,
+            softmax_scale=scale,
+            window_size=window_size,
+        )
+
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
 
 
 def fake_flash_attn_4(monkeypatch):
-    """The flash-attn-4 package's two functions as 4.0.0b36 has them: None is no limit, and results we do not need."""
+    """The flash-attn-4 package's two functions as 4.0.0b36 has them: None is no limit, and
+    results we do not need."""
     flash = sys.modules["flash_attn"].flash_attn_varlen_func
 
-    def fwd(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-            window_size_left, return_lse):
+    def fwd(
+        q,
+        k,
+        v,
+        *,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        window_size_left,
+        return_lse,
+    ):
         assert causal and return_lse
-        y = flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=softmax_scale,
-                  window_size=(-1 if window_size_left is None else window_size_left, 0))
+        y = flash(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale=softmax_scale,
+            window_size=(-1 if window_size_left is None else window_size_left, 0),
+        )
         return y, torch.full((q.size(1), len(q)), 7.0), None, None, None
 
     def bwd(q, k, v, y, dy, logsumexp, **options):
@@ -359,8 +479,12 @@ def fake_flash_attn_4(monkeypatch):
         p = fwd(q, k, unit, return_lse=True, **options)[0]  # the weights: i, h, j
         dp = torch.einsum("ihd,jhd->ihj", dy, v)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        return (torch.einsum("ihj,jhd->ihd", ds, k), torch.einsum("ihj,ihd->jhd", ds, q),
-                torch.einsum("ihj,ihd->jhd", p, dy))
+        return (
+            torch.einsum("ihj,jhd->ihd", ds, k),
+            torch.einsum("ihj,ihd->jhd", ds, q),
+            torch.einsum("ihj,ihd->jhd", p, dy),
+        )
+
     package = types.ModuleType("flash_attn.cute.interface")
     package._flash_attn_fwd, package._flash_attn_bwd = fwd, bwd
     monkeypatch.setitem(sys.modules, "flash_attn.cute", types.ModuleType("flash_attn.cute"))
@@ -375,7 +499,8 @@ def fake_all(monkeypatch):
 
 
 def allow_flex_on_cpu(monkeypatch):
-    """PyTorch refuses gradients of flex_attention on a CPU for want of kernels; its own mathematics has them."""
+    """PyTorch refuses gradients of flex_attention on a CPU for want of kernels; its own
+    mathematics has them."""
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *args: None)
 
 
@@ -402,14 +527,17 @@ def run_there(q, k, v, rows, window, backend, scale=0.3):
 
 
 def assert_as_exact_as_naive(rows, window, backend, D=64, seed=0):
-    """Output and gradients against float64: at most twice the error of dense attention in the same dtype.
+    """Output and gradients against float64: at most twice the error of dense attention in the same
+    dtype.
 
-    Three times on a GPU, as in FlashAttention's own tests: products there are summed in another order. Where a token
-    sees only itself, dq and dk are zero, and fused kernels find that by subtracting two sums of D products; and SDPA's
-    exponential has 20 bits on a CPU.
+    Three times on a GPU, as in FlashAttention's own tests: products there are summed in another
+    order. Where a token sees only itself, dq and dk are zero, and fused kernels find that by
+    subtracting two sums of D products; and SDPA's exponential has 20 bits on a CPU.
     """
     inputs = [x.to(dtype_of(backend)) for x in draw(rows, D=D, seed=seed)]
-    exact = output_and_gradients(lambda *x: naive(*x, rows, window, 0.3), *(x.double() for x in inputs))
+    exact = output_and_gradients(
+        lambda *x: naive(*x, rows, window, 0.3), *(x.double() for x in inputs)
+    )
     eager = output_and_gradients(lambda *x: naive(*x, rows, window, 0.3), *inputs)
     ours = output_and_gradients(lambda *x: run_there(*x, rows, window, backend), *inputs)
     for name, o, e, r in zip(("y", "dq", "dk", "dv"), ours, eager, exact):
@@ -424,20 +552,25 @@ def test_every_backend_is_as_exact_as_eager(backend, window):
         assert_as_exact_as_naive(rows, window, backend)
 
 
-
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of the path that CPUs take")
 @pytest.mark.parametrize("T, window", [(48, 20), (256, 100)])
 def test_compiled_blocks_that_rows_do_not_fill(T, window):
-    """Padding queries have to see something, or their softmax is NaN, and NaN times zero is in the gradient of v."""
+    """Padding queries have to see something, or their softmax is NaN, and NaN times zero is in
+    the gradient of v."""
     torch._dynamo.reset()
     g = torch.Generator().manual_seed(0)
     cu_seqlens = torch.tensor([0, T // 3, T, 2 * T, 2 * T], dtype=torch.int32)
     results = []
     for compiled in (False, True):
-        q, k, v = (torch.randn(2, T, 2, 16, generator=g.manual_seed(i)).requires_grad_() for i in range(3))
+        q, k, v = (
+            torch.randn(2, T, 2, 16, generator=g.manual_seed(i)).requires_grad_() for i in range(3)
+        )
 
         def run(q, k, v, cu_seqlens):
-            return attention(q * 1.5, k, v, cu_seqlens=cu_seqlens, max_seqlen=T, window=window, scale=0.3)
+            return attention(
+                q * 1.5, k, v, cu_seqlens=cu_seqlens, max_seqlen=T, window=window, scale=0.3
+            )
+
         run = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
         y = run(q, k, v, cu_seqlens)
         results.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
@@ -451,17 +584,23 @@ def test_every_backend_any_packing_any_window(backend):
     def check(rows, window, seed):
         if backend == "flex":
             torch._dynamo.reset()  # it counts a compilation for each shape
-        assert_as_exact_as_naive(rows, window, backend, D=16 if DEVICE.type == "cpu" else 64, seed=seed)
+        assert_as_exact_as_naive(
+            rows, window, backend, D=16 if DEVICE.type == "cpu" else 64, seed=seed
+        )
+
     check()
 
 
 @pytest.mark.parametrize("window", [0, 1, 15, 16, 17, 62, 63, 64])
 def test_every_backend_sees_the_same_window(backend, window):
-    """A token `window` back is seen, one more back is not, nor one of another document or to come."""
+    """A token `window` back is seen, one more back is not, nor one of another document or to
+    come."""
     rows = [[64], [17, 47], [1, 62, 1]]
     q, k = draw(rows, H=1, D=192, n=2)
     v = torch.eye(192).view(3, 64, 1, 192)
-    if backend == "flex" and DEVICE.type == "cuda":  # whose tile of so wide a head is too large in fp32
+    if (
+        backend == "flex" and DEVICE.type == "cuda"
+    ):  # whose tile of so wide a head is too large in fp32
         q, k, v = (x.bfloat16() for x in (q, k, v))
     weights = run_there(q, k, v, rows, window, backend, scale=0.1).reshape(192, 192)
     assert torch.equal(weights > 0, visible(rows, window))
@@ -476,37 +615,51 @@ def test_every_backend_takes_slices_of_a_projection_and_strided_gradients(backen
         leaf = qkv.clone().requires_grad_()
         y = fn(*leaf.to(DEVICE, dtype_of(backend)).split(2, dim=2))
         return torch.autograd.grad(y, leaf, dy.to(y))
-    for a, b in zip(gradients(lambda *x: run(*x, rows, 7, backend=backend)), gradients(lambda *x: run(*x, rows, 7))):
-        torch.testing.assert_close(a, b, atol=1e-5 if dtype_of(backend) == torch.float32 else 0.1, rtol=1e-4)
+
+    for a, b in zip(
+        gradients(lambda *x: run(*x, rows, 7, backend=backend)),
+        gradients(lambda *x: run(*x, rows, 7)),
+    ):
+        torch.testing.assert_close(
+            a, b, atol=1e-5 if dtype_of(backend) == torch.float32 else 0.1, rtol=1e-4
+        )
 
 
 @settings(deadline=None, max_examples=60, database=None)
 @given(packings(), st.one_of(st.integers(0, 75), st.just(HUGE)), st.sampled_from([1, 8, 16]))
 def test_flex_is_told_which_blocks_to_skip(rows, window, block):
-    """Blocks it is given are those somebody sees; those it need not mask, those in which all see all."""
+    """Blocks it is given are those somebody sees; those it need not mask, those in which all see
+    all."""
     masks = []
 
     def flex_attention(q, k, v, block_mask, scale):
         masks.append(block_mask)
         return q
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
         monkeypatch.setattr(module, "FLEX_BLOCK", block)
         run(*draw(rows, n=3), rows, window, backend="flex")
     mask, (B, T) = masks[0], (len(rows), sum(rows[0]))
-    seen = torch.stack([visible(rows, window)[b * T:(b + 1) * T, b * T:(b + 1) * T] for b in range(B)])
+    seen = torch.stack(
+        [visible(rows, window)[b * T : (b + 1) * T, b * T : (b + 1) * T] for b in range(B)]
+    )
     b, i, j = torch.arange(B)[:, None, None], torch.arange(T)[:, None], torch.arange(T)
     assert mask.shape == (B, 1, T, T) and torch.equal(mask.mask_mod(b, 0, i, j), seen)
     n = -(-T // block)
     for b in range(B):
         for i in range(n):
-            tiles = [seen[b, i * block:(i + 1) * block, j * block:(j + 1) * block] for j in range(n)]
-            partial = mask.kv_indices[b, 0, i, :mask.kv_num_blocks[b, 0, i]].tolist()
-            full = mask.full_kv_indices[b, 0, i, :mask.full_kv_num_blocks[b, 0, i]].tolist()
+            tiles = [
+                seen[b, i * block : (i + 1) * block, j * block : (j + 1) * block] for j in range(n)
+            ]
+            partial = mask.kv_indices[b, 0, i, : mask.kv_num_blocks[b, 0, i]].tolist()
+            full = mask.full_kv_indices[b, 0, i, : mask.full_kv_num_blocks[b, 0, i]].tolist()
             assert sorted(partial + full) == [j for j in range(n) if tiles[j].any()]
             assert all(tiles[j].all() for j in full)
             assert i in partial and all(not tiles[j].all() for j in partial if j != i)
-    assert 0 <= mask.kv_indices.min() and mask.kv_indices.max() < n and mask.full_kv_indices.max() < n
+    assert (
+        0 <= mask.kv_indices.min() and mask.kv_indices.max() < n and mask.full_kv_indices.max() < n
+    )
     assert mask.kv_indices.dtype == mask.kv_num_blocks.dtype == torch.int32
 
 
@@ -518,18 +671,22 @@ def test_cpu_gets_blockwise():
 @pytest.mark.parametrize("name", OF_TOKENS)
 @pytest.mark.parametrize("window", [0, 1, 7, 16, 63, HUGE])
 def test_flash_backends_are_given_the_same_window(monkeypatch, name, window):
-    """The arguments passed to FlashAttention, played by its documented meaning, give what blockwise gives."""
+    """The arguments passed to FlashAttention, played by its documented meaning, give what
+    blockwise gives."""
     fake_all(monkeypatch)
     rows = [[1, 15, 16, 1, 31], [64]]
     inputs = draw(rows)
-    for a, b in zip(output_and_gradients(lambda *x: run(*x, rows, window, backend=name), *inputs),
-                    output_and_gradients(lambda *x: run(*x, rows, window), *inputs)):
+    for a, b in zip(
+        output_and_gradients(lambda *x: run(*x, rows, window, backend=name), *inputs),
+        output_and_gradients(lambda *x: run(*x, rows, window), *inputs),
+    ):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_flash_backends_are_told_when_there_is_no_limit(monkeypatch, name):
-    """window (-1, 0), for which they have faster kernels, and never a window beyond the longest document."""
+    """window (-1, 0), for which they have faster kernels, and never a window beyond the longest
+    document."""
     given = []
     fake_flash_attn(monkeypatch)
     flash = sys.modules["flash_attn"].flash_attn_varlen_func
@@ -537,6 +694,7 @@ def test_flash_backends_are_told_when_there_is_no_limit(monkeypatch, name):
     def recorded(*args, **kwargs):
         given.append((args[5], args[6], kwargs["window_size"]))
         return flash(*args, **kwargs)
+
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", recorded)
     fake_flash_attn_3(monkeypatch, returns_lse=True)  # as its first versions
     fake_flash_attn_4(monkeypatch)
@@ -544,15 +702,23 @@ def test_flash_backends_are_told_when_there_is_no_limit(monkeypatch, name):
     rows = [[30, 34]]
     for window, max_seqlen in ((32, 34), (33, 34), (HUGE, 34), (62, 100), (63, 100)):
         run(*draw(rows, n=3), rows, window, max_seqlen=max_seqlen, backend=name)
-    assert given == [(34, 34, (32, 0)), (34, 34, (-1, 0)), (34, 34, (-1, 0)), (64, 64, (62, 0)), (64, 64, (-1, 0))]
+    assert given == [
+        (34, 34, (32, 0)),
+        (34, 34, (-1, 0)),
+        (34, 34, (-1, 0)),
+        (64, 64, (62, 0)),
+        (64, 64, (-1, 0)),
+    ]
 
 
 def test_unknown_backend_lists_the_known_ones(monkeypatch):
     rows = [[8]]
     monkeypatch.setenv("ATTENTION_BACKEND", "flash_atn")
-    for call in (lambda: choose_backend("cpu", torch.float32, 8, forced="flash_atn"),
-                 lambda: choose_backend("cpu", torch.float32, 8),
-                 lambda: run(*draw(rows, n=3), rows, 3, backend="flash_atn")):
+    for call in (
+        lambda: choose_backend("cpu", torch.float32, 8, forced="flash_atn"),
+        lambda: choose_backend("cpu", torch.float32, 8),
+        lambda: run(*draw(rows, n=3), rows, 3, backend="flash_atn"),
+    ):
         with pytest.raises(ValueError, match=f"'flash_atn'.*{', '.join(BACKENDS)}") as error:
             call()
         assert "\n" not in str(error.value)
@@ -579,12 +745,23 @@ def test_environment_forces_a_backend_that_works(monkeypatch):
     assert choose_backend("cpu", torch.float32, 16) == "flash_attn"
 
 
-@pytest.mark.parametrize("fault", [dict(extra_window=1), dict(extra_window=-1), dict(future=1),
-                                   dict(documents=False), dict(scale=1.5)], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        dict(extra_window=1),
+        dict(extra_window=-1),
+        dict(future=1),
+        dict(documents=False),
+        dict(scale=1.5),
+    ],
+    ids=str,
+)
 def test_probe_refuses_a_backend_that_means_something_else(monkeypatch, fault):
     """A window one too long or too short, the next token, other documents, another scale."""
     fake_flash_attn(monkeypatch, **fault)
-    with pytest.raises(ValueError, match="'flash_attn' does not work here: differs from the reference"):
+    with pytest.raises(
+        ValueError, match="'flash_attn' does not work here: differs from the reference"
+    ):
         choose_backend("cpu", torch.float32, 16, forced="flash_attn")
 
 
@@ -608,8 +785,12 @@ def test_flex_is_refused_on_a_CPU():
 
 def test_a_varlen_without_windows_is_refused(monkeypatch):
     """PyTorch 2.10's."""
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+    ):
         raise AssertionError("called")
+
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
     with pytest.raises(ValueError, match="'varlen' does not work here: .*no window_size"):
         choose_backend("cpu", torch.float32, 64, forced="varlen")
@@ -621,17 +802,25 @@ def test_probe_refuses_a_head_width_or_dtype_that_a_backend_cannot_do(monkeypatc
 
     def picky(q, *args, **kwargs):
         if q.size(-1) > 256 or q.dtype not in (torch.bfloat16, torch.float16):
-            raise RuntimeError("FlashAttention only\nsupports fp16 and bf16, head dimension at most 256")
+            raise RuntimeError(
+                "FlashAttention only\nsupports fp16 and bf16, head dimension at most 256"
+            )
         return flash(q, *args, **kwargs)
+
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", picky)
     for dtype, head_dim in ((torch.float32, 64), (torch.bfloat16, 264)):
-        with pytest.raises(ValueError, match="'flash_attn' does not work here: RuntimeError: FlashAttention only sup"):
+        with pytest.raises(
+            ValueError,
+            match="'flash_attn' does not work here: RuntimeError: FlashAttention only sup",
+        ):
             choose_backend("cpu", dtype, head_dim, forced="flash_attn")
     assert choose_backend("cpu", torch.bfloat16, 64, forced="flash_attn") == "flash_attn"
 
 
-@pytest.mark.parametrize("major, newest", [
-    (7, []), (8, []), (9, ["flash_attn_3", "flash_attn_4"]), (10, ["flash_attn_4"]), (12, [])])
+@pytest.mark.parametrize(
+    "major, newest",
+    [(7, []), (8, []), (9, ["flash_attn_3", "flash_attn_4"]), (10, ["flash_attn_4"]), (12, [])],
+)
 def test_order_of_preference(monkeypatch, major, newest):
     """The newest FlashAttention made for the chip, the one built in, the others."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
@@ -642,9 +831,12 @@ def test_order_of_preference(monkeypatch, major, newest):
         def probe(backend, device, dtype, head_dim):
             tried.append(backend)
             return None if backend == works else "no"
+
         monkeypatch.setattr(module, "_probe", probe)
-        assert choose_backend("cuda", torch.bfloat16, 128) == works and tried == everything[:i + 1]
-        assert choose_backend("cuda", torch.bfloat16, 128, forced=works) == works and tried[i + 1:] == [works]
+        assert choose_backend("cuda", torch.bfloat16, 128) == works and tried == everything[: i + 1]
+        assert choose_backend("cuda", torch.bfloat16, 128, forced=works) == works and tried[
+            i + 1 :
+        ] == [works]
     with pytest.raises(ValueError, match="'varlen' does not work here: no"):
         choose_backend("cuda", torch.bfloat16, 128, forced="varlen")
 
@@ -656,17 +848,24 @@ def test_the_op_of_flash_attn_4_is_sound(monkeypatch):
     rows = [[3, 5]]
     qkv = [x.flatten(0, 1).requires_grad_() for x in draw(rows, n=3)]
     for left in (-1, 2):
-        torch.library.opcheck(module._flash_attn_4_forward, (*qkv, cu_seqlens_of(rows), 5, left, 0.3))
+        torch.library.opcheck(
+            module._flash_attn_4_forward, (*qkv, cu_seqlens_of(rows), 5, left, 0.3)
+        )
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: run(*x, rows, 2, backend="flash_attn_4"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *x: run(*x, rows, 2, backend="flash_attn_4"), fullgraph=True, backend="aot_eager"
+    )
     inputs = draw(rows)
-    for a, b in zip(output_and_gradients(compiled, *inputs),
-                    output_and_gradients(lambda *x: run(*x, rows, 2), *inputs)):
+    for a, b in zip(
+        output_and_gradients(compiled, *inputs),
+        output_and_gradients(lambda *x: run(*x, rows, 2), *inputs),
+    ):
         torch.testing.assert_close(a, b)
 
 
 def test_import_touches_no_device():
-    """Every way to ask CUDA for something is mined before the import, so that this holds on any build."""
+    """Every way to ask CUDA for something is mined before the import, so that this holds on any
+    build."""
     code = """
 import torch
 def mine(*args, **kwargs):
@@ -680,5 +879,7 @@ assert not torch.cuda.is_initialized()
 assert "flash_attn" not in sys.modules and "flash_attn_interface" not in sys.modules
 """
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr

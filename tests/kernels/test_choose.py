@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from kernel_checks import DEVICE
+
 from kernels import choose, choose_ops
 
 CUDA = DEVICE.type == "cuda"
@@ -20,14 +20,20 @@ def test_a_cpu_gets_pytorch():
     assert ops.linear_cross_entropy is choose.linear_cross_entropy_in_pytorch
     references = choose_ops("cpu", kernels=("reference",))
     assert references.linear_cross_entropy is choose.linear_cross_entropy_reference
-    assert all(getattr(ops, name) is getattr(references, name) for name in ("rms_norm", "relu2_mlp", "qkv_norm_rope"))
+    assert all(
+        getattr(ops, name) is getattr(references, name)
+        for name in ("rms_norm", "relu2_mlp", "qkv_norm_rope")
+    )
 
 
-@pytest.mark.parametrize("kernels, expected", [
-    (("reference",), set()),
-    (("all",), set(choose.OPS)),
-    (("rms_norm", "relu2_mlp"), {"rms_norm", "relu2_mlp"}),
-])
+@pytest.mark.parametrize(
+    "kernels, expected",
+    [
+        (("reference",), set()),
+        (("all",), set(choose.OPS)),
+        (("rms_norm", "relu2_mlp"), {"rms_norm", "relu2_mlp"}),
+    ],
+)
 def test_ops_by_name(kernels, expected):
     assert triton_ops(choose_ops(DEVICE, kernels=kernels)) == expected
 
@@ -47,13 +53,21 @@ def broken(how):
 
     def nan(x, *rest, **kwargs):
         return choose.rms_norm_reference(x) * float("nan")
+
     return dict(raises=raises, wrong=wrong, nan=nan)[how]
 
 
-@pytest.mark.parametrize("how, message", [("raises", "no such instruction"), ("wrong", "differs from the reference"),
-                                          ("nan", "differs from the reference")])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("raises", "no such instruction"),
+        ("wrong", "differs from the reference"),
+        ("nan", "differs from the reference"),
+    ],
+)
 def test_a_kernel_that_does_not_work(monkeypatch, how, message):
-    """Asked for by name it is an error; chosen by auto its reference takes its place, and says so."""
+    """Asked for by name it is an error; chosen by auto its reference takes its place, and says
+    so."""
     monkeypatch.setitem(choose.OPS, "rms_norm", (broken(how), choose.rms_norm_reference))
     with pytest.raises(ValueError, match=message):
         choose_ops(DEVICE, kernels=("rms_norm",))
@@ -61,7 +75,11 @@ def test_a_kernel_that_does_not_work(monkeypatch, how, message):
     said = []
     ops = choose_ops(DEVICE, say=said.append)
     assert triton_ops(ops) == {"add_rms_norm"}
-    assert len(said) == 1 and message in said[0] and said[0].startswith("rms_norm by its PyTorch reference")
+    assert (
+        len(said) == 1
+        and message in said[0]
+        and said[0].startswith("rms_norm by its PyTorch reference")
+    )
 
 
 def test_auto_leaves_fp32_to_pytorch():

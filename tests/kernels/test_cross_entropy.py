@@ -4,14 +4,24 @@ import math
 
 import pytest
 import torch
-
 from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_eager, poisoned_memory
+
 from kernels import cross_entropy as module
 from kernels import fp8 as fp8_module
-from kernels.cross_entropy import (_linear_cross_entropy, _linear_cross_entropy_backward, _scale_gradient,
-                                   _softcap_cross_entropy, cross_entropy_in_pytorch, linear_cross_entropy,
-                                   linear_cross_entropy_in_pytorch, linear_cross_entropy_reference, sample_vocabulary,
-                                   sigmoid_cap, softcap_cross_entropy, softcap_cross_entropy_reference)
+from kernels.cross_entropy import (
+    _linear_cross_entropy,
+    _linear_cross_entropy_backward,
+    _scale_gradient,
+    _softcap_cross_entropy,
+    cross_entropy_in_pytorch,
+    linear_cross_entropy,
+    linear_cross_entropy_in_pytorch,
+    linear_cross_entropy_reference,
+    sample_vocabulary,
+    sigmoid_cap,
+    softcap_cross_entropy,
+    softcap_cross_entropy_reference,
+)
 from kernels.fp8 import E4M3, E5M2
 from kernels.launch import runs_triton
 
@@ -34,8 +44,12 @@ class InPyTorch(torch.autograd.Function):
         return ctx.gradient * dloss, *[None] * 6
 
 
-def in_pytorch(logits, targets, *, cap, target_weights=None, sampled=None, ignore_index=-100, grad_scale=1.0):
-    return InPyTorch.apply(logits, targets, target_weights, sampled, sigmoid_cap(cap), ignore_index, 1.0)
+def in_pytorch(
+    logits, targets, *, cap, target_weights=None, sampled=None, ignore_index=-100, grad_scale=1.0
+):
+    return InPyTorch.apply(
+        logits, targets, target_weights, sampled, sigmoid_cap(cap), ignore_index, 1.0
+    )
 
 
 FUNCTIONS = [softcap_cross_entropy, softcap_cross_entropy_reference, in_pytorch]
@@ -47,7 +61,8 @@ linear = pytest.mark.parametrize("fn", LINEAR, ids=["op", "in pytorch"])
 
 
 def formula(logits, targets, cap, target_weights=None, ignore_index=-100, sampled=None):
-    """Summed loss, in the dtype it is given; with sampled, a column counts as often as the tokens it stands for."""
+    """Summed loss, in the dtype it is given; with sampled, a column counts as often as the
+    tokens it stands for."""
     z = logits
     if isinstance(cap, float):
         z = cap * torch.tanh(z / cap)
@@ -56,7 +71,7 @@ def formula(logits, targets, cap, target_weights=None, ignore_index=-100, sample
         z = a * torch.sigmoid((z + b) / c)
     if sampled is not None:
         first, log_many = sampled.tolist()
-        z = torch.cat([z[:, :int(first)], z[:, int(first):] + log_many], dim=1)
+        z = torch.cat([z[:, : int(first)], z[:, int(first) :] + log_many], dim=1)
     targets = targets if targets.dim() == 2 else targets[:, None]
     counted = targets != ignore_index
     weights = counted if target_weights is None else counted * target_weights.to(z.dtype)
@@ -79,15 +94,18 @@ def draw(N, V, dtype=torch.float32, size=5.0, seed=0, K=None):
 
 
 def check(fn, logits, targets, cap, **kwargs):
-    """Loss and gradient within FACTOR times the error of same-dtype eager, plus 1e-6 (of the loss, for the loss;
-    1e-3 of it where it is approximate: eager's error in bf16 is larger, but now and then zero by chance)."""
+    """Loss and gradient within FACTOR times the error of same-dtype eager, plus 1e-6 (of the
+    loss, for the loss; 1e-3 of it where it is approximate: eager's error in bf16 is larger, but
+    now and then zero by chance)."""
     loss, gradient = loss_and_gradient(fn, logits, targets, cap=cap, **kwargs)
     exact, exact_gradient = loss_and_gradient(formula, logits.double(), targets, cap, **kwargs)
     eager, eager_gradient = loss_and_gradient(formula, logits, targets, cap, **kwargs)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert gradient.dtype == logits.dtype and gradient.shape == logits.shape
     slack = 1e-3 if APPROXIMATE and logits.dtype == torch.bfloat16 else 1e-6
-    assert (loss - exact).abs() <= FACTOR * (eager - exact).abs() + slack * max(1, exact.abs().item())
+    assert (loss - exact).abs() <= FACTOR * (eager - exact).abs() + slack * max(
+        1, exact.abs().item()
+    )
     if logits.numel():
         allowed = FACTOR * (eager_gradient - exact_gradient).abs().max() + 1e-6
         assert (gradient - exact_gradient).abs().max() <= allowed
@@ -145,7 +163,9 @@ def test_the_cap_by_hand(fn):
     loss, gradient = loss_and_gradient(fn, logits, torch.tensor([0], device=DEVICE), cap=cap)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(a / 4)))
     p = 1 / (1 + math.exp(a / 4))
-    torch.testing.assert_close(gradient.cpu(), torch.tensor([[(p - 1) * a / c / 4, (1 - p) * a / c * 3 / 16]]))
+    torch.testing.assert_close(
+        gradient.cpu(), torch.tensor([[(p - 1) * a / c / 4, (1 - p) * a / c * 3 / 16]])
+    )
 
 
 @functions
@@ -168,7 +188,9 @@ def test_gradient_against_differences(cap):
         step = torch.zeros(3, 11, dtype=torch.float64, device=DEVICE)
         step[i, j] = 1e-5
         more, less = (formula(logits.double() + s, targets, cap).item() for s in (step, -step))
-        assert gradient[i, j].item() == pytest.approx((more - less) / 2e-5, abs=2e-5 if APPROXIMATE else 2e-6)
+        assert gradient[i, j].item() == pytest.approx(
+            (more - less) / 2e-5, abs=2e-5 if APPROXIMATE else 2e-6
+        )
 
 
 @functions
@@ -190,7 +212,9 @@ def test_input_stays_as_it_was(fn):
 
 def test_two_runs_agree_bit_by_bit():
     logits, targets = draw(20, 1000, torch.bfloat16, K=2)
-    for a, b in zip(*(loss_and_gradient(softcap_cross_entropy, logits, targets, cap=RECORD) for _ in range(2))):
+    for a, b in zip(
+        *(loss_and_gradient(softcap_cross_entropy, logits, targets, cap=RECORD) for _ in range(2))
+    ):
         assert torch.equal(a, b)
 
 
@@ -215,7 +239,10 @@ def test_any_ignore_index(fn, ignore_index):
     logits, targets = draw(7, 41)
     targets[2:5] = ignore_index
     _, gradient = check(fn, logits, targets, RECORD, ignore_index=ignore_index)
-    assert not gradient[targets == ignore_index].any() and gradient[targets != ignore_index].any(1).all()
+    assert (
+        not gradient[targets == ignore_index].any()
+        and gradient[targets != ignore_index].any(1).all()
+    )
 
 
 @functions
@@ -241,8 +268,11 @@ def test_several_targets_in_a_row(fn, K, dtype, weighted):
     for cap in (None, RECORD):
         loss, gradient = check(fn, logits, targets, cap, target_weights=weights)
         assert not gradient[4].any() and gradient[5].any()
-        apart = sum(loss_and_gradient(fn, logits, y.clone(), cap=cap)[0] * (1 if weights is None else weights[k])
-                    for k, y in enumerate(targets.unbind(1)))
+        apart = sum(
+            loss_and_gradient(fn, logits, y.clone(), cap=cap)[0]
+            * (1 if weights is None else weights[k])
+            for k, y in enumerate(targets.unbind(1))
+        )
         torch.testing.assert_close(loss, apart)
 
 
@@ -252,7 +282,11 @@ def test_a_target_outside_the_vocabulary_is_seen():
     wide = torch.zeros(3, 50, device=DEVICE)
     for target in (41, -1, 10**12):
         loss, gradient = loss_and_gradient(
-            softcap_cross_entropy, wide[:, :41], torch.tensor([3, target, 5], device=DEVICE), cap=RECORD)
+            softcap_cross_entropy,
+            wide[:, :41],
+            torch.tensor([3, target, 5], device=DEVICE),
+            cap=RECORD,
+        )
         assert loss.isnan() and gradient.isfinite().all()
 
 
@@ -266,8 +300,14 @@ def test_a_target_outside_the_vocabulary_is_seen():
 def test_columns_that_stand_for_many_tokens(fn, first, cap, dtype):
     logits, targets = draw(5, 1000, dtype, K=2)
     targets %= first
-    check(fn, logits, targets, cap, target_weights=torch.tensor([1.0, 0.5], device=DEVICE),
-          sampled=torch.tensor([first, math.log(49.0)], device=DEVICE))
+    check(
+        fn,
+        logits,
+        targets,
+        cap,
+        target_weights=torch.tensor([1.0, 0.5], device=DEVICE),
+        sampled=torch.tensor([first, math.log(49.0)], device=DEVICE),
+    )
 
 
 def test_a_column_for_three_tokens_is_three_columns():
@@ -275,7 +315,9 @@ def test_a_column_for_three_tokens_is_three_columns():
     targets %= 39
     repeated = torch.cat([logits[:, :39], *[logits[:, 39:]] * 3], dim=1)
     sampled = torch.tensor([39, math.log(3)], device=DEVICE)
-    loss, gradient = loss_and_gradient(softcap_cross_entropy, logits, targets, cap=RECORD, sampled=sampled)
+    loss, gradient = loss_and_gradient(
+        softcap_cross_entropy, logits, targets, cap=RECORD, sampled=sampled
+    )
     other, other_gradient = loss_and_gradient(softcap_cross_entropy, repeated, targets, cap=RECORD)
     torch.testing.assert_close(loss, other)
     torch.testing.assert_close(gradient[:, :39], other_gradient[:, :39])
@@ -293,7 +335,9 @@ def test_linear_among_a_sample(fp8):
         results.append((loss, *torch.autograd.grad(loss, leaves)))
     for y, *xs in zip(*results):
         for x in xs:
-            assert (x - y).abs().max() <= (0.1 if fp8 else 2e-2 if h.dtype != torch.float32 else 1e-5) * y.abs().max()
+            assert (x - y).abs().max() <= (
+                0.1 if fp8 else 2e-2 if h.dtype != torch.float32 else 1e-5
+            ) * y.abs().max()
 
 
 @pytest.mark.parametrize("n", [40, 64, 499, 500])
@@ -313,26 +357,36 @@ def test_a_sample_holds_every_target(n):
 
 def test_a_sample_too_small_for_the_targets_ignores_some():
     targets = torch.arange(100, device=DEVICE)
-    tokens, among, sampled = sample_vocabulary(targets, 500, 64, torch.tensor(1, device=DEVICE), ignore_index=-1)
+    tokens, among, sampled = sample_vocabulary(
+        targets, 500, 64, torch.tensor(1, device=DEVICE), ignore_index=-1
+    )
     counted = among != -1
     assert counted.sum() == 64 and torch.equal(tokens[among[counted]], targets[counted])
     assert sampled.isfinite().all() and sampled[0] >= 64
-    nothing = sample_vocabulary(torch.full((7,), -1, device=DEVICE), 500, 64, torch.tensor(1), ignore_index=-1)
+    nothing = sample_vocabulary(
+        torch.full((7,), -1, device=DEVICE), 500, 64, torch.tensor(1), ignore_index=-1
+    )
     assert (nothing[1] == -1).all() and nothing[2][1].exp().item() == pytest.approx(500 / 64)
 
 
 def test_the_sum_over_a_sample_is_right_on_average():
-    """Over 4,000 seeds the mean is within 5 of its standard errors, no token that is no target comes much more often
-    than others, and the largest seeds do no worse."""
+    """Over 4,000 seeds the mean is within 5 of its standard errors, no token that is no target
+    comes much more often than others, and the largest seeds do no worse."""
     weights = torch.randn(300, generator=torch.Generator().manual_seed(1)).exp().to(DEVICE)
-    targets, sums, counts = torch.tensor([3, 77, 3, 210], device=DEVICE), [], torch.zeros(300, device=DEVICE)
+    targets, sums, counts = (
+        torch.tensor([3, 77, 3, 210], device=DEVICE),
+        [],
+        torch.zeros(300, device=DEVICE),
+    )
     for seed in (*range(2000), *range(2**33, 2**33 + 2000)):
-        tokens, _, (first, log_many) = sample_vocabulary(targets, 300, 64, torch.tensor(seed, device=DEVICE))
+        tokens, _, (first, log_many) = sample_vocabulary(
+            targets, 300, 64, torch.tensor(seed, device=DEVICE)
+        )
         picked = weights[tokens]
         sums.append(picked[:3].sum() + picked[3:].sum() * log_many.exp())
         counts[tokens] += 1
     sums = torch.stack(sums).double()
-    assert abs(sums.mean() - weights.sum()) < 5 * sums.std() / len(sums)**0.5
+    assert abs(sums.mean() - weights.sum()) < 5 * sums.std() / len(sums) ** 0.5
     assert (counts[[3, 77, 210]] == 4000).all()
     others = counts[counts < 4000]
     assert len(others) == 297 and ((others / 4000 - 61 / 297).abs() < 0.03).all()
@@ -376,18 +430,21 @@ def test_logits_of_minus_infinity(fn):
     logits, targets = draw(3, 9000)
     logits[:, :5000], targets[:] = -math.inf, torch.tensor([6000, 8999, 5000])
     loss, gradient = loss_and_gradient(fn, logits, targets, cap=None)
-    torch.testing.assert_close(loss, loss_and_gradient(fn, logits[:, 5000:], targets - 5000, cap=None)[0])
+    torch.testing.assert_close(
+        loss, loss_and_gradient(fn, logits[:, 5000:], targets - 5000, cap=None)[0]
+    )
     assert not gradient[:, :5000].any() and gradient.isfinite().all()
 
 
 @functions
 def test_strided_logits_and_targets(fn):
-    """Every other column of every third row, the transpose, and the first columns of a padded head."""
+    """Every other column of every third row, the transpose, and the first columns of a padded
+    head."""
     whole, _ = draw(24, 90)
     targets = torch.arange(8, device=DEVICE) * 5
     weights = torch.ones(4, device=DEVICE)[::2]
     for logits in (whole[::3, ::2], whole.T[:8, :20], whole[:8, :45]):
-        t = (targets % logits.size(1))[:len(logits)]
+        t = (targets % logits.size(1))[: len(logits)]
         strided = torch.stack([t, t], 1)[:, 0]
         assert not logits.is_contiguous() and not strided.is_contiguous()
         for cap in (None, RECORD):
@@ -399,7 +456,8 @@ def test_strided_logits_and_targets(fn):
 
 
 def test_offsets_beyond_int32():
-    """Three rows that lie 2^30 elements apart, in memory that is reserved but not touched; so does the gradient."""
+    """Three rows that lie 2^30 elements apart, in memory that is reserved but not touched; so
+    does the gradient."""
     base = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
     far = base.as_strided((3, 64), (2**30, 1))
     near, targets = draw(3, 64, torch.float16)
@@ -407,15 +465,21 @@ def test_offsets_beyond_int32():
     loss, gradient = loss_and_gradient(softcap_cross_entropy, near, targets, cap=RECORD)
     assert softcap_cross_entropy(far.requires_grad_(), targets, cap=RECORD).item() == loss.item()
     if runs_triton(near):
-        module.launch_cross_entropy(far.detach(), targets, None, None, RECORD, -100, 1.0, far.detach())
+        module.launch_cross_entropy(
+            far.detach(), targets, None, None, RECORD, -100, 1.0, far.detach()
+        )
         assert torch.equal(far, gradient)
 
 
 def test_bad_arguments_are_named():
     logits, targets = draw(4, 41)
-    for match, args in (("rows|row for each", dict(targets=targets[:3])), ("int64", dict(targets=targets.int())),
-                        ("target_weights", dict(target_weights=torch.ones(2))), ("grad_scale", dict(grad_scale=0.0)),
-                        ("softcap", dict(cap=(1.0, 2.0, 0.0)))):
+    for match, args in (
+        ("rows|row for each", dict(targets=targets[:3])),
+        ("int64", dict(targets=targets.int())),
+        ("target_weights", dict(target_weights=torch.ones(2))),
+        ("grad_scale", dict(grad_scale=0.0)),
+        ("softcap", dict(cap=(1.0, 2.0, 0.0))),
+    ):
         with pytest.raises(ValueError, match=match):
             softcap_cross_entropy(**dict(logits=logits, targets=targets, cap=None) | args)
 
@@ -430,8 +494,12 @@ def test_bad_arguments_are_named():
 def test_upstream_gradient_is_honoured(fn, factor, grad_scale, dtype):
     logits, targets = draw(7, 41, dtype)
     gradient = loss_and_gradient(fn, logits, targets, cap=RECORD)[1]
-    scaled = loss_and_gradient(lambda *x: fn(*x, cap=RECORD, grad_scale=grad_scale) * factor, logits, targets)[1]
-    torch.testing.assert_close(scaled, gradient * factor, atol=1e-9, rtol=1e-6 if dtype == torch.float32 else 2e-2)
+    scaled = loss_and_gradient(
+        lambda *x: fn(*x, cap=RECORD, grad_scale=grad_scale) * factor, logits, targets
+    )[1]
+    torch.testing.assert_close(
+        scaled, gradient * factor, atol=1e-9, rtol=1e-6 if dtype == torch.float32 else 2e-2
+    )
 
 
 def test_the_expected_upstream_gradient_costs_no_copy():
@@ -439,16 +507,18 @@ def test_the_expected_upstream_gradient_costs_no_copy():
     logits, targets = draw(5, 41)
     logits.requires_grad_()
     loss = softcap_cross_entropy(logits, targets, cap=RECORD, grad_scale=1 / 3)
-    saved, = loss.grad_fn.saved_tensors
+    (saved,) = loss.grad_fn.saved_tensors
     place, value = saved.data_ptr(), saved.clone()
     del saved
-    gradient, = torch.autograd.grad(loss / 3, logits)
+    (gradient,) = torch.autograd.grad(loss / 3, logits)
     assert gradient.data_ptr() == place and torch.equal(gradient, value)
 
 
 def test_an_upstream_gradient_of_nan_is_passed_on():
     logits, targets = draw(5, 41)
-    _, gradient = loss_and_gradient(lambda *x: softcap_cross_entropy(*x, cap=RECORD) * math.nan, logits, targets)
+    _, gradient = loss_and_gradient(
+        lambda *x: softcap_cross_entropy(*x, cap=RECORD) * math.nan, logits, targets
+    )
     assert gradient.isnan().all()
 
 
@@ -456,14 +526,14 @@ def test_backward_twice():
     """Each with an upstream gradient of its own, and the first result is written to in between."""
     logits, targets = draw(5, 41)
     logits.requires_grad_()
-    expected, = torch.autograd.grad(formula(logits, targets, RECORD), logits)
+    (expected,) = torch.autograd.grad(formula(logits, targets, RECORD), logits)
     loss = softcap_cross_entropy(logits, targets, cap=RECORD)
-    zero, = torch.autograd.grad(loss * 0, logits, retain_graph=True)
-    first, = torch.autograd.grad(loss, logits, retain_graph=True)
+    (zero,) = torch.autograd.grad(loss * 0, logits, retain_graph=True)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
     torch.testing.assert_close(first, expected)
     first.mul_(100)
-    second, = torch.autograd.grad(loss * 2, logits, retain_graph=True)
-    last, = torch.autograd.grad(loss * 3, logits)
+    (second,) = torch.autograd.grad(loss * 2, logits, retain_graph=True)
+    (last,) = torch.autograd.grad(loss * 3, logits)
     torch.testing.assert_close(second, 2 * expected)
     torch.testing.assert_close(last, 3 * expected)
     torch.testing.assert_close(first, 100 * expected)
@@ -476,7 +546,7 @@ def test_gradients_accumulate_apart():
     """.grad may be the tensor that backward handed out; the next backward adds to it."""
     logits, targets = draw(5, 41)
     logits.requires_grad_()
-    expected, = torch.autograd.grad(formula(logits, targets, RECORD), logits)
+    (expected,) = torch.autograd.grad(formula(logits, targets, RECORD), logits)
     loss = softcap_cross_entropy(logits, targets, cap=RECORD)
     loss.backward(retain_graph=True)
     (loss + logits.sum() * 0).backward()
@@ -488,16 +558,24 @@ def test_second_derivatives_are_refused():
     logits, targets = draw(3, 41)
     loss = softcap_cross_entropy(logits.requires_grad_(), targets, cap=RECORD)
     with pytest.raises(RuntimeError):
-        torch.autograd.grad(torch.autograd.grad(loss, logits, create_graph=True)[0].square().sum(), logits)
+        torch.autograd.grad(
+            torch.autograd.grad(loss, logits, create_graph=True)[0].square().sum(), logits
+        )
 
 
 def test_without_gradients_none_is_computed():
     logits, targets = draw(3, 41)
     with torch.no_grad():
         loss = softcap_cross_entropy(logits.requires_grad_(), targets, cap=RECORD)
-    assert not loss.requires_grad and loss.item() == pytest.approx(formula(logits, targets, RECORD).item())
-    assert _softcap_cross_entropy(logits.detach(), targets, None, None, list(RECORD), -100, 1.0,
-                                  False)[1].numel() == 0
+    assert not loss.requires_grad and loss.item() == pytest.approx(
+        formula(logits, targets, RECORD).item()
+    )
+    assert (
+        _softcap_cross_entropy(
+            logits.detach(), targets, None, None, list(RECORD), -100, 1.0, False
+        )[1].numel()
+        == 0
+    )
 
 
 # --- gradients in e5m2
@@ -507,7 +585,8 @@ def test_without_gradients_none_is_computed():
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_in_e5m2(dtype, K):
-    """Within half a step of e5m2 (2 bits of mantissa, subnormals of 2^-16), in units of the scale."""
+    """Within half a step of e5m2 (2 bits of mantissa, subnormals of 2^-16), in units of the
+    scale."""
     logits, targets = draw(20, 1000, dtype, K=K)
     targets[4], targets[5, K - 1] = -100, -100
     scale = torch.tensor(2.0**-14, device=DEVICE)
@@ -516,7 +595,9 @@ def test_gradients_in_e5m2(dtype, K):
     _, exact = loss_and_gradient(formula, logits.double(), targets, RECORD)
     exact *= 0.25 / scale.double()
     slack = 0.01 if APPROXIMATE else 1e-4
-    assert ((gradient.double() - exact).abs() <= exact.abs() * (0.125 + slack) + 2**-17 * (1 + slack)).all()
+    assert (
+        (gradient.double() - exact).abs() <= exact.abs() * (0.125 + slack) + 2**-17 * (1 + slack)
+    ).all()
     assert not gradient[4].double().any()
 
 
@@ -524,22 +605,37 @@ def test_gradients_in_e5m2(dtype, K):
 def test_e5m2_saturates():
     logits, targets = draw(3, 41)
     gradient = torch.empty(3, 41, dtype=E5M2, device=DEVICE)
-    module.launch_cross_entropy(logits, targets, None, None, None, -100, 1.0, gradient, torch.tensor(1e-9, device=DEVICE))
+    module.launch_cross_entropy(
+        logits, targets, None, None, None, -100, 1.0, gradient, torch.tensor(1e-9, device=DEVICE)
+    )
     assert gradient.float().abs().max() == 57344 and gradient.float()[0, 0] == -57344
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda" or torch.cuda.get_device_capability() < (9, 0), reason="from Hopper on")
+@pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_capability() < (9, 0), reason="from Hopper on"
+)
 @pytest.mark.parametrize("gradient_dtype", [torch.bfloat16, E5M2])
-@pytest.mark.parametrize("V, config", [(4112, ("resident", 2048, 8)), (50304, ("resident", 2048, 8)),
-                                       (50304, ("resident", 4096, 8)), (100000, ("resident", 2048, 8))])
+@pytest.mark.parametrize(
+    "V, config",
+    [
+        (4112, ("resident", 2048, 8)),
+        (50304, ("resident", 2048, 8)),
+        (50304, ("resident", 4096, 8)),
+        (100000, ("resident", 2048, 8)),
+    ],
+)
 def test_resident_kernel(V, config, gradient_dtype):
     logits, targets = draw(300, V, torch.bfloat16, K=3)
     targets[4], targets[5:9, 1] = -100, -100
     weights = torch.tensor([1.0, 0.5, 0.25], device=DEVICE)
     scale = torch.tensor(2.0**-12, device=DEVICE) if gradient_dtype == E5M2 else None
     gradient = torch.empty(300, V, dtype=gradient_dtype, device=DEVICE)
-    losses = module.launch_cross_entropy(logits, targets, weights, None, RECORD, -100, 1.0, gradient, scale, config)
-    exact, exact_gradient = loss_and_gradient(formula, logits.double(), targets, RECORD, target_weights=weights)
+    losses = module.launch_cross_entropy(
+        logits, targets, weights, None, RECORD, -100, 1.0, gradient, scale, config
+    )
+    exact, exact_gradient = loss_and_gradient(
+        formula, logits.double(), targets, RECORD, target_weights=weights
+    )
     assert losses.sum().item() == pytest.approx(exact.item(), rel=1e-3)
     got = gradient.double() * (1 if scale is None else scale.double())
     step = 2.0**-9 if scale is None else 2.0**-3
@@ -564,9 +660,12 @@ def draw_linear(N, C, V, dtype=torch.float32, K=None):
 def test_linear_is_as_exact_as_eager(N, C, V, cap, dtype, fn):
     h, w, targets = draw_linear(N, C, V, dtype)
     targets[2:3] = -100
-    assert_as_exact_as_eager(lambda *x: fn(*x, targets, cap=cap),
-                             lambda *x: linear_cross_entropy_reference(*x, targets, cap=cap), [h, w],
-                             [torch.tensor(1.0, device=DEVICE)])
+    assert_as_exact_as_eager(
+        lambda *x: fn(*x, targets, cap=cap),
+        lambda *x: linear_cross_entropy_reference(*x, targets, cap=cap),
+        [h, w],
+        [torch.tensor(1.0, device=DEVICE)],
+    )
 
 
 @linear
@@ -574,11 +673,19 @@ def test_linear_with_several_targets_in_strided_memory(fn):
     h, w, targets = draw_linear(20, 24, 82, K=3)
     targets[3:9, 1] = targets[5] = -100
     options = dict(cap=RECORD, target_weights=torch.tensor([1.0, 0.5, 0.25], device=DEVICE))
-    for h_, w_ in ((h, w), (h[:, ::2], w[:, :12]), (h.T.contiguous().T, w.T.contiguous().T), (h, w[::2])):
+    for h_, w_ in (
+        (h, w),
+        (h[:, ::2], w[:, :12]),
+        (h.T.contiguous().T, w.T.contiguous().T),
+        (h, w[::2]),
+    ):
         y = targets % len(w_) if len(w_) < 82 else targets
-        assert_as_exact_as_eager(lambda *x: fn(*x, y, **options),
-                                 lambda *x: linear_cross_entropy_reference(*x, y, **options), [h_, w_],
-                                 [torch.tensor(1.0, device=DEVICE)])
+        assert_as_exact_as_eager(
+            lambda *x: fn(*x, y, **options),
+            lambda *x: linear_cross_entropy_reference(*x, y, **options),
+            [h_, w_],
+            [torch.tensor(1.0, device=DEVICE)],
+        )
 
 
 def linear_gradients(h, w, targets, factor=1.0, fn=linear_cross_entropy, **kwargs):
@@ -601,7 +708,9 @@ def test_linear_honours_the_upstream_gradient(factor, fp8, fn):
 def test_linear_expects_the_upstream_gradient_it_is_told():
     h, w, targets = draw_linear(16, 32, 48)
     loss, dh, dw = linear_gradients(h, w, targets)
-    for a, b in zip(linear_gradients(h, w, targets, 0.125, grad_scale=0.125), (loss, dh / 8, dw / 8)):
+    for a, b in zip(
+        linear_gradients(h, w, targets, 0.125, grad_scale=0.125), (loss, dh / 8, dw / 8)
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -620,8 +729,10 @@ def test_linear_backward_twice(fp8, fn):
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
 def test_compiled_on_a_cpu():
-    """As the trainer has it: several targets, a sample, bf16. One exp for a logit, unlike the reference's two."""
+    """As the trainer has it: several targets, a sample, bf16. One exp for a logit, unlike the
+    reference's two."""
     from torch._inductor.utils import run_and_get_code
+
     h, w, targets = draw_linear(64, 32, 128, torch.bfloat16, K=2)
     sampled, weights = torch.tensor([100.0, 1.5]), torch.tensor([1.0, 0.5])
     found, exps = [], []
@@ -629,9 +740,11 @@ def test_compiled_on_a_cpu():
         h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
 
         def step():
-            loss = torch.compile(fn, fullgraph=True)(h, w, targets % 100, cap=None, target_weights=weights,
-                                                     sampled=sampled)
+            loss = torch.compile(fn, fullgraph=True)(
+                h, w, targets % 100, cap=None, target_weights=weights, sampled=sampled
+            )
             return loss, *torch.autograd.grad(loss / 64, [h, w])
+
         results, code = run_and_get_code(step)
         found.append(results)
         exps.append(sum(source.count(".exp()") for source in code))
@@ -644,7 +757,7 @@ def test_second_derivatives_of_the_linear_form_are_refused():
     h, w, targets = draw_linear(5, 24, 41)
     factor = torch.ones((), requires_grad=True, device=DEVICE)
     loss = linear_cross_entropy_in_pytorch(h.requires_grad_(), w, targets, cap=RECORD) * factor
-    gradient, = torch.autograd.grad(loss, h, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
 
@@ -654,13 +767,19 @@ def test_linear_without_gradients(fn):
     h, w, targets = draw_linear(5, 24, 41)
     with torch.no_grad():
         loss = fn(h.requires_grad_(), w.requires_grad_(), targets, cap=RECORD)
-    torch.testing.assert_close(loss, linear_cross_entropy_reference(h.detach(), w.detach(), targets, cap=RECORD))
+    torch.testing.assert_close(
+        loss, linear_cross_entropy_reference(h.detach(), w.detach(), targets, cap=RECORD)
+    )
     assert not loss.requires_grad
-    results = _linear_cross_entropy(h.detach(), w.detach(), targets, None, None, None, None, None, None, -100, 1.0, False)
+    results = _linear_cross_entropy(
+        h.detach(), w.detach(), targets, None, None, None, None, None, None, -100, 1.0, False
+    )
     assert not any(x.numel() for x in results[1:])
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="no fp8")
+@pytest.mark.skipif(
+    DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="no fp8"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tensors", [False, True])
 def test_linear_in_fp8(dtype, tensors):
@@ -707,30 +826,50 @@ def test_registration_is_sound(cap, K):
     logits, targets = draw(3, 48, K=K)
     weights = None if K is None else torch.ones(K, device=DEVICE)
     sampled = None if K is None else torch.tensor([48.0, 0.0], device=DEVICE)
-    # expecting the upstream gradient 1 that comes: for another, backward writes to the second output, which is private
-    torch.library.opcheck(_softcap_cross_entropy,
-                          (logits.requires_grad_(), targets, weights, sampled, cap, -100, 1.0, True))
-    torch.library.opcheck(_softcap_cross_entropy, (logits.detach(), targets, weights, sampled, cap, -100, 2.0, False))
+    # expecting the upstream gradient 1 that comes: for another, backward writes to the second
+    # output, which is private
+    torch.library.opcheck(
+        _softcap_cross_entropy,
+        (logits.requires_grad_(), targets, weights, sampled, cap, -100, 1.0, True),
+    )
+    torch.library.opcheck(
+        _softcap_cross_entropy, (logits.detach(), targets, weights, sampled, cap, -100, 2.0, False)
+    )
 
 
 def test_registration_of_the_scaling_is_sound():
     torch.library.opcheck(_scale_gradient, (draw(3, 48)[0], torch.tensor(2.0, device=DEVICE), 0.5))
 
 
-FP8_CHECKS = ("test_autograd_registration", "test_faketensor")  # the others add up or compare outputs, which fp8 cannot
+FP8_CHECKS = (
+    "test_autograd_registration",
+    "test_faketensor",
+)  # the others add up or compare outputs, which fp8 cannot
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_registration_of_linear_is_sound(fp8):
     h, w, targets = draw_linear(16, 32, 48)
     scales = [torch.tensor(0.01, device=DEVICE)] * 3 if fp8 else [None] * 3
-    arguments = targets, None, torch.tensor([48.0, 0.0], device=DEVICE), *scales, list(RECORD), -100, 1.0
+    arguments = (
+        targets,
+        None,
+        torch.tensor([48.0, 0.0], device=DEVICE),
+        *scales,
+        list(RECORD),
+        -100,
+        1.0,
+    )
     checks = dict(test_utils=FP8_CHECKS) if fp8 else {}
     torch.library.opcheck(_linear_cross_entropy, (h, w, *arguments, False), **checks)
-    torch.library.opcheck(_linear_cross_entropy, (h.requires_grad_(), w.requires_grad_(), *arguments, True), **checks)
+    torch.library.opcheck(
+        _linear_cross_entropy, (h.requires_grad_(), w.requires_grad_(), *arguments, True), **checks
+    )
     loss, dlogits, h_t, w_t = (x.detach() for x in _linear_cross_entropy(h, w, *arguments, True))
     operands = (h_t, w_t) if fp8 else (h.detach(), w.detach())
-    torch.library.opcheck(_linear_cross_entropy_backward, (loss, dlogits, *operands, *scales, 1.0, h.dtype), **checks)
+    torch.library.opcheck(
+        _linear_cross_entropy_backward, (loss, dlogits, *operands, *scales, 1.0, h.dtype), **checks
+    )
 
 
 @pytest.mark.parametrize("fp8", [None, (0.01, 0.02, 1e-4)], ids=["", "fp8"])
@@ -739,15 +878,19 @@ def test_compiles_without_graph_breaks(fp8):
 
     def f(h, w):
         logits = h @ w.t()
-        return (softcap_cross_entropy(logits, targets, cap=RECORD, grad_scale=0.5) * 2
-                + linear_cross_entropy(h, w, targets, cap=15.0, fp8=fp8) / 3)
+        return (
+            softcap_cross_entropy(logits, targets, cap=RECORD, grad_scale=0.5) * 2
+            + linear_cross_entropy(h, w, targets, cap=15.0, fp8=fp8) / 3
+        )
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     expected = f(*(x.requires_grad_() for x in (h, w)))
     loss = compiled(h, w)
     torch.testing.assert_close(loss, expected)
     for retain in (True, False):
-        for a, b in zip(*(torch.autograd.grad(x * 3, [h, w], retain_graph=retain) for x in (loss, expected))):
+        for a, b in zip(
+            *(torch.autograd.grad(x * 3, [h, w], retain_graph=retain) for x in (loss, expected))
+        ):
             torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(compiled(h, w), expected.detach())

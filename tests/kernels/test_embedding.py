@@ -1,11 +1,13 @@
-"""kernels/embedding.py: rows by index; a gradient summed in fp32, the same bits however many threads there are."""
+"""kernels/embedding.py: rows by index; a gradient summed in fp32, the same bits however many
+threads there are."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
-
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, draw
+
 from kernels.embedding import embedding, embedding_gradient
 
 CPU = torch.device("cpu")
@@ -30,17 +32,25 @@ def exact(index, dy, rows):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape, rows, C", [
-    ((7,), 5, 3), ((2, 24), 70, 8), ((3, 2, 5), 1, 1), ((4, 33), 1000, 65), ((1,), 3, 4)])
+@pytest.mark.parametrize(
+    "shape, rows, C",
+    [((7,), 5, 3), ((2, 24), 70, 8), ((3, 2, 5), 1, 1), ((4, 33), 1000, 65), ((1,), 3, 4)],
+)
 def test_rows_and_their_gradient(shape, rows, C, dtype):
-    index, table, dy = indices(*shape, rows=rows), draw(rows, C, dtype=dtype), draw(*shape, C, dtype=dtype, seed=1)
+    index, table, dy = (
+        indices(*shape, rows=rows),
+        draw(rows, C, dtype=dtype),
+        draw(*shape, C, dtype=dtype, seed=1),
+    )
     y, grad = gradient(index.to(DEVICE), table, dy)
     assert torch.equal(y, table[index])
     expected = exact(index, dy.cpu(), rows)
     assert grad.shape == table.shape and grad.dtype == dtype
     # one rounding, of a sum in fp32; on CUDA PyTorch's own op, which rounds in between as well
     roundings = 1 if DEVICE.type == "cpu" else 4
-    torch.testing.assert_close(grad.cpu().double(), expected, rtol=roundings * torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(
+        grad.cpu().double(), expected, rtol=roundings * torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
 @settings(deadline=None, max_examples=100, database=None)
@@ -55,8 +65,13 @@ def test_any_sizes(rows, C, n, seed):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_row_that_occurs_often_is_summed_in_fp32(dtype):
     """In bf16 a sum of ones ends at 256."""
-    _, grad = gradient(torch.full((3000,), 2), torch.zeros(4, 5, dtype=dtype), torch.ones(3000, 5, dtype=dtype))
-    assert grad[2].tolist() == [torch.tensor(3000.0).to(dtype).item()] * 5 and grad.count_nonzero() == 5
+    _, grad = gradient(
+        torch.full((3000,), 2), torch.zeros(4, 5, dtype=dtype), torch.ones(3000, 5, dtype=dtype)
+    )
+    assert (
+        grad[2].tolist() == [torch.tensor(3000.0).to(dtype).item()] * 5
+        and grad.count_nonzero() == 5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -83,11 +98,17 @@ def test_gradcheck():
 def test_gradients_of_any_strides():
     index, table = indices(4, 6, rows=9), draw(9, 8).cpu().requires_grad_()
     embedding(index, table).sum().backward()  # expanded
-    assert torch.equal(table.grad, torch.bincount(index.flatten(), minlength=9)[:, None].expand(9, 8).float())
+    assert torch.equal(
+        table.grad, torch.bincount(index.flatten(), minlength=9)[:, None].expand(9, 8).float()
+    )
     dy = draw(8, 6, 4).cpu().permute(2, 1, 0)
-    torch.testing.assert_close(gradient(index, table, dy)[1].double(), exact(index, dy, 9), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(index, table, dy)[1].double(), exact(index, dy, 9), rtol=1e-6, atol=1e-6
+    )
     column = indices(6, 4, rows=9).T
-    assert torch.equal(gradient(column, table, dy)[1], gradient(column.contiguous(), table, dy.contiguous())[1])
+    assert torch.equal(
+        gradient(column, table, dy)[1], gradient(column.contiguous(), table, dy.contiguous())[1]
+    )
 
 
 def test_nothing_looked_up_and_nothing_to_learn():
@@ -105,7 +126,9 @@ def test_indices_out_of_range_are_an_error(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_op_is_registered_as_it_should_be(dtype):
     for n in (0, 7):
-        torch.library.opcheck(embedding_gradient, (indices(n, rows=4), draw(n, 3, dtype=dtype).cpu(), 4))
+        torch.library.opcheck(
+            embedding_gradient, (indices(n, rows=4), draw(n, 3, dtype=dtype).cpu(), 4)
+        )
 
 
 def test_compiled_into_one_graph_it_is_the_same():
@@ -113,6 +136,7 @@ def test_compiled_into_one_graph_it_is_the_same():
 
     def loss(table, index, dy):
         return (embedding(index, table) * dy).sum() + embedding(index // 2, table).square().sum()
+
     results = []
     for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         table = draw(20, 8, seed=3).cpu().requires_grad_()
@@ -124,7 +148,9 @@ def test_compiled_into_one_graph_it_is_the_same():
 def test_elsewhere_it_is_pytorchs(monkeypatch):
     """On a GPU, or on no device at all."""
     called = []
-    monkeypatch.setattr(F, "embedding", lambda index, table: called.append(1) or table.new_empty(*index.shape, 2))
+    monkeypatch.setattr(
+        F, "embedding", lambda index, table: called.append(1) or table.new_empty(*index.shape, 2)
+    )
     with torch.device("meta"):
         y = embedding(torch.zeros(3, dtype=torch.int64), torch.empty(5, 2, requires_grad=True))
     assert called and y.grad_fn is None and y.shape == (3, 2)

@@ -1,14 +1,38 @@
-"""kernels/fp8.py: quantising is PyTorch's cast bit by bit; the linear layer against its formula and against float64."""
+"""kernels/fp8.py: quantising is PyTorch's cast bit by bit; the linear layer against its formula
+and against float64."""
 
 import pytest
 import torch
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact_as_eager,
+    draw,
+    outputs_and_gradients,
+    poisoned_memory,
+    to_double,
+)
 
-from kernel_checks import (DEVICE, DTYPES, assert_as_exact_as_eager, draw, outputs_and_gradients, poisoned_memory,
-                           to_double)
 from kernels import fp8 as module
-from kernels.fp8 import (E4M3, E5M2, DelayedScale, _amax, _fp8_linear, _fp8_matmul, _quantize, _transpose_copy, amax,
-                         dynamic_scale, fp8_linear, fp8_linear_reference, fp8_matmul, quantize, quantize_and_amax,
-                         quantize_reference, transpose_copy)
+from kernels.fp8 import (
+    E4M3,
+    E5M2,
+    DelayedScale,
+    _amax,
+    _fp8_linear,
+    _fp8_matmul,
+    _quantize,
+    _transpose_copy,
+    amax,
+    dynamic_scale,
+    fp8_linear,
+    fp8_linear_reference,
+    fp8_matmul,
+    quantize,
+    quantize_and_amax,
+    quantize_reference,
+    transpose_copy,
+)
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(0, 96), (5, 0), (1, 1), (3, 768), (199, 96), (70, 133)]
@@ -37,7 +61,10 @@ def wide(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("to", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantizing_is_the_clamped_cast_bit_by_bit(shape, to, dtype):
-    for x, scale in ((wide(*shape, dtype=dtype), 0.37), (draw(*shape, dtype=dtype, scale=1e-4), 1.0)):
+    for x, scale in (
+        (wide(*shape, dtype=dtype), 0.37),
+        (draw(*shape, dtype=dtype, scale=1e-4), 1.0),
+    ):
         with poisoned_memory():
             q, q_t, largest = quantize_and_amax(x, scalar(scale), to, transpose=True)
         expected, expected_t = quantize_reference(x, scalar(scale), to, transpose=True)
@@ -49,15 +76,35 @@ def test_quantizing_is_the_clamped_cast_bit_by_bit(shape, to, dtype):
         assert torch.equal(bits(alone), bits(q)) and empty.shape == (0,)
 
 
-@pytest.mark.parametrize("to, values, expected", [
-    (E4M3, [448, 449, 1e30, INF, -INF, NAN, 464, 465], [448, 448, 448, 448, -448, NAN, 448, 448]),
-    (E5M2, [57344, 61440, 1e30, INF, -INF, NAN, -65504, 0], [57344, 57344, 57344, 57344, -57344, NAN, -57344, 0]),
-    # subnormals are multiples of 2^-9 and 2^-16; halves go to the even one, also to zero
-    (E4M3, [2**-9, 2**-10, 1.01 * 2**-10, 1.5 * 2**-9, 7.5 * 2**-9, 2**-6], [2**-9, 0, 2**-9, 2**-8, 2**-6, 2**-6]),
-    (E5M2, [2**-16, 2**-17, 1.01 * 2**-17, 3.5 * 2**-16, -2**-40, 1e-45], [2**-16, 0, 2**-16, 2**-14, 0, 0]),
-    # 17 lies between 16 and 18, 19 between 18 and 20; with two bits 18 lies between 16 and 20
-    (E4M3, [17, 19, -17, 17.1], [16, 20, -16, 18]),
-    (E5M2, [18, 22, -18, 18.1], [16, 24, -16, 20])])
+@pytest.mark.parametrize(
+    "to, values, expected",
+    [
+        (
+            E4M3,
+            [448, 449, 1e30, INF, -INF, NAN, 464, 465],
+            [448, 448, 448, 448, -448, NAN, 448, 448],
+        ),
+        (
+            E5M2,
+            [57344, 61440, 1e30, INF, -INF, NAN, -65504, 0],
+            [57344, 57344, 57344, 57344, -57344, NAN, -57344, 0],
+        ),
+        # subnormals are multiples of 2^-9 and 2^-16; halves go to the even one, also to zero
+        (
+            E4M3,
+            [2**-9, 2**-10, 1.01 * 2**-10, 1.5 * 2**-9, 7.5 * 2**-9, 2**-6],
+            [2**-9, 0, 2**-9, 2**-8, 2**-6, 2**-6],
+        ),
+        (
+            E5M2,
+            [2**-16, 2**-17, 1.01 * 2**-17, 3.5 * 2**-16, -(2**-40), 1e-45],
+            [2**-16, 0, 2**-16, 2**-14, 0, 0],
+        ),
+        # 17 lies between 16 and 18, 19 between 18 and 20; with two bits 18 lies between 16 and 20
+        (E4M3, [17, 19, -17, 17.1], [16, 20, -16, 18]),
+        (E5M2, [18, 22, -18, 18.1], [16, 24, -16, 20]),
+    ],
+)
 @pytest.mark.parametrize("path", ["kernel", "PyTorch"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_saturation_subnormals_and_ties(to, values, expected, path, scale, monkeypatch):
@@ -65,7 +112,9 @@ def test_saturation_subnormals_and_ties(to, values, expected, path, scale, monke
         monkeypatch.setattr(module, "runs_triton", lambda x: False)
     x = scale * torch.tensor([values], device=DEVICE)
     q, q_t = quantize(x, scalar(scale), to, transpose=True)
-    torch.testing.assert_close(q.float().tolist(), [[float(v) for v in expected]], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        q.float().tolist(), [[float(v) for v in expected]], rtol=0, atol=0, equal_nan=True
+    )
     assert torch.equal(bits(q_t.t()), bits(q))
 
 
@@ -76,7 +125,11 @@ def test_largest_value_keeps_infinity_and_nan():
     x[3, 7] = -INF
     assert amax(x) == quantize_and_amax(x, scalar(1.0))[2] == INF
     x[69, 1] = NAN
-    assert amax(x).isnan() and quantize_and_amax(x, scalar(1.0))[2].isnan() and dynamic_scale(x).isnan()
+    assert (
+        amax(x).isnan()
+        and quantize_and_amax(x, scalar(1.0))[2].isnan()
+        and dynamic_scale(x).isnan()
+    )
 
 
 def test_dynamic_scale_fills_the_range_and_has_a_floor():
@@ -92,7 +145,13 @@ def test_dynamic_scale_fills_the_range_and_has_a_floor():
 
 def test_strided_and_expanded_inputs():
     base = wide(60, 200)
-    for x in (base[:, 8:104], base[::2, :96], base.t(), base[:1].expand(60, 200), base[:, :1].expand(60, 200)):
+    for x in (
+        base[:, 8:104],
+        base[::2, :96],
+        base.t(),
+        base[:1].expand(60, 200),
+        base[:, :1].expand(60, 200),
+    ):
         results, expected = (quantize(y, scalar(0.5), transpose=True) for y in (x, x.contiguous()))
         for a, b in zip(results, expected):
             assert torch.equal(bits(a), bits(b))
@@ -107,15 +166,21 @@ def test_transposed_copy(shape, dtype):
     with poisoned_memory():
         y = transpose_copy(x)
     assert y.dtype == dtype and y.is_contiguous() and y.shape == shape[::-1]
-    assert torch.equal(y.view(torch.uint8), x.t().clone(memory_format=torch.contiguous_format).view(torch.uint8))
+    assert torch.equal(
+        y.view(torch.uint8), x.t().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    )
 
 
 def test_offsets_beyond_int32():
     """Rows 2^30 elements apart, in memory that is reserved but not touched."""
-    far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided((3, 64), (2**30, 1))
+    far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided(
+        (3, 64), (2**30, 1)
+    )
     near = draw(3, 64, dtype=torch.float16)
     far.copy_(near)
-    for a, b in zip(quantize(far, scalar(0.1), transpose=True), quantize(near, scalar(0.1), transpose=True)):
+    for a, b in zip(
+        quantize(far, scalar(0.1), transpose=True), quantize(near, scalar(0.1), transpose=True)
+    ):
         assert torch.equal(bits(a), bits(b))
     assert torch.equal(transpose_copy(far), near.t())
     assert amax(far) == near.abs().max()
@@ -139,12 +204,18 @@ def test_offsets_of_the_copies_beyond_int32():
 # --- the linear layer
 
 
-SCALES = [dict(), dict(x_scale=0.011, w_scale=0.013), dict(fp8_backward=True),
-          dict(x_scale=0.011, w_scale=0.013, grad_scale=1e-4, fp8_backward=True)]
+SCALES = [
+    dict(),
+    dict(x_scale=0.011, w_scale=0.013),
+    dict(fp8_backward=True),
+    dict(x_scale=0.011, w_scale=0.013, grad_scale=1e-4, fp8_backward=True),
+]
 
 
 def pair(**options):
-    return (lambda x, w: fp8_linear(x, w, **options)), (lambda x, w: fp8_linear_reference(x, w, **options))
+    return (lambda x, w: fp8_linear(x, w, **options)), (
+        lambda x, w: fp8_linear_reference(x, w, **options)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -177,12 +248,17 @@ def test_weights_may_be_of_another_dtype():
 
 
 def test_error_against_the_exact_product_is_that_of_fp8():
-    """Relative error, in norm. e4m3 rounds normal numbers by about 2.6% each, e5m2 by about 5.2%."""
+    """Relative error, in norm. e4m3 rounds normal numbers by about 2.6% each, e5m2 by about
+    5.2%."""
     inputs = [draw(256, 256), draw(256, 256, seed=1)]
-    exact = outputs_and_gradients(torch.nn.functional.linear, [to_double(x) for x in inputs], [draw(256, 256, seed=2)])
+    exact = outputs_and_gradients(
+        torch.nn.functional.linear, [to_double(x) for x in inputs], [draw(256, 256, seed=2)]
+    )
 
     def errors(**options):
-        results = outputs_and_gradients(lambda x, w: fp8_linear(x, w, **options), inputs, [draw(256, 256, seed=2)])
+        results = outputs_and_gradients(
+            lambda x, w: fp8_linear(x, w, **options), inputs, [draw(256, 256, seed=2)]
+        )
         return [((r - e).norm() / e.norm()).item() for r, e in zip(results, exact)]
 
     y, dx, dw = errors()
@@ -195,10 +271,15 @@ def test_error_against_the_exact_product_is_that_of_fp8():
 
 def test_saturated_and_bf16_gradients_by_hand():
     x, w = torch.full((16, 16), 1000.0, device=DEVICE), torch.full((16, 16), 2.0, device=DEVICE)
-    y, dx, dw = outputs_and_gradients(pair(x_scale=1.0, w_scale=1.0)[0], [x, w], [torch.ones_like(x)])
+    y, dx, dw = outputs_and_gradients(
+        pair(x_scale=1.0, w_scale=1.0)[0], [x, w], [torch.ones_like(x)]
+    )
     assert (y == 16 * 448 * 2).all() and (dx == 16 * 2).all() and (dw == 16 * 1000).all()
-    y, dx, dw = outputs_and_gradients(pair(x_scale=1.0, w_scale=1.0, grad_scale=2**-16, fp8_backward=True)[0], [x, w],
-                                      [torch.ones_like(x)])
+    y, dx, dw = outputs_and_gradients(
+        pair(x_scale=1.0, w_scale=1.0, grad_scale=2**-16, fp8_backward=True)[0],
+        [x, w],
+        [torch.ones_like(x)],
+    )
     assert (dx == 16 * 2 * 0.875).all() and (dw == 16 * 448 * 0.875).all()  # 57344 / 2^16
 
 
@@ -208,7 +289,11 @@ def test_zero_tensors_give_zeros_and_nan_shows():
         fn = pair(**options)[0]
         for x, w, g in ((zero, one, 1.0), (one, zero, 1.0), (one, one, 0.0), (zero, zero, 0.0)):
             y, dx, dw = outputs_and_gradients(fn, [x, w], [torch.full((16, 16), g, device=DEVICE)])
-            for result, expected in ((y, 32 * x[0, 0] * w[0, 0]), (dx, 16 * g * w[0, 0]), (dw, 16 * g * x[0, 0])):
+            for result, expected in (
+                (y, 32 * x[0, 0] * w[0, 0]),
+                (dx, 16 * g * w[0, 0]),
+                (dw, 16 * g * x[0, 0]),
+            ):
                 torch.testing.assert_close(result, expected.expand_as(result))
         bad = one.clone()
         bad[3, 4] = NAN
@@ -218,8 +303,12 @@ def test_zero_tensors_give_zeros_and_nan_shows():
 
 def test_static_scales_are_numbers_or_tensors():
     inputs, g = [draw(16, 32), draw(48, 32, seed=1)], [draw(16, 48, seed=2)]
-    runs = [outputs_and_gradients(pair(x_scale=s[0], w_scale=s[1], grad_scale=s[2], fp8_backward=True)[0], inputs, g)
-            for s in ((2, 1, 1), (2.0, 1.0, 1.0), (scalar(2.0), scalar(1.0), scalar(1.0)))]
+    runs = [
+        outputs_and_gradients(
+            pair(x_scale=s[0], w_scale=s[1], grad_scale=s[2], fp8_backward=True)[0], inputs, g
+        )
+        for s in ((2, 1, 1), (2.0, 1.0, 1.0), (scalar(2.0), scalar(1.0), scalar(1.0)))
+    ]
     for run in runs[1:]:
         assert all(map(torch.equal, run, runs[0]))
 
@@ -227,7 +316,10 @@ def test_static_scales_are_numbers_or_tensors():
 def test_a_frozen_input_or_weight():
     for needs in ((True, False), (False, True)):
         for options in SCALES:
-            x, w = draw(16, 32).requires_grad_(needs[0]), draw(48, 32, seed=1).requires_grad_(needs[1])
+            x, w = (
+                draw(16, 32).requires_grad_(needs[0]),
+                draw(48, 32, seed=1).requires_grad_(needs[1]),
+            )
             y = fp8_linear(x, w, **options)
             y.backward(draw(16, 48, seed=2))
             a, b = draw(16, 32).requires_grad_(), draw(48, 32, seed=1).requires_grad_()
@@ -238,10 +330,11 @@ def test_a_frozen_input_or_weight():
 
 def test_shapes_that_do_not_fit_are_named():
     for x, w, options, expected in (
-            ((16, 32), (16, 48), {}, r"x \(16, 32\) and w \(16, 48\) differ"),
-            ((16, 24), (16, 24), {}, r"w \(16, 24\) must have multiples of 16"),
-            ((16, 32), (17, 32), {}, r"w \(17, 32\) must have multiples of 16"),
-            ((3, 5, 32), (16, 32), dict(fp8_backward=True), r"x \(3, 5, 32\) has 15 rows")):
+        ((16, 32), (16, 48), {}, r"x \(16, 32\) and w \(16, 48\) differ"),
+        ((16, 24), (16, 24), {}, r"w \(16, 24\) must have multiples of 16"),
+        ((16, 32), (17, 32), {}, r"w \(17, 32\) must have multiples of 16"),
+        ((3, 5, 32), (16, 32), dict(fp8_backward=True), r"x \(3, 5, 32\) has 15 rows"),
+    ):
         with pytest.raises(ValueError, match=expected):
             fp8_linear(draw(*x), draw(*w), **options)
 
@@ -269,7 +362,9 @@ def test_delayed_scale_follows_the_last_step():
     scale.roll()
     assert scale.scale != before and scale.amax == 0
     torch.testing.assert_close(scale.scale, 2 * x.abs().max() * 1.5 / 448)
-    assert not quantize(x * 3.1, scale.scale)[0].float().abs().lt(448).all()  # beyond the headroom it saturates
+    assert (
+        not quantize(x * 3.1, scale.scale)[0].float().abs().lt(448).all()
+    )  # beyond the headroom it saturates
 
 
 def test_steps_that_measure_nothing_useful_leave_the_scale():
@@ -307,11 +402,14 @@ def test_delayed_scale_is_saved_and_loaded():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_delayed_scales_of_all_three_tensors_over_micro_batches(backend):
-    """Recording happens in forward and backward of a compiled graph, rolling between steps recompiles nothing."""
+    """Recording happens in forward and backward of a compiled graph, rolling between steps
+    recompiles nothing."""
     scales = [delayed(), delayed(), delayed(dtype=E5M2)]
 
     def f(x, w):
-        return fp8_linear(x, w, x_scale=scales[0], w_scale=scales[1], grad_scale=scales[2], fp8_backward=True)
+        return fp8_linear(
+            x, w, x_scale=scales[0], w_scale=scales[1], grad_scale=scales[2], fp8_backward=True
+        )
 
     run = f
     if backend != "eager":
@@ -327,8 +425,11 @@ def test_delayed_scales_of_all_three_tensors_over_micro_batches(backend):
             with torch._dynamo.config.patch(error_on_recompile=step > 0):
                 y = run(x, w)
             y.backward(g)
-            expected = outputs_and_gradients(pair(x_scale=used[0], w_scale=used[1], grad_scale=used[2],
-                                                  fp8_backward=True)[0], [x, w], [g])
+            expected = outputs_and_gradients(
+                pair(x_scale=used[0], w_scale=used[1], grad_scale=used[2], fp8_backward=True)[0],
+                [x, w],
+                [g],
+            )
             for a, b in zip((y, x.grad, w.grad), expected):
                 assert torch.equal(a, b)
             largest = [max(a, b.abs().max().item()) for a, b in zip(largest, (x, w, g))]
@@ -345,6 +446,7 @@ def test_delayed_scales_of_all_three_tensors_over_micro_batches(backend):
 def test_compiles_without_graph_breaks(options):
     def f(x, w):
         return fp8_linear(x.relu(), w, **options).square()
+
     inputs = [draw(2, 16, 32), draw(48, 32, seed=1)]
     compiled = outputs_and_gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), inputs)
     for a, b in zip(compiled, outputs_and_gradients(f, inputs)):
@@ -353,7 +455,9 @@ def test_compiles_without_graph_breaks(options):
 
 def test_two_runs_agree_bit_by_bit():
     inputs = [draw(199, 96), draw(48, 96, seed=1)]
-    for a, b in zip(outputs_and_gradients(fp8_linear, inputs), outputs_and_gradients(fp8_linear, inputs)):
+    for a, b in zip(
+        outputs_and_gradients(fp8_linear, inputs), outputs_and_gradients(fp8_linear, inputs)
+    ):
         assert torch.equal(a, b)
 
 
@@ -374,7 +478,10 @@ def test_without_triton_the_same_numbers(monkeypatch):
     assert torch.equal(transpose_copy(x), moved[0]) and amax(x) == moved[1] and amax(x[:0]) == 0
 
 
-FP8_CHECKS = ("test_autograd_registration", "test_faketensor")  # the others compare, which PyTorch cannot in fp8
+FP8_CHECKS = (
+    "test_autograd_registration",
+    "test_faketensor",
+)  # the others compare, which PyTorch cannot in fp8
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -382,7 +489,9 @@ FP8_CHECKS = ("test_autograd_registration", "test_faketensor")  # the others com
 def test_registration_of_quantizing_is_sound(transpose, record):
     x = draw(3, 96)
     for to in (E4M3, E5M2):
-        torch.library.opcheck(_quantize, (x, scalar(0.1), to, transpose, record), test_utils=FP8_CHECKS)
+        torch.library.opcheck(
+            _quantize, (x, scalar(0.1), to, transpose, record), test_utils=FP8_CHECKS
+        )
     assert torch.equal(x, draw(3, 96))
 
 
@@ -400,9 +509,26 @@ PRODUCT_CHECKS = (*FP8_CHECKS, "test_aot_dispatch_static", "test_aot_dispatch_dy
 def test_registration_of_the_products_is_sound(fp8_backward):
     x, w, s = draw(16, 32), draw(48, 32, seed=1), scalar(0.02)
     (q_x, x_t), (q_w, w_t) = quantize(x, s, transpose=True), quantize(w, s, transpose=True)
-    torch.library.opcheck(_fp8_matmul, (q_x, q_w, s, s, torch.bfloat16, True), test_utils=PRODUCT_CHECKS)
-    torch.library.opcheck(_fp8_linear, (x.requires_grad_(), w.requires_grad_(), q_x, q_w, x_t, w_t, s, s, None, None,
-                                        fp8_backward), test_utils=PRODUCT_CHECKS)
+    torch.library.opcheck(
+        _fp8_matmul, (q_x, q_w, s, s, torch.bfloat16, True), test_utils=PRODUCT_CHECKS
+    )
+    torch.library.opcheck(
+        _fp8_linear,
+        (
+            x.requires_grad_(),
+            w.requires_grad_(),
+            q_x,
+            q_w,
+            x_t,
+            w_t,
+            s,
+            s,
+            None,
+            None,
+            fp8_backward,
+        ),
+        test_utils=PRODUCT_CHECKS,
+    )
 
 
 def test_product_of_quantized_matrices():

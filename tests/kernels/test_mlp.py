@@ -1,17 +1,45 @@
-"""kernels/mlp.py: forward and backward against float64 and eager PyTorch, through both kernels, in all layouts."""
+"""kernels/mlp.py: forward and backward against float64 and eager PyTorch, through both kernels,
+in all layouts."""
 
 import pytest
 import torch
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact_as_eager,
+    draw,
+    outputs_and_gradients,
+    poisoned_memory,
+)
 
-from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_eager, draw, outputs_and_gradients, poisoned_memory
 from kernels import mlp as module
 from kernels.fp8 import quantize_reference
-from kernels.mlp import (_fp8_relu2_mlp, _linear_relu2, _relu2_mlp, _relu2_mlp_backward, fp8_relu2_mlp,
-                         fp8_relu2_mlp_reference, linear_relu2, linear_relu2_reference, relu2_mlp, relu2_mlp_reference)
+from kernels.mlp import (
+    _fp8_relu2_mlp,
+    _linear_relu2,
+    _relu2_mlp,
+    _relu2_mlp_backward,
+    fp8_relu2_mlp,
+    fp8_relu2_mlp_reference,
+    linear_relu2,
+    linear_relu2_reference,
+    relu2_mlp,
+    relu2_mlp_reference,
+)
 
-SHAPES = [(0, 96, 384), (1, 96, 384), (300, 96, 384), (3, 100, 40), (199, 100, 40), (199, 64, 256), (2, 5, 64, 256),
-          (64, 256)]
-DTYPES_OF_SHAPES = [(s, d) for s in SHAPES for d in DTYPES] + [((3, 768, 3072), torch.bfloat16)]  # (rows, K, N), dtype
+SHAPES = [
+    (0, 96, 384),
+    (1, 96, 384),
+    (300, 96, 384),
+    (3, 100, 40),
+    (199, 100, 40),
+    (199, 64, 256),
+    (2, 5, 64, 256),
+    (64, 256),
+]
+DTYPES_OF_SHAPES = [(s, d) for s in SHAPES for d in DTYPES] + [
+    ((3, 768, 3072), torch.bfloat16)
+]  # (rows, K, N), dtype
 
 
 @pytest.fixture(params=["tma", "pointers"])
@@ -22,7 +50,8 @@ def kernel(request, monkeypatch):
 
 
 def mlp_inputs(*rows, K, N, dtype=torch.float32):
-    """x, w_up, w_down with everything between them of size about 1; the weights are a slice of a bank."""
+    """x, w_up, w_down with everything between them of size about 1; the weights are a slice of a
+    bank."""
     bank = draw(5, N, K, dtype=dtype, seed=1, scale=K**-0.5)
     return [draw(*rows, K, dtype=dtype), bank[2], bank[3]]
 
@@ -30,21 +59,33 @@ def mlp_inputs(*rows, K, N, dtype=torch.float32):
 @pytest.mark.parametrize("shape, dtype", DTYPES_OF_SHAPES)
 def test_linear_relu2_is_as_exact_as_eager(shape, dtype, kernel):
     *rows, K, N = shape
-    assert_as_exact_as_eager(linear_relu2, linear_relu2_reference, mlp_inputs(*rows, K=K, N=N, dtype=dtype)[:2])
+    assert_as_exact_as_eager(
+        linear_relu2, linear_relu2_reference, mlp_inputs(*rows, K=K, N=N, dtype=dtype)[:2]
+    )
 
 
 @pytest.mark.parametrize("shape, dtype", DTYPES_OF_SHAPES)
 def test_relu2_mlp_is_as_exact_as_eager(shape, dtype, kernel):
     *rows, K, N = shape
-    assert_as_exact_as_eager(relu2_mlp, relu2_mlp_reference, mlp_inputs(*rows, K=K, N=N, dtype=dtype))
+    assert_as_exact_as_eager(
+        relu2_mlp, relu2_mlp_reference, mlp_inputs(*rows, K=K, N=N, dtype=dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_inputs_and_expanded_upstream_gradients(dtype):
-    wide, weights = draw(40, 4, 200, dtype=dtype), draw(9 * 256 * 96 + 3, dtype=dtype, seed=1, scale=0.1)
+    wide, weights = (
+        draw(40, 4, 200, dtype=dtype),
+        draw(9 * 256 * 96 + 3, dtype=dtype, seed=1, scale=0.1),
+    )
     up, down = weights[:-3].view(9, 256, 96)[3:5]
-    for x in (wide[:, 1, :96], wide[:, 1:3, 8:104], wide[::2, :, 3:99], wide[:, 0, :192:2],
-              wide[:1, 0, :96].expand(5, 96)):
+    for x in (
+        wide[:, 1, :96],
+        wide[:, 1:3, 8:104],
+        wide[::2, :, 3:99],
+        wide[:, 0, :192:2],
+        wide[:1, 0, :96].expand(5, 96),
+    ):
         assert_as_exact_as_eager(relu2_mlp, relu2_mlp_reference, [x, up, down])
     x = wide[:, 1, :96]
     misaligned = weights[3:].view(9, 256, 96)[3]
@@ -55,12 +96,16 @@ def test_strided_inputs_and_expanded_upstream_gradients(dtype):
         assert_as_exact_as_eager(linear_relu2, linear_relu2_reference, [x, w])
     for dy in (draw(1).expand(x.shape), draw(96).expand(x.shape), draw(40, 1).expand(x.shape)):
         assert_as_exact_as_eager(relu2_mlp, relu2_mlp_reference, [x, up, down], [dy.to(dtype)])
-    assert_as_exact_as_eager(linear_relu2, linear_relu2_reference, [x, up], [draw(256, dtype=dtype).expand(40, 256)])
+    assert_as_exact_as_eager(
+        linear_relu2, linear_relu2_reference, [x, up], [draw(256, dtype=dtype).expand(40, 256)]
+    )
 
 
 def test_backward_of_a_post_that_is_not_contiguous(kernel):
     dy, down, post = draw(40, 96), draw(256, 96, seed=1), draw(40, 300, seed=2).square()[:, 7:263]
-    assert torch.equal(_relu2_mlp_backward(dy, down, post), _relu2_mlp_backward(dy, down, post.contiguous()))
+    assert torch.equal(
+        _relu2_mlp_backward(dy, down, post), _relu2_mlp_backward(dy, down, post.contiguous())
+    )
 
 
 def test_tma_only_where_it_can_address_the_matrix():
@@ -69,8 +114,14 @@ def test_tma_only_where_it_can_address_the_matrix():
         pytest.skip("this chip's shared memory is too small for the tile")
     bank = draw(5 * 40 * 96 + 8, dtype=torch.bfloat16)
     assert module.uses_tma(x, bank[8:].view(5, 40, 96)[3], x[::2], x[:, :50], x[:, 8:])
-    for a in (bank[1:-7].view(5, 40, 96)[3], x[:, 1:], x[:, :90].contiguous(), x[:1].expand(40, 96), x.float(),
-              x[:, :0]):
+    for a in (
+        bank[1:-7].view(5, 40, 96)[3],
+        x[:, 1:],
+        x[:, :90].contiguous(),
+        x[:1].expand(40, 96),
+        x.float(),
+        x[:, :0],
+    ):
         assert not module.uses_tma(x, a)
 
 
@@ -87,11 +138,14 @@ def test_gradient_is_exactly_zero_where_the_relu_is_off(dtype, kernel):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_activation_and_its_gradient_round_as_eager_does(dtype, kernel):
-    """With one product in each sum nothing is left but the roundings of the epilogue: equal to eager bit by bit."""
+    """With one product in each sum nothing is left but the roundings of the epilogue: equal to
+    eager bit by bit."""
     x, eye = draw(300, 64, dtype=dtype, scale=8.0), torch.eye(64, dtype=dtype, device=DEVICE)
     x[x.abs() < 2**-6] = 1  # fp16's squares lose bits below
-    for fn, reference, weights in ((linear_relu2, linear_relu2_reference, [eye * 1.2]),
-                                   (relu2_mlp, relu2_mlp_reference, [eye * 1.2, eye * 0.7])):
+    for fn, reference, weights in (
+        (linear_relu2, linear_relu2_reference, [eye * 1.2]),
+        (relu2_mlp, relu2_mlp_reference, [eye * 1.2, eye * 0.7]),
+    ):
         ours, eager = (outputs_and_gradients(f, [x, *weights])[:2] for f in (fn, reference))
         assert torch.equal(ours[0], eager[0]) and torch.equal(ours[1], eager[1])
 
@@ -99,7 +153,10 @@ def test_activation_and_its_gradient_round_as_eager_does(dtype, kernel):
 def test_huge_tiny_and_nan(kernel):
     for dtype in DTYPES:
         _, up, down = mlp_inputs(5, K=64, N=256, dtype=dtype)
-        for scale in (30.0, 1.0 if dtype == torch.float16 else 1e-5):  # tiny squares underflow in fp16
+        for scale in (
+            30.0,
+            1.0 if dtype == torch.float16 else 1e-5,
+        ):  # tiny squares underflow in fp16
             x = draw(5, 64, dtype=dtype, scale=scale)
             assert_as_exact_as_eager(relu2_mlp, relu2_mlp_reference, [x, up, down])
         x[1, 3] = float("nan")
@@ -110,7 +167,9 @@ def test_huge_tiny_and_nan(kernel):
 
 def test_two_runs_agree_bit_by_bit(kernel):
     inputs = mlp_inputs(300, K=96, N=384, dtype=torch.bfloat16)
-    for a, b in zip(outputs_and_gradients(relu2_mlp, inputs), outputs_and_gradients(relu2_mlp, inputs)):
+    for a, b in zip(
+        outputs_and_gradients(relu2_mlp, inputs), outputs_and_gradients(relu2_mlp, inputs)
+    ):
         assert torch.equal(a, b)
 
 
@@ -136,6 +195,7 @@ def test_registration_is_sound():
 def test_compiles_without_graph_breaks(dtype):
     def f(x, up, down):
         return relu2_mlp(x, up, down) + linear_relu2(x, up)[..., :96]
+
     inputs = mlp_inputs(2, 5, K=96, N=384, dtype=dtype)
     compiled = outputs_and_gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), inputs)
     for a, b in zip(compiled, outputs_and_gradients(f, inputs)):
@@ -145,7 +205,9 @@ def test_compiles_without_graph_breaks(dtype):
 def test_without_triton_the_same_numbers(monkeypatch):
     """What a CPU runs outside the tests, forward and backward."""
     inputs = mlp_inputs(2, 5, K=96, N=384)
-    kernels = [outputs_and_gradients(fn, inputs[:n]) for fn, n in ((linear_relu2, 2), (relu2_mlp, 3))]
+    kernels = [
+        outputs_and_gradients(fn, inputs[:n]) for fn, n in ((linear_relu2, 2), (relu2_mlp, 3))
+    ]
     monkeypatch.setattr(module, "runs_triton", lambda x: False)
     assert_as_exact_as_eager(linear_relu2, linear_relu2_reference, inputs[:2])
     assert_as_exact_as_eager(relu2_mlp, relu2_mlp_reference, inputs)
@@ -172,8 +234,25 @@ def test_output_offsets_beyond_int32():
     x, w = draw(3, 64, dtype=torch.float16), draw(BN, 64, dtype=torch.float16, seed=1)
     post = linear_relu2(x, w)
     for expected, backward in ((post, False), (module.launch_linear_relu2(x, w, post), True)):
-        module.linear_relu2_kernel[1,](x, w, base, base, *5 * [None], 3, 2**30, 64, 64, 64, BM, BN, BK // 2, backward,
-                                       False, num_warps=warps, num_stages=stages)
+        module.linear_relu2_kernel[1,](
+            x,
+            w,
+            base,
+            base,
+            *5 * [None],
+            3,
+            2**30,
+            64,
+            64,
+            64,
+            BM,
+            BN,
+            BK // 2,
+            backward,
+            False,
+            num_warps=warps,
+            num_stages=stages,
+        )
         torch.testing.assert_close(far, expected, rtol=0, atol=0)
 
 
@@ -188,6 +267,7 @@ def fp8_inputs(*rows, K, N, post_scale=1 / 32):
     def pair(a):
         scale = a.float().abs().amax() / 448 if a.numel() else torch.ones((), device=DEVICE)
         return quantize_reference(a, scale)[0], scale
+
     x, up, down = mlp_inputs(*rows, K=K, N=N, dtype=torch.bfloat16)
     return x, up, down, pair(x), pair(up), pair(down.T), torch.tensor(post_scale, device=DEVICE)
 
@@ -198,22 +278,33 @@ def test_fp8_multiplies_quantises_and_finds_the_maximum(shape, kernel):
     *inputs, x8, up8, down8, post_scale = fp8_inputs(*rows, K=K, N=N)
     exact = (x8[0].double() @ up8[0].double().T * x8[1].double() * up8[1].double()).relu().square()
     with poisoned_memory():
-        post, q, largest = module.launch_linear_relu2(x8[0].flatten(0, -2), up8[0], scales=(x8[1], up8[1], post_scale))
-        y, same_largest = fp8_relu2_mlp(*(a.requires_grad_() for a in inputs), x8, up8, down8, post_scale)
+        post, q, largest = module.launch_linear_relu2(
+            x8[0].flatten(0, -2), up8[0], scales=(x8[1], up8[1], post_scale)
+        )
+        y, same_largest = fp8_relu2_mlp(
+            *(a.requires_grad_() for a in inputs), x8, up8, down8, post_scale
+        )
     torch.testing.assert_close(post.view(exact.shape).double(), exact, rtol=2**-6, atol=1e-3)
-    assert torch.equal(q.view(torch.uint8), quantize_reference(post, post_scale)[0].view(torch.uint8))
+    assert torch.equal(
+        q.view(torch.uint8), quantize_reference(post, post_scale)[0].view(torch.uint8)
+    )
     assert largest == same_largest == post.max() and not same_largest.requires_grad
     y_reference, _, _ = fp8_relu2_mlp_reference(x8, up8, down8, post_scale)
-    # Hopper's tensor cores sum fp8 products in 14 bits, and a post rounded the other way is one of fp8's steps off
+    # Hopper's tensor cores sum fp8 products in 14 bits, and a post rounded the other way is one of
+    # fp8's steps off
     rough = 2**-8 if DEVICE.type == "cpu" else 2**-6
-    torch.testing.assert_close(y, y_reference, rtol=2**-6, atol=rough * y_reference.abs().max().item())
+    torch.testing.assert_close(
+        y, y_reference, rtol=2**-6, atol=rough * y_reference.abs().max().item()
+    )
 
 
 def test_fp8_saturates_and_keeps_nan(kernel):
     _, _, _, (x, x_scale), up8, _, post_scale = fp8_inputs(40, K=64, N=256, post_scale=1e-4)
     post, q, _ = module.launch_linear_relu2(x, up8[0], scales=(x_scale, up8[1], post_scale))
     assert q.float().max() == 448 and (q.float()[post > 448e-4] == 448).all()
-    for a in module.launch_linear_relu2(x, up8[0], scales=(x_scale * float("nan"), up8[1], post_scale)):
+    for a in module.launch_linear_relu2(
+        x, up8[0], scales=(x_scale * float("nan"), up8[1], post_scale)
+    ):
         assert a.float().isnan().all()
 
 
@@ -229,7 +320,9 @@ def test_fp8_of_numbers_that_fp8_has_is_bf16(rows, kernel):
     one = torch.ones((), device=DEVICE)
     x8, up8 = (x.to(torch.float8_e4m3fn), one), (up.to(torch.float8_e4m3fn), one)
     down8 = (down.T.to(torch.float8_e4m3fn).contiguous(), one)
-    y, dx, d_up, d_down = outputs_and_gradients(lambda *a: fp8_relu2_mlp(*a, x8, up8, down8, 4 * one)[0], [x, up, down])
+    y, dx, d_up, d_down = outputs_and_gradients(
+        lambda *a: fp8_relu2_mlp(*a, x8, up8, down8, 4 * one)[0], [x, up, down]
+    )
     expected = outputs_and_gradients(relu2_mlp, [x, up, down])
     for a, b in zip((dx, d_up, d_down), expected[1:]):
         assert not a.numel() or (a - b).abs().max() <= tolerance * b.abs().max()
@@ -243,6 +336,7 @@ def test_fp8_without_triton_and_compiled_the_same_numbers(monkeypatch):
     def f(x, up, down):
         y, largest = fp8_relu2_mlp(x, up, down, *rest)
         return y + linear_relu2(x, up)[..., :64], largest
+
     inputs = [x, up, down]
     kernels = outputs_and_gradients(f, inputs)
     compiled = outputs_and_gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), inputs)
@@ -255,5 +349,8 @@ def test_fp8_without_triton_and_compiled_the_same_numbers(monkeypatch):
 def test_fp8_registration_is_sound():
     x, up, down, x8, up8, down8, post_scale = fp8_inputs(2, 5, K=64, N=256)
     x, up, down = (a.requires_grad_() for a in (x, up, down))
-    torch.library.opcheck(_fp8_relu2_mlp, (x, up, down, *x8, *up8, *down8, post_scale), test_utils=(
-        "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"))  # the others need e4m3 arithmetic
+    torch.library.opcheck(
+        _fp8_relu2_mlp,
+        (x, up, down, *x8, *up8, *down8, post_scale),
+        test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+    )  # the others need e4m3 arithmetic

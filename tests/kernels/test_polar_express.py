@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from kernel_checks import DEVICE
+
 from kernels.polar_express import COEFFICIENTS, polar_express
 from kernels.symmetric_matmul import symmetric_matmul, symmetric_matmul_reference
 
@@ -30,7 +30,8 @@ def with_singular_values(m, n, s, seed=0):
 
 
 def ill_conditioned(m, n, smallest):
-    """Singular values spread evenly in the logarithm, the smallest being `smallest` times 1.02 |G|_F."""
+    """Singular values spread evenly in the logarithm, the smallest being `smallest` times 1.02
+    |G|_F."""
     s = torch.logspace(0, torch.tensor(smallest).log10().item(), min(m, n), dtype=torch.float64)
     s[-1] = smallest * 1.02 * s[:-1].norm()
     return with_singular_values(m, n, s)
@@ -47,7 +48,8 @@ def in_polar_directions(G, X):
 
 
 def test_coefficients_keep_the_band():
-    """On a fine grid of [1e-3, 1]; smaller ones grow 989-fold; none ever leaves the band upwards."""
+    """On a fine grid of [1e-3, 1]; smaller ones grow 989-fold; none ever leaves the band
+    upwards."""
     s = torch.logspace(-3, 0, 200_001, dtype=torch.float64)
     y = polynomial(s)
     assert y.min().item() == pytest.approx(0.85862, abs=1e-4)
@@ -60,7 +62,9 @@ def test_coefficients_keep_the_band():
 def test_every_coefficient_is_pinned():
     """Values at six points: a coefficient off by 1e-3 changes one of them by 1e-3 at least."""
     s = torch.tensor([1e-3, 0.01, 0.1, 0.4, 0.7, 1 / 1.02], dtype=torch.float64)
-    expected = torch.tensor([0.85887, 1.02692, 1.05824, 0.98530, 0.93677, 0.90234], dtype=torch.float64)
+    expected = torch.tensor(
+        [0.85887, 1.02692, 1.05824, 0.98530, 0.93677, 0.90234], dtype=torch.float64
+    )
     torch.testing.assert_close(polynomial(s), expected, atol=1e-5, rtol=0)
 
 
@@ -74,11 +78,14 @@ def test_singular_values_end_in_the_band(shape, dtype):
         assert distance_from_band(torch.linalg.svdvals(X.double()), BAND[dtype]) <= 0
 
 
-@pytest.mark.parametrize("dtype, smallest", [(torch.float32, 1e-1), (torch.float32, 1e-2),
-                                             (torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, smallest",
+    [(torch.float32, 1e-1), (torch.float32, 1e-2), (torch.float32, 1e-3), (torch.bfloat16, 1e-2)],
+)
 @pytest.mark.parametrize("m, n", [(16, 16), (16, 40), (40, 16)])
 def test_ill_conditioned_matrices_end_in_the_band(m, n, dtype, smallest):
-    """Down to what the polynomials are made for; bf16 cannot hold the directions of smaller ones."""
+    """Down to what the polynomials are made for; bf16 cannot hold the directions of smaller
+    ones."""
     X = polar_express(ill_conditioned(m, n, smallest).to(dtype))
     assert distance_from_band(torch.linalg.svdvals(X.double()), BAND[dtype]) <= 0
 
@@ -128,7 +135,9 @@ def test_transpose_equivariance(m, n, dtype):
     G = gaussian(m, n, dtype=dtype)
     atol = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(polar_express(G.mT), polar_express(G).mT, atol=atol, rtol=0)
-    torch.testing.assert_close(polar_express(G.mT.contiguous()), polar_express(G).mT, atol=atol, rtol=0)
+    torch.testing.assert_close(
+        polar_express(G.mT.contiguous()), polar_express(G).mT, atol=atol, rtol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-1, 1e3, 1e8, -1.0])
@@ -186,22 +195,29 @@ def test_input_stays_as_it_was():
 @pytest.mark.parametrize("dtype", BAND)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_symmetric_products_by_kernels(shape, dtype):
-    """The same polar factor, with the band kept, by the op that computes half of each symmetric product."""
+    """The same polar factor, with the band kept, by the op that computes half of each symmetric
+    product."""
     G = gaussian(*shape, dtype=dtype).to(DEVICE)
     X = polar_express(G, symmetric=symmetric_matmul)
     assert X.shape == G.shape and X.dtype == dtype and X.is_contiguous()
     assert distance_from_band(torch.linalg.svdvals(X.double()), BAND[dtype]) <= 0
-    torch.testing.assert_close(X, polar_express(G), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+    torch.testing.assert_close(
+        X, polar_express(G), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0
+    )
 
 
-@pytest.mark.parametrize("shape, symmetric", [((2, 12, 20), (2, 12, 12)), ((2, 20, 12), (2, 12, 12)),
-                                              ((9, 9), (1, 9, 9))], ids=str)
+@pytest.mark.parametrize(
+    "shape, symmetric",
+    [((2, 12, 20), (2, 12, 12)), ((2, 20, 12), (2, 12, 12)), ((9, 9), (1, 9, 9))],
+    ids=str,
+)
 def test_two_symmetric_products_of_the_smaller_side_per_step(shape, symmetric):
     found = []
 
     def spy(X, *args, **kwargs):
         found.append(symmetric_matmul_reference(X, *args, **kwargs))
         return found[-1]
+
     polar_express(gaussian(*shape), steps=3, symmetric=spy)
     assert [x.shape for x in found] == [symmetric] * 6
     for x in found:

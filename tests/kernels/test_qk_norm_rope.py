@@ -1,26 +1,47 @@
-"""kernels/qk_norm_rope.py: forward and backward against float64 and eager PyTorch, from slices and from the whole."""
+"""kernels/qk_norm_rope.py: forward and backward against float64 and eager PyTorch, from slices
+and from the whole."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-
 from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_eager, draw, outputs_and_gradients
+
 from kernels import qk_norm_rope as module
-from kernels.qk_norm_rope import (_qk_norm_rope, _qk_norm_rope_backward, _qkv_norm_rope_backward, qk_norm_rope,
-                                  qk_norm_rope_reference, qkv_norm_rope, qkv_norm_rope_reference)
+from kernels.qk_norm_rope import (
+    _qk_norm_rope,
+    _qk_norm_rope_backward,
+    _qkv_norm_rope_backward,
+    qk_norm_rope,
+    qk_norm_rope_reference,
+    qkv_norm_rope,
+    qkv_norm_rope_reference,
+)
 
 # B, T, heads of q, heads of k, D
-SHAPES = [(2, 5, 3, 3, 64), (1, 7, 6, 6, 128), (2, 67, 2, 2, 16), (1, 9, 4, 2, 32), (1, 67, 1, 5, 64), (2, 3, 2, 1, 6),
-          (1, 1, 1, 1, 2), (1, 5, 3, 3, 200), (0, 5, 2, 2, 8), (2, 0, 2, 2, 8)]
+SHAPES = [
+    (2, 5, 3, 3, 64),
+    (1, 7, 6, 6, 128),
+    (2, 67, 2, 2, 16),
+    (1, 9, 4, 2, 32),
+    (1, 67, 1, 5, 64),
+    (2, 3, 2, 1, 6),
+    (1, 1, 1, 1, 2),
+    (1, 5, 3, 3, 200),
+    (0, 5, 2, 2, 8),
+    (2, 0, 2, 2, 8),
+]
 
 
 def tables(T, D, dtype=torch.float32, seed=8):
     """Random numbers for cos and sin, so that no identity between them is relied on."""
-    return draw(T, 1, D // 2, dtype=dtype, seed=seed), draw(T, 1, D // 2, dtype=dtype, seed=seed + 1)
+    return draw(T, 1, D // 2, dtype=dtype, seed=seed), draw(
+        T, 1, D // 2, dtype=dtype, seed=seed + 1
+    )
 
 
 def with_tables(fn, cos, sin, **kwargs):
-    """fn of its float inputs alone; the tables follow their dtype, as they do in the float64 run."""
+    """fn of its float inputs alone; the tables follow their dtype, as they do in the float64
+    run."""
     return lambda *x: fn(*x, cos.to(x[0].dtype), sin.to(x[0].dtype), **kwargs)
 
 
@@ -30,23 +51,30 @@ def test_as_exact_as_eager(shape, dtype):
     B, T, H, K, D = shape
     cos, sin = tables(T + 2, D, dtype)
     q, k, v = draw(B, T, H + 2 * K, D, dtype=dtype).split([H, K, K], dim=2)
-    assert_as_exact_as_eager(with_tables(qk_norm_rope, cos, sin), with_tables(qk_norm_rope_reference, cos, sin), [q, k])
-    assert_as_exact_as_eager(with_tables(qkv_norm_rope, cos, sin, n_head=H),
-                             with_tables(qkv_norm_rope_reference, cos, sin, n_head=H), [torch.cat([q, k, v], dim=2)])
+    assert_as_exact_as_eager(
+        with_tables(qk_norm_rope, cos, sin), with_tables(qk_norm_rope_reference, cos, sin), [q, k]
+    )
+    assert_as_exact_as_eager(
+        with_tables(qkv_norm_rope, cos, sin, n_head=H),
+        with_tables(qkv_norm_rope_reference, cos, sin, n_head=H),
+        [torch.cat([q, k, v], dim=2)],
+    )
 
 
 def test_what_the_trainer_computes():
     """norm, then GPT.rotate: the same formula written another way, with true angles."""
     B, T, H, D = 2, 6, 3, 16
     qkv = draw(B, T, 3 * H, D)
-    angles = torch.arange(9, device=DEVICE)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01, 0, 0, 0, 0], device=DEVICE)
+    angles = torch.arange(9, device=DEVICE)[:, None] * torch.tensor(
+        [1.0, 0.3, 0.1, 0.01, 0, 0, 0, 0], device=DEVICE
+    )
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    x1, x2 = F.rms_norm(qkv[:, :, :2 * H], (D,), eps=1e-6).chunk(2, dim=-1)
+    x1, x2 = F.rms_norm(qkv[:, :, : 2 * H], (D,), eps=1e-6).chunk(2, dim=-1)
     rotated = torch.cat([x1 * cos[:T] + x2 * sin[:T], x2 * cos[:T] - x1 * sin[:T]], dim=-1)
     q, k, v = qkv_norm_rope(qkv, cos, sin)
     torch.testing.assert_close(torch.cat([q, k], dim=2), rotated)
-    assert torch.equal(v, qkv[:, :, 2 * H:])
-    for a, b in zip((q, k), qk_norm_rope(qkv[:, :, :H], qkv[:, :, H:2 * H], cos, sin)):
+    assert torch.equal(v, qkv[:, :, 2 * H :])
+    for a, b in zip((q, k), qk_norm_rope(qkv[:, :, :H], qkv[:, :, H : 2 * H], cos, sin)):
         assert torch.equal(a, b)
 
 
@@ -59,42 +87,67 @@ def test_q_and_k_are_laid_out_for_attention_and_v_is_not_copied():
 def test_scores_depend_on_the_distance_alone():
     """The meaning of a rotation: q at t and k at t - 3 give the same product wherever t is."""
     T, D = 20, 8
-    angles = torch.arange(T, device=DEVICE)[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.0], device=DEVICE)
+    angles = torch.arange(T, device=DEVICE)[:, None] * torch.tensor(
+        [1.0, 0.5, 0.2, 0.0], device=DEVICE
+    )
     q, k = (draw(1, 1, 1, D, seed=i).expand(1, T, 1, D) for i in range(2))
     q, k = qk_norm_rope(q, k, angles.cos(), angles.sin())
     products = (q[0, 3:, 0] * k[0, :-3, 0]).sum(-1)
     torch.testing.assert_close(products, products[:1].expand(T - 3), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["heads first", "every other head", "transposed width", "expanded batch"])
+@pytest.mark.parametrize(
+    "layout", ["heads first", "every other head", "transposed width", "expanded batch"]
+)
 def test_strided_inputs(layout):
-    x = {"heads first": draw(2, 4, 5, 8).transpose(1, 2), "every other head": draw(2, 5, 8, 8)[:, :, ::2],
-         "transposed width": draw(2, 5, 8, 4).mT, "expanded batch": draw(1, 5, 4, 8).expand(2, 5, 4, 8)}[layout]
+    x = {
+        "heads first": draw(2, 4, 5, 8).transpose(1, 2),
+        "every other head": draw(2, 5, 8, 8)[:, :, ::2],
+        "transposed width": draw(2, 5, 8, 4).mT,
+        "expanded batch": draw(1, 5, 4, 8).expand(2, 5, 4, 8),
+    }[layout]
     cos, sin = (t.expand(5, 1, 4) for t in tables(1, 8))  # and of the tables
-    assert_as_exact_as_eager(with_tables(qk_norm_rope, cos, sin), with_tables(qk_norm_rope_reference, cos, sin),
-                             [x, x.flip(1)])
+    assert_as_exact_as_eager(
+        with_tables(qk_norm_rope, cos, sin),
+        with_tables(qk_norm_rope_reference, cos, sin),
+        [x, x.flip(1)],
+    )
 
 
 @pytest.mark.parametrize("upstream", ["one number", "one row", "heads first"])
 def test_strided_upstream_gradients(upstream):
     """As sums, means and attention that keeps heads in front give them."""
     shape = (2, 5, 3, 8)
-    d = {"one number": lambda seed: draw(1, seed=seed).expand(shape),
-         "one row": lambda seed: draw(8, seed=seed).expand(shape),
-         "heads first": lambda seed: draw(2, 3, 5, 8, seed=seed).transpose(1, 2)}[upstream]
+    d = {
+        "one number": lambda seed: draw(1, seed=seed).expand(shape),
+        "one row": lambda seed: draw(8, seed=seed).expand(shape),
+        "heads first": lambda seed: draw(2, 3, 5, 8, seed=seed).transpose(1, 2),
+    }[upstream]
     cos, sin = tables(5, 8)
-    assert_as_exact_as_eager(with_tables(qk_norm_rope, cos, sin), with_tables(qk_norm_rope_reference, cos, sin),
-                             [draw(*shape, seed=3), draw(*shape, seed=4)], [d(5), d(6)])
-    assert_as_exact_as_eager(with_tables(qkv_norm_rope, cos, sin), with_tables(qkv_norm_rope_reference, cos, sin),
-                             [draw(2, 5, 9, 8)], [d(5), d(6), d(7)])
+    assert_as_exact_as_eager(
+        with_tables(qk_norm_rope, cos, sin),
+        with_tables(qk_norm_rope_reference, cos, sin),
+        [draw(*shape, seed=3), draw(*shape, seed=4)],
+        [d(5), d(6)],
+    )
+    assert_as_exact_as_eager(
+        with_tables(qkv_norm_rope, cos, sin),
+        with_tables(qkv_norm_rope_reference, cos, sin),
+        [draw(2, 5, 9, 8)],
+        [d(5), d(6), d(7)],
+    )
 
 
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_gradient_through_one_output_alone(used):
     cos, sin = tables(5, 8)
     upstream = [draw(2, 5, 2, 8, seed=9) if i == used else None for i in range(3)]
-    assert_as_exact_as_eager(with_tables(qkv_norm_rope, cos, sin), with_tables(qkv_norm_rope_reference, cos, sin),
-                             [draw(2, 5, 6, 8)], upstream)
+    assert_as_exact_as_eager(
+        with_tables(qkv_norm_rope, cos, sin),
+        with_tables(qkv_norm_rope_reference, cos, sin),
+        [draw(2, 5, 6, 8)],
+        upstream,
+    )
 
 
 def test_gradients_of_slices_come_together_as_of_the_whole():
@@ -104,15 +157,22 @@ def test_gradients_of_slices_come_together_as_of_the_whole():
     def by_slices(qkv):
         q, k, v = qkv.split(2, dim=2)
         return *qk_norm_rope(q, k, cos, sin), v
-    for a, b in zip(outputs_and_gradients(by_slices, [draw(2, 5, 6, 8)]),
-                    outputs_and_gradients(lambda x: qkv_norm_rope(x, cos, sin), [draw(2, 5, 6, 8)])):
+
+    for a, b in zip(
+        outputs_and_gradients(by_slices, [draw(2, 5, 6, 8)]),
+        outputs_and_gradients(lambda x: qkv_norm_rope(x, cos, sin), [draw(2, 5, 6, 8)]),
+    ):
         assert torch.equal(a, b)
 
 
 def test_large_small_and_zero_heads():
-    x = torch.stack([draw(5, 8, scale=1e4), draw(5, 8, scale=1e-4), torch.zeros(5, 8, device=DEVICE)], dim=1)[None]
+    x = torch.stack(
+        [draw(5, 8, scale=1e4), draw(5, 8, scale=1e-4), torch.zeros(5, 8, device=DEVICE)], dim=1
+    )[None]
     cos, sin = tables(5, 8)
-    assert_as_exact_as_eager(with_tables(qk_norm_rope, cos, sin), with_tables(qk_norm_rope_reference, cos, sin), [x, x])
+    assert_as_exact_as_eager(
+        with_tables(qk_norm_rope, cos, sin), with_tables(qk_norm_rope_reference, cos, sin), [x, x]
+    )
     assert not qk_norm_rope(x, x, cos, sin)[0][:, :, 2].any()
 
 
@@ -125,16 +185,25 @@ def test_eps_is_inside_the_root():
 
 def test_wrong_shapes_are_refused():
     x, (cos, sin) = draw(2, 5, 3, 8), tables(5, 8)
-    for q, k, c, s in [(x[..., :7], x[..., :7], cos, sin), (x, x[:, :4], cos, sin), (x, x[..., :6], cos, sin),
-                       (x, x.bfloat16(), cos, sin), (x, x, cos[:4], sin[:4]), (x, x, cos[..., :3], sin[..., :3]),
-                       (x, x, cos, sin[:4])]:
+    for q, k, c, s in [
+        (x[..., :7], x[..., :7], cos, sin),
+        (x, x[:, :4], cos, sin),
+        (x, x[..., :6], cos, sin),
+        (x, x.bfloat16(), cos, sin),
+        (x, x, cos[:4], sin[:4]),
+        (x, x, cos[..., :3], sin[..., :3]),
+        (x, x, cos, sin[:4]),
+    ]:
         with pytest.raises(ValueError, match="expected"):
             qk_norm_rope(q, k, c, s)
 
 
 def test_two_runs_agree_bit_by_bit():
     cos, sin = tables(50, 16)
-    runs = [outputs_and_gradients(lambda x: qkv_norm_rope(x, cos, sin), [draw(3, 50, 6, 16)]) for _ in range(2)]
+    runs = [
+        outputs_and_gradients(lambda x: qkv_norm_rope(x, cos, sin), [draw(3, 50, 6, 16)])
+        for _ in range(2)
+    ]
     for a, b in zip(*runs):
         assert torch.equal(a, b)
 
@@ -152,7 +221,8 @@ def test_registration_is_sound(two_dims):
 
 
 def test_compiles_without_graph_breaks():
-    """As in the trainer: from one product, whose weight's gradient the joined gradient goes into."""
+    """As in the trainer: from one product, whose weight's gradient the joined gradient goes
+    into."""
     cos, sin = tables(9, 8)
 
     def f(x, w):
@@ -160,6 +230,7 @@ def test_compiles_without_graph_breaks():
         q, k, v = qkv_norm_rope(qkv, cos, sin)
         q2, k2 = qk_norm_rope(k, q, cos, sin)
         return q * v + q2, k + k2
+
     inputs = [draw(2, 5, 12), draw(12, 48, seed=1)]
     compiled = outputs_and_gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), inputs)
     for a, b in zip(compiled, outputs_and_gradients(f, inputs)):
@@ -176,7 +247,9 @@ def test_without_triton_the_same_numbers(monkeypatch, dtype):
     monkeypatch.setattr(module, "runs_triton", lambda x: False)
     assert_as_exact_as_eager(f, with_tables(qkv_norm_rope_reference, cos, sin), [qkv])
     q, k, _ = qkv.split(2, dim=2)
-    assert_as_exact_as_eager(with_tables(qk_norm_rope, cos, sin), with_tables(qk_norm_rope_reference, cos, sin), [q, k])
+    assert_as_exact_as_eager(
+        with_tables(qk_norm_rope, cos, sin), with_tables(qk_norm_rope_reference, cos, sin), [q, k]
+    )
     if dtype == torch.float32:
         for a, b in zip(kernels, outputs_and_gradients(f, [qkv])):
             torch.testing.assert_close(a, b)
@@ -185,12 +258,15 @@ def test_without_triton_the_same_numbers(monkeypatch, dtype):
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_offsets_beyond_int32(dim):
-    """Three rows, positions or heads that lie 2^30 elements apart, in memory that is reserved but not touched."""
+    """Three rows, positions or heads that lie 2^30 elements apart, in memory that is reserved
+    but not touched."""
+
     def far(values):
         base = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
         strides = [1, 1, 1, 1]
         strides[dim] = 2**30
         return base.as_strided(values.shape, strides).copy_(values)
+
     shape = [1, 1, 1, 64]
     shape[dim] = 3
     near, (cos, sin) = draw(*shape, dtype=torch.float16), tables(3, 64)

@@ -2,11 +2,17 @@
 
 import pytest
 import torch
-
 from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_eager, draw, outputs_and_gradients
+
 from kernels import rms_norm as module
-from kernels.rms_norm import (_rms_norm, _rms_norm_backward, add_rms_norm, add_rms_norm_reference, rms_norm,
-                              rms_norm_reference)
+from kernels.rms_norm import (
+    _rms_norm,
+    _rms_norm_backward,
+    add_rms_norm,
+    add_rms_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
 
 SHAPES = [(0, 768), (1, 96), (3, 768), (199, 96), (3, 1000), (199, 1024), (2, 5, 96), (7, 1)]
 
@@ -15,7 +21,10 @@ SHAPES = [(0, 768), (1, 96), (3, 768), (199, 96), (3, 1000), (199, 1024), (2, 5,
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_norm_is_as_exact_as_eager(shape, dtype, weighted):
-    inputs = [draw(*shape, dtype=dtype), *([draw(shape[-1], dtype=dtype, seed=1)] if weighted else [])]
+    inputs = [
+        draw(*shape, dtype=dtype),
+        *([draw(shape[-1], dtype=dtype, seed=1)] if weighted else []),
+    ]
     assert_as_exact_as_eager(rms_norm, rms_norm_reference, inputs)
 
 
@@ -23,8 +32,11 @@ def test_norm_is_as_exact_as_eager(shape, dtype, weighted):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_addition_and_norm_are_as_exact_as_eager(shape, dtype, weighted):
-    inputs = [draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1),
-              *([draw(shape[-1], dtype=dtype, seed=2)] if weighted else [])]
+    inputs = [
+        draw(*shape, dtype=dtype),
+        draw(*shape, dtype=dtype, seed=1),
+        *([draw(shape[-1], dtype=dtype, seed=2)] if weighted else []),
+    ]
     assert_as_exact_as_eager(add_rms_norm, add_rms_norm_reference, inputs)
 
 
@@ -56,7 +68,9 @@ def test_eps_is_inside_the_root():
 
 def test_two_runs_agree_bit_by_bit():
     inputs = [draw(199, 768), draw(768, seed=1)]
-    for a, b in zip(outputs_and_gradients(rms_norm, inputs), outputs_and_gradients(rms_norm, inputs)):
+    for a, b in zip(
+        outputs_and_gradients(rms_norm, inputs), outputs_and_gradients(rms_norm, inputs)
+    ):
         assert torch.equal(a, b)
 
 
@@ -67,14 +81,23 @@ def test_registration_is_sound(residual, weighted):
     w = draw(96).requires_grad_() if weighted else None
     torch.library.opcheck(_rms_norm, (x, r if residual else None, w, 1e-6))
     _, _, rstd = _rms_norm(x, None, None, 1e-6)
-    torch.library.opcheck(_rms_norm_backward, (x.detach(), r.detach() if residual else None, x.detach(),
-                                               w.detach() if weighted else None, rstd.detach()))
+    torch.library.opcheck(
+        _rms_norm_backward,
+        (
+            x.detach(),
+            r.detach() if residual else None,
+            x.detach(),
+            w.detach() if weighted else None,
+            rstd.detach(),
+        ),
+    )
 
 
 def test_compiles_without_graph_breaks():
     def f(x, r, w):
         y, s = add_rms_norm(x, r, w)
         return rms_norm(y) + s
+
     inputs = [draw(5, 96), draw(5, 96, seed=1), draw(96, seed=2)]
     compiled = outputs_and_gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), inputs)
     for a, b in zip(compiled, outputs_and_gradients(f, inputs)):

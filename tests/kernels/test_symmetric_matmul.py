@@ -1,17 +1,34 @@
-"""kernels/symmetric_matmul.py: against float64 and eager PyTorch, in all layouts, and symmetric bit for bit."""
+"""kernels/symmetric_matmul.py: against float64 and eager PyTorch, in all layouts, and symmetric
+bit for bit."""
 
 import importlib
 
 import pytest
 import torch
-
 from kernel_checks import DEVICE, DTYPES, draw, poisoned_memory
+
 from kernels.launch import runs_triton, tl, triton
-from kernels.symmetric_matmul import _symmetric_matmul, symmetric_matmul, symmetric_matmul_reference, triangle
+from kernels.symmetric_matmul import (
+    _symmetric_matmul,
+    symmetric_matmul,
+    symmetric_matmul_reference,
+    triangle,
+)
 
 module = importlib.import_module("kernels.symmetric_matmul")
-SHAPES = [(1, 1), (3, 0), (0, 5), (7, 33), (128, 64), (96, 257), (130, 100), (384, 96), (0, 4, 4), (3, 20, 48),
-          (2, 2, 129, 40)]
+SHAPES = [
+    (1, 1),
+    (3, 0),
+    (0, 5),
+    (7, 33),
+    (128, 64),
+    (96, 257),
+    (130, 100),
+    (384, 96),
+    (0, 4, 4),
+    (3, 20, 48),
+    (2, 2, 129, 40),
+]
 
 
 def symmetric(*shape, dtype=torch.float32, seed=0):
@@ -39,7 +56,8 @@ def check(X, C=None, alpha=1.0, beta=0.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_exact_as_eager(shape, dtype):
-    """Rows and columns that tiles do not divide, empty batches, X by rows and by columns, with and without C."""
+    """Rows and columns that tiles do not divide, empty batches, X by rows and by columns, with
+    and without C."""
     X, C = draw(*shape, dtype=dtype), symmetric(*shape[:-1], shape[-2], dtype=dtype, seed=1)
     check(X)
     check(X, C, alpha=0.5, beta=-2.0)
@@ -48,7 +66,8 @@ def test_as_exact_as_eager(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_products_of_polar_express(dtype):
-    """X X^T of a wide matrix, X^T X of a tall one, b A + c A A, where C and X are the same tensor."""
+    """X X^T of a wide matrix, X^T X of a tall one, b A + c A A, where C and X are the same
+    tensor."""
     for X in (draw(2, 40, 200, dtype=dtype), draw(2, 200, 40, dtype=dtype).mT):
         A = check(X / X.norm(dim=(-2, -1), keepdim=True))
         check(A, A, alpha=15.9, beta=-22.5)
@@ -56,11 +75,23 @@ def test_the_products_of_polar_express(dtype):
 
 def test_strided_and_expanded_inputs():
     wide = draw(3, 50, 300)
-    for X in (wide[:, ::2, 5:205], wide[..., ::3], wide[::2, :, 1:], wide.permute(1, 0, 2), wide.permute(2, 1, 0)[:5],
-              wide[0].expand(4, 50, 300), draw(50, 1).expand(50, 70)):
+    for X in (
+        wide[:, ::2, 5:205],
+        wide[..., ::3],
+        wide[::2, :, 1:],
+        wide.permute(1, 0, 2),
+        wide.permute(2, 1, 0)[:5],
+        wide[0].expand(4, 50, 300),
+        draw(50, 1).expand(50, 70),
+    ):
         m = X.size(-2)
         C = symmetric(*X.shape[:-1], m, seed=1)
-        for c in (C, C.mT, symmetric(m, m).expand(C.shape), symmetric(*X.shape[:-2], m + 9, m + 9)[..., 9:, 9:]):
+        for c in (
+            C,
+            C.mT,
+            symmetric(m, m).expand(C.shape),
+            symmetric(*X.shape[:-2], m + 9, m + 9)[..., 9:, 9:],
+        ):
             check(X, c, alpha=2.0, beta=3.0)
 
 
@@ -119,23 +150,31 @@ def triangle_kernel(i, row, col, n, SIZE: tl.constexpr):
 def tiles(i, n):
     i = torch.as_tensor(i, dtype=torch.int32, device=DEVICE)
     padded = torch.zeros(triton.next_power_of_2(len(i)), dtype=torch.int32, device=DEVICE)
-    padded[:len(i)] = i
+    padded[: len(i)] = i
     row, col = torch.empty_like(padded), torch.empty_like(padded)
     triangle_kernel[1,](padded, row, col, n, len(padded))
-    return list(zip(row[:len(i)].tolist(), col[:len(i)].tolist()))
+    return list(zip(row[: len(i)].tolist(), col[: len(i)].tolist()))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 24, 25])
 def test_every_tile_comes_once(n):
-    assert sorted(tiles(range(n * (n + 1) // 2), n)) == [(r, c) for r in range(n) for c in range(r + 1)]
+    assert sorted(tiles(range(n * (n + 1) // 2), n)) == [
+        (r, c) for r in range(n) for c in range(r + 1)
+    ]
 
 
 @pytest.mark.parametrize("n", [46340, 46341, 65534, 65535])
 def test_tiles_of_very_large_matrices(n):
     """Where fp32 square roots are off: ids up to 2^31, all different, none above the diagonal."""
     last = n * (n + 1) // 2 - 1
-    ids = sorted({*range(100), *range(last - 99, last + 1), *range(last // 2 - 50, last // 2 + 50),
-                  *(r * (r + 1) // 2 + d for r in range(1, n, n // 300) for d in (-1, 0, 1))})
+    ids = sorted(
+        {
+            *range(100),
+            *range(last - 99, last + 1),
+            *range(last // 2 - 50, last // 2 + 50),
+            *(r * (r + 1) // 2 + d for r in range(1, n, n // 300) for d in (-1, 0, 1)),
+        }
+    )
     found = tiles(ids, n)
     assert len(set(found)) == len(ids) and all(0 <= c <= r < n for r, c in found)
 
@@ -145,8 +184,13 @@ def test_tiles_of_very_large_matrices(n):
 
 def test_registration_is_sound():
     X, C = draw(2, 20, 30), symmetric(2, 20, 20)
-    for args in ((X, None, 1.0, 0.0), (X.mT, None, 2.0, 0.0), (X, C, 0.5, 2.0), (X[0], C[0], 0.5, 2.0),
-                 (X.half(), None, 1.0, 0.0)):
+    for args in (
+        (X, None, 1.0, 0.0),
+        (X.mT, None, 2.0, 0.0),
+        (X, C, 0.5, 2.0),
+        (X[0], C[0], 0.5, 2.0),
+        (X.half(), None, 1.0, 0.0),
+    ):
         torch.library.opcheck(_symmetric_matmul, args)
 
 
@@ -154,6 +198,7 @@ def test_compiles_without_graph_breaks():
     def f(X):
         A = symmetric_matmul(X.mT)
         return symmetric_matmul(A, A, alpha=0.5, beta=-1.0) + A
+
     X = draw(2, 30, 20)
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(X), f(X))
 
@@ -168,13 +213,16 @@ def test_without_triton_the_same_numbers(dtype, monkeypatch):
     for (x, c), expected in zip(cases, kernels):
         out = symmetric_matmul(x, c, alpha=0.5, beta=2.0)
         assert out.is_contiguous()
-        torch.testing.assert_close(out, expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-2)
+        torch.testing.assert_close(
+            out, expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-2
+        )
         torch.library.opcheck(_symmetric_matmul, (x, c, 0.5, 2.0))
 
 
 @pytest.mark.parametrize("strides", [(2**30, 1), (1, 2**30)], ids=["rows", "columns"])
 def test_offsets_beyond_int32(strides):
-    """Three rows, or columns, that lie 2^30 elements apart, in memory that is reserved but not touched."""
+    """Three rows, or columns, that lie 2^30 elements apart, in memory that is reserved but not
+    touched."""
     base = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
     shape = (3, 64) if strides[1] == 1 else (64, 3)
     far = base.as_strided(shape, strides)
@@ -184,4 +232,6 @@ def test_offsets_beyond_int32(strides):
     batch = base.as_strided((3, 8, 8), (2**30, 8, 1))
     squares = symmetric(3, 8, 8, dtype=torch.float16)
     batch.copy_(squares)
-    assert torch.equal(symmetric_matmul(batch, batch, beta=1.0), symmetric_matmul(squares, squares, beta=1.0))
+    assert torch.equal(
+        symmetric_matmul(batch, batch, beta=1.0), symmetric_matmul(squares, squares, beta=1.0)
+    )

@@ -1,4 +1,5 @@
-"""records/add.py: what may become a record does, whole; anything else is refused and leaves nothing behind."""
+"""records/add.py: what may become a record does, whole; anything else is refused and leaves
+nothing behind."""
 
 import json
 import os
@@ -18,28 +19,71 @@ from records.add import FILES, load_run, slugify
 from records.compare import losses_to_test, t_test
 from records.read import read_runs
 
-ENVIRONMENT = dict(date="2026-03-04T05:06:07+00:00", device="Some CPU", cpu_cores=2, threads=2, python="3.11.7",
-                   torch="2.13.0", cuda=None, platform="Linux", git_commit="0123456789" * 4, git_dirty=False,
-                   dtype="bfloat16", world_size=1, probe=dict(matmul=dict(bfloat16=1e12), copy=1e10))
+ENVIRONMENT = dict(
+    date="2026-03-04T05:06:07+00:00",
+    device="Some CPU",
+    cpu_cores=2,
+    threads=2,
+    python="3.11.7",
+    torch="2.13.0",
+    cuda=None,
+    platform="Linux",
+    git_commit="0123456789" * 4,
+    git_dirty=False,
+    dtype="bfloat16",
+    world_size=1,
+    probe=dict(matmul=dict(bfloat16=1e12), copy=1e10),
+)
 
 
-def make_run(folder, seed=0, losses=(5.0, 4.0, 3.2), target=3.28, steps=30, every=10, ms=100, environment={},
-             resumed=(), again={}, torn=7, finish=True, **config):
-    """A finished run's folder, written by Log: a validation with each of these losses, `every` steps apart.
+def make_run(
+    folder,
+    seed=0,
+    losses=(5.0, 4.0, 3.2),
+    target=3.28,
+    steps=30,
+    every=10,
+    ms=100,
+    environment={},
+    resumed=(),
+    again={},
+    torn=7,
+    finish=True,
+    **config,
+):
+    """A finished run's folder, written by Log: a validation with each of these losses, `every`
+    steps apart.
 
-    resumed: at these steps it went on from a checkpoint, having come three steps further and lost the last `torn` bytes
-    of both files; again: what header() is given then, besides the usual.
+    resumed: at these steps it went on from a checkpoint, having come three steps further and lost
+    the last `torn` bytes of both files; again: what header() is given then, besides the usual.
     """
-    c = dict(track="toy", target=target, target_metric="val_loss", steps=steps, seed=seed, eval_every=every,
-             batch_tokens=[1000], run_dir=str(folder), cache_dir="/home/someone/.cache", text="") | config
-    header = dict(source="the source\n", environment=ENVIRONMENT | environment, config=c, data="f00d")
+    c = (
+        dict(
+            track="toy",
+            target=target,
+            target_metric="val_loss",
+            steps=steps,
+            seed=seed,
+            eval_every=every,
+            batch_tokens=[1000],
+            run_dir=str(folder),
+            cache_dir="/home/someone/.cache",
+            text="",
+        )
+        | config
+    )
+    header = dict(
+        source="the source\n", environment=ENVIRONMENT | environment, config=c, data="f00d"
+    )
 
     def train(log, first, last):
         for step in range(first, min(last, len(losses) * every) + 1):
             loss = losses[(step - 1) // every]
             log.step(step, steps, "train", loss + 1 / step, step * ms / 1000)
             if step % every == 0:
-                log.step(step, steps, "val", loss, step * ms / 1000 + 0.0001 * seed, val_bpb=loss / 2)
+                log.step(
+                    step, steps, "val", loss, step * ms / 1000 + 0.0001 * seed, val_bpb=loss / 2
+                )
 
     begin = None
     for at in resumed:
@@ -57,12 +101,28 @@ def make_run(folder, seed=0, losses=(5.0, 4.0, 3.2), target=3.28, steps=30, ever
         step, loss = len(losses) * every, losses[-1]
         loss = dict(val_loss=loss, val_bpb=loss / 2)
         if finish:
-            log.finish(dict(
-                track=c["track"], target_metric=c["target_metric"], target=target,
-                reached=None if target is None else loss[c["target_metric"]] <= target, **loss,
-                train_time_s=round(step * ms / 1000 + 0.0001 * seed, 3), cold_start_s=1.5, steps=step,
-                tokens=1000 * step, params=12, device=ENVIRONMENT["device"], world_size=1, seed=seed, data="stdlib",
-                data_fingerprint="f00d", run_dir=str(folder), resumed_at=list(resumed)), {"w": torch.zeros(3)})
+            log.finish(
+                dict(
+                    track=c["track"],
+                    target_metric=c["target_metric"],
+                    target=target,
+                    reached=None if target is None else loss[c["target_metric"]] <= target,
+                    **loss,
+                    train_time_s=round(step * ms / 1000 + 0.0001 * seed, 3),
+                    cold_start_s=1.5,
+                    steps=step,
+                    tokens=1000 * step,
+                    params=12,
+                    device=ENVIRONMENT["device"],
+                    world_size=1,
+                    seed=seed,
+                    data="stdlib",
+                    data_fingerprint="f00d",
+                    run_dir=str(folder),
+                    resumed_at=list(resumed),
+                ),
+                {"w": torch.zeros(3)},
+            )
     return folder
 
 
@@ -75,9 +135,12 @@ def main(capsys, *args):
 
 @pytest.fixture
 def add(tmp_path, capsys):
-    """add(run, ..., option, ...) -> (exit status, stdout, stderr), with records in tmp_path/records."""
+    """add(run, ..., option, ...) -> (exit status, stdout, stderr), with records in
+    tmp_path/records."""
+
     def call(*args, name="a name"):
         return main(capsys, "add", *args, "--name", name, "--records", tmp_path / "records")
+
     return call
 
 
@@ -92,20 +155,40 @@ def refused(result, records, *said):
 
 # --- what is taken
 
+
 def test_record_of_three_seeds(add, tmp_path):
     losses = [3.25, 3.26, 3.27]
-    runs = [make_run(tmp_path / f"r{i}", seed, (5.0, 4.0, losses[i]), ms=100 + i) for i, seed in enumerate((2, 0, 1))]
+    runs = [
+        make_run(tmp_path / f"r{i}", seed, (5.0, 4.0, losses[i]), ms=100 + i)
+        for i, seed in enumerate((2, 0, 1))
+    ]
     status, out, err = add(*runs, name="What's new: ReLU²")
     folder = tmp_path / "records/toy/2026-03-04_what-s-new-relu2"
     assert (status, out, err) == (0, f"{folder}\n", "")
-    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == sorted(
-        ["summary.json", *(f"seed{s}/{name}" for s in range(3) for name in FILES)])  # and no weights
+    assert sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
+    ) == sorted(
+        ["summary.json", *(f"seed{s}/{name}" for s in range(3) for name in FILES)]
+    )  # and no weights
     s = json.loads((folder / "summary.json").read_text())
-    assert (s["name"], s["track"], s["n"], s["reached"], s["git_dirty"]) == ("What's new: ReLU²", "toy", 3, 3, False)
-    assert s["seeds"] == [0, 1, 2] and s["losses"] == [3.26, 3.27, 3.25] and s["times_s"] == [3.03, 3.06, 3.0]
+    assert (s["name"], s["track"], s["n"], s["reached"], s["git_dirty"]) == (
+        "What's new: ReLU²",
+        "toy",
+        3,
+        3,
+        False,
+    )
+    assert (
+        s["seeds"] == [0, 1, 2]
+        and s["losses"] == [3.26, 3.27, 3.25]
+        and s["times_s"] == [3.03, 3.06, 3.0]
+    )
     assert s["loss_mean"] == pytest.approx(3.26) and s["loss_sd"] == pytest.approx(0.01)
     assert s["time_mean_s"] == pytest.approx(3.03) and s["time_sd_s"] == pytest.approx(0.03)
-    assert s["p_value"] == pytest.approx(ttest_1samp(losses, 3.28, alternative="less").pvalue) and s["p_step"] is None
+    assert (
+        s["p_value"] == pytest.approx(ttest_1samp(losses, 3.28, alternative="less").pvalue)
+        and s["p_step"] is None
+    )
     assert s["machine_probe"] == ENVIRONMENT["probe"] and s["data_fingerprint"] == "f00d"
     assert s["environment"]["device"] == "Some CPU" and s["git_commit"] == ENVIRONMENT["git_commit"]
 
@@ -136,7 +219,9 @@ def test_a_folder_of_seeds_is_all_of_them(add, tmp_path):
 
 def test_paths_of_the_machine_are_not_published(add, tmp_path):
     run = make_run(tmp_path / "r", text='/home/someone/my "texts"/novel.txt')
-    (run / "log.txt").write_text((run / "log.txt").read_text().replace("the source", 'cache = "/home/someone/.cache"'))
+    (run / "log.txt").write_text(
+        (run / "log.txt").read_text().replace("the source", 'cache = "/home/someone/.cache"')
+    )
     before = {name: (run / name).read_text() for name in FILES}
     assert add(run)[0] == 0
     kept = tmp_path / "records/toy/2026-03-04_a-name/seed0"
@@ -163,8 +248,10 @@ def test_a_run_without_a_named_folder_does_not_publish_it(add, tmp_path):
 
 def test_a_run_of_the_trainer(add, tmp_path):
     """What train_gpt.py writes is what is expected here."""
-    import train_gpt as tg
     from helpers import tiny, write_text
+
+    import train_gpt as tg
+
     tg.train(tiny(write_text(tmp_path / "text.txt"), tmp_path, target=9.0, steps=8, eval_every=4))
     status, out, err = add(tmp_path / "run", "--allow-dirty")
     assert status == 0, err
@@ -174,6 +261,7 @@ def test_a_run_of_the_trainer(add, tmp_path):
 
 # --- runs that were killed and resumed
 
+
 @pytest.mark.parametrize("torn", [0, 1, 7, 70])
 def test_a_resumed_run_makes_the_record_of_one_that_was_not(add, tmp_path, torn):
     whole, run = make_run(tmp_path / "whole"), make_run(tmp_path / "r", resumed=(10, 15), torn=torn)
@@ -181,8 +269,10 @@ def test_a_resumed_run_makes_the_record_of_one_that_was_not(add, tmp_path, torn)
     assert add(whole, name="whole")[0] == 0
     status, out, err = add(run, name="resumed")
     assert (status, err) == (0, "")
-    a, b = (json.loads((tmp_path / f"records/toy/2026-03-04_{name}/summary.json").read_text())
-            for name in ("whole", "resumed"))
+    a, b = (
+        json.loads((tmp_path / f"records/toy/2026-03-04_{name}/summary.json").read_text())
+        for name in ("whole", "resumed")
+    )
     assert "resumed_at" not in a and b.pop("resumed_at") == [[10, 15]]
     assert a | dict(name="resumed") == b
     kept = json.loads((tmp_path / "records/toy/2026-03-04_resumed/seed0/result.json").read_text())
@@ -190,8 +280,10 @@ def test_a_resumed_run_makes_the_record_of_one_that_was_not(add, tmp_path, torn)
 
 
 def test_resumed_runs_in_the_other_commands(tmp_path, capsys):
-    runs = [make_run(tmp_path / f"r{i}", i, losses=(5.0, 4.0, 3.20 + i / 100), resumed=resumed)
-            for i, resumed in enumerate([(), (10,), (10, 20)])]
+    runs = [
+        make_run(tmp_path / f"r{i}", i, losses=(5.0, 4.0, 3.20 + i / 100), resumed=resumed)
+        for i, resumed in enumerate([(), (10,), (10, 20)])
+    ]
     status, out, _ = main(capsys, "check", *runs)
     assert status == 0 and "mean 3.21000" in out
     assert "note: resumed from a checkpoint at step 10\n" in out
@@ -208,11 +300,18 @@ def test_unfinished_and_torn_runs(add, tmp_path, capsys):
     run = make_run(tmp_path / "r", losses=(5.0, 4.0), resumed=(10,), finish=False)
     for name in ("log.txt", "metrics.jsonl"):
         (run / name).write_bytes((run / name).read_bytes()[:-5])
-    refused(add(run), tmp_path / "records", run, "has no result.json: the run has not finished, --resume may go on")
+    refused(
+        add(run),
+        tmp_path / "records",
+        run,
+        "has no result.json: the run has not finished, --resume may go on",
+    )
     status, _, err = main(capsys, "check", run)
     assert status == 2 and "did not end (last step 20 of 30)" in err and err.count("\n") == 1
     status, out, _ = main(capsys, "compare", run)
-    assert status == 0 and "did not end" in out and "metrics.jsonl:22: no JSON object, skipped" in out
+    assert (
+        status == 0 and "did not end" in out and "metrics.jsonl:22: no JSON object, skipped" in out
+    )
 
 
 def test_resumed_as_something_else(add, tmp_path):
@@ -222,7 +321,9 @@ def test_resumed_as_something_else(add, tmp_path):
     refused(add(other), home, other, "resumed with another source", "run it anew")
     newer = ENVIRONMENT | dict(torch="2.14.0", threads=1)
     other = make_run(tmp_path / "r1", resumed=(10,), again=dict(environment=newer))
-    refused(add(other), home, other, "resumed with another environment.t", "'2.14.0' (was '2.13.0')")
+    refused(
+        add(other), home, other, "resumed with another environment.t", "'2.14.0' (was '2.13.0')"
+    )
     other = make_run(tmp_path / "r2", resumed=(10,))
     edit(other, "result.json", "resumed_at", "was_at")
     refused(add(other), home, "log.txt says it was resumed from steps [10], result.json []")
@@ -234,25 +335,60 @@ def test_resumed_as_something_else(add, tmp_path):
     other = make_run(tmp_path / "r5", resumed=(10,))
     for name in ("log.txt", "metrics.jsonl"):
         lines = (other / name).read_text().splitlines(keepends=True)
-        (other / name).write_text("".join(line for line in lines if not line.startswith(
-            tuple(f"step:{i}/" for i in range(1, 11)) + tuple(f'{{"step": {i},' for i in range(1, 11)))))
-    refused(add(other), home, "its log begins at step 11, resumed from a checkpoint in another folder")
+        (other / name).write_text(
+            "".join(
+                line
+                for line in lines
+                if not line.startswith(
+                    tuple(f"step:{i}/" for i in range(1, 11))
+                    + tuple(f'{{"step": {i},' for i in range(1, 11))
+                )
+            )
+        )
+    refused(
+        add(other), home, "its log begins at step 11, resumed from a checkpoint in another folder"
+    )
 
 
 def test_settings_that_are_free_may_change_where_it_was_resumed(add, tmp_path):
-    config = dict(track="toy", target=3.28, target_metric="val_loss", steps=30, seed=0, eval_every=10,
-                  batch_tokens=[1000], run_dir=str(tmp_path / "r"), cache_dir="/home/someone/.cache", text="",
-                  resume="auto")
-    run = make_run(tmp_path / "r", resumed=(10,), again=dict(config=config | dict(cache_dir="/home/else/.cache")))
+    config = dict(
+        track="toy",
+        target=3.28,
+        target_metric="val_loss",
+        steps=30,
+        seed=0,
+        eval_every=10,
+        batch_tokens=[1000],
+        run_dir=str(tmp_path / "r"),
+        cache_dir="/home/someone/.cache",
+        text="",
+        resume="auto",
+    )
+    run = make_run(
+        tmp_path / "r",
+        resumed=(10,),
+        again=dict(config=config | dict(cache_dir="/home/else/.cache")),
+    )
     said = "resumed with config.cache_dir '/home/else/.cache' (was '/home/someone/.cache')"
     assert said in (run / "log.txt").read_text()
     assert add(run)[0] == 0
 
 
 def test_how_a_run_was_kept_alive_is_not_its_recipe(add, tmp_path, capsys):
-    runs = [make_run(tmp_path / f"r{i}", i, losses=(5.0, 4.0, 3.2 + i / 100), resume=["", "auto"][i], keep_last=i,
-                     checkpoint_every=["10m", "5"][i], keep_best=i, max_restarts=i, recompute=["on", "off"][i])
-            for i in range(2)]
+    runs = [
+        make_run(
+            tmp_path / f"r{i}",
+            i,
+            losses=(5.0, 4.0, 3.2 + i / 100),
+            resume=["", "auto"][i],
+            keep_last=i,
+            checkpoint_every=["10m", "5"][i],
+            keep_best=i,
+            max_restarts=i,
+            recompute=["on", "off"][i],
+        )
+        for i in range(2)
+    ]
     assert add(*runs)[0] == 0
     assert "differs" not in main(capsys, "check", *runs)[2]
 
@@ -271,6 +407,7 @@ def test_steps_that_did_not_count_have_no_loss(add, tmp_path):
 
 # --- what is refused: unfinished, cut or altered runs
 
+
 @pytest.mark.parametrize("name", FILES)
 def test_missing_file(add, tmp_path, name):
     run = make_run(tmp_path / "r")
@@ -279,7 +416,9 @@ def test_missing_file(add, tmp_path, name):
 
 
 def test_no_such_folder(add, tmp_path):
-    refused(add(tmp_path / "nowhere"), tmp_path / "records", "nowhere", "expected the folder of a run")
+    refused(
+        add(tmp_path / "nowhere"), tmp_path / "records", "nowhere", "expected the folder of a run"
+    )
 
 
 def edit(run, name, old, new):
@@ -296,10 +435,22 @@ ALTERED = {
     "reached in the result": ("result.json", '"reached": true', '"reached": false'),
     "target in the result": ("result.json", '"target": 3.28', '"target": 3.38'),
     "seed in the result": ("result.json", '"seed": 0', '"seed": 1'),
-    "data in the result": ("result.json", '"data_fingerprint": "f00d"', '"data_fingerprint": "f00e"'),
-    "last validation in the log": ("log.txt", "step:30/30 val_loss:3.2000", "step:30/30 val_loss:3.1000"),
+    "data in the result": (
+        "result.json",
+        '"data_fingerprint": "f00d"',
+        '"data_fingerprint": "f00e"',
+    ),
+    "last validation in the log": (
+        "log.txt",
+        "step:30/30 val_loss:3.2000",
+        "step:30/30 val_loss:3.1000",
+    ),
     "a time in the log": ("log.txt", "train_time:1500ms", "train_time:1400ms"),
-    "a step less in the log": ("log.txt", "step:30/30 val_loss:3.2000", "# step:30/30 val_loss:3.2000"),
+    "a step less in the log": (
+        "log.txt",
+        "step:30/30 val_loss:3.2000",
+        "# step:30/30 val_loss:3.2000",
+    ),
     "last validation in the metrics": ("metrics.jsonl", '"val_loss": 3.2,', '"val_loss": 3.1,'),
     "a time in the metrics": ("metrics.jsonl", '"train_time": 1.5}', '"train_time": 1.4}'),
     "configuration": ("config.json", '"eval_every": 10', '"eval_every": 5'),
@@ -322,8 +473,11 @@ def test_files_that_contradict_each_other(add, tmp_path, what):
 def test_cut_file(add, tmp_path, name, share):
     run = make_run(tmp_path / "r")
     content = (run / name).read_bytes().rstrip()
-    (run / name).write_bytes(content[:int(share * len(content)) - 1 if share else 0])
-    if (name, share) != ("log.txt", 0.999):  # then only the last line's bits per byte are short of digits
+    (run / name).write_bytes(content[: int(share * len(content)) - 1 if share else 0])
+    if (name, share) != (
+        "log.txt",
+        0.999,
+    ):  # then only the last line's bits per byte are short of digits
         refused(add(run), tmp_path / "records", run)
 
 
@@ -338,18 +492,33 @@ def test_not_text_and_too_large(add, tmp_path):
 def test_no_target_and_no_track(add, tmp_path):
     refused(add(make_run(tmp_path / "r0", target=None)), tmp_path / "records", "has no target")
     refused(add(make_run(tmp_path / "r1", track="")), tmp_path / "records", "has no track")
-    refused(add(make_run(tmp_path / "r2", track="../../elsewhere")), tmp_path / "records", "expected a track's name")
+    refused(
+        add(make_run(tmp_path / "r2", track="../../elsewhere")),
+        tmp_path / "records",
+        "expected a track's name",
+    )
 
 
 # --- what is refused: runs that are not one record
 
-@pytest.mark.parametrize("what, fields", [
-    ("config.muon_lr", dict(muon_lr=0.5)), ("config.track", dict(track="toy2")), ("config.steps", dict(steps=40)),
-    ("config.target", dict(target=3.29)), ("environment.device", dict(environment=dict(device="Another CPU"))),
-    ("environment.torch", dict(environment=dict(torch="2.14.0"))),
-    ("environment.git_commit", dict(environment=dict(git_commit="f" * 40)))])
+
+@pytest.mark.parametrize(
+    "what, fields",
+    [
+        ("config.muon_lr", dict(muon_lr=0.5)),
+        ("config.track", dict(track="toy2")),
+        ("config.steps", dict(steps=40)),
+        ("config.target", dict(target=3.29)),
+        ("environment.device", dict(environment=dict(device="Another CPU"))),
+        ("environment.torch", dict(environment=dict(torch="2.14.0"))),
+        ("environment.git_commit", dict(environment=dict(git_commit="f" * 40))),
+    ],
+)
 def test_runs_that_differ_in_more_than_the_seed(add, tmp_path, what, fields):
-    runs = make_run(tmp_path / "r0", muon_lr=0.1), make_run(tmp_path / "r1", seed=1, **(dict(muon_lr=0.1) | fields))
+    runs = (
+        make_run(tmp_path / "r0", muon_lr=0.1),
+        make_run(tmp_path / "r1", seed=1, **(dict(muon_lr=0.1) | fields)),
+    )
     if "device" in what:
         edit(runs[1], "result.json", "Some CPU", "Another CPU")
     refused(add(*runs), tmp_path / "records", *runs, what)
@@ -372,12 +541,20 @@ def test_a_seed_twice(add, tmp_path):
 
 # --- what is refused: source that is no commit
 
-@pytest.mark.parametrize("dirty, said", [(True, "uncommitted changes"), (None, "no git repository")])
+
+@pytest.mark.parametrize(
+    "dirty, said", [(True, "uncommitted changes"), (None, "no git repository")]
+)
 def test_run_without_a_commit(add, tmp_path, dirty, said):
     run = make_run(tmp_path / "r", environment=dict(git_dirty=dirty))
     refused(add(run), tmp_path / "records", run, said, "--allow-dirty")
     assert add(run, "--allow-dirty")[0] == 0
-    assert json.loads((tmp_path / "records/toy/2026-03-04_a-name/summary.json").read_text())["git_dirty"] is True
+    assert (
+        json.loads((tmp_path / "records/toy/2026-03-04_a-name/summary.json").read_text())[
+            "git_dirty"
+        ]
+        is True
+    )
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -386,9 +563,17 @@ def test_this_repository(tmp_path, capsys):
     home = tmp_path / "records"
 
     def git(*args):
-        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
-        return subprocess.run(["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True,
-                              text=True).stdout.strip()
+        identity = [
+            "-c",
+            "user.name=x",
+            "-c",
+            "user.email=x@example.org",
+            "-c",
+            "commit.gpgsign=false",
+        ]
+        return subprocess.run(
+            ["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     def add(name):
         return main(capsys, "add", run, "--name", name, "--records", home)
@@ -415,12 +600,15 @@ def test_this_repository(tmp_path, capsys):
 
 # --- names and interruptions
 
+
 @pytest.mark.parametrize("name", ["A  NAME!", "a/name", "../a name"])
 def test_a_name_that_is_taken(add, tmp_path, name):
     run = make_run(tmp_path / "r")
     assert add(run)[0] == 0
     before = sorted(tmp_path.rglob("*"))
-    status, _, err = add(make_run(tmp_path / "r1", environment=dict(date="2026-03-05T00:00:00+00:00")), name=name)
+    status, _, err = add(
+        make_run(tmp_path / "r1", environment=dict(date="2026-03-05T00:00:00+00:00")), name=name
+    )
     assert status == 2 and "2026-03-04_a-name is there already" in err
     assert [p for p in sorted(tmp_path.rglob("*")) if "r1" not in str(p)] == before
 
@@ -465,11 +653,16 @@ def test_an_interrupted_add_leaves_nothing(add, tmp_path, monkeypatch, error, at
 
 def test_a_record_appears_at_once(add, tmp_path, monkeypatch):
     """Renamed when it is whole: without a rename there is no record."""
+
     def fail(*_):
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "rename", fail)
-    refused(add(make_run(tmp_path / "r")), tmp_path / "records", "Invalid cross-device link; nothing was added")
+    refused(
+        add(make_run(tmp_path / "r")),
+        tmp_path / "records",
+        "Invalid cross-device link; nothing was added",
+    )
 
 
 def test_what_a_killed_add_left_is_cleared_away(add, tmp_path):
@@ -477,4 +670,7 @@ def test_what_a_killed_add_left_is_cleared_away(add, tmp_path):
     stale.mkdir(parents=True)
     assert add(make_run(tmp_path / "r"))[0] == 0
     assert os.listdir(tmp_path / "records/toy") == ["2026-03-04_a-name"]
-    assert sorted(os.listdir(tmp_path / "records/toy/2026-03-04_a-name")) == ["seed0", "summary.json"]
+    assert sorted(os.listdir(tmp_path / "records/toy/2026-03-04_a-name")) == [
+        "seed0",
+        "summary.json",
+    ]

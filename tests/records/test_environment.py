@@ -17,21 +17,27 @@ def test_probe():
     probe = machine_probe(CPU)
     seconds = time.process_time() - start
     assert set(probe) == {"matmul", "copy"} and set(probe["matmul"]) == {"float32", "bfloat16"}
-    assert all(math.isfinite(rate) and rate > 1e8 for rate in [*probe["matmul"].values(), probe["copy"]])
+    assert all(
+        math.isfinite(rate) and rate > 1e8 for rate in [*probe["matmul"].values(), probe["copy"]]
+    )
     assert seconds < 10  # under one where nothing else runs and bfloat16 is native
 
 
 def test_rates_are_work_over_time(monkeypatch):
-    """If everything takes two seconds: a product of n x n matrices is 2 n^3 FLOP, a copy reads and writes."""
+    """If everything takes two seconds: a product of n x n matrices is 2 n^3 FLOP, a copy reads
+    and writes."""
     done = []
-    monkeypatch.setattr(environment, "best_seconds", lambda device, work: done.append(work()) or 2.0)
+    monkeypatch.setattr(
+        environment, "best_seconds", lambda device, work: done.append(work()) or 2.0
+    )
     assert matmul_rate(CPU, torch.float32) == 1024**3 and done[0].shape == (1024, 1024)
     assert copy_rate(CPU) == 2**28 == done[1].numel()
 
 
 @pytest.mark.parametrize("seconds, calls", [(0.0, 8), (0.15, 3), (0.3, 2)])
 def test_best_seconds(monkeypatch, seconds, calls):
-    """The fastest of eight, of fewer where they are slow; the first does not count towards what is too slow."""
+    """The fastest of eight, of fewer where they are slow; the first does not count towards what
+    is too slow."""
     clock, took = [0.0], []
 
     def work():

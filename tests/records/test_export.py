@@ -1,4 +1,5 @@
-"""records/export.py: every element comes back bit for bit, under names from which the model can be built again."""
+"""records/export.py: every element comes back bit for bit, under names from which the model can
+be built again."""
 
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import ROOT, tiny, tiny_model, write_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -23,18 +25,30 @@ import records.__main__
 import train_gpt as tg
 from data import open_dataset
 from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
-from helpers import ROOT, tiny, tiny_model, write_text
 from records import Log, export
 from records.export import LAYERS, NAMES, load_tokenizer, save_tokenizer, unstack
 from runtime.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")  # one process reads well alone
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is:UserWarning"
+)  # one process reads well alone
 
 
 def everything(**fields):
     """(Config, GPT) with every part of the model switched on."""
-    on = dict(n_layer=4, value_embed_layers=(0, 3), n_gram=3, ngram_rows=64, ngram_signs=True, smear=True,
-              attn_gate=True, key_offset=True, paired_layers=(1,), skip=(1, 2), backout=2)
+    on = dict(
+        n_layer=4,
+        value_embed_layers=(0, 3),
+        n_gram=3,
+        ngram_rows=64,
+        ngram_signs=True,
+        smear=True,
+        attn_gate=True,
+        key_offset=True,
+        paired_layers=(1,),
+        skip=(1, 2),
+        backout=2,
+    )
     return tiny_model(**on | fields)
 
 
@@ -45,7 +59,9 @@ def make_run(folder, c, model, step=7, checkpoint=None):
         log.header("source", environment=dict(git_commit="abc"), config=config, data="f00d")
         log.finish(dict(steps=step), {name: p.detach() for name, p in model.named_parameters()})
     if checkpoint is not None:
-        tensors = {f"{kind}/{name}": t for kind in ("weights", "m", "v") for name, t in checkpoint.items()}
+        tensors = {
+            f"{kind}/{name}": t for kind in ("weights", "m", "v") for name, t in checkpoint.items()
+        }
         meta = dict(config=config, data_fingerprint="f00d", progress=dict(step=step))
         assert Checkpoints(folder / "checkpoints").save(step, tensors, meta, wait=True)
     return folder
@@ -62,28 +78,41 @@ def read_back(folder):
     """Every tensor as PyTorch's distributed checkpoints read it."""
     reader = HuggingFaceStorageReader(str(folder))
     about = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.full(m.size, torch.nan, dtype=m.properties.dtype) for name, m in about.items()}
+    tensors = {
+        name: torch.full(m.size, torch.nan, dtype=m.properties.dtype) for name, m in about.items()
+    }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
 def rebuild(folder):
-    """{parameter: tensor} for GPT from an exported folder, by the names alone: what somebody else would write."""
+    """{parameter: tensor} for GPT from an exported folder, by the names alone: what somebody
+    else would write."""
     config, tensors = json.loads((folder / "config.json").read_text()), read_back(folder)
     c, out = config["training"], {}
-    attn = [i for i in range(c["n_layer"]) if f"model.layers.{i}.self_attn.q_proj.weight" in tensors]
+    attn = [
+        i for i in range(c["n_layer"]) if f"model.layers.{i}.self_attn.q_proj.weight" in tensors
+    ]
 
     def take(*names):
         return torch.stack([tensors.pop(f"model.layers.{name}") for name in names])
+
     out["attn_bank"] = take(*(f"{i}.self_attn.{p}_proj.weight" for i in attn for p in "qkvo"))
     up = take(*(f"{i}.mlp.up_proj.weight" for i in range(c["n_layer"])))
     down = take(*(f"{i}.mlp.down_proj.weight" for i in range(c["n_layer"])))
     out["mlp_bank"] = torch.stack([up, down.mT], dim=1).flatten(0, 1)
-    out["value_embeds"] = take(*(f"{i}.self_attn.value_embed.weight" for i in c["value_embed_layers"]))
-    out["value_gates"] = take(*(f"{i}.self_attn.value_gate.weight" for i in c["value_embed_layers"]))
+    out["value_embeds"] = take(
+        *(f"{i}.self_attn.value_embed.weight" for i in c["value_embed_layers"])
+    )
+    out["value_gates"] = take(
+        *(f"{i}.self_attn.value_gate.weight" for i in c["value_embed_layers"])
+    )
     if c.get("attn_gate"):
         out["attn_gates"] = take(*(f"{i}.self_attn.output_gate.weight" for i in attn))
-    out["embed"], out["lm_head"] = tensors.pop("model.embed_tokens.weight"), tensors.pop("lm_head.weight")
+    out["embed"], out["lm_head"] = (
+        tensors.pop("model.embed_tokens.weight"),
+        tensors.pop("lm_head.weight"),
+    )
     return config, out | tensors
 
 
@@ -95,13 +124,17 @@ def bits(tensors):
 
 # --- weights
 
+
 @pytest.mark.parametrize("kind", ["run", "checkpoint"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_comes_back(tmp_path, capsys, dtype, kind):
     """The same parameters bit for bit: fp32 masters of a checkpoint, a run's own dtypes else."""
     c, model = everything(dtype=dtype)
-    masters = {name: p.detach().float() + 1e-4 * torch.randn(p.shape)
-               for name, p in model.named_parameters() if p.numel()}
+    masters = {
+        name: p.detach().float() + 1e-4 * torch.randn(p.shape)
+        for name, p in model.named_parameters()
+        if p.numel()
+    }
     run = make_run(tmp_path / "run", c, model, checkpoint=masters)
     source = run if kind == "run" else run / "checkpoints/step-000007"
     status, out, err = main(capsys, source, "--to", tmp_path / "out")
@@ -121,9 +154,15 @@ def test_the_rebuilt_model_computes_the_same(tmp_path, capsys):
     c, model = everything()
     assert main(capsys, make_run(tmp_path / "run", c, model), "--to", tmp_path / "out")[0] == 0
     config, weights = rebuild(tmp_path / "out")
-    again = tg.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in config["training"].items()})
+    again = tg.Config(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in config["training"].items()}
+    )
     other = tg.GPT(again, 257)
-    assert (config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]) == (len(other.embed), 32, 4)
+    assert (config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]) == (
+        len(other.embed),
+        32,
+        4,
+    )
     with torch.no_grad():
         for name, p in other.named_parameters():
             if p.numel():
@@ -139,13 +178,19 @@ def test_no_element_is_lost_or_doubled(fields):
     """The union of what is exported is what the model has, whatever parameters it will have."""
     c, model = everything(**fields)
     tensors = {name: p.detach() for name, p in model.named_parameters()} | {
-        "new_table": torch.randn(3, 5), "a.new.scalar": torch.randn(())}
+        "new_table": torch.randn(3, 5),
+        "a.new.scalar": torch.randn(()),
+    }
     out = unstack(tensors, tg.dataclasses.asdict(c))
     assert torch.equal(bits(out.values()), bits(tensors.values()))
     assert torch.equal(out["new_table"], tensors["new_table"]) and out["a.new.scalar"].shape == ()
     own = {name for name, t in tensors.items() if t.numel()} - LAYERS.keys() - NAMES.keys()
-    assert own <= out.keys() and all(re.fullmatch(r"model\.layers\.\d+\..+\.weight", name) or name in own or
-                                     name in NAMES.values() for name in out)
+    assert own <= out.keys() and all(
+        re.fullmatch(r"model\.layers\.\d+\..+\.weight", name)
+        or name in own
+        or name in NAMES.values()
+        for name in out
+    )
 
 
 def test_every_bank_of_the_model_is_in_the_table():
@@ -156,10 +201,16 @@ def test_every_bank_of_the_model_is_in_the_table():
 
 
 def test_a_tensor_without_dimensions_and_odd_names_survive(tmp_path):
-    tensors = {"a": torch.tensor(1.5), "b/c d": torch.arange(6.0).view(2, 3).T, "model.x": torch.zeros(1)}
+    tensors = {
+        "a": torch.tensor(1.5),
+        "b/c d": torch.arange(6.0).view(2, 3).T,
+        "model.x": torch.zeros(1),
+    }
     export.save_weights(tensors, tmp_path)
     found = read_back(tmp_path)
-    assert found.keys() == tensors.keys() and all(torch.equal(found[n], t) for n, t in tensors.items())
+    assert found.keys() == tensors.keys() and all(
+        torch.equal(found[n], t) for n, t in tensors.items()
+    )
 
 
 @pytest.mark.parametrize("size", [4096, 20_000, 1])
@@ -171,12 +222,16 @@ def test_shards(tmp_path, capsys, monkeypatch, size):
     monkeypatch.setattr(export, "SHARD_BYTES", size)
     assert main(capsys, run, "--to", tmp_path / "out")[0] == 0
     whole, found = read_back(tmp_path / "whole"), read_back(tmp_path / "out")
-    assert found.keys() == whole.keys() and all(torch.equal(found[name], t) for name, t in whole.items())
+    assert found.keys() == whole.keys() and all(
+        torch.equal(found[name], t) for name, t in whole.items()
+    )
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values())) and len(files) > 1
-    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert files == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
     for file in files:
         inside = load_file(tmp_path / "out" / file)
         assert {name for name, f in index["weight_map"].items() if f == file} == inside.keys()
@@ -188,11 +243,16 @@ def test_a_tied_model_says_so(tmp_path, capsys):
     for step, tied in ((10, True), (11, False)):
         run = make_run(tmp_path / f"run{step}", c, model, step)
         assert main(capsys, run, "--to", tmp_path / f"out{step}")[0] == 0
-        assert json.loads((tmp_path / f"out{step}/config.json").read_text())["tie_word_embeddings"] is tied
+        assert (
+            json.loads((tmp_path / f"out{step}/config.json").read_text())["tie_word_embeddings"]
+            is tied
+        )
 
 
 def test_no_pickle_and_no_path_of_this_machine(tmp_path, capsys):
-    c, model = tiny_model(**{name: str(tmp_path / name) for name in ("cache_dir", "run_dir", "text")})
+    c, model = tiny_model(
+        **{name: str(tmp_path / name) for name in ("cache_dir", "run_dir", "text")}
+    )
     assert main(capsys, make_run(tmp_path / "run", c, model), "--to", tmp_path / "out")[0] == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
     assert str(tmp_path) not in (tmp_path / "out/config.json").read_text()
@@ -219,11 +279,22 @@ for name, t in load_file(sys.argv[1] + "/model.safetensors").items():
     assert torch.equal(state[name].full_tensor(), t), name
 dist.destroy_process_group()
 """)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "read.py",
-                    tmp_path / "out"], check=True, timeout=300)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            tmp_path / "read.py",
+            tmp_path / "out",
+        ],
+        check=True,
+        timeout=300,
+    )
 
 
 # --- what is refused
+
 
 def refused(result, to, *said):
     status, out, err = result
@@ -247,15 +318,28 @@ def copy(finished, tmp_path):
 def test_unfinished_runs_and_other_folders(copy, tmp_path, capsys):
     to = tmp_path / "out"
     (copy / "model.safetensors").unlink()
-    refused(main(capsys, copy, "--to", to), to, "has no model.safetensors", copy / "checkpoints/step-000007")
-    refused(main(capsys, tmp_path / "nowhere", "--to", to), to, "expected a finished run or a checkpoint")
-    refused(main(capsys, copy / "log.txt", "--to", to), to, "expected a finished run or a checkpoint")
+    refused(
+        main(capsys, copy, "--to", to),
+        to,
+        "has no model.safetensors",
+        copy / "checkpoints/step-000007",
+    )
+    refused(
+        main(capsys, tmp_path / "nowhere", "--to", to),
+        to,
+        "expected a finished run or a checkpoint",
+    )
+    refused(
+        main(capsys, copy / "log.txt", "--to", to), to, "expected a finished run or a checkpoint"
+    )
 
 
 def test_damaged_weights(copy, tmp_path, capsys):
     to = tmp_path / "out"
-    for file, source in ((copy / "model.safetensors", copy),
-                         (copy / "checkpoints/step-000007/state.safetensors", copy / "checkpoints/step-000007")):
+    for file, source in (
+        (copy / "model.safetensors", copy),
+        (copy / "checkpoints/step-000007/state.safetensors", copy / "checkpoints/step-000007"),
+    ):
         whole = file.read_bytes()
         for damaged in (whole[:-9], b"", b"\x80\x04pickle" * 99):
             file.write_bytes(damaged)
@@ -264,11 +348,16 @@ def test_damaged_weights(copy, tmp_path, capsys):
     refused(main(capsys, source, "--to", to), to, "SHA-256")
 
 
-@pytest.mark.parametrize("name, text, said", [
-    ("config.json", "{}", "run's configuration"), ("config.json", "[", "not JSON"),
-    ("config.json", '{"config": []}', "run's configuration"),
-    ("config.json", '{"config": {"n_layer": 3}}', "not the weights and the configuration"),
-    ("result.json", "nonsense", "not JSON")])
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("config.json", "{}", "run's configuration"),
+        ("config.json", "[", "not JSON"),
+        ("config.json", '{"config": []}', "run's configuration"),
+        ("config.json", '{"config": {"n_layer": 3}}', "not the weights and the configuration"),
+        ("result.json", "nonsense", "not JSON"),
+    ],
+)
 def test_broken_descriptions(copy, tmp_path, capsys, name, text, said):
     (copy / name).write_text(text)
     refused(main(capsys, copy, "--to", tmp_path / "out"), tmp_path / "out", copy, said)
@@ -278,7 +367,11 @@ def test_weights_of_another_configuration(copy, tmp_path, capsys):
     """Rather none than matrices under wrong names."""
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace('"n_layer": 3', '"n_layer": 2'))
-    refused(main(capsys, copy, "--to", tmp_path / "out"), tmp_path / "out", "attn_bank has 12 matrices, expected 8")
+    refused(
+        main(capsys, copy, "--to", tmp_path / "out"),
+        tmp_path / "out",
+        "attn_bank has 12 matrices, expected 8",
+    )
     save_file({"w": torch.zeros(3)}, copy / "model.safetensors")
     refused(main(capsys, copy, "--to", tmp_path / "out"), tmp_path / "out", "KeyError: 'embed'")
 
@@ -301,18 +394,34 @@ def test_a_disk_without_room(finished, tmp_path, capsys, monkeypatch):
 
     def full(_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     status, out, err = main(capsys, finished, "--to", to)
-    assert status == 2 and "No space left on device; nothing is left there" in err and not os.listdir(tmp_path)
+    assert (
+        status == 2
+        and "No space left on device; nothing is left there" in err
+        and not os.listdir(tmp_path)
+    )
 
 
 # --- tokenizers
 
 TEXT = "Naïve 中文,  don't 12345\r\n\t🙂 they'll  see\n\n the the cat cats <x> \x00é" * 3
 TOKENIZERS = {
-    "bytes": make_tokenizer("bytes", None), "chars": make_tokenizer("chars", lambda: [TEXT + "abc"]),
-    "bpe": make_tokenizer("bpe:400", lambda: iter([TEXT, (ROOT / "train_gpt.py").read_text()[:20000]]))}
-LEAPS = [*TOKENIZERS["bytes"].tokens, b"they", b"cat", b"the", b"ll", b" the"]  # that no merges lead to
+    "bytes": make_tokenizer("bytes", None),
+    "chars": make_tokenizer("chars", lambda: [TEXT + "abc"]),
+    "bpe": make_tokenizer(
+        "bpe:400", lambda: iter([TEXT, (ROOT / "train_gpt.py").read_text()[:20000]])
+    ),
+}
+LEAPS = [
+    *TOKENIZERS["bytes"].tokens,
+    b"they",
+    b"cat",
+    b"the",
+    b"ll",
+    b" the",
+]  # that no merges lead to
 TOKENIZERS["leaps"] = Tokenizer("bpe:300", LEAPS, PATTERN)
 TOKENIZERS["gpt2"] = Tokenizer("gpt2", TOKENIZERS["bpe"].tokens, r50k_pat_str)
 
@@ -321,6 +430,7 @@ TOKENIZERS["gpt2"] = Tokenizer("gpt2", TOKENIZERS["bpe"].tokens, r50k_pat_str)
 def exported(tmp_path_factory):
     """{kind: (ours, Hugging Face's from the exported file)}"""
     from tokenizers import Tokenizer as HF
+
     pairs = {}
     for kind, ours in TOKENIZERS.items():
         folder = tmp_path_factory.mktemp(kind)
@@ -333,43 +443,73 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_tokenizers_agree(exported, kind):
     ours, theirs = exported[kind]
-    assert theirs.get_vocab_size() == ours.n_vocab and theirs.token_to_id("<|endoftext|>") == ours.eot
-    texts = st.text(sorted(set(TEXT))) if kind == "chars" else st.text() | st.text("the cats don'l\n 12") | st.lists(
-        st.sampled_from(TEXT.split(" ") + [" ", "\n", "  "])).map("".join)
+    assert (
+        theirs.get_vocab_size() == ours.n_vocab and theirs.token_to_id("<|endoftext|>") == ours.eot
+    )
+    texts = (
+        st.text(sorted(set(TEXT)))
+        if kind == "chars"
+        else st.text()
+        | st.text("the cats don'l\n 12")
+        | st.lists(st.sampled_from(TEXT.split(" ") + [" ", "\n", "  "])).map("".join)
+    )
 
     @settings(max_examples=200, deadline=None)
     @given(texts.filter(lambda text: "\ud800" not in text))
     def agree(text):
         ids = ours.encode([text])[0].tolist()
         assert theirs.encode(text).ids == ids and theirs.decode(ids) == text
+
     agree()
     if kind == "chars":
         with pytest.raises(Exception, match="unk|UNK"):
             theirs.encode("Ω")
 
 
-
 def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
     """A run of the trainer, with its prepared text in its cache."""
-    for name in ("atext", "text", "ztext"):  # others in the same cache, with the same kind of tokenizer
-        open_dataset(write_text(tmp_path / f"{name}.txt", 5000 + len(name), seed=ord(name[0])), "bpe:300",
-                     tmp_path / "cache/data")
-    c = tiny(tmp_path / "text.txt", tmp_path, steps=2, eval_every=2, tokenizer="bpe:300", sample_tokens=0)
+    for name in (
+        "atext",
+        "text",
+        "ztext",
+    ):  # others in the same cache, with the same kind of tokenizer
+        open_dataset(
+            write_text(tmp_path / f"{name}.txt", 5000 + len(name), seed=ord(name[0])),
+            "bpe:300",
+            tmp_path / "cache/data",
+        )
+    c = tiny(
+        tmp_path / "text.txt", tmp_path, steps=2, eval_every=2, tokenizer="bpe:300", sample_tokens=0
+    )
     tg.train(c)
     status, out, err = main(capsys, tmp_path / "run", "--to", tmp_path / "out")
     assert (status, err) == (0, "") and sorted(os.listdir(tmp_path / "out")) == [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     config = json.loads((tmp_path / "out/config.json").read_text())
     from tokenizers import Tokenizer as HF
-    theirs, text = HF.from_file(str(tmp_path / "out/tokenizer.json")), (tmp_path / "text.txt").read_text()
+
+    theirs, text = (
+        HF.from_file(str(tmp_path / "out/tokenizer.json")),
+        (tmp_path / "text.txt").read_text(),
+    )
     ours = open_dataset(tmp_path / "text.txt", "bpe:300", tmp_path / "cache/data").tokenizer
     assert theirs.encode(text).ids == ours.encode([text])[0].tolist()
     n = theirs.get_vocab_size()
     assert config["n_vocab"] == n <= config["vocab_size"] and config["bos_token_id"] == n - 1
     shutil.rmtree(tmp_path / "cache")
-    assert "name it with --tokenizer" in main(capsys, tmp_path / "run", "--to", tmp_path / "out2")[2]
+    assert (
+        "name it with --tokenizer" in main(capsys, tmp_path / "run", "--to", tmp_path / "out2")[2]
+    )
     for file in (tmp_path / "nowhere.json", tmp_path / "text.txt", tmp_path / "out/tokenizer.json"):
-        refused(main(capsys, tmp_path / "run", "--to", tmp_path / "out3", "--tokenizer", file), tmp_path / "out3", file)
+        refused(
+            main(capsys, tmp_path / "run", "--to", tmp_path / "out3", "--tokenizer", file),
+            tmp_path / "out3",
+            file,
+        )
 
 
 def test_the_pattern_of_our_own_bpe_is_what_is_tested():
@@ -378,11 +518,13 @@ def test_the_pattern_of_our_own_bpe_is_what_is_tested():
 
 # --- the page
 
+
 def test_the_page(tmp_path, capsys, monkeypatch):
-    """docs/torchtitan.md: its first command and its Python run as printed, and it lists the names that are written."""
+    """docs/torchtitan.md: its first command and its Python run as printed, and it lists the
+    names that are written."""
     page = (ROOT / "docs/torchtitan.md").read_text()
     command = re.search(r"^\.venv/bin/python -m records export (.*)$", page, re.MULTILINE)[1]
-    python, = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     c, model = everything()
     make_run(tmp_path / "runs/my-run", c, model)
     monkeypatch.chdir(tmp_path)
@@ -390,5 +532,7 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     exec(python, {})
     assert f"{sum(p.numel() for p in model.parameters()):,} elements" in capsys.readouterr().out
     listed = set(re.findall(r"^\| `([\w.{}]+)`", page, re.MULTILINE))
-    out = unstack({name: p.detach() for name, p in model.named_parameters()}, tg.dataclasses.asdict(c))
+    out = unstack(
+        {name: p.detach() for name, p in model.named_parameters()}, tg.dataclasses.asdict(c)
+    )
     assert {re.sub(r"\.\d+\.", ".{i}.", name) for name in out} <= listed

@@ -20,10 +20,27 @@ from records.log import finite, to_json
 from records.read import read_runs
 
 ROOT = Path(__file__).parents[2]
-CONFIG = dict(track="toy", target=3.0, target_metric="val_loss", steps=20, seed=0, batch_tokens=[10], eval_every=5)
-ENVIRONMENT = dict(date="2026-03-04T05:06:07+00:00", device="Some CPU", world_size=1, probe=dict(copy=1e10))
-RESULT = dict(track="toy", target_metric="val_loss", target=3.0, reached=False, val_loss=4.0, train_time_s=2.0,
-              steps=20)
+CONFIG = dict(
+    track="toy",
+    target=3.0,
+    target_metric="val_loss",
+    steps=20,
+    seed=0,
+    batch_tokens=[10],
+    eval_every=5,
+)
+ENVIRONMENT = dict(
+    date="2026-03-04T05:06:07+00:00", device="Some CPU", world_size=1, probe=dict(copy=1e10)
+)
+RESULT = dict(
+    track="toy",
+    target_metric="val_loss",
+    target=3.0,
+    reached=False,
+    val_loss=4.0,
+    train_time_s=2.0,
+    steps=20,
+)
 ALL = ["config.json", "log.txt", "metrics.jsonl", "model.safetensors", "result.json"]
 
 
@@ -70,28 +87,45 @@ def without(folder, *lines):
 
 # --- resuming
 
-@pytest.mark.parametrize("killed_at, step", [(12, 10), (9, 7), (10, 10), (20, 10), (19, 5), (3, 0), (9, 9)])
+
+@pytest.mark.parametrize(
+    "killed_at, step", [(12, 10), (9, 7), (10, 10), (20, 10), (19, 5), (3, 0), (9, 9)]
+)
 def test_a_resumed_run_reads_like_one_that_was_never_killed(tmp_path, capsys, killed_at, step):
     whole = whole_run(tmp_path / "whole")
     folder = resume(whole_run(tmp_path / "run", killed_at), step)
     for name in ("metrics.jsonl", "config.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     said = f"resumed from step {step}"
-    assert without(folder, said) == without(whole) and (folder / "log.txt").read_text().count(f"\n{said}\n") == 1
+    assert (
+        without(folder, said) == without(whole)
+        and (folder / "log.txt").read_text().count(f"\n{said}\n") == 1
+    )
     assert sorted(os.listdir(folder)) == sorted(os.listdir(whole))
     assert said in capsys.readouterr().err
-    run, = read_runs(folder)
-    assert [p.step for p in run.train] == list(range(1, 21)) and [p.step for p in run.val] == [5, 10, 15, 20]
+    (run,) = read_runs(folder)
+    assert [p.step for p in run.train] == list(range(1, 21)) and [p.step for p in run.val] == [
+        5,
+        10,
+        15,
+        20,
+    ]
     assert (run.steps, run.time_s, run.finished, run.notes) == (20, 2.0, True, [])
     assert read_runs(folder / "log.txt") == read_runs(folder)
 
 
 def test_only_times_differ_on_a_slower_machine(tmp_path):
-    whole, folder = whole_run(tmp_path / "whole"), resume(whole_run(tmp_path / "run", 12), 10, pace=0.2)
+    whole, folder = (
+        whole_run(tmp_path / "whole"),
+        resume(whole_run(tmp_path / "run", 12), 10, pace=0.2),
+    )
 
     def rows(folder):
-        return [{k: v for k, v in json.loads(line).items() if k != "train_time"}
-                for line in open(folder / "metrics.jsonl")]
+        return [
+            {k: v for k, v in json.loads(line).items() if k != "train_time"}
+            for line in open(folder / "metrics.jsonl")
+        ]
+
     assert rows(folder) == rows(whole)
     assert read_runs(folder)[0].time_s == 4.0
 
@@ -107,13 +141,15 @@ def test_wherever_the_kill_cut_the_files(tmp_path_factory, cut, step):
     shutil.rmtree(folder)
     whole_run(folder, 14)
     for (name, size), more in zip(least.items(), cut):
-        (folder / name).write_bytes((folder / name).read_bytes()[:size + more])
+        (folder / name).write_bytes((folder / name).read_bytes()[: size + more])
     resume(folder, step)
     assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert without(folder, f"resumed from step {step}") == without(whole)
 
 
-@pytest.mark.parametrize("name, size", [("log.txt", 5), ("log.txt", 150), ("log.txt", 300), ("log.txt", 0)])
+@pytest.mark.parametrize(
+    "name, size", [("log.txt", 5), ("log.txt", 150), ("log.txt", 300), ("log.txt", 0)]
+)
 def test_killed_in_the_header(tmp_path, name, size):
     """Before the first step there is no checkpoint: from step 0 on everything is written again."""
     folder = whole_run(tmp_path / "run", 0)
@@ -124,19 +160,26 @@ def test_killed_in_the_header(tmp_path, name, size):
 
 
 def test_resumed_twice(tmp_path):
-    """From a later step: both are told; from the same or an earlier one: what came of the first attempt is gone."""
+    """From a later step: both are told; from the same or an earlier one: what came of the first
+    attempt is gone."""
     whole = (whole_run(tmp_path / "whole") / "metrics.jsonl").read_bytes()
     folder = resume(resume(whole_run(tmp_path / "run", 7), 5, 13), 10)
-    assert [line for line in without(folder) if "resumed" in line] == ["resumed from step 5", "resumed from step 10"]
+    assert [line for line in without(folder) if "resumed" in line] == [
+        "resumed from step 5",
+        "resumed from step 10",
+    ]
     for step in (10, 5, 3):
         resume(folder, step)
         said = [line for line in without(folder) if "resumed" in line]
-        assert said == [f"resumed from step {s}" for s in (5, 10) if s < step] + [f"resumed from step {step}"]
+        assert said == [f"resumed from step {s}" for s in (5, 10) if s < step] + [
+            f"resumed from step {step}"
+        ]
         assert (folder / "metrics.jsonl").read_bytes() == whole
 
 
 def test_losses_that_come_in_after_a_validation_beyond_are_kept(tmp_path):
-    """On a GPU the host runs ahead: step 10 is validated before the losses of steps 8 to 10 have arrived."""
+    """On a GPU the host runs ahead: step 10 is validated before the losses of steps 8 to 10 have
+    arrived."""
     folder = tmp_path / "run"
     with Log(folder, 20) as log:
         header(log)
@@ -159,7 +202,7 @@ def test_a_resumed_run_whose_source_is_another(tmp_path, capsys):
     assert log.startswith("the source\n") and log.count("another source\n") == 1
     assert "the source is not the one this run began with" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == before
-    run, = read_runs(folder / "log.txt")
+    (run,) = read_runs(folder / "log.txt")
     assert run.steps == 20 and run.tokens == 200
 
 
@@ -204,6 +247,7 @@ def test_resuming_on_a_full_disk_changes_nothing(tmp_path, monkeypatch):
 
     def full(_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         Log(folder, 20, resume_step=10)
@@ -223,9 +267,14 @@ def test_other_ranks_write_nothing(tmp_path):
 
 # --- disks that are full, folders that are gone
 
+
 def one_complaint(err, name):
     said = [line for line in err.splitlines() if "cannot be written" in line]
-    assert len(said) == 1 and name in said[0] and said[0].endswith("training goes on, and writing is tried again"), err
+    assert (
+        len(said) == 1
+        and name in said[0]
+        and said[0].endswith("training goes on, and writing is tried again")
+    ), err
     return said[0]
 
 
@@ -234,7 +283,9 @@ def small_disk(tmp_path):
     """A file system of 64 KB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True
+    )
     if done.returncode:
         pytest.skip("needs root, to mount a small file system")
     yield folder
@@ -277,7 +328,10 @@ def test_a_disk_that_stays_full(small_disk, capfd):
         log.finish(RESULT, {"w": torch.ones(10**6)})
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("step:")]
     assert len(said) == 3 and "training goes on" in said[0]
-    assert "model.safetensors could not be written" in said[1] and "result.json could not be written" in said[2]
+    assert (
+        "model.safetensors could not be written" in said[1]
+        and "result.json could not be written" in said[2]
+    )
     after = content(small_disk / "run")
     assert after.keys() == before.keys()
     assert all(after[name].startswith(before[name]) for name in before)
@@ -287,7 +341,7 @@ def test_a_limit_on_the_size_of_files(tmp_path):
     """RLIMIT_FSIZE, in a process of its own: what fits is there, the run goes on to its end."""
     script = f"""
 import resource, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/records')!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/records")!r}]
 import test_log, torch
 from records import Log
 with Log(sys.argv[1], 20) as log:
@@ -297,7 +351,9 @@ with Log(sys.argv[1], 20) as log:
     log.finish(test_log.RESULT, dict(w=torch.ones(1000)))
 print("the end")
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout == "the end\n", done.stderr
     said = [line for line in done.stderr.splitlines() if not line.startswith("step:")]
     assert len(said) == 2 and "log.txt cannot be written: File too large" in said[0]
@@ -307,7 +363,9 @@ print("the end")
     for name in ("log.txt", "metrics.jsonl"):
         text = (tmp_path / "run" / name).read_bytes()
         assert len(text) <= 1500 and (whole / name).read_bytes().startswith(text)
-    assert sorted(os.listdir(tmp_path / "run")) == [name for name in ALL if name != "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        name for name in ALL if name != "model.safetensors"
+    ]
 
 
 def test_a_folder_that_is_removed_comes_back_with_the_result(tmp_path, capsys):
@@ -374,7 +432,10 @@ def test_a_read_only_file_system(small_disk, capfd):
         log.finish(RESULT, {"w": torch.ones(3)})
         assert content(small_disk / "run") == before
     err = capfd.readouterr().err
-    assert "Read-only file system" in one_complaint(err, "log.txt") and err.count("could not be written") == 2
+    assert (
+        "Read-only file system" in one_complaint(err, "log.txt")
+        and err.count("could not be written") == 2
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -382,7 +443,7 @@ def test_stderr_that_is_full_or_closed(tmp_path):
     """As with 2> on the disk that is full."""
     script = f"""
 import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests/records')!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/records")!r}]
 import test_log, torch
 log = test_log.Log(sys.argv[1], 20)
 with log:
@@ -398,18 +459,24 @@ os._exit(0)
 """
     for how in ("full", "closed"):
         with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, "-c", script, tmp_path / how, how], stdout=subprocess.PIPE,
-                                  stderr=full)
+            done = subprocess.run(
+                [sys.executable, "-c", script, tmp_path / how, how],
+                stdout=subprocess.PIPE,
+                stderr=full,
+            )
         assert done.returncode == 0 and done.stdout == b"the end\n"
         assert sorted(os.listdir(tmp_path / how)) == ALL
 
 
 # --- what is in the files
 
+
 def strict(text):
     """JSON as parsers without Python's extensions read it."""
+
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
+
     return json.loads(text, parse_constant=refuse)
 
 
@@ -423,13 +490,19 @@ def test_no_nan_in_any_json(tmp_path):
     assert strict((folder / "config.json").read_text())["environment"]["probe"] == {"copy": None}
     assert [strict(line) for line in open(folder / "metrics.jsonl")] == [
         {"step": 1, "train_loss": None, "train_time": 0.1},
-        {"step": 1, "val_loss": None, "val_bpb": None, "train_time": 0.1}]
+        {"step": 1, "val_loss": None, "val_bpb": None, "train_time": 0.1},
+    ]
     assert strict((folder / "result.json").read_text())["val_loss"] is None
     assert "train_loss:nan" in (folder / "log.txt").read_text()  # there the field writes nan
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-                    lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=10))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+        max_leaves=10,
+    )
+)
 def test_any_value_becomes_json(value):
     assert strict(to_json(value)) == finite(value)
 
@@ -455,8 +528,12 @@ def test_two_threads_have_a_line_each(tmp_path):
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=lambda i=i: [log.say(f"{i} {n}", quiet=True) for n in range(500)])
-                   for i in range(4)]
+        threads = [
+            threading.Thread(
+                target=lambda i=i: [log.say(f"{i} {n}", quiet=True) for n in range(500)]
+            )
+            for i in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -465,7 +542,8 @@ def test_two_threads_have_a_line_each(tmp_path):
         sys.setswitchinterval(interval)
     log.__exit__()
     assert sorted((tmp_path / "run/log.txt").read_text().split("\n")[:-1]) == sorted(
-        f"{i} {n}" for i in range(4) for n in range(500))
+        f"{i} {n}" for i in range(4) for n in range(500)
+    )
 
 
 def test_reading_logs_needs_no_torch():
@@ -479,8 +557,11 @@ except SystemExit:
     pass
 assert not {{"torch", "numpy", "scipy", "matplotlib", "safetensors"}} & sys.modules.keys(), "loaded for nothing"
 """
-        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
     import records
+
     assert all(getattr(records, name) for name in records.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         records.nonsense

@@ -1,4 +1,5 @@
-"""records/plot.py: what is drawn is what the logs say, every line named at its end, the same bytes every time."""
+"""records/plot.py: what is drawn is what the logs say, every line named at its end, the same
+bytes every time."""
 
 import math
 import os
@@ -21,7 +22,8 @@ def figure_of(*paths):
 
 
 def curves(ax):
-    """{label: (xs, ys)} of the lines that are named at their end; by colour, the first of it being the mean."""
+    """{label: (xs, ys)} of the lines that are named at their end; by colour, the first of it
+    being the mean."""
     by_color = {}
     for line in ax.lines:
         by_color.setdefault(line.get_color(), line.get_data())
@@ -30,12 +32,18 @@ def curves(ax):
 
 def public_log(path, losses):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"step:{100 * i}/{100 * (len(losses) - 1)} val_loss:{loss} train_time:{6000 * i}ms "
-                            f"step_avg:60.00ms\n" for i, loss in enumerate(losses)))
+    path.write_text(
+        "".join(
+            f"step:{100 * i}/{100 * (len(losses) - 1)} val_loss:{loss} train_time:{6000 * i}ms "
+            f"step_avg:60.00ms\n"
+            for i, loss in enumerate(losses)
+        )
+    )
     return path
 
 
 # --- what is drawn
+
 
 def test_one_run(tmp_path):
     figure = figure_of(make_run(tmp_path / "first try", losses=(5.0, 4.0, 3.2)))
@@ -45,12 +53,17 @@ def test_one_run(tmp_path):
     assert "(s)" in time.get_xlabel() and "nats per token" in time.get_ylabel()
     for ax in figure.axes:
         texts = [t.get_text() for t in ax.texts]
-        assert "target 3.28" in texts and "first try" in texts and not ax.collections  # one run has no band
+        assert (
+            "target 3.28" in texts and "first try" in texts and not ax.collections
+        )  # one run has no band
         assert any(list(line.get_ydata()) == [3.28, 3.28] for line in ax.lines)
 
 
 def test_seeds_are_one_line_with_a_band(tmp_path):
-    runs = [make_run(tmp_path / f"a{s}", s, (5.0, 4.0, 3.2 + s / 10), ms=100 * (s + 1)) for s in range(3)]
+    runs = [
+        make_run(tmp_path / f"a{s}", s, (5.0, 4.0, 3.2 + s / 10), ms=100 * (s + 1))
+        for s in range(3)
+    ]
     time, _ = figure_of(*runs).axes
     assert list(curves(time)) == ["a0 (n=3)"]
     xs, ys = curves(time)["a0 (n=3)"]
@@ -62,8 +75,11 @@ def test_seeds_are_one_line_with_a_band(tmp_path):
 
 def test_other_settings_and_other_machines_are_other_lines(tmp_path):
     base = make_run(tmp_path / "base", muon_lr=0.1)
-    others = [make_run(tmp_path / "lr", 1, muon_lr=0.2), make_run(tmp_path / "long", 1, steps=40, muon_lr=0.1),
-              make_run(tmp_path / "torch", 1, muon_lr=0.1, environment=dict(torch="3"))]
+    others = [
+        make_run(tmp_path / "lr", 1, muon_lr=0.2),
+        make_run(tmp_path / "long", 1, steps=40, muon_lr=0.1),
+        make_run(tmp_path / "torch", 1, muon_lr=0.1, environment=dict(torch="3")),
+    ]
     assert sorted(curves(figure_of(base, *others).axes[0])) == ["base", "long", "lr", "torch"]
     colors = [color for *_, color in figure_of(base, *others).axes[0].ends]
     assert len(set(colors)) == 4
@@ -71,9 +87,19 @@ def test_other_settings_and_other_machines_are_other_lines(tmp_path):
 
 def test_a_record_has_its_folders_name(tmp_path, capsys):
     for name, seeds in (("one", [0]), ("two", [0, 1])):  # the same settings: still two records
-        main(capsys, "add", *(make_run(tmp_path / f"{name}{s}", s) for s in seeds), "--name", name, "--records",
-             tmp_path / "records")
-    assert sorted(curves(figure_of(tmp_path / "records").axes[0])) == ["2026-03-04_one", "2026-03-04_two (n=2)"]
+        main(
+            capsys,
+            "add",
+            *(make_run(tmp_path / f"{name}{s}", s) for s in seeds),
+            "--name",
+            name,
+            "--records",
+            tmp_path / "records",
+        )
+    assert sorted(curves(figure_of(tmp_path / "records").axes[0])) == [
+        "2026-03-04_one",
+        "2026-03-04_two (n=2)",
+    ]
 
 
 def test_a_seed_that_went_on_longer_is_still_seen(tmp_path):
@@ -81,11 +107,14 @@ def test_a_seed_that_went_on_longer_is_still_seen(tmp_path):
     make_run(tmp_path / "runs/seed1", 1, (5.0, 4.0, 3.0))
     time = figure_of(tmp_path / "runs").axes[0]
     assert np.allclose(curves(time)["runs (n=2)"][1], [5.0, 3.6])
-    assert any(np.allclose(line.get_data(), [[2.0, 3.0], [4.0, 3.0]], atol=1e-3) for line in time.lines)
+    assert any(
+        np.allclose(line.get_data(), [[2.0, 3.0], [4.0, 3.0]], atol=1e-3) for line in time.lines
+    )
 
 
 def test_public_logs(tmp_path):
-    """No configuration, no tokens: files of one folder are repetitions, and the panel says what is missing."""
+    """No configuration, no tokens: files of one folder are repetitions, and the panel says what
+    is missing."""
     for i in range(3):
         public_log(tmp_path / f"theirs/{i}.txt", [10.8, 4.0, 3.5, 3.28 + i / 100])
     figure = figure_of(tmp_path / "theirs", make_run(tmp_path / "ours"))
@@ -119,8 +148,12 @@ def test_losses_without_a_clock_and_tokens_cannot_be_drawn():
 
 # --- labels
 
+
 def test_labels_at_the_same_height_do_not_overlap(tmp_path):
-    runs = [make_run(tmp_path / f"run{i}", losses=(5.0, 4.0, 3.2 + 1e-4 * i), muon_lr=i) for i in range(9)]
+    runs = [
+        make_run(tmp_path / f"run{i}", losses=(5.0, 4.0, 3.2 + 1e-4 * i), muon_lr=i)
+        for i in range(9)
+    ]
     figure = figure_of(*runs)
     figure.savefig(tmp_path / "x.png")
     for ax in figure.axes:
@@ -128,12 +161,17 @@ def test_labels_at_the_same_height_do_not_overlap(tmp_path):
         assert len(boxes) == 9
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
         assert all(box.x0 > ax.get_window_extent().x1 for box in boxes)
-        assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 10  # with the target's
+        assert (
+            len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 10
+        )  # with the target's
 
 
 def test_names_that_are_the_same_come_with_their_folder(tmp_path):
     runs = [make_run(tmp_path / f"{letter}/run", muon_lr=i) for i, letter in enumerate("ab")]
-    assert sorted(line.label for line in group([(p, r) for p in runs for r in read_runs(p)])) == ["a/run", "b/run"]
+    assert sorted(line.label for line in group([(p, r) for p in runs for r in read_runs(p)])) == [
+        "a/run",
+        "b/run",
+    ]
 
 
 @given(st.lists(st.floats(-0.5, 1.5), max_size=12), st.floats(0.01, 0.08))
@@ -149,29 +187,44 @@ def test_spread_moves_nothing_that_has_room():
 
 
 def luminance(color):
-    return sum(w * int(color[i:i + 2], 16) / 255 for w, i in ((0.2126, 1), (0.7152, 3), (0.0722, 5)))
+    return sum(
+        w * int(color[i : i + 2], 16) / 255 for w, i in ((0.2126, 1), (0.7152, 3), (0.0722, 5))
+    )
 
 
 def test_colours_are_distinct_and_dark_enough_for_white():
     assert len(set(COLORS)) == len(COLORS) and max(map(luminance, COLORS)) < 0.75
 
 
-@pytest.mark.parametrize("seconds, said", [(0, "0 s"), (1.5, "1.5 s"), (60, "1 min"), (73.8, "1.23 min"),
-                                           (5400, "1.5 h")])
+@pytest.mark.parametrize(
+    "seconds, said",
+    [(0, "0 s"), (1.5, "1.5 s"), (60, "1 min"), (73.8, "1.23 min"), (5400, "1.5 h")],
+)
 def test_duration(seconds, said):
     assert duration(seconds) == said
 
 
 # --- the command
 
-@pytest.mark.parametrize("output, files", [("x.png", ["x.png"]), ("x.svg", ["x.svg"]), ("x", ["x.png", "x.svg"]),
-                                           ("lr-0.02", ["lr-0.02.png", "lr-0.02.svg"])])
+
+@pytest.mark.parametrize(
+    "output, files",
+    [
+        ("x.png", ["x.png"]),
+        ("x.svg", ["x.svg"]),
+        ("x", ["x.png", "x.svg"]),
+        ("lr-0.02", ["lr-0.02.png", "lr-0.02.svg"]),
+    ],
+)
 def test_files(tmp_path, capsys, output, files):
     run = make_run(tmp_path / "run")
     (tmp_path / "out").mkdir()
     for _ in range(2):  # over the old ones
         assert main(capsys, "plot", run, "-o", tmp_path / "out" / output) == (
-            0, "".join(f"{tmp_path / 'out' / file}\n" for file in files), "")
+            0,
+            "".join(f"{tmp_path / 'out' / file}\n" for file in files),
+            "",
+        )
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
     for file in files:
         content = (tmp_path / "out" / file).read_bytes()
@@ -187,11 +240,18 @@ def test_the_same_bytes_every_time(tmp_path, capsys):
     first, second = (tmp_path / f"{i}.svg" for i in range(2))
     for file in (first, second):
         assert main(capsys, "plot", run, "-o", file)[0] == 0
-    assert first.read_bytes() == second.read_bytes() and not re.search(rb"20\d\d-\d\d-\d\d", first.read_bytes())
+    assert first.read_bytes() == second.read_bytes() and not re.search(
+        rb"20\d\d-\d\d-\d\d", first.read_bytes()
+    )
 
 
-@pytest.mark.parametrize("output, said", [("x.pdf", "expected a name ending in .png or .svg"),
-                                          ("no/such/x.png", "cannot be written: No such file or directory")])
+@pytest.mark.parametrize(
+    "output, said",
+    [
+        ("x.pdf", "expected a name ending in .png or .svg"),
+        ("no/such/x.png", "cannot be written: No such file or directory"),
+    ],
+)
 def test_refused_outputs(tmp_path, capsys, output, said):
     status, out, err = main(capsys, "plot", make_run(tmp_path / "run"), "-o", tmp_path / output)
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1
@@ -212,8 +272,10 @@ def test_an_interrupted_plot_leaves_the_old_picture(tmp_path, capsys, monkeypatc
 
 def test_refused_runs(tmp_path, capsys):
     run = make_run(tmp_path / "run")
-    for other, said in ((tmp_path / "none", "no such file"),
-                        (make_run(tmp_path / "bits", target_metric="val_bpb"), "val_loss in")):
+    for other, said in (
+        (tmp_path / "none", "no such file"),
+        (make_run(tmp_path / "bits", target_metric="val_bpb"), "val_loss in"),
+    ):
         status, out, err = main(capsys, "plot", run, other, "-o", tmp_path / "x.svg")
         assert (status, out) == (2, "") and said in err and err.count("\n") == 1
     (run / "metrics.jsonl").write_text('{"step": 1, "train_loss": 5.0, "train_time": 1.0}\n')

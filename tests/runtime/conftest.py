@@ -1,7 +1,6 @@
 """What the tests of runs share: a text, a parent to fork trainers from, a command line."""
 
 import pytest
-
 from helpers import options, tiny, write_text
 from processes import Nursery
 
@@ -19,7 +18,12 @@ def nursery():
 
 @pytest.fixture
 def argv(request, text, tmp_path):
-    """Command line of a run in the folder of this name, with the module's SMALL and further fields."""
+    """Command line of a run in the folder of this name, with the module's SMALL and further
+    fields."""
+
     def command(name, **fields):
-        return options(tiny(text, tmp_path, run_dir=str(tmp_path / name), **(request.module.SMALL | fields)))
+        return options(
+            tiny(text, tmp_path, run_dir=str(tmp_path / name), **(request.module.SMALL | fields))
+        )
+
     return command

@@ -1,5 +1,6 @@
-"""runtime/checkpoint.py: what is loaded is what was saved, bit for bit, or it is refused; whatever kills or fails a
-writer, what was there before or what it wrote is there afterwards, and nothing else after the next start."""
+"""runtime/checkpoint.py: what is loaded is what was saved, bit for bit, or it is refused;
+whatever kills or fails a writer, what was there before or what it wrote is there afterwards, and
+nothing else after the next start."""
 
 import errno
 import json
@@ -19,21 +20,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from benchmarks import checkpoint as benchmark
 from data import InputError
 from runtime import checkpoint
-from runtime.checkpoint import COMPLETE, DTYPES, STATE, TENSORS, Checkpoints, complete, differences, latest, load
+from runtime.checkpoint import (
+    COMPLETE,
+    DTYPES,
+    STATE,
+    TENSORS,
+    Checkpoints,
+    complete,
+    differences,
+    latest,
+    load,
+)
 
 ROOT = Path(checkpoint.__file__).resolve().parent.parent
 
 
 def small(n=0):
     """A few tensors that tell which n they were made with."""
-    return dict(weight=torch.full((3, 5), float(n)), low=torch.full((7,), n % 1000, dtype=torch.int16),
-                step=torch.tensor(n), none=torch.empty(0, 4, dtype=torch.bfloat16))
+    return dict(
+        weight=torch.full((3, 5), float(n)),
+        low=torch.full((7,), n % 1000, dtype=torch.int16),
+        step=torch.tensor(n),
+        none=torch.empty(0, 4, dtype=torch.bfloat16),
+    )
 
 
 def save(folder, *steps, **options):
@@ -56,16 +72,24 @@ def bits(t):
 def check(path, n):
     """The checkpoint loads and is that of small(n)."""
     tensors, meta = load(path)
-    assert meta == dict(n=n) and {k: bits(t) for k, t in tensors.items()} == {k: bits(t) for k, t in small(n).items()}
+    assert meta == dict(n=n) and {k: bits(t) for k, t in tensors.items()} == {
+        k: bits(t) for k, t in small(n).items()
+    }
 
 
 def resign(path):
     """Make `complete` fit what the files hold now."""
-    lines = [checkpoint.write_file(path / "aside", [(path / name).read_bytes()]) for name in (STATE, TENSORS)
-             if not (path / "aside").unlink(missing_ok=True)]
+    lines = [
+        checkpoint.write_file(path / "aside", [(path / name).read_bytes()])
+        for name in (STATE, TENSORS)
+        if not (path / "aside").unlink(missing_ok=True)
+    ]
     (path / "aside").unlink()
-    (path / COMPLETE).write_bytes(b"".join(line.replace(b"aside", name.encode())
-                                           for line, name in zip(lines, (STATE, TENSORS))))
+    (path / COMPLETE).write_bytes(
+        b"".join(
+            line.replace(b"aside", name.encode()) for line, name in zip(lines, (STATE, TENSORS))
+        )
+    )
 
 
 # --- what is loaded is what was saved
@@ -76,25 +100,48 @@ def of_bits(dtype, raw):
 
 
 TENSOR = st.builds(
-    lambda dtype, shape, seed: of_bits(dtype, torch.randint(
-        0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8,
-        generator=torch.Generator().manual_seed(seed))).reshape(shape),
-    st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 5), max_size=3), st.integers(0, 2**31))
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-                    max_leaves=8)
+    lambda dtype, shape, seed: of_bits(
+        dtype,
+        torch.randint(
+            0,
+            256,
+            (math.prod(shape) * dtype.itemsize,),
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(seed),
+        ),
+    ).reshape(shape),
+    st.sampled_from(list(DTYPES)),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.integers(0, 2**31),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.text(max_size=12).filter(lambda name: name != "__metadata__"), TENSOR, max_size=8),
-       st.dictionaries(st.text(max_size=5), JSON, max_size=4), st.integers(0, 10**9))
+@given(
+    st.dictionaries(
+        st.text(max_size=12).filter(lambda name: name != "__metadata__"), TENSOR, max_size=8
+    ),
+    st.dictionaries(st.text(max_size=5), JSON, max_size=4),
+    st.integers(0, 10**9),
+)
 def test_round_trip(tensors, meta, step):
     with tempfile.TemporaryDirectory() as folder:
         assert Checkpoints(folder).save(step, tensors, meta, wait=True)
         assert (path := latest(folder)).name == f"step-{step:06d}"
         back, found = load(path)
-        assert {name: bits(t) for name, t in back.items()} == {name: bits(t) for name, t in tensors.items()}
-        assert found == meta and json.dumps(found, sort_keys=True) == json.dumps(meta, sort_keys=True)
+        assert {name: bits(t) for name, t in back.items()} == {
+            name: bits(t) for name, t in tensors.items()
+        }
+        assert found == meta and json.dumps(found, sort_keys=True) == json.dumps(
+            meta, sort_keys=True
+        )
 
 
 def test_every_dtype_keeps_the_bits_of_its_nans(tmp_path):
@@ -104,16 +151,26 @@ def test_every_dtype_keeps_the_bits_of_its_nans(tmp_path):
     assert len(nans) == nans.view(torch.int16).unique().numel() == 254
     Checkpoints(tmp_path).save(1, tensors, {}, wait=True)
     back, _ = load(latest(tmp_path))
-    assert {name: bits(t) for name, t in back.items()} == {name: bits(t) for name, t in tensors.items()}
+    assert {name: bits(t) for name, t in back.items()} == {
+        name: bits(t) for name, t in tensors.items()
+    }
 
 
 def test_views_transposes_and_parameters(tmp_path):
     buffer = torch.arange(24.0)
-    tensors = dict(part=buffer[3:9], transposed=buffer.view(4, 6).t(), shared=buffer, step=buffer[5].detach(),
-                   parameter=torch.nn.Parameter(torch.randn(3, 4)), expanded=torch.tensor(1.5).expand(2, 3))
+    tensors = dict(
+        part=buffer[3:9],
+        transposed=buffer.view(4, 6).t(),
+        shared=buffer,
+        step=buffer[5].detach(),
+        parameter=torch.nn.Parameter(torch.randn(3, 4)),
+        expanded=torch.tensor(1.5).expand(2, 3),
+    )
     Checkpoints(tmp_path).save(1, tensors, {}, wait=True)
     back, _ = load(latest(tmp_path))
-    assert {name: bits(t) for name, t in back.items()} == {name: bits(t) for name, t in tensors.items()}
+    assert {name: bits(t) for name, t in back.items()} == {
+        name: bits(t) for name, t in tensors.items()
+    }
     assert all(t.is_contiguous() and not t.requires_grad for t in back.values())
 
 
@@ -142,21 +199,30 @@ def test_files_are_the_formats_own_and_have_the_users_mode(tmp_path):
         digest, size, name = line.split()
         assert (path / name).stat().st_size == int(size)
         if shutil.which("sha256sum"):
-            assert subprocess.check_output(["sha256sum", path / name], text=True).split()[0] == digest
+            assert (
+                subprocess.check_output(["sha256sum", path / name], text=True).split()[0] == digest
+            )
 
 
 def test_the_tensors_are_aligned(tmp_path):
-    sizes = {f"{name}{n}": torch.zeros(n, dtype=dtype) for dtype, name in DTYPES.items() for n in (1, 3)}
+    sizes = {
+        f"{name}{n}": torch.zeros(n, dtype=dtype) for dtype, name in DTYPES.items() for n in (1, 3)
+    }
     Checkpoints(tmp_path).save(1, sizes, {}, wait=True)
     content = (latest(tmp_path) / TENSORS).read_bytes()
     length = int.from_bytes(content[:8], "little")
-    for name, entry in json.loads(content[8:8 + length]).items():
+    for name, entry in json.loads(content[8 : 8 + length]).items():
         assert (8 + length + entry["data_offsets"][0]) % sizes[name].element_size() == 0
 
 
-@pytest.mark.parametrize("tensors, meta, error", [
-    (dict(a=torch.zeros(2, dtype=torch.complex64)), {}, KeyError),
-    (dict(a=torch.zeros(2, device="meta")), {}, Exception), (small(), dict(a=object()), TypeError)])
+@pytest.mark.parametrize(
+    "tensors, meta, error",
+    [
+        (dict(a=torch.zeros(2, dtype=torch.complex64)), {}, KeyError),
+        (dict(a=torch.zeros(2, device="meta")), {}, Exception),
+        (small(), dict(a=object()), TypeError),
+    ],
+)
 def test_what_cannot_be_written_is_the_callers_error(tmp_path, tensors, meta, error):
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(error):
@@ -181,7 +247,9 @@ def test_every_altered_byte_is_refused(tmp_path, name):
     content = (path / name).read_bytes()
     for at in range(len(content)):
         for flip in (1, 32, 128):
-            (path / name).write_bytes(content[:at] + bytes([content[at] ^ flip]) + content[at + 1:])
+            (path / name).write_bytes(
+                content[:at] + bytes([content[at] ^ flip]) + content[at + 1 :]
+            )
             assert refusal(path).endswith(f"; choose an earlier one: {tmp_path}/step-000001")
     (path / name).write_bytes(content)
     check(path, 2)
@@ -191,10 +259,15 @@ def test_every_altered_byte_is_refused(tmp_path, name):
 def test_what_is_cut_or_grown_is_refused_and_passed_over(tmp_path, name):
     path = save(tmp_path, 1, 2)
     content = (path / name).read_bytes()
-    for other in [content[:n] for n in (0, 1, 8, 70, 100, len(content) // 2, len(content) - 1)] + [content + b"\n"]:
+    for other in [content[:n] for n in (0, 1, 8, 70, 100, len(content) // 2, len(content) - 1)] + [
+        content + b"\n"
+    ]:
         (path / name).write_bytes(other)
         if name != COMPLETE:
-            assert f"{name}: expected {len(content)} bytes, found {len(other)}: truncated or altered" in refusal(path)
+            assert (
+                f"{name}: expected {len(content)} bytes, found {len(other)}: truncated or altered"
+                in refusal(path)
+            )
         elif not checkpoint.LINES.fullmatch(other.decode()):
             assert f"no valid file '{COMPLETE}'" in refusal(path)
         else:
@@ -217,25 +290,42 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "step-000001").write_text("")
     assert refusal(tmp_path / "step-000001") == f"{expected} a file; {nothing}"
     (tmp_path / "step-000002").mkdir()
-    assert refusal(tmp_path / "step-000002") == f"{expected} no valid file 'complete' in it; {nothing}"
+    assert (
+        refusal(tmp_path / "step-000002") == f"{expected} no valid file 'complete' in it; {nothing}"
+    )
     assert refusal(tmp_path / "\0") and refusal(tmp_path / ("x" * 300))
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda s: s.update(version=2), "expected format version 1, found 2"),
-    (lambda s: s["tensors"].update(low="I16 [8]"), "expected low to be I16 [8] as state.json says, found I16 [7]"),
-    (lambda s: s["tensors"].pop("low"), "expected low to be absent as state.json says, found I16 [7]"),
-    (lambda s: s["tensors"].update(more="F32 []"), "expected more to be F32 [] as state.json says, found nothing"),
-    (lambda s: s.pop("version"), "not written by this program"),
-    (lambda s: s.pop("meta"), "not written by this program"),
-    (lambda s: s.update(tensors=[1]), "not written by this program")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: s.update(version=2), "expected format version 1, found 2"),
+        (
+            lambda s: s["tensors"].update(low="I16 [8]"),
+            "expected low to be I16 [8] as state.json says, found I16 [7]",
+        ),
+        (
+            lambda s: s["tensors"].pop("low"),
+            "expected low to be absent as state.json says, found I16 [7]",
+        ),
+        (
+            lambda s: s["tensors"].update(more="F32 []"),
+            "expected more to be F32 [] as state.json says, found nothing",
+        ),
+        (lambda s: s.pop("version"), "not written by this program"),
+        (lambda s: s.pop("meta"), "not written by this program"),
+        (lambda s: s.update(tensors=[1]), "not written by this program"),
+    ],
+)
 def test_state_that_does_not_fit_is_refused(tmp_path, change, said):
     path = save(tmp_path, 1, 2)
     state = json.loads((path / STATE).read_text())
     change(state)
     (path / STATE).write_text(json.dumps(state))
     resign(path)
-    assert said in (message := refusal(path)) and message.endswith(f"choose an earlier one: {tmp_path}/step-000001")
+    assert said in (message := refusal(path)) and message.endswith(
+        f"choose an earlier one: {tmp_path}/step-000001"
+    )
 
 
 def test_another_format_under_valid_checksums_is_refused(tmp_path):
@@ -256,6 +346,7 @@ def test_an_error_of_the_disk_is_a_refusal(tmp_path, monkeypatch):
 
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     monkeypatch.setattr(checkpoint.hashlib, "file_digest", fail)
     assert "cannot be read: Input/output error" in refusal(path)
 
@@ -267,8 +358,17 @@ def test_latest_is_the_highest_step_that_is_complete(tmp_path):
     assert latest(tmp_path / "none") is None and latest(tmp_path) is None
     save(tmp_path, 999_999, 2, 1_000_000, 30)
     assert latest(str(tmp_path)) == tmp_path / "step-1000000"
-    for name in ("step-2000000.aside", "step-2000000.trash", "step-2000000.old2", "step-2000000 (copy)", "step-x",
-                 "step-02000000", "step-7", "xstep-2000000", "best"):
+    for name in (
+        "step-2000000.aside",
+        "step-2000000.trash",
+        "step-2000000.old2",
+        "step-2000000 (copy)",
+        "step-x",
+        "step-02000000",
+        "step-7",
+        "xstep-2000000",
+        "best",
+    ):
         shutil.copytree(tmp_path / "step-1000000", tmp_path / name)
     (tmp_path / "step-2000000").mkdir()
     (tmp_path / "step-2000001").write_text("a file")
@@ -290,10 +390,21 @@ def test_a_start_removes_remains_and_nothing_else(tmp_path):
     for name in ("step-000003.aside", "step-000001.trash", "step-000002.old", "step-000004.old"):
         shutil.copytree(tmp_path / "step-000002", tmp_path / name)
     (tmp_path / "step-000005.old").mkdir()
-    for name in ("mine", "step-000002.bak", "step-000006"):  # foreign, and incomplete: perhaps just being copied
+    for name in (
+        "mine",
+        "step-000002.bak",
+        "step-000006",
+    ):  # foreign, and incomplete: perhaps just being copied
         (tmp_path / name).mkdir()
     Checkpoints(tmp_path)
-    assert names(tmp_path) == ["mine", "step-000001", "step-000002", "step-000002.bak", "step-000004", "step-000006"]
+    assert names(tmp_path) == [
+        "mine",
+        "step-000001",
+        "step-000002",
+        "step-000002.bak",
+        "step-000004",
+        "step-000006",
+    ]
 
 
 def test_an_old_one_takes_the_place_of_an_incomplete_new_one(tmp_path):
@@ -308,29 +419,55 @@ def test_an_old_one_takes_the_place_of_an_incomplete_new_one(tmp_path):
 # --- differences
 
 
-@pytest.mark.parametrize("ours, theirs, lines", [
-    ({}, {}, []), (dict(a=(1, 2.5)), dict(a=[1, 2.5]), []), (dict(a=1), dict(a=1.0), []),
-    (dict(a=math.nan, b=math.inf), dict(a=math.nan, b=math.inf), []),
-    (dict(n_layer=4, lr=0.1), dict(lr=0.1, n_layer=6), ["n_layer: 4 here, 6 in the checkpoint"]),
-    (dict(a="x"), dict(b=None), ['a: "x" here, nothing in the checkpoint', "b: nothing here, null in the checkpoint"]),
-    (dict(a="nothing"), {}, ['a: "nothing" here, nothing in the checkpoint']),
-    (dict(a=dict(b=1, c=dict(d=2))), dict(a=dict(b=1, c=dict(d=3))), ["a.c.d: 2 here, 3 in the checkpoint"]),
-    (dict(a={}), dict(a=dict(b=1)), ["a: {} here, nothing in the checkpoint",
-                                     "a.b: nothing here, 1 in the checkpoint"])])
+@pytest.mark.parametrize(
+    "ours, theirs, lines",
+    [
+        ({}, {}, []),
+        (dict(a=(1, 2.5)), dict(a=[1, 2.5]), []),
+        (dict(a=1), dict(a=1.0), []),
+        (dict(a=math.nan, b=math.inf), dict(a=math.nan, b=math.inf), []),
+        (
+            dict(n_layer=4, lr=0.1),
+            dict(lr=0.1, n_layer=6),
+            ["n_layer: 4 here, 6 in the checkpoint"],
+        ),
+        (
+            dict(a="x"),
+            dict(b=None),
+            ['a: "x" here, nothing in the checkpoint', "b: nothing here, null in the checkpoint"],
+        ),
+        (dict(a="nothing"), {}, ['a: "nothing" here, nothing in the checkpoint']),
+        (
+            dict(a=dict(b=1, c=dict(d=2))),
+            dict(a=dict(b=1, c=dict(d=3))),
+            ["a.c.d: 2 here, 3 in the checkpoint"],
+        ),
+        (
+            dict(a={}),
+            dict(a=dict(b=1)),
+            ["a: {} here, nothing in the checkpoint", "a.b: nothing here, 1 in the checkpoint"],
+        ),
+    ],
+)
 def test_differences(ours, theirs, lines):
     assert differences(ours, theirs) == lines
 
 
 def test_differences_of_long_values_are_shown_where_they_part():
-    line, = differences(dict(a=[0] * 500 + [1]), dict(a=[0] * 500 + [2] * 200))
+    (line,) = differences(dict(a=[0] * 500 + [1]), dict(a=[0] * 500 + [2] * 200))
     assert " 1] here, " in line and " 2, 2" in line and len(line) < 180
 
 
-@given(st.dictionaries(st.text(max_size=3), JSON, max_size=3), st.dictionaries(st.text(max_size=3), JSON, max_size=3))
+@given(
+    st.dictionaries(st.text(max_size=3), JSON, max_size=3),
+    st.dictionaries(st.text(max_size=3), JSON, max_size=3),
+)
 def test_differences_name_what_differs(ours, theirs):
     assert differences(ours, ours) == []
     assert bool(differences(ours, theirs)) == bool(differences(theirs, ours))
-    if not any("." in name or name == "" for side in (ours, theirs) for name, _ in checkpoint.leaves(side)):
+    if not any(
+        "." in name or name == "" for side in (ours, theirs) for name, _ in checkpoint.leaves(side)
+    ):
         assert bool(differences(ours, theirs)) == (ours != theirs)
 
 
@@ -344,15 +481,28 @@ def kept(saved, keep_last, keep_best):
         here[step] = metric
         newest = sorted(here)[-keep_last:]
         with_metric = [s for s in here if here[s] is not None and not math.isnan(here[s])]
-        best = sorted(with_metric, key=lambda s: -s)  # the later first, and sorting keeps that among equals
+        best = sorted(
+            with_metric, key=lambda s: -s
+        )  # the later first, and sorting keeps that among equals
         best = sorted(best, key=lambda s: here[s])[:keep_best]
         here = {s: m for s, m in here.items() if s in newest or s in best or s == step}
     return sorted(here)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([None, math.nan, 0.0, 0.5, 1.0, -math.inf]),
-                          st.booleans()), min_size=1, max_size=12), st.integers(1, 3), st.integers(0, 3))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 9),
+            st.sampled_from([None, math.nan, 0.0, 0.5, 1.0, -math.inf]),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 3),
+    st.integers(0, 3),
+)
 def test_those_kept_are_the_newest_and_the_best(sequence, keep_last, keep_best):
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder, keep_last, keep_best)
@@ -373,11 +523,19 @@ def test_what_is_of_another_version_or_unreadable_is_not_deleted(tmp_path):
         resign(tmp_path / f"step-{step:06d}")
     (tmp_path / "step-000000").mkdir()
     save(tmp_path, 4, 5, keep_last=1)
-    assert names(tmp_path) == ["step-000000", "step-000001", "step-000002", "step-000005"] and not path.exists()
+    assert (
+        names(tmp_path) == ["step-000000", "step-000001", "step-000002", "step-000005"]
+        and not path.exists()
+    )
 
 
-@pytest.mark.parametrize("options, said", [(dict(keep_last=0), "last 0 checkpoints: expected 1 or more"),
-                                           (dict(keep_best=-1), "best -1 checkpoints: expected 0 or more")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(keep_last=0), "last 0 checkpoints: expected 1 or more"),
+        (dict(keep_best=-1), "best -1 checkpoints: expected 0 or more"),
+    ],
+)
 def test_numbers_to_keep(tmp_path, options, said):
     with pytest.raises(InputError, match=said):
         Checkpoints(tmp_path / "new", **options)
@@ -398,6 +556,7 @@ class Gate:
             self.reached.set()
             assert self.open.wait(20)
             fsync(fd)
+
         monkeypatch.setattr(os, "fsync", wait)
 
 
@@ -407,7 +566,11 @@ def test_while_one_is_written_another_is_skipped_or_waits(tmp_path, monkeypatch)
     meta = dict(n=1)
     assert checkpoints.save(1, small(1), meta) and gate.reached.wait(20)
     meta["n"] = "changed by the caller"
-    assert checkpoints.busy and not checkpoints.save(2, small(2), dict(n=2)) and latest(tmp_path) is None
+    assert (
+        checkpoints.busy
+        and not checkpoints.save(2, small(2), dict(n=2))
+        and latest(tmp_path) is None
+    )
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert gate.priority == min(own + 10, 19) or sys.platform != "linux"
     threading.Timer(0.1, gate.open.set).start()
@@ -425,7 +588,10 @@ def test_close_waits_and_says_so(tmp_path, monkeypatch):
     checkpoints.save(1, small(1), dict(n=1))
     threading.Timer(2.3, gate.open.set).start()
     checkpoints.close()
-    assert said == [f"waiting for a checkpoint to be written to {tmp_path} ..."] and not checkpoints.busy
+    assert (
+        said == [f"waiting for a checkpoint to be written to {tmp_path} ..."]
+        and not checkpoints.busy
+    )
     check(latest(tmp_path), 1)
 
 
@@ -438,11 +604,25 @@ def test_the_end_of_the_program_waits_for_the_writer(tmp_path):
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     save(tmp_path, 1)
     done, fsync, rename = [], os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (done.append((Path(a).name, Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)),
+    )
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (done.append((Path(a).name, Path(b).name)), rename(a, b))
+    )
     save(tmp_path, 1)
-    assert done == [STATE, TENSORS, COMPLETE, "step-000001.aside", ("step-000001", "step-000001.old"),
-                    ("step-000001.aside", "step-000001"), tmp_path.name, ("step-000001.old", "step-000001.trash")]
+    assert done == [
+        STATE,
+        TENSORS,
+        COMPLETE,
+        "step-000001.aside",
+        ("step-000001", "step-000001.old"),
+        ("step-000001.aside", "step-000001"),
+        tmp_path.name,
+        ("step-000001.old", "step-000001.trash"),
+    ]
 
 
 # --- failures
@@ -453,8 +633,12 @@ def small_disk(tmp_path):
     """A file system of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if shutil.which("mount") is None or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -465,8 +649,10 @@ def test_a_full_disk(small_disk):
     checkpoints = Checkpoints(small_disk, say=said.append)
     assert checkpoints.save(1, small(1), dict(n=1), wait=True)
     assert not checkpoints.save(2, dict(large=torch.zeros(10**6)), {}, wait=True)
-    assert said == [f"{small_disk}: could not write the checkpoint of step 2 (4.0 MB): No space left on device; "
-                    "training goes on and the others are kept: see to the disk before the next one is due"]
+    assert said == [
+        f"{small_disk}: could not write the checkpoint of step 2 (4.0 MB): No space left on device; "
+        "training goes on and the others are kept: see to the disk before the next one is due"
+    ]
     assert names(small_disk) == ["step-000001"]
     check(latest(small_disk), 1)
     assert checkpoints.save(3, small(3), dict(n=3), wait=True) and len(said) == 1
@@ -479,10 +665,13 @@ def test_a_disk_that_becomes_read_only(small_disk):
     assert checkpoints.save(1, small(1), dict(n=1), wait=True)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert not checkpoints.save(2, small(2), {}, wait=True)
-    line, = said
+    (line,) = said
     assert "step 2" in line and "Read-only file system" in line
     check(latest(small_disk), 1)
-    with pytest.raises(InputError, match="cannot hold checkpoints: Read-only file system; choose a folder that can be"):
+    with pytest.raises(
+        InputError,
+        match="cannot hold checkpoints: Read-only file system; choose a folder that can be",
+    ):
         Checkpoints(small_disk)
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert checkpoints.save(2, small(2), dict(n=2), wait=True)
@@ -503,7 +692,9 @@ def test_a_limit_on_file_sizes(tmp_path):
 
 def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: cannot hold checkpoints: File exists; choose a folder"):
+    with pytest.raises(
+        InputError, match="file: cannot hold checkpoints: File exists; choose a folder"
+    ):
         Checkpoints(tmp_path / "file")
 
 
@@ -516,7 +707,8 @@ def test_a_folder_deleted_meanwhile_is_made_again(tmp_path):
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_any_call_that_fails_once(tmp_path, monkeypatch, call):
-    """Whichever it is, training goes on, a checkpoint is never lost, and the next save cleans up and succeeds."""
+    """Whichever it is, training goes on, a checkpoint is never lost, and the next save cleans up
+    and succeeds."""
     function, failures = getattr(os, call), 0
     for n in range(20):
         folder, said, calls = tmp_path / str(n), [], []
@@ -528,12 +720,15 @@ def test_any_call_that_fails_once(tmp_path, monkeypatch, call):
             if len(calls) == n + 1:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return function(*args, **kwargs)
+
         with monkeypatch.context() as m:
             m.setattr(os, call, fail)
             written = checkpoints.save(2, small(12), dict(n=12), wait=True)
         assert (len(said) == 1 and "Input/output error" in said[0]) == (len(calls) > n)
         check(latest(folder), load(latest(folder))[1]["n"])
-        assert latest(folder).name == "step-000002" and (not written or load(latest(folder))[1]["n"] == 12)
+        assert latest(folder).name == "step-000002" and (
+            not written or load(latest(folder))[1]["n"] == 12
+        )
         failures += len(calls) > n
         assert checkpoints.save(3, small(3), dict(n=3), wait=True) and len(said) <= 1
         assert names(folder) == ["step-000003"]
@@ -548,6 +743,7 @@ def test_an_unexpected_error_is_one_line_too(tmp_path, monkeypatch):
 
     def fail(_):
         raise RuntimeError("a surprise")
+
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "sync", fail)
         assert not checkpoints.save(1, small(1), {}, wait=True)
@@ -555,7 +751,7 @@ def test_an_unexpected_error_is_one_line_too(tmp_path, monkeypatch):
     assert checkpoints.save(1, small(1), dict(n=1), wait=True)
 
 
-# --- processes that are killed, and several of them (this file, run as a program, is those processes)
+# --- processes that are killed, and several of them (this file, run as a program, is those processe
 
 
 def fork(work):
@@ -571,7 +767,8 @@ def fork(work):
 
 
 def check_after_kill(folder, cleaned):
-    """Every checkpoint that counts loads; cleaned: and nothing else is there. Returns the latest's n, or 0."""
+    """Every checkpoint that counts loads; cleaned: and nothing else is there. Returns the
+    latest's n, or 0."""
     whole = complete(folder)
     for path in whole.values():
         check(path, load(path)[1]["n"])
@@ -581,8 +778,8 @@ def check_after_kill(folder, cleaned):
 
 
 def kill_everywhere(folder):
-    """Kill a process before each of the calls by which it changes anything: while it saves a new checkpoint, replaces
-    one of the same step, deletes others, and cleans up after that."""
+    """Kill a process before each of the calls by which it changes anything: while it saves a new
+    checkpoint, replaces one of the same step, deletes others, and cleans up after that."""
     changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open"}
 
     def killed_at(k):
@@ -591,10 +788,15 @@ def kill_everywhere(folder):
 
         def hook(event, args):
             nonlocal count
-            if event in changes and (event != "open" or args[2] & (os.O_WRONLY | os.O_RDWR)) or event == "fsync":
+            if (
+                event in changes
+                and (event != "open" or args[2] & (os.O_WRONLY | os.O_RDWR))
+                or event == "fsync"
+            ):
                 count += 1
                 if count == k:
                     os.kill(os.getpid(), signal.SIGKILL)
+
         sys.addaudithook(hook)
         fsync = os.fsync
         os.fsync = lambda fd: (hook("fsync", ()), fsync(fd))
@@ -618,6 +820,7 @@ def kill_everywhere(folder):
             for n, step in ((3, 3), (4, 3), (5, 4)):
                 assert checkpoints.save(step, small(n), dict(n=n), wait=True)
                 os.write(said, b"x")
+
         died = dies(work)
         done = 2 + progress.stat().st_size
         n = check_after_kill(here, cleaned=False)
@@ -654,6 +857,7 @@ def kill_at_random(folder):
                 tensors = small(n)
                 assert checkpoints.save(n // 2, tensors, dict(n=n), metric=n % 7, wait=True)
                 os.write(said, b"x")
+
         pid = fork(work)
         while not progress.stat().st_size:
             time.sleep(0.001)
@@ -672,14 +876,18 @@ def kill_at_random(folder):
 
 def write_together(folder):
     """Two processes save the same steps into one folder."""
+
     def work(own):
         said = []
         checkpoints = Checkpoints(folder, keep_last=2, say=said.append)
         for step in range(1, 41):
-            assert checkpoints.save(step, small(100 * own + step), dict(n=100 * own + step), wait=True), said
+            assert checkpoints.save(
+                step, small(100 * own + step), dict(n=100 * own + step), wait=True
+            ), said
             if step % 10 == 0:
                 checkpoints = Checkpoints(folder, keep_last=2, say=said.append)
         assert not said
+
     pids = [fork(lambda own=own: work(own)) for own in (1, 2)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
     assert check_after_kill(folder, cleaned=True) in (140, 240) and len(complete(folder)) <= 3
@@ -693,8 +901,13 @@ def hold(folder):
 
 
 def start(work, folder, **options):
-    return subprocess.Popen([sys.executable, __file__, work.__name__, str(folder)], stderr=subprocess.PIPE, text=True,
-                            env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"), **options)
+    return subprocess.Popen(
+        [sys.executable, __file__, work.__name__, str(folder)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("work", [kill_everywhere, kill_at_random, write_together])
@@ -713,7 +926,10 @@ def test_the_work_of_a_living_writer_is_left_alone(tmp_path, monkeypatch, end):
         said = []
         checkpoints = Checkpoints(tmp_path, say=said.append)
         assert names(tmp_path) == ["step-000001", "step-000002.aside"]
-        assert not checkpoints.save(3, small(3), {}, wait=True) and "another process is writing there" in said[0]
+        assert (
+            not checkpoints.save(3, small(3), {}, wait=True)
+            and "another process is writing there" in said[0]
+        )
         check(latest(tmp_path), 1)
         if end == "kill":
             writer.kill()
@@ -728,6 +944,7 @@ def test_the_work_of_a_living_writer_is_left_alone(tmp_path, monkeypatch, end):
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
     monkeypatch.setattr(checkpoint.fcntl, "flock", fail)
     check(save(tmp_path, 1, 2), 2)
 
@@ -737,10 +954,21 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 def tiny_training(tmp_path, monkeypatch):
     """Options that make the benchmark's training part short."""
-    from helpers import options, tiny, write_text  # here: this file is also run as a program, in processes to be killed
+    from helpers import (
+        options,
+        tiny,
+        write_text,
+    )  # here: this file is also run as a program, in processes to be killed
+
     monkeypatch.setattr(benchmark, "STEPS", 6)
     monkeypatch.setattr(benchmark, "EVERY", 2)
-    c = tiny(write_text(tmp_path / "words.txt", 4000), tmp_path, run_dir="", sample_tokens=0, checkpoint_every="10m")
+    c = tiny(
+        write_text(tmp_path / "words.txt", 4000),
+        tmp_path,
+        run_dir="",
+        sample_tokens=0,
+        checkpoint_every="10m",
+    )
     return options(c)
 
 
@@ -755,8 +983,13 @@ def test_the_benchmark(tmp_path, monkeypatch):
     assert f"{t['share_at_default']:.2%} of the time" in benchmark.render(result)
     r = result["store"]
     assert json.loads(json.dumps(result)) == result and os.listdir(tmp_path / "new") == []
-    assert r["tensor_bytes"] == 256 * 1024 * 8 + 4096 < r["bytes_on_disk"] < r["tensor_bytes"] + 2000
-    assert set(r["seconds"]) == {"copy", "floor", "write", "read", "load"} and min(r["seconds"].values()) > 0
+    assert (
+        r["tensor_bytes"] == 256 * 1024 * 8 + 4096 < r["bytes_on_disk"] < r["tensor_bytes"] + 2000
+    )
+    assert (
+        set(r["seconds"]) == {"copy", "floor", "write", "read", "load"}
+        and min(r["seconds"].values()) > 0
+    )
     assert f"| load a checkpoint | {r['seconds']['load']:.3f} |" in benchmark.render(result)
     slow = benchmark.load
     monkeypatch.setattr(benchmark, "load", lambda path: (time.sleep(0.2), slow(path))[1])
@@ -771,7 +1004,11 @@ def test_the_benchmark_refuses_in_one_line(tmp_path, monkeypatch):
         m.setattr(checkpoint, "sync", lambda _: os.stat(tmp_path / "none"))
         with pytest.raises(InputError, match="could not be written, see above"):
             benchmark.run(megabytes=1, folder=tmp_path)
-    for options in (dict(megabytes=0), dict(repeats=0), dict(folder=tmp_path / "file", megabytes=1)):
+    for options in (
+        dict(megabytes=0),
+        dict(repeats=0),
+        dict(folder=tmp_path / "file", megabytes=1),
+    ):
         with pytest.raises(InputError, match="expected 1 or more|choose one on a disk"):
             benchmark.run(**options)
 

@@ -1,4 +1,5 @@
-"""runtime/guard.py: which steps count, what is said of those that do not, alone and in whole runs."""
+"""runtime/guard.py: which steps count, what is said of those that do not, alone and in whole
+runs."""
 
 import math
 import random
@@ -6,10 +7,10 @@ import statistics
 
 import pytest
 import torch
+from helpers import EVERYTHING, tiny, train_losses, write_text
 
 import train_gpt as tg
 from data import InputError
-from helpers import EVERYTHING, tiny, train_losses, write_text
 from kernels.updates import gradient_report
 from runtime import guard
 from runtime.guard import WINDOW, Guard
@@ -23,10 +24,12 @@ def make(**options):
 
 def judge(guard, step, loss=2.0, votes=(), **grads):
     """grads: numbers, each in a gradient of 2,000 elements; one if there are none."""
+
     def grad(x):
         g = torch.full((40, 50), 0.5)
         g[3, 7] = x
         return g
+
     grads = {n: x if x is None else grad(x) for n, x in (grads or dict(a=1.0)).items()}
     return guard.judge(step, torch.tensor(loss), grads, votes).item()
 
@@ -42,14 +45,17 @@ def test_a_finite_step_counts_and_is_reported():
     assert list(guard.reports(INF)) == []  # each once
 
 
-@pytest.mark.parametrize("loss, grads, said", [
-    (NAN, dict(a=1.0), "the training loss is nan"),
-    (INF, dict(a=1.0), "the training loss is inf"),
-    (NAN, dict(a=NAN), "the training loss is nan"),
-    (2.0, dict(a=1.0, b=NAN, c=1.0), "the gradient of b is not finite (loss 2.0000)"),
-    (2.0, dict(a=1.0, b=-INF, c=None), "the gradient of b is not finite (loss 2.0000)"),
-    (2.0, dict(a=INF, b=1.0, c=NAN), "the gradient of a, c is not finite (loss 2.0000)"),
-])
+@pytest.mark.parametrize(
+    "loss, grads, said",
+    [
+        (NAN, dict(a=1.0), "the training loss is nan"),
+        (INF, dict(a=1.0), "the training loss is inf"),
+        (NAN, dict(a=NAN), "the training loss is nan"),
+        (2.0, dict(a=1.0, b=NAN, c=1.0), "the gradient of b is not finite (loss 2.0000)"),
+        (2.0, dict(a=1.0, b=-INF, c=None), "the gradient of b is not finite (loss 2.0000)"),
+        (2.0, dict(a=INF, b=1.0, c=NAN), "the gradient of a, c is not finite (loss 2.0000)"),
+    ],
+)
 def test_one_number_that_is_not_finite_and_the_step_does_not_count(loss, grads, said):
     guard = make()
     assert judge(guard, 1, a=1.0)
@@ -62,7 +68,10 @@ def test_strict_lets_no_later_step_count_until_reset():
     guard = make()
     assert not judge(guard, 1, NAN)
     assert not judge(guard, 2) and not judge(guard, 3, a=1.0)
-    assert [r.complaint for r in guard.reports(3)] == ["the training loss is nan", *["it follows a bad one"] * 2]
+    assert [r.complaint for r in guard.reports(3)] == [
+        "the training loss is nan",
+        *["it follows a bad one"] * 2,
+    ]
     judge(guard, 4)
     guard.reset()
     assert list(guard.reports(INF)) == []
@@ -77,10 +86,15 @@ def test_otherwise_the_next_step_counts_again():
 
 
 def test_what_counts_is_decided_on_the_device():
-    """A tensor, for the update to look at: nothing in judge asks for its value, which meta tensors have none of."""
-    guard = Guard(torch.device("meta"), lambda grads: torch.empty(len(grads), device="meta"), spike_sigmas=3.0)
+    """A tensor, for the update to look at: nothing in judge asks for its value, which meta
+    tensors have none of."""
+    guard = Guard(
+        torch.device("meta"), lambda grads: torch.empty(len(grads), device="meta"), spike_sigmas=3.0
+    )
     guard.send = lambda *args: None  # the one copy to the host, which is not waited for
-    ok = guard.judge(1, torch.empty((), device="meta"), {"a": torch.empty(4, device="meta")}, (1, 0))
+    ok = guard.judge(
+        1, torch.empty((), device="meta"), {"a": torch.empty(4, device="meta")}, (1, 0)
+    )
     assert ok.is_meta and ok.dtype == torch.bool and ok.shape == ()
 
 
@@ -158,6 +172,7 @@ def test_without_sigmas_nothing_is_a_spike():
 
 class PoisonedGradient(torch.autograd.Function):
     """Zero, with a gradient of one NaN."""
+
     @staticmethod
     def forward(ctx, p):
         ctx.shape = p.shape
@@ -170,28 +185,41 @@ class PoisonedGradient(torch.autograd.Function):
         return grad
 
 
-POISON = dict(loss=lambda model, loss: loss * NAN, jump=lambda model, loss: loss * 100,
-              gradient=lambda model, loss: loss + PoisonedGradient.apply(model.attn_bank))
+POISON = dict(
+    loss=lambda model, loss: loss * NAN,
+    jump=lambda model, loss: loss * 100,
+    gradient=lambda model, loss: loss + PoisonedGradient.apply(model.attn_bank),
+)
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """poisoned(kind, steps): from then on these steps' batches are; returns (the state after each step, by number)."""
+    """poisoned(kind, steps): from then on these steps' batches are; returns (the state after
+    each step, by number)."""
+
     def poison(kind, steps):
         at, states, forward, update = [0], {}, tg.GPT.forward, tg.Optimizer.step
 
         def bad(self, *args, **kwargs):
             loss = forward(self, *args, **kwargs)
-            return POISON[kind](self, loss) if torch.is_grad_enabled() and at[0] + 1 in steps else loss
+            return (
+                POISON[kind](self, loss) if torch.is_grad_enabled() and at[0] + 1 in steps else loss
+            )
 
         def listen(self, *args):
             update(self, *args)
             at[0] += 1
             states[at[0]] = {n: p.detach().clone() for n, p in self.params.items()} | {
-                f"{kind}/{n}": x.clone() for n, s in self.state.items() for kind, x in s.items() if x is not None}
+                f"{kind}/{n}": x.clone()
+                for n, s in self.state.items()
+                for kind, x in s.items()
+                if x is not None
+            }
+
         monkeypatch.setattr(tg.GPT, "forward", bad)
         monkeypatch.setattr(tg.Optimizer, "step", listen)
         return states
+
     return poison
 
 
@@ -204,14 +232,25 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
-@pytest.mark.parametrize("kind, said", [("loss", "the training loss is nan"),
-                                        ("gradient", "the gradient of attn_bank is not finite (loss ")])
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("loss", "the training loss is nan"),
+        ("gradient", "the gradient of attn_bank is not finite (loss "),
+    ],
+)
 @pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["nothing", "everything"])
-def test_a_poisoned_batch_stops_the_run_with_the_weights_before_it(text, tmp_path, poisoned, kind, said, fields):
+def test_a_poisoned_batch_stops_the_run_with_the_weights_before_it(
+    text, tmp_path, poisoned, kind, said, fields
+):
     states = poisoned(kind, {7})
     with pytest.raises(InputError) as e:
         tg.train(tiny(text, tmp_path, **fields))
-    assert f"step 7: {said}" in str(e.value) and "\n" not in str(e.value) and "--max-skips" in str(e.value)
+    assert (
+        f"step 7: {said}" in str(e.value)
+        and "\n" not in str(e.value)
+        and "--max-skips" in str(e.value)
+    )
     assert max(states) == 7 and same(states[6], states[7]) and not same(states[5], states[6])
     assert len(train_losses(tmp_path / "run")) == 6
     assert f"error: step 7: {said}" in (tmp_path / "run" / "log.txt").read_text()

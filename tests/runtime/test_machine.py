@@ -13,8 +13,20 @@ import torch
 import train_gpt as tg
 from data import InputError
 from runtime import machine
-from runtime.machine import (Clock, World, can_compile, first_rank_first, fp8_pays, has_fp8, join_world, keep_freed_memory,
-                             lost_another, native_dtype, share_text, to_device)
+from runtime.machine import (
+    Clock,
+    World,
+    can_compile,
+    first_rank_first,
+    fp8_pays,
+    has_fp8,
+    join_world,
+    keep_freed_memory,
+    lost_another,
+    native_dtype,
+    share_text,
+    to_device,
+)
 
 CPU = torch.device("cpu")
 
@@ -32,7 +44,9 @@ def test_a_process_alone_needs_no_group(monkeypatch):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="^process 2 has no GPU: this machine has 2, lower --nproc_per_node$"):
+    with pytest.raises(
+        InputError, match="^process 2 has no GPU: this machine has 2, lower --nproc_per_node$"
+    ):
         join_world(2)
 
 
@@ -69,10 +83,24 @@ def run_processes(machines):
         port = s.getsockname()[1]
     started, places = [], [(local, n) for n in machines for local in range(n)]
     for rank, (local, n) in enumerate(places):
-        env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(len(places)),
-                                LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        started.append(subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=tg.ROOT, env=env, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        env = os.environ | dict(
+            RANK=str(rank),
+            LOCAL_RANK=str(local),
+            WORLD_SIZE=str(len(places)),
+            LOCAL_WORLD_SIZE=str(n),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM],
+                cwd=tg.ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
     try:
         ended = [p.communicate(timeout=240) for p in started]
     finally:
@@ -83,11 +111,16 @@ def run_processes(machines):
     return [json.loads(out) for out, _ in ended]
 
 
-@pytest.mark.parametrize("machines, nodes, across", [
-    ((2, 2), [11, 11, 1100, 1100], [101, 1010, 101, 1010]),
-    ((1, 2), [111] * 3, [None] * 3),  # of different sizes: as if they were one
-    ((1, 1), [1, 10], [11, 11]),
-    ((3,), [111] * 3, [None] * 3)], ids=str)
+@pytest.mark.parametrize(
+    "machines, nodes, across",
+    [
+        ((2, 2), [11, 11, 1100, 1100], [101, 1010, 101, 1010]),
+        ((1, 2), [111] * 3, [None] * 3),  # of different sizes: as if they were one
+        ((1, 1), [1, 10], [11, 11]),
+        ((3,), [111] * 3, [None] * 3),
+    ],
+    ids=str,
+)
 def test_processes_of_a_machine_and_those_in_one_place_are_groups(machines, nodes, across):
     found = run_processes(machines)
     size = sum(machines)
@@ -99,25 +132,35 @@ def test_processes_of_a_machine_and_those_in_one_place_are_groups(machines, node
         assert f["texts"] == ["", "é" * 1000, '{"a": [1, null]}']
         # whoever fails ends all; those that did not are told
         assert len(f["failures"]) == size
-        assert f["failures"] == [f"rank {i} cannot" if i == f["rank"] else "another rank could not prepare the data"
-                                 for i in range(size)]
+        assert f["failures"] == [
+            f"rank {i} cannot" if i == f["rank"] else "another rank could not prepare the data"
+            for i in range(size)
+        ]
 
 
 # --- device
 
 
-@pytest.mark.parametrize("flags, dtype", [
-    ("flags : fpu avx2", torch.float32), ("flags : fpu avx512_bf16 sse", torch.bfloat16),
-    ("flags: amx_bf16", torch.bfloat16), ("Features : fp asimd bf16 i8mm", torch.bfloat16),
-    ("flags : not_bf16x", torch.float32)])
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [
+        ("flags : fpu avx2", torch.float32),
+        ("flags : fpu avx512_bf16 sse", torch.bfloat16),
+        ("flags: amx_bf16", torch.bfloat16),
+        ("Features : fp asimd bf16 i8mm", torch.bfloat16),
+        ("flags : not_bf16x", torch.float32),
+    ],
+)
 def test_native_dtype_of_a_cpu(flags, dtype, monkeypatch):
     monkeypatch.setattr(machine.Path, "exists", lambda path: True)
     monkeypatch.setattr(machine.Path, "read_text", lambda path: flags)
     assert native_dtype(CPU) == dtype
 
 
-@pytest.mark.parametrize("capability, dtype", [
-    ((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
 def test_native_dtype_of_a_gpu(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert native_dtype(torch.device("cuda", 0)) == dtype
@@ -128,28 +171,40 @@ def test_without_cpuinfo_it_is_float32(monkeypatch):
     assert native_dtype(CPU) == torch.float32
 
 
-@pytest.mark.parametrize("capability, there", [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)])
-def test_fp8_from_ada_on_and_emulated_on_a_cpu_and_chosen_where_it_was_measured(capability, there, monkeypatch):
+@pytest.mark.parametrize(
+    "capability, there", [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)]
+)
+def test_fp8_from_ada_on_and_emulated_on_a_cpu_and_chosen_where_it_was_measured(
+    capability, there, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = torch.device("cuda", 0)
     assert has_fp8(gpu) == there and has_fp8(CPU)
     assert fp8_pays(gpu) == (capability == (9, 0)) and not fp8_pays(CPU)
 
 
-@pytest.mark.parametrize("error, passes", [("[gloo/pair.cc:534] Connection closed by peer", True), ("bug", False)])
+@pytest.mark.parametrize(
+    "error, passes", [("[gloo/pair.cc:534] Connection closed by peer", True), ("bug", False)]
+)
 def test_at_the_end_others_may_have_left_already(error, passes, monkeypatch):
     def barrier():
         raise RuntimeError(error)
+
     monkeypatch.setattr(machine.dist, "barrier", barrier)
     machine.wait_for_first_rank(World())  # alone it does not wait
     with contextlib.nullcontext() if passes else pytest.raises(RuntimeError, match="bug"):
         machine.wait_for_first_rank(World(1, 2))
 
 
-@pytest.mark.parametrize("error, lost", [
-    (torch.distributed.DistNetworkError("connection refused"), True),
-    (RuntimeError("[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer"), True),
-    (RuntimeError("NCCL communicator was aborted"), True), (RuntimeError("shape mismatch"), False)])
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (torch.distributed.DistNetworkError("connection refused"), True),
+        (RuntimeError("[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("NCCL communicator was aborted"), True),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
 def test_which_errors_mean_that_another_process_is_gone(error, lost):
     assert lost_another(error) == lost
 
@@ -158,8 +213,13 @@ def test_what_compiling_lacks(tmp_path, monkeypatch):
     def lacks_for_compile():
         said = []
         assert can_compile(said.append) == (not said)
-        return "".join(said).removeprefix("running without torch.compile, which is slower: ").removesuffix(
-            " would have to be installed for it") or None
+        return (
+            "".join(said)
+            .removeprefix("running without torch.compile, which is slower: ")
+            .removesuffix(" would have to be installed for it")
+            or None
+        )
+
     headers = tmp_path / "include"
     headers.mkdir()
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(headers))
@@ -205,7 +265,9 @@ def test_clock_runs_between_start_and_stop_and_goes_on_from_a_total(monkeypatch)
     at[0] = 110.0
     clock.start()
     at[0] = 112.5
-    assert clock.now() == 7.5 and clock.total == 5 and len(waited) == 1  # looking at it waits for nothing
+    assert (
+        clock.now() == 7.5 and clock.total == 5 and len(waited) == 1
+    )  # looking at it waits for nothing
     clock.stop()
     at[0] = 200.0
     assert clock.now() == clock.total == 7.5

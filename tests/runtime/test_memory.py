@@ -1,15 +1,17 @@
-"""runtime/memory.py: what training is expected to need, against what it keeps, and what is chosen to fit."""
+"""runtime/memory.py: what training is expected to need, against what it keeps, and what is
+chosen to fit."""
 
 import dataclasses
 import types
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from helpers import EVERYTHING, PIECES, options, tiny, train_losses, write_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train_gpt as tg
 from data import InputError
-from helpers import EVERYTHING, PIECES, options, tiny, train_losses, write_text
 from runtime import memory
 from runtime.memory import SHARE, advice, describe, equal_passes, estimate, fit, free_memory
 
@@ -17,8 +19,19 @@ WORLD = tg.World()
 
 
 def config(**fields):
-    return tg.Config(**dict(n_layer=4, n_embd=128, n_head=4, value_embed_layers=(0, 3), row_len=256,
-                            batch_tokens=(16384,), short_window=(64,), softcap=(23.0, 5.0, 7.5)) | fields)
+    return tg.Config(
+        **dict(
+            n_layer=4,
+            n_embd=128,
+            n_head=4,
+            value_embed_layers=(0, 3),
+            row_len=256,
+            batch_tokens=(16384,),
+            short_window=(64,),
+            softcap=(23.0, 5.0, 7.5),
+        )
+        | fields
+    )
 
 
 def meta(c, dtype=torch.float32, n_vocab=1000):
@@ -30,14 +43,20 @@ def meta(c, dtype=torch.float32, n_vocab=1000):
 
 
 def kept(function, model):
-    """Bytes of distinct storages that autograd keeps for the backward pass, besides parameters and tables."""
+    """Bytes of distinct storages that autograd keeps for the backward pass, besides parameters
+    and tables."""
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         result = function()
     assert result.requires_grad
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved
-                if x.untyped_storage().data_ptr() not in own}.values())
+    return sum(
+        {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in saved
+            if x.untyped_storage().data_ptr() not in own
+        }.values()
+    )
 
 
 def kept_and_expected(compile, dtype, rows=4, **fields):
@@ -45,7 +64,10 @@ def kept_and_expected(compile, dtype, rows=4, **fields):
     model = tg.GPT(c, 1000, dtype)
     model.init_weights(0)
     run = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
-    tokens, cu_seqlens = torch.randint(1000, (rows, 257)), torch.arange(0, rows * 256 + 1, 64, dtype=torch.int32)
+    tokens, cu_seqlens = (
+        torch.randint(1000, (rows, 257)),
+        torch.arange(0, rows * 256 + 1, 64, dtype=torch.int32),
+    )
     stage = tg.stage_at(c, 0.0)
     weights = torch.tensor([1.0, 0.5, 0.25]) if stage.n_targets == 3 else None
     found = kept(lambda: run(tokens[:, :-1], tokens[:, 1:], cu_seqlens, stage, weights), model)
@@ -54,37 +76,53 @@ def kept_and_expected(compile, dtype, rows=4, **fields):
 
 
 def test_estimate_is_what_an_h200_took():
-    """gpt2-small in passes of some rows: peaks of torch.cuda's allocator in a whole step, in bytes."""
+    """gpt2-small in passes of some rows: peaks of torch.cuda's allocator in a whole step, in
+    bytes."""
     c = tg.Config(**tg.load_track("gpt2-small"))
-    for rows, fp8, took in ((4, "on", 37.18e9), (6, "on", 51.41e9), (12, "on", 93.9e9), (12, "off", 84.3e9)):
+    for rows, fp8, took in (
+        (4, "on", 37.18e9),
+        (6, "on", 51.41e9),
+        (12, "on", 93.9e9),
+        (12, "off", 84.3e9),
+    ):
         c = dataclasses.replace(c, fp8=fp8)
         with torch.device("meta"):
             model = tg.GPT(c, 50257, torch.bfloat16)
         ops = dict(attention="flash_attn_4", linear_cross_entropy="triton")
         model.ops = types.SimpleNamespace(named=lambda: ops)
-        assert 0.94 < took / sum(estimate(c, model, 1, rows, False, cuda=True).values()) < 0.97, (rows, fp8)
+        assert 0.94 < took / sum(estimate(c, model, 1, rows, False, cuda=True).values()) < 0.97, (
+            rows,
+            fp8,
+        )
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fields", [dict(), PIECES, PIECES | dict(mtp=(3,))], ids=["nothing", "pieces", "mtp"])
+@pytest.mark.parametrize(
+    "fields", [dict(), PIECES, PIECES | dict(mtp=(3,))], ids=["nothing", "pieces", "mtp"]
+)
 def test_what_is_kept_is_what_was_expected_within_a_factor(compile, dtype, fields):
-    """Three quarters to 1.75 times, in bf16 2.5 times: PyTorch's attention keeps scores, in bf16 as fp32 as well, and
-    the loss logits for each of the next tokens, where a GPU's kernels keep none. Measured here: 1.2 to 1.5 and 1.5 to
-    2.3 times; compiled, in fp32, 1.1 to 1.3."""
+    """Three quarters to 1.75 times, in bf16 2.5 times: PyTorch's attention keeps scores, in bf16
+    as fp32 as well, and the loss logits for each of the next tokens, where a GPU's kernels keep
+    none. Measured here: 1.2 to 1.5 and 1.5 to 2.3 times; compiled, in fp32, 1.1 to 1.3."""
     found, expected = kept_and_expected(compile, dtype, **fields)
     assert 0.75 < found / expected < (1.75 if dtype == torch.float32 else 2.5)
 
 
 def test_sampled_softmax_has_fewer_logits_if_all_stages_have_it():
-    full, some, all_of_them = (estimate(config(sampled_softmax=n), meta(config()), 1, 2, False)["logits"]
-                               for n in ((0,), (64, 0), (64, 128)))
+    full, some, all_of_them = (
+        estimate(config(sampled_softmax=n), meta(config()), 1, 2, False)["logits"]
+        for n in ((0,), (64, 0), (64, 128))
+    )
     assert full == some == all_of_them * len(meta(config()).embed) / 128
 
 
 @pytest.mark.parametrize("fields", [dict(), PIECES], ids=["nothing", "pieces"])
 def test_with_recompute_what_is_kept_leaves_room_for_one_block(fields):
-    """The expectation holds a block's activations and logits while they are computed again; what is kept are widths."""
+    """The expectation holds a block's activations and logits while they are computed again; what
+    is kept are widths."""
     found, expected = kept_and_expected(False, torch.float32, recompute="on", **fields)
     without, _ = kept_and_expected(False, torch.float32, **fields)
     assert found < expected < without and found < without / 5
@@ -100,22 +138,35 @@ def test_it_grows_with_rows_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fields", [dict(), dict(normuon=True, **PIECES), dict(row_moments=True, **PIECES),
-                                    dict(row_moments=True, tied=0.5, **PIECES)],
-                         ids=["nothing", "pieces", "row moments", "row moments, tied"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(normuon=True, **PIECES),
+        dict(row_moments=True, **PIECES),
+        dict(row_moments=True, tied=0.5, **PIECES),
+    ],
+    ids=["nothing", "pieces", "row moments", "row moments, tied"],
+)
 def test_weights_gradients_and_optimizer_are_counted(dtype, fields):
     """The optimizer by what would be most: Muon has one moment where Adam has two."""
     c = config(**fields)
     model = tg.GPT(c, 1000, dtype)
     parts = estimate(c, model, 1, 4, False)
     weights = sum(p.nbytes for p in model.parameters())
-    state = sum(x.nbytes for s in tg.Optimizer(model, tg.parameter_table(c), normuon=c.normuon).state.values()
-                for x in s.values() if x is not None)
+    state = sum(
+        x.nbytes
+        for s in tg.Optimizer(model, tg.parameter_table(c), normuon=c.normuon).state.values()
+        for x in s.values()
+        if x is not None
+    )
     assert parts["weights"] == parts["gradients"] == pytest.approx(weights, rel=0.01)
     assert state <= 1.01 * parts["optimizer"] < 2 * state
     assert estimate(c, model, 4, 4, False)["optimizer"] == parts["optimizer"] // 4
     rules, without = tg.parameter_table(c), dataclasses.replace(c, row_moments=False)
-    spared = 8 * sum(p.numel() for name, p in model.named_parameters() if rules[name].optim == "row_adam")
+    spared = 8 * sum(
+        p.numel() for name, p in model.named_parameters() if rules[name].optim == "row_adam"
+    )
     assert estimate(without, model, 1, 4, False)["optimizer"] == parts["optimizer"] + spared
 
 
@@ -134,6 +185,7 @@ def test_free_memory_may_not_be_known(said, monkeypatch):
         if said is None:
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return said
+
     monkeypatch.setattr(memory.Path, "read_text", read)
     assert free_memory(torch.device("cpu")) is None
     c = config()
@@ -158,23 +210,31 @@ def test_less_memory_means_fewer_rows_then_recomputing_then_a_line(free):
     most, little = 16384 // 256, need(c, 1, False) / SHARE - 10
     again = max(rows for rows in range(1, 64) if need(c, rows, True) <= SHARE * little)
     for bytes, expected in (
-            (None, (most, False)), (10**12, (most, False)),
-            (need(c, 8, False) / SHARE + 10, (8, False)), (need(c, 8, False) / SHARE - 10, (7, False)),
-            (need(c, 1, False) / SHARE + 10, (1, False)),
-            (little, (again, True)),
-            (need(c, 1, True) / SHARE + 10, (1, True))):
+        (None, (most, False)),
+        (10**12, (most, False)),
+        (need(c, 8, False) / SHARE + 10, (8, False)),
+        (need(c, 8, False) / SHARE - 10, (7, False)),
+        (need(c, 1, False) / SHARE + 10, (1, False)),
+        (little, (again, True)),
+        (need(c, 1, True) / SHARE + 10, (1, True)),
+    ):
         free(bytes)
         rows, recompute, said = fit(c, meta(c), WORLD)
         assert (rows, recompute) == expected
         assert said == describe(estimate(c, meta(c), 1, rows, recompute), bytes)
     free(None)
-    assert fit(config(batch_tokens=(1024, 2048)), meta(c), WORLD)[0] == 2048 // 256  # more than a batch has is no use
+    assert (
+        fit(config(batch_tokens=(1024, 2048)), meta(c), WORLD)[0] == 2048 // 256
+    )  # more than a batch has is no use
     free(need(c, 1, True) / SHARE - 10)
     with pytest.raises(InputError) as e:
         fit(c, meta(c), WORLD)
     assert "\n" not in str(e.value)
-    for said in ("not enough memory on cpu", describe(estimate(c, meta(c), 1, 1, True), need(c, 1, True) / SHARE - 10),
-                 "lower --micro-tokens (now chosen to fit) or --row-len (256)"):
+    for said in (
+        "not enough memory on cpu",
+        describe(estimate(c, meta(c), 1, 1, True), need(c, 1, True) / SHARE - 10),
+        "lower --micro-tokens (now chosen to fit) or --row-len (256)",
+    ):
         assert said in str(e.value)
 
 
@@ -202,13 +262,21 @@ def test_rows_that_were_asked_for_are_not_reduced(free):
 
 
 @settings(deadline=None, max_examples=100, database=None)
-@given(st.integers(10**6, 10**9), st.sampled_from(["auto", "on", "off"]), st.sampled_from([0, 256, 1024]))
+@given(
+    st.integers(10**6, 10**9),
+    st.sampled_from(["auto", "on", "off"]),
+    st.sampled_from([0, 256, 1024]),
+)
 def test_the_choice_is_the_first_that_fits(n, recompute, micro_tokens):
     c = config(recompute=recompute, micro_tokens=micro_tokens)
     model = meta(c)
     sizes = [micro_tokens // 256] if micro_tokens else range(64, 0, -1)
-    ways = [(rows, way) for way in dict(auto=(False, True), on=(True,), off=(False,))[recompute] for rows in sizes
-            if sum(estimate(c, model, 1, rows, way).values()) <= SHARE * n]
+    ways = [
+        (rows, way)
+        for way in dict(auto=(False, True), on=(True,), off=(False,))[recompute]
+        for rows in sizes
+        if sum(estimate(c, model, 1, rows, way).values()) <= SHARE * n
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "free_memory", lambda *args: n)
         if ways:
@@ -218,13 +286,18 @@ def test_the_choice_is_the_first_that_fits(n, recompute, micro_tokens):
                 fit(c, model, WORLD)
 
 
-@pytest.mark.parametrize("theirs, together", [((9, 0), (5, False)), ((2, 0), (2, False)), ((9, 1), (5, True)),
-                                              ((-1, 1), None)])
+@pytest.mark.parametrize(
+    "theirs, together",
+    [((9, 0), (5, False)), ((2, 0), (2, False)), ((9, 1), (5, True)), ((-1, 1), None)],
+)
 def test_ranks_agree_on_the_least_that_one_of_them_has(free, monkeypatch, theirs, together):
     c = config()
     free(need(c, 5, False) / SHARE + 10)
     other = torch.tensor([-theirs[0], theirs[1]])
-    how = {torch.distributed.ReduceOp.MAX: torch.maximum, torch.distributed.ReduceOp.MIN: torch.minimum}
+    how = {
+        torch.distributed.ReduceOp.MAX: torch.maximum,
+        torch.distributed.ReduceOp.MIN: torch.minimum,
+    }
     monkeypatch.setattr(memory.dist, "all_reduce", lambda x, op: x.copy_(how[op](x, other)))
     world = tg.World(0, 2)
     if together:
@@ -240,13 +313,25 @@ def test_passes_have_little_padding_and_are_few(rows, most):
 
     def padding(n):
         return -rows % n
+
     assert 1 <= each <= most and -(-rows // each) <= 2 * -(-rows // most)
     for n in range(min(rows, most) // 2 + 1, min(rows, most) + 1):
         assert padding(n) > padding(each) or padding(n) == padding(each) and n <= each
 
 
-@pytest.mark.parametrize("rows, most, expected", [
-    (24, 16, 12), (24, 24, 24), (24, 1, 1), (3, 5, 3), (8, 5, 4), (7, 3, 2), (16, 6, 4), (16, 12, 8)])
+@pytest.mark.parametrize(
+    "rows, most, expected",
+    [
+        (24, 16, 12),
+        (24, 24, 24),
+        (24, 1, 1),
+        (3, 5, 3),
+        (8, 5, 4),
+        (7, 3, 2),
+        (16, 6, 4),
+        (16, 12, 8),
+    ],
+)
 def test_passes_by_hand(rows, most, expected):
     assert equal_passes(rows, most) == expected
 
@@ -255,7 +340,9 @@ def test_describe_and_advice_are_one_line_with_the_numbers():
     said = describe(dict(weights=1.5e9, logits=2e8), 4e9)
     assert said == "1.70 GB (weights 1.50, logits 0.20) of 4.00 GB free"
     assert describe(dict(weights=1e9), None) == "1.00 GB (weights 1.00)"
-    line = advice(config(), said, RuntimeError("CUDA out of memory.\n Tried to allocate 2 GiB\n" + "x" * 500))
+    line = advice(
+        config(), said, RuntimeError("CUDA out of memory.\n Tried to allocate 2 GiB\n" + "x" * 500)
+    )
     assert said in line and "a multiple of 256" in line and "\n" not in line and len(line) < 400
 
 
@@ -277,7 +364,9 @@ def test_a_run_with_little_memory_has_the_same_losses(text, tmp_path, free, fiel
     free(sum(estimate(c, model, 1, 1, False).values()) / SHARE - 10)
     little = tg.train(c)
     assert "of 0.00 GB free, blocks recomputed" in capsys.readouterr().err
-    assert train_losses(tmp_path / "little") == pytest.approx(train_losses(tmp_path / "run"), rel=1e-4)
+    assert train_losses(tmp_path / "little") == pytest.approx(
+        train_losses(tmp_path / "run"), rel=1e-4
+    )
     assert little["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
 
 

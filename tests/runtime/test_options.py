@@ -1,16 +1,30 @@
-"""runtime/options.py and the Config of train_gpt.py: what a command line may say, and one line for what it may not."""
+"""runtime/options.py and the Config of train_gpt.py: what a command line may say, and one line
+for what it may not."""
 
 import dataclasses
 import math
 import typing
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import train_gpt as tg
 from data import InputError
-from runtime.options import (BY_STAGE, COUNT, FRACTION, POSITIVE, RATE, RunOptions, check_options, interval, option,
-                             parse_options, seconds, valid)
+from runtime.options import (
+    BY_STAGE,
+    COUNT,
+    FRACTION,
+    POSITIVE,
+    RATE,
+    RunOptions,
+    check_options,
+    interval,
+    option,
+    parse_options,
+    seconds,
+    valid,
+)
 
 FIELDS = {f.name: f for f in dataclasses.fields(tg.Config)}
 
@@ -18,10 +32,13 @@ FIELDS = {f.name: f for f in dataclasses.fields(tg.Config)}
 @dataclasses.dataclass(frozen=True)
 class Small(RunOptions):
     """A program of its own."""
+
     name: str = option("a", "what it is called: 100% free", group="first")
     kind: str = option("x", "which one", ("x", "y", "z"))
     count: int = option(3, "how many", COUNT)
-    rate: float | None = option(None, "how fast", (lambda x: x is None or x > 0, "a speed"), group="second")
+    rate: float | None = option(
+        None, "how fast", (lambda x: x is None or x > 0, "a speed"), group="second"
+    )
     sizes: tuple[int, ...] = option((1, 2), "how large", BY_STAGE)
     fast: bool = option(True, "in a hurry")
 
@@ -33,35 +50,48 @@ def parse(*argv, **shown):
 # --- parsing
 
 
-@pytest.mark.parametrize("argv, given", [
-    ([], {}),
-    (["--name", "b", "--count", "7"], dict(name="b", count=7)),
-    (["--count=7"], dict(count=7)),
-    (["--count", "1", "--count", "2"], dict(count=2)),  # the last one counts
-    (["--rate", "2.5"], dict(rate=2.5)),
-    (["--sizes", "4", "5", "6"], dict(sizes=(4, 5, 6))),
-    (["--sizes"], dict(sizes=())),
-    (["--fast"], dict(fast=True)),
-    (["--no-fast"], dict(fast=False)),
-    (["--run-dir", "there", "--keep-last", "5"], dict(run_dir="there", keep_last=5)),  # those of the base class
-    (["--count", "-1"], dict(count=-1)),  # for check_options to refuse
-    (["--name", ""], dict(name="")),
-])
+@pytest.mark.parametrize(
+    "argv, given",
+    [
+        ([], {}),
+        (["--name", "b", "--count", "7"], dict(name="b", count=7)),
+        (["--count=7"], dict(count=7)),
+        (["--count", "1", "--count", "2"], dict(count=2)),  # the last one counts
+        (["--rate", "2.5"], dict(rate=2.5)),
+        (["--sizes", "4", "5", "6"], dict(sizes=(4, 5, 6))),
+        (["--sizes"], dict(sizes=())),
+        (["--fast"], dict(fast=True)),
+        (["--no-fast"], dict(fast=False)),
+        (
+            ["--run-dir", "there", "--keep-last", "5"],
+            dict(run_dir="there", keep_last=5),
+        ),  # those of the base class
+        (["--count", "-1"], dict(count=-1)),  # for check_options to refuse
+        (["--name", ""], dict(name="")),
+    ],
+)
 def test_only_what_is_given_is_returned(argv, given):
     assert parse(*argv) == given
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--nam", "b"], "unknown option --nam: did you mean --name? valid are --cache-dir"),  # no abbreviations
-    (["stray"], "unknown option stray: valid are"),
-    ([""], "unknown option '': "), (["  "], "unknown option '': "),
-    (["--count", "many"], "argument --count: invalid int value: 'many'"),
-    (["--count", "1.5"], "argument --count: invalid int value: '1.5'"),
-    (["--count"], "argument --count: expected one argument"),
-    (["--sizes", "1", "x"], "argument --sizes: invalid int value: 'x'"),
-    (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
-    (["--no-fast=yes"], "--no-fast: ignored explicit argument 'yes'"),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (
+            ["--nam", "b"],
+            "unknown option --nam: did you mean --name? valid are --cache-dir",
+        ),  # no abbreviations
+        (["stray"], "unknown option stray: valid are"),
+        ([""], "unknown option '': "),
+        (["  "], "unknown option '': "),
+        (["--count", "many"], "argument --count: invalid int value: 'many'"),
+        (["--count", "1.5"], "argument --count: invalid int value: '1.5'"),
+        (["--count"], "argument --count: expected one argument"),
+        (["--sizes", "1", "x"], "argument --sizes: invalid int value: 'x'"),
+        (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
+        (["--no-fast=yes"], "--no-fast: ignored explicit argument 'yes'"),
+    ],
+)
 def test_what_cannot_be_parsed_is_one_line(argv, said):
     with pytest.raises(InputError) as e:
         parse(*argv)
@@ -73,29 +103,48 @@ def test_help_has_every_option_its_group_its_default_and_what_is_shown_instead(c
         parse("--help", count=9)
     text = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0
-    for said in ("--name STR what it is called: 100% free [a]", "--kind STR which one: x, y, z [x]",
-                 "--count INT how many [9]", "--rate FLOAT how fast [None]", "--sizes [INT ...] how large [1 2]",
-                 "--fast, --no-fast in a hurry [True]"):
+    for said in (
+        "--name STR what it is called: 100% free [a]",
+        "--kind STR which one: x, y, z [x]",
+        "--count INT how many [9]",
+        "--rate FLOAT how fast [None]",
+        "--sizes [INT ...] how large [1 2]",
+        "--fast, --no-fast in a hurry [True]",
+    ):
         assert said in text, said
-    at = [text.index(heading) for heading in ("first: --name", "second: --rate", "run: --run-dir", "machine: --gpus",
-                                              "checkpoints: --checkpoint-every")]
+    at = [
+        text.index(heading)
+        for heading in (
+            "first: --name",
+            "second: --rate",
+            "run: --run-dir",
+            "machine: --gpus",
+            "checkpoints: --checkpoint-every",
+        )
+    ]
     assert at == sorted(at)  # the class's own before those it inherits
 
 
 # --- checking
 
 
-@pytest.mark.parametrize("fields, said", [
-    (dict(kind="w"), "--kind w: expected x, y or z"),
-    (dict(count=-1), "--count -1: expected zero or more"),
-    (dict(rate=0.0), "--rate 0.0: expected a speed"),
-    (dict(sizes=(3, 0)), "--sizes 3 0: expected one positive number per stage"),
-    (dict(sizes=()), "--sizes : expected one positive number per stage"),
-    (dict(keep_last=0), "--keep-last 0: expected a positive number"),
-    (dict(recompute="maybe"), "--recompute maybe: expected auto, on or off"),
-    (dict(checkpoint_every="no"), "--checkpoint-every no: expected a number of steps, a time such as 10m, or off"),
-    (dict(max_time="1d"), "--max-time 1d: expected a time such as 90s, 10m or 1.5h"),
-])
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(kind="w"), "--kind w: expected x, y or z"),
+        (dict(count=-1), "--count -1: expected zero or more"),
+        (dict(rate=0.0), "--rate 0.0: expected a speed"),
+        (dict(sizes=(3, 0)), "--sizes 3 0: expected one positive number per stage"),
+        (dict(sizes=()), "--sizes : expected one positive number per stage"),
+        (dict(keep_last=0), "--keep-last 0: expected a positive number"),
+        (dict(recompute="maybe"), "--recompute maybe: expected auto, on or off"),
+        (
+            dict(checkpoint_every="no"),
+            "--checkpoint-every no: expected a number of steps, a time such as 10m, or off",
+        ),
+        (dict(max_time="1d"), "--max-time 1d: expected a time such as 90s, 10m or 1.5h"),
+    ],
+)
 def test_errors_name_option_value_and_what_is_expected(fields, said):
     with pytest.raises(InputError) as e:
         check_options(Small(**fields))
@@ -103,13 +152,27 @@ def test_errors_name_option_value_and_what_is_expected(fields, said):
 
 
 def test_what_is_expected_is_allowed():
-    check_options(Small(name="", kind="z", count=0, rate=None, sizes=(1,), checkpoint_every="off", max_time="2h"))
+    check_options(
+        Small(
+            name="", kind="z", count=0, rate=None, sizes=(1,), checkpoint_every="off", max_time="2h"
+        )
+    )
 
 
-@pytest.mark.parametrize("expect, allowed, refused", [
-    (POSITIVE, (1, 0.1, 10**30), (0, -1, math.nan, math.inf)), (COUNT, (0, 5), (-1,)),
-    (RATE, (0, 0.0, 5.0), (-1e-9, math.inf, math.nan)), (FRACTION, (0, 0.5, 1), (-0.1, 1.1, math.nan)),
-    (BY_STAGE, ((1,), (0.5, 2)), ((), (0,), (1, -1), (math.nan,), (1, math.nan), (math.nan, 1), (1, math.inf)))])
+@pytest.mark.parametrize(
+    "expect, allowed, refused",
+    [
+        (POSITIVE, (1, 0.1, 10**30), (0, -1, math.nan, math.inf)),
+        (COUNT, (0, 5), (-1,)),
+        (RATE, (0, 0.0, 5.0), (-1e-9, math.inf, math.nan)),
+        (FRACTION, (0, 0.5, 1), (-0.1, 1.1, math.nan)),
+        (
+            BY_STAGE,
+            ((1,), (0.5, 2)),
+            ((), (0,), (1, -1), (math.nan,), (1, math.nan), (math.nan, 1), (1, math.inf)),
+        ),
+    ],
+)
 def test_kinds_of_values(expect, allowed, refused):
     assert all(expect[0](x) for x in allowed) and not any(expect[0](x) for x in refused)
 
@@ -117,20 +180,32 @@ def test_kinds_of_values(expect, allowed, refused):
 # --- times
 
 
-@pytest.mark.parametrize("text, expected", [("90s", 90), ("10m", 600), ("1.5h", 5400), (".5s", 0.5), ("1e3s", 1000)])
+@pytest.mark.parametrize(
+    "text, expected", [("90s", 90), ("10m", 600), ("1.5h", 5400), (".5s", 0.5), ("1e3s", 1000)]
+)
 def test_seconds(text, expected):
     assert seconds(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "s", "10", "10d", "-5s", "0m", "nanm", "infh", "1e999s", "ten m", "5ss", "m5"])
+@pytest.mark.parametrize(
+    "text", ["", "s", "10", "10d", "-5s", "0m", "nanm", "infh", "1e999s", "ten m", "5ss", "m5"]
+)
 def test_no_seconds(text):
     with pytest.raises(ValueError):
         seconds(text)
     assert not valid(seconds, text)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("500", (500, math.inf)), ("1", (1, math.inf)), ("10m", (0, 600)), ("off", (0, math.inf)), ("007", (7, math.inf))])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("500", (500, math.inf)),
+        ("1", (1, math.inf)),
+        ("10m", (0, 600)),
+        ("off", (0, math.inf)),
+        ("007", (7, math.inf)),
+    ],
+)
 def test_interval(text, expected):
     assert interval(text) == expected and valid(interval, text)
 
@@ -167,22 +242,65 @@ def text_of(value):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_option_reaches_its_field(name):
-    """Its default by name on the command line gives the default, which the laptop track need not have."""
+    """Its default by name on the command line gives the default, which the laptop track need not
+    have."""
     f, flag = FIELDS[name], f"--{name.replace('_', '-')}"
     if f.default is None or name in ("track", "text", "data", "value_embed_layers"):
         return
-    given = [flag if f.default else f"--no-{name.replace('_', '-')}"] if f.type is bool else [flag, *text_of(f.default)]
+    given = (
+        [flag if f.default else f"--no-{name.replace('_', '-')}"]
+        if f.type is bool
+        else [flag, *text_of(f.default)]
+    )
     value = getattr(tg.parse_args(["--track", "laptop", *given]), name)
     assert value == f.default and type(value) is type(f.default)
 
 
-JUNK = st.one_of(st.sampled_from(
-    ["auto", "on", "off", "10m", "text", "laptop", "shakespeare-char", "bytes", "nan", "inf", "-1", "0", "2", "0.5",
-     "", " ", "-", "--", "-h5", "--help", "1e400", "9" * 5000, "\0", "\n", "²", "٣", "é", "\ud800", "%", "{}", "[1]"]),
-    st.text(max_size=6))
-OF_TYPE = {int: st.one_of(st.integers(-2, 9), st.integers(-10, 10**7), st.sampled_from([128, 256, 512, 8192])).map(str),
-           float: st.one_of(st.floats(0, 1), st.floats()).map(str),
-           str: st.sampled_from(["auto", "on", "off", "5m", "7", "a"])}
+JUNK = st.one_of(
+    st.sampled_from(
+        [
+            "auto",
+            "on",
+            "off",
+            "10m",
+            "text",
+            "laptop",
+            "shakespeare-char",
+            "bytes",
+            "nan",
+            "inf",
+            "-1",
+            "0",
+            "2",
+            "0.5",
+            "",
+            " ",
+            "-",
+            "--",
+            "-h5",
+            "--help",
+            "1e400",
+            "9" * 5000,
+            "\0",
+            "\n",
+            "²",
+            "٣",
+            "é",
+            "\ud800",
+            "%",
+            "{}",
+            "[1]",
+        ]
+    ),
+    st.text(max_size=6),
+)
+OF_TYPE = {
+    int: st.one_of(
+        st.integers(-2, 9), st.integers(-10, 10**7), st.sampled_from([128, 256, 512, 8192])
+    ).map(str),
+    float: st.one_of(st.floats(0, 1), st.floats()).map(str),
+    str: st.sampled_from(["auto", "on", "off", "5m", "7", "a"]),
+}
 
 
 def words(f):
@@ -196,12 +314,14 @@ def words(f):
     return st.lists(value, min_size=1, max_size=most).map(lambda values: [names[0], *values])
 
 
-ARGV = st.lists(st.one_of(*map(words, FIELDS.values()), st.lists(JUNK, max_size=1)), max_size=6).map(
-    lambda parts: sum(parts, []))
+ARGV = st.lists(
+    st.one_of(*map(words, FIELDS.values()), st.lists(JUNK, max_size=1)), max_size=6
+).map(lambda parts: sum(parts, []))
 
 
 def try_command(argv):
-    """A Config whose schedules work, or an error of one readable kind; --help ends with status 0."""
+    """A Config whose schedules work, or an error of one readable kind; --help ends with status
+    0."""
     try:
         c = tg.parse_args(argv)
     except InputError as e:
@@ -214,7 +334,10 @@ def try_command(argv):
         for step in (0, c.steps // 2, c.steps - 1):
             progress = tg.progress_at(c, step)
             stage = tg.stage_at(c, progress)
-            assert len(stage.windows) == len(tg.val_stage(c, stage).windows) == c.n_layer and stage.rows > 0
+            assert (
+                len(stage.windows) == len(tg.val_stage(c, stage).windows) == c.n_layer
+                and stage.rows > 0
+            )
             assert 0 <= tg.lr_scale(c, progress) < math.inf and 0.8 < tg.muon_momentum(progress) < 1
             assert (tg.target_weights(c, progress) is None) == (stage.n_targets == 1)
         assert all(rule.lr >= 0 for rule in tg.parameter_table(c).values())

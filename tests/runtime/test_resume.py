@@ -7,18 +7,34 @@ import shutil
 import signal
 
 import pytest
-
-import train_gpt as tg
 from helpers import PIECES, options, tiny, write_text
 from processes import remains, rows, same
 
-# Everything that has a state or changes on the way: the head is untied after step 6, batches grow after 8 and 16,
-# windows (with yarn) and the number of targets change after 12; Adam updates in even steps, and stops wait for it.
-# Not the sampled softmax, since each process has a sample of its own.
-ALL = PIECES | dict(steps=24, eval_every=4, batch_tokens=(128, 192, 256), max_doc_len=(16, 24, 32),
-                    short_window=(8, 16), long_window=(16, 32), stage_lr=(1.0, 1.2), mtp=(2, 1), tied=0.25,
-                    normuon=True, weight_decay=0.1, adam_every=2, spike_sigmas=6.0, max_skips=2,
-                    checkpoint_every="10m", sample_tokens=3, keep_best=1)
+import train_gpt as tg
+
+# Everything that has a state or changes on the way: the head is untied after step 6, batches grow
+# after 8 and 16, windows (with yarn) and the number of targets change after 12; Adam updates in
+# even steps, and stops wait for it. Not the sampled softmax, since each process has a sample of its
+# own.
+ALL = PIECES | dict(
+    steps=24,
+    eval_every=4,
+    batch_tokens=(128, 192, 256),
+    max_doc_len=(16, 24, 32),
+    short_window=(8, 16),
+    long_window=(16, 32),
+    stage_lr=(1.0, 1.2),
+    mtp=(2, 1),
+    tied=0.25,
+    normuon=True,
+    weight_decay=0.1,
+    adam_every=2,
+    spike_sigmas=6.0,
+    max_skips=2,
+    checkpoint_every="10m",
+    sample_tokens=3,
+    keep_best=1,
+)
 
 
 class Runner:
@@ -32,10 +48,13 @@ class Runner:
         return options(tiny(fields.pop("text"), self.tmp, **fields))
 
     def __call__(self, name, *more, job=(), **fields):
-        return self.nursery.run([*self.argv(name, **fields), *more], self.tmp / "output", **dict(job))
+        return self.nursery.run(
+            [*self.argv(name, **fields), *more], self.tmp / "output", **dict(job)
+        )
 
     def stop(self, name, step, *more, job=(), **fields):
-        """Run until a signal, asking for it before this step, has stopped it; returns the step after which it did."""
+        """Run until a signal, asking for it before this step, has stopped it; returns the step
+        after which it did."""
         done = self(name, *more, job=dict(job) | dict(at=(step - 1, signal.SIGTERM)), **fields)
         assert done.status == 143, done.err
         stopped = int(re.search("stopped at step ([0-9]+) by a signal", done.err)[1])
@@ -55,13 +74,24 @@ def whole(nursery, text, tmp_path_factory):
 @pytest.fixture
 def run(nursery, text, tmp_path):
     """A Runner of a small model."""
-    return Runner(nursery, text, tmp_path, steps=6, eval_every=3, n_layer=1, value_embed_layers=(), row_len=16,
-                  batch_tokens=(64,), checkpoint_every="2", sample_tokens=0)
+    return Runner(
+        nursery,
+        text,
+        tmp_path,
+        steps=6,
+        eval_every=3,
+        n_layer=1,
+        value_embed_layers=(),
+        row_len=16,
+        batch_tokens=(64,),
+        checkpoint_every="2",
+        sample_tokens=0,
+    )
 
 
 def test_stopped_in_every_kind_of_place(whole):
-    """One run, stopped in the middle of a stage, where the head is untied, where a validation is due, where batch and
-    window change, and after the last step."""
+    """One run, stopped in the middle of a stage, where the head is untied, where a validation is
+    due, where batch and window change, and after the last step."""
     places = [whole.stop("stopped", step, "--resume", "auto") for step in (2, 6, 8, 11, 14, 16, 24)]
     assert places == [2, 6, 8, 12, 14, 16, 24]
     done = whole("stopped", "--resume", "auto")
@@ -89,7 +119,9 @@ def test_the_softmax_has_the_same_sample(run, ranks):
     assert run("stopped", "--resume", "auto", **fields).status == 0
     same(run.tmp / "stopped", run.tmp / "whole")
     tensors, _ = tg.resume.checkpoint.load(run.tmp / "whole/checkpoints/step-000006")
-    assert tensors["other/recent_losses"][0] == 3  # a loss over all tokens is not compared with one over a sample
+    assert (
+        tensors["other/recent_losses"][0] == 3
+    )  # a loss over all tokens is not compared with one over a sample
     assert run("all", **fields | dict(sampled_softmax=(0,))).status == 0
     sampled, full = rows(run.tmp / "whole"), rows(run.tmp / "all")
     assert sampled[1]["train_loss"] != full[1]["train_loss"]
@@ -145,7 +177,9 @@ def test_another_number_of_processes_goes_on_with_the_same_tokens(whole):
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for a, b in zip(ours, theirs):
         assert a == pytest.approx(b, rel=1e-4)
-    assert done.result["tokens"] == json.loads((whole.tmp / "whole/result.json").read_text())["tokens"]
+    assert (
+        done.result["tokens"] == json.loads((whole.tmp / "whole/result.json").read_text())["tokens"]
+    )
 
 
 @pytest.mark.parametrize("fp8", ["off", "on"])
@@ -158,7 +192,7 @@ def test_bf16_weights_go_on_bit_for_bit(run, fp8):
     same(run.tmp / "stopped", run.tmp / "whole")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which run, and from where
 
 
@@ -169,8 +203,9 @@ def test_auto_with_nothing_there_begins(run):
 
 def test_auto_before_the_first_checkpoint_begins_again(run):
     assert run("whole").status == 0
-    run.nursery.start(run.argv("killed", checkpoint_every="10m"), run.tmp / "output", step=0.2).until(
-        lambda: len(rows(run.tmp / "killed")) >= 2).kill().wait()
+    run.nursery.start(
+        run.argv("killed", checkpoint_every="10m"), run.tmp / "output", step=0.2
+    ).until(lambda: len(rows(run.tmp / "killed")) >= 2).kill().wait()
     done = run("killed", "--resume", "auto")
     assert done.status == 0, done.err
     assert done.result["resumed_at"] == []
@@ -201,11 +236,16 @@ def test_an_older_checkpoint_needs_a_folder_of_its_own(run):
     older, newest = sorted((run.tmp / "run/checkpoints").glob("step-*"))
     step = int(older.name[-6:])
     done = run("", "--resume", older, run_dir="")
-    assert done.status == 2 and f"{newest.name} is newer in this run; give another --run-dir" in done.err
+    assert (
+        done.status == 2
+        and f"{newest.name} is newer in this run; give another --run-dir" in done.err
+    )
     done = run("branch", "--resume", older)
     assert done.status == 0 and done.result["resumed_at"] == [step]
     assert rows(run.tmp / "branch") == [r for r in rows(run.tmp / "whole") if r["step"] > step]
-    assert (run.tmp / "branch/model.safetensors").read_bytes() == (run.tmp / "whole/model.safetensors").read_bytes()
+    assert (run.tmp / "branch/model.safetensors").read_bytes() == (
+        run.tmp / "whole/model.safetensors"
+    ).read_bytes()
     assert rows(run.tmp / "run")[-1]["step"] == 5  # the other one is as it was
 
 
@@ -221,7 +261,9 @@ def test_a_branch_that_was_stopped_goes_on_with_its_own_work(run):
 def test_a_finished_run_reports_its_result_again(run, how):
     first = run("run").result
     files = {p: p.stat().st_mtime_ns for p in (run.tmp / "run").rglob("*") if p.is_file()}
-    path = dict(auto="auto", folder=run.tmp / "run", checkpoint=run.tmp / "run/checkpoints/step-000006")[how]
+    path = dict(
+        auto="auto", folder=run.tmp / "run", checkpoint=run.tmp / "run/checkpoints/step-000006"
+    )[how]
     done = run("run", "--resume", path)
     assert done.status == 0 and done.result == first
     assert files == {p: p.stat().st_mtime_ns for p in files}
@@ -245,6 +287,7 @@ def test_auto_without_a_folder_takes_the_newest_unfinished_run_of_the_track(text
     def auto(restarted=False, resume="auto", **fields):
         c = tiny(text, tmp_path, run_dir="", resume=resume, **fields)
         return tg.resume.choose_run_dir(c, tmp_path / "runs", restarted)
+
     older, newer = of("20260101T000000-tiny"), of("20260102T000000-tiny")
     of("20260103T000000-tiny", finished=True), of("20260104T000000-other")
     of("20260105T000000-tiny", finished=True, seeds=("seed0", "seed1"))
@@ -279,17 +322,23 @@ def test_repeat_with_one_seed_finished_and_one_begun(run):
             same(run.tmp / "again" / seed, run.tmp / "whole" / seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What does not fit is refused with what differs, before anything is written
 
 
-@pytest.mark.parametrize("fields, said", [
-    (dict(n_embd=48), "n_embd: 48 here, 32 in the checkpoint"),
-    (dict(n_layer=2, steps=7), "n_layer: 2 here, 1 in the checkpoint; steps: 7 here, 6 in the checkpoint"),
-    (dict(batch_tokens=(64, 128)), "batch_tokens: [64, 128] here, [64] in the checkpoint"),
-    (dict(seed=1), "seed: 1 here, 0 in the checkpoint"),
-    (dict(dtype="bfloat16"), 'dtype: "bfloat16" here, "float32" in the checkpoint'),
-])
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(n_embd=48), "n_embd: 48 here, 32 in the checkpoint"),
+        (
+            dict(n_layer=2, steps=7),
+            "n_layer: 2 here, 1 in the checkpoint; steps: 7 here, 6 in the checkpoint",
+        ),
+        (dict(batch_tokens=(64, 128)), "batch_tokens: [64, 128] here, [64] in the checkpoint"),
+        (dict(seed=1), "seed: 1 here, 0 in the checkpoint"),
+        (dict(dtype="bfloat16"), 'dtype: "bfloat16" here, "float32" in the checkpoint'),
+    ],
+)
 def test_another_recipe(run, fields, said):
     run.stop("run", 3)
     before = {p: p.read_bytes() for p in (run.tmp / "run").rglob("*") if p.is_file()}
@@ -301,8 +350,18 @@ def test_another_recipe(run, fields, said):
 
 def test_what_is_no_part_of_the_recipe_may_change(run):
     run.stop("run", 3)
-    done = run("run", "--resume", "auto", eval_every=2, keep_last=5, micro_tokens=32, sample_tokens=1, target=0.5,
-               checkpoint_every="1", recompute="on")
+    done = run(
+        "run",
+        "--resume",
+        "auto",
+        eval_every=2,
+        keep_last=5,
+        micro_tokens=32,
+        sample_tokens=1,
+        target=0.5,
+        checkpoint_every="1",
+        recompute="on",
+    )
     assert done.status == 3, done.err
 
 
@@ -311,7 +370,9 @@ def test_an_option_younger_than_the_checkpoint_had_its_default():
     del fields["sampled_softmax"]
     meta = dict(config=json.loads(json.dumps(fields)), data_fingerprint="x")
     tg.resume.check_fit(tg.Config(), "x", meta)
-    with pytest.raises(tg.InputError, match=re.escape("sampled_softmax: [64] here, [0] in the checkpoint")):
+    with pytest.raises(
+        tg.InputError, match=re.escape("sampled_softmax: [64] here, [0] in the checkpoint")
+    ):
         tg.resume.check_fit(tg.Config(sampled_softmax=(64,)), "x", meta)
 
 
@@ -319,7 +380,9 @@ def test_another_text(run, tmp_path):
     run.stop("run", 3)
     other = write_text(tmp_path / "other.txt", 4000, seed=1)
     done = run("run", "--resume", "auto", text=str(other))
-    assert done.status == 2 and re.search(r"data: [0-9a-f]{16} here, [0-9a-f]{16} ", done.err), done.err
+    assert done.status == 2 and re.search(r"data: [0-9a-f]{16} here, [0-9a-f]{16} ", done.err), (
+        done.err
+    )
     same_text = shutil.copy(run.text, tmp_path / "copy.txt")
     assert run("run", "--resume", "auto", text=str(same_text)).status == 0
 
@@ -339,11 +402,13 @@ def test_nothing_to_resume(run, what):
     elif what == "a file":
         path.touch()
     done = run("new", "--resume", path)
-    assert done.status == 2 and f"--resume {path}" in done.err and done.err.count("\n") == 1, done.err
+    assert done.status == 2 and f"--resume {path}" in done.err and done.err.count("\n") == 1, (
+        done.err
+    )
     assert not (run.tmp / "new").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights only
 
 
@@ -371,26 +436,39 @@ def test_a_warm_started_run_resumes_from_its_own_work(run):
 def test_what_a_warm_start_refuses(run):
     run("first")
     done = run("other", "--warm-start", run.tmp / "first", n_embd=48)
-    assert done.status == 2 and "does not fit this model: embed: [320, 48] here, [320, 32] in" in done.err, done.err
+    assert (
+        done.status == 2
+        and "does not fit this model: embed: [320, 48] here, [320, 32] in" in done.err
+    ), done.err
     done = run("other", "--warm-start", run.tmp / "missing")
-    assert done.status == 2 and "expected a run's folder with model.safetensors, or a checkpoint" in done.err
+    assert (
+        done.status == 2
+        and "expected a run's folder with model.safetensors, or a checkpoint" in done.err
+    )
     weights = run.tmp / "first/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     done = run("other", "--warm-start", run.tmp / "first")
-    assert done.status == 2 and "model.safetensors" in done.err and "Traceback" not in done.err, done.err
+    assert done.status == 2 and "model.safetensors" in done.err and "Traceback" not in done.err, (
+        done.err
+    )
 
 
 def test_a_checkpoint_is_never_ahead_of_the_log(run, monkeypatch):
-    """On a GPU losses arrive two steps late; a run killed after a checkpoint must not lose their lines."""
+    """On a GPU losses arrive two steps late; a run killed after a checkpoint must not lose their
+    lines."""
     ahead, save = [], tg.Checkpoints.save
 
     def look(self, step, *args, **kwargs):
         logged = [row["step"] for row in rows(self.folder.parent) if "train_loss" in row]
         ahead.append(step - max(logged, default=0))
         return save(self, step, *args, **kwargs)
+
     init = tg.Guard.__init__
-    monkeypatch.setattr(tg.Guard, "__init__", lambda self, *args, **kw: (init(self, *args, **kw),
-                                                                         setattr(self, "lag", 2))[0])
+    monkeypatch.setattr(
+        tg.Guard,
+        "__init__",
+        lambda self, *args, **kw: (init(self, *args, **kw), setattr(self, "lag", 2))[0],
+    )
     monkeypatch.setattr(tg.Checkpoints, "save", look)
     tg.train(tiny(run.text, run.tmp, **run.fields, run_dir=str(run.tmp / "run")))
     assert len(ahead) >= 3 and set(ahead) == {0}

@@ -1,4 +1,5 @@
-"""What goes wrong on real machines: processes that are killed, disks that fill up or lie, clocks that jump."""
+"""What goes wrong on real machines: processes that are killed, disks that fill up or lie, clocks
+that jump."""
 
 import json
 import os
@@ -10,13 +11,22 @@ import subprocess
 import time
 
 import pytest
-
-import train_gpt as tg
 from helpers import ROOT, options, tiny
 from processes import alive, remains, rows, same, wait_for
 
-SMALL = dict(steps=12, eval_every=4, n_layer=1, value_embed_layers=(), row_len=16, batch_tokens=(64,),
-             checkpoint_every="2", sample_tokens=0, adam_every=2)
+import train_gpt as tg
+
+SMALL = dict(
+    steps=12,
+    eval_every=4,
+    n_layer=1,
+    value_embed_layers=(),
+    row_len=16,
+    batch_tokens=(64,),
+    checkpoint_every="2",
+    sample_tokens=0,
+    adam_every=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,35 +34,44 @@ def whole(nursery, text, tmp_path_factory):
     """The uninterrupted run, and how long it took."""
     tmp = tmp_path_factory.mktemp("whole")
     argv = options(tiny(text, tmp, run_dir=str(tmp / "run"), **SMALL))
-    nursery.run([*argv, "--steps", 2, "--run-dir", tmp / "first"], tmp / "output")  # prepares the data
+    nursery.run(
+        [*argv, "--steps", 2, "--run-dir", tmp / "first"], tmp / "output"
+    )  # prepares the data
     start = time.monotonic()
     done = nursery.run(argv, tmp / "output")
     assert done.status == 0, done.err
     return tmp / "run", time.monotonic() - start
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Killed
 
 
 def kill_until_done(nursery, argv, tmp_path, whole, seed, jobs):
-    """Kill a run after random times, until it is through. Returns what each kill hit ("start", "training", "write") and
-    the steps from which it has gone on."""
+    """Kill a run after random times, until it is through. Returns what each kill hit ("start",
+    "training", "write") and the steps from which it has gone on."""
     reference, seconds = whole
     r, name, hit = random.Random(seed), f"run{seed}", []
     folder = tmp_path / name
     while True:
         options = argv(name, keep_best=seed % 2, checkpoint_every=r.choice(["1", "2", "3"]))
         run = nursery.start([*options, "--resume", "auto"], tmp_path / "output", **r.choice(jobs))
-        until = time.monotonic() + r.uniform(0, 1.5 + len(hit) / 4) * seconds  # ever later: slow disks take long
+        until = (
+            time.monotonic() + r.uniform(0, 1.5 + len(hit) / 4) * seconds
+        )  # ever later: slow disks take long
         while alive(run.pids[0]) and time.monotonic() < until:
             time.sleep(0.001)
         run.kill().wait()
         if run.status == 0:
             break
         assert run.status == -signal.SIGKILL, run.err
-        hit.append("write" if any("aside" in x or x.endswith(".tmp") for x in remains(folder)) else
-                   "training" if rows(folder) else "start")
+        hit.append(
+            "write"
+            if any("aside" in x or x.endswith(".tmp") for x in remains(folder))
+            else "training"
+            if rows(folder)
+            else "start"
+        )
         assert len(hit) < 60, f"no progress: {hit}"
     same(folder, reference)
     assert remains(folder) == []
@@ -77,12 +96,17 @@ def test_a_hundred_runs_killed_at_random(nursery, argv, tmp_path, whole, capfd):
     """Each at least once: until there have been a hundred of them that were."""
     hits, resumed, seed, killed = [], [], 1000, 0
     while killed < 100:
-        hit, resumed_at = kill_until_done(nursery, argv, tmp_path, whole, seed, [{}, SLOW_DISK, dict(fsync=[0.1])])
+        hit, resumed_at = kill_until_done(
+            nursery, argv, tmp_path, whole, seed, [{}, SLOW_DISK, dict(fsync=[0.1])]
+        )
         shutil.rmtree(tmp_path / f"run{seed}")
         hits, resumed, seed, killed = hits + hit, resumed + resumed_at, seed + 1, killed + bool(hit)
     with capfd.disabled():
-        print(f"\n{killed} runs, {len(hits)} kills:", {where: hits.count(where) for where in sorted(set(hits))},
-              f"gone on from {len(resumed)} checkpoints")
+        print(
+            f"\n{killed} runs, {len(hits)} kills:",
+            {where: hits.count(where) for where in sorted(set(hits))},
+            f"gone on from {len(resumed)} checkpoints",
+        )
     assert hits.count("write") > 20 and len(resumed) > 50
 
 
@@ -92,6 +116,7 @@ def test_killed_between_the_weights_and_the_result(nursery, argv, tmp_path, whol
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(safetensors.torch, "save_file", killed)
         tg.main(argv("run"))
@@ -107,7 +132,9 @@ def test_several_processes_killed_together_again_and_again(nursery, argv, tmp_pa
     assert nursery.run(argv("whole"), tmp_path / "output", **job).status == 0
     r, kills = random.Random(0), 0
     while kills < 5:
-        run = nursery.start([*argv("run"), "--resume", "auto"], tmp_path / "output", step=0.03, **job)
+        run = nursery.start(
+            [*argv("run"), "--resume", "auto"], tmp_path / "output", step=0.03, **job
+        )
         n = len(rows(tmp_path / "run"))
         run.until(lambda: len(rows(tmp_path / "run")) > n)
         time.sleep(r.uniform(0, 0.15))
@@ -140,15 +167,19 @@ def test_a_folder_in_which_somebody_trains(nursery, argv, tmp_path, whole, capsy
     same(tmp_path / "run", whole[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Disks
 
 
 def test_a_checkpoint_that_may_not_be_as_large(nursery, argv, tmp_path, whole):
-    """A quota: the losses are logged, checkpoints are not written, and training goes on to its result."""
+    """A quota: the losses are logged, checkpoints are not written, and training goes on to its
+    result."""
     run = nursery.run(argv("run"), tmp_path / "output", limit=100_000)
     assert run.status == 0, run.err
-    assert re.search(r"could not write the checkpoint of step \d+ \([0-9.]+ MB\): File too large; training", run.err)
+    assert re.search(
+        r"could not write the checkpoint of step \d+ \([0-9.]+ MB\): File too large; training",
+        run.err,
+    )
     assert run.err.count("model.safetensors could not be written") == 1
     assert rows(tmp_path / "run") == rows(whole[0]) and remains(tmp_path / "run") == []
 
@@ -158,7 +189,9 @@ def small_disk(tmp_path):
     """A folder on a disk of 4 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
@@ -198,14 +231,19 @@ def test_a_disk_that_is_full_for_a_while(nursery, argv, tmp_path, whole, small_d
 def test_a_read_only_disk_is_refused_before_work(nursery, argv, tmp_path, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     done = nursery.run(argv("disk/run"), tmp_path / "output")
-    assert done.status == 2 and "Read-only file system; choose a folder that can be written" in done.err
+    assert (
+        done.status == 2
+        and "Read-only file system; choose a folder that can be written" in done.err
+    )
     assert done.err.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_work(nursery, argv, tmp_path):
     (tmp_path / "file").touch()
     done = nursery.run(argv("file/run"), tmp_path / "output")
-    assert done.status == 2 and "Not a directory; choose a folder that can be written" in done.err, done.err
+    assert (
+        done.status == 2 and "Not a directory; choose a folder that can be written" in done.err
+    ), done.err
     assert done.err.count("\n") == 1
 
 
@@ -221,7 +259,9 @@ def test_a_folder_that_vanishes(nursery, argv, tmp_path, whole, what):
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "complete"])
-def test_an_altered_checkpoint_is_refused_and_what_to_do_is_said(nursery, argv, tmp_path, whole, name):
+def test_an_altered_checkpoint_is_refused_and_what_to_do_is_said(
+    nursery, argv, tmp_path, whole, name
+):
     """What is said works: the earlier one is taken, and the end is the same."""
     nursery.run(argv("run"), tmp_path / "output", at=(7, signal.SIGTERM))
     older, newest = sorted((tmp_path / "run/checkpoints").glob("step-*"))
@@ -258,27 +298,36 @@ def test_a_run_moved_to_another_place_goes_on(nursery, argv, tmp_path, whole):
     same(tmp_path / "elsewhere/run", whole[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Time, numbers
 
 
-@pytest.mark.parametrize("clock", ["t + 1e9", "0", "t - 1e8 * (int(t * 100) % 2)"], ids=["future", "1970", "jumping"])
+@pytest.mark.parametrize(
+    "clock", ["t + 1e9", "0", "t - 1e8 * (int(t * 100) % 2)"], ids=["future", "1970", "jumping"]
+)
 def test_only_monotonic_clocks_matter(nursery, argv, tmp_path, whole, clock):
     fields = dict(checkpoint_every="600s", max_time="1h")
     run = nursery.run(argv("run", **fields), tmp_path / "output", clock=clock)
     assert run.status == 0, run.err
     assert 0 < run.result["train_time_s"] < 60 and 0 <= run.result["cold_start_s"] < 60
-    assert all(0 < json.loads(line)["train_time"] < 60
-               for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
-    assert [p.name for p in (tmp_path / "run/checkpoints").glob("step*")] == ["step-000012"]  # none was due by time
+    assert all(
+        0 < json.loads(line)["train_time"] < 60
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    )
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("step*")] == [
+        "step-000012"
+    ]  # none was due by time
     same(tmp_path / "run", whole[0])
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(nursery, argv, tmp_path):
-    """One line that says what to try; the checkpoints are from before, and the run can go on with other options."""
+    """One line that says what to try; the checkpoints are from before, and the run can go on
+    with other options."""
     fields = dict(muon_lr=1e30, adam_lr=1e30)
     done = nursery.run(argv("run", **fields), tmp_path / "output")
-    assert done.status == 2 and re.search(r"error: step \d+: the .* so the run stopped there", done.err), done.err
+    assert done.status == 2 and re.search(
+        r"error: step \d+: the .* so the run stopped there", done.err
+    ), done.err
     assert "Traceback" not in done.err and not (tmp_path / "run/result.json").exists()
     stopped = int(re.search(r"step (\d+):", done.err)[1])
     for path in (tmp_path / "run/checkpoints").glob("step-??????"):
@@ -287,7 +336,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(nursery, argv, tmp
         assert all(x.isfinite().all() for name, x in tensors.items() if name.startswith("weights/"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -298,23 +347,35 @@ def test_every_test_in_the_table_exists():
     for line in table:
         for path, name in re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", line):
             assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.M), f"{path}::{name}"
-        assert re.search(r"`tests/[\w/]+\.py::test_\w+` \|$", line), f"no test at the end of: {line}"
+        assert re.search(r"`tests/[\w/]+\.py::test_\w+` \|$", line), (
+            f"no test at the end of: {line}"
+        )
 
 
 @pytest.mark.parametrize("end", ["signal", "done", "failed"])
 def test_the_slurm_script_passes_signals_on_and_queues_again(tmp_path, end):
-    """With stand-ins for Slurm's commands and for Python, which waits for a signal unless it is to end by itself."""
+    """With stand-ins for Slurm's commands and for Python, which waits for a signal unless it is
+    to end by itself."""
     for path, script in {
-            "bin/scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" > requeued; fi',
-            "bin/srun": 'exec "$@"',
-            ".venv/bin/python": 'echo "$@" > command; trap "exit 143" TERM; ' + dict(
-                signal="while :; do sleep 0.05; done", done="exit 0", failed="exit 1")[end]}.items():
+        "bin/scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" > requeued; fi',
+        "bin/srun": 'exec "$@"',
+        ".venv/bin/python": 'echo "$@" > command; trap "exit 143" TERM; '
+        + dict(signal="while :; do sleep 0.05; done", done="exit 0", failed="exit 1")[end],
+    }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / path).chmod(0o755)
-    env = os.environ | dict(PATH=f"{tmp_path}/bin:{os.environ['PATH']}", SLURM_SUBMIT_DIR=str(tmp_path),
-                            SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="8")
-    job = subprocess.Popen(["bash", ROOT / "docs/slurm.sh", "--track", "gpt2-small"], env=env, cwd="/")
+    env = os.environ | dict(
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=str(tmp_path),
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="n[1-2]",
+        SLURM_NNODES="2",
+        SLURM_GPUS_ON_NODE="8",
+    )
+    job = subprocess.Popen(
+        ["bash", ROOT / "docs/slurm.sh", "--track", "gpt2-small"], env=env, cwd="/"
+    )
     wait_for(lambda: (tmp_path / "command").exists() or job.poll() is not None)
     if end == "signal":
         time.sleep(0.2)
@@ -322,13 +383,19 @@ def test_the_slurm_script_passes_signals_on_and_queues_again(tmp_path, end):
     assert job.wait(20) == dict(signal=143, done=0, failed=1)[end]
     assert (tmp_path / "requeued").exists() == (end == "signal")
     command = (tmp_path / "command").read_text()
-    for part in ("--nnodes=2", "--nproc_per_node=8", "--rdzv_endpoint=first:29500", "--rdzv_id=7.0",
-                 "train_gpt.py --track gpt2-small --run-dir runs/slurm-7 --resume auto"):
+    for part in (
+        "--nnodes=2",
+        "--nproc_per_node=8",
+        "--rdzv_endpoint=first:29500",
+        "--rdzv_id=7.0",
+        "train_gpt.py --track gpt2-small --run-dir runs/slurm-7 --resume auto",
+    ):
         assert part in command
 
 
 def test_scripts_for_clusters_are_well_formed():
     import yaml
+
     script = ROOT / "docs/slurm.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     if shutil.which("shellcheck"):

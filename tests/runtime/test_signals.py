@@ -1,4 +1,5 @@
-"""Signals end a run with its work saved, with one process and with several, with and without torchrun."""
+"""Signals end a run with its work saved, with one process and with several, with and without
+torchrun."""
 
 import json
 import os
@@ -10,15 +11,27 @@ import time
 from pathlib import Path
 
 import pytest
-
-import train_gpt as tg
 from helpers import ROOT, options, tiny, write_text
 from processes import alive, remains, rows, same, wait_for
 
-SMALL = dict(steps=12, eval_every=6, n_layer=1, value_embed_layers=(), row_len=16, batch_tokens=(64,),
-             checkpoint_every="10m", sample_tokens=0)
+import train_gpt as tg
+
+SMALL = dict(
+    steps=12,
+    eval_every=6,
+    n_layer=1,
+    value_embed_layers=(),
+    row_len=16,
+    batch_tokens=(64,),
+    checkpoint_every="10m",
+    sample_tokens=0,
+)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +56,7 @@ def goes_on(nursery, argv, name, tmp_path, whole, ranks=1):
     assert remains(tmp_path / name) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One process
 
 
@@ -53,10 +66,15 @@ def test_stopping_finishes_the_step_and_saves(nursery, argv, tmp_path, whole, nu
     run = nursery.start(argv("run"), tmp_path / "output", step=0.1)
     run.until(lambda: steps_logged(tmp_path / "run") >= 2).kill(number).wait()
     assert run.status == status and run.out == ""
-    stopped = int(re.search(r"stopped at step (\d+) by a signal; --resume \S+ goes on from there", run.err)[1])
+    stopped = int(
+        re.search(r"stopped at step (\d+) by a signal; --resume \S+ goes on from there", run.err)[1]
+    )
     assert steps_logged(tmp_path / "run") == stopped < 12
     assert [p.name for p in (tmp_path / "run/checkpoints").glob("step*")] == [f"step-{stopped:06d}"]
-    assert "stopping after this step; once more to stop at once" in run.err and "Traceback" not in run.err
+    assert (
+        "stopping after this step; once more to stop at once" in run.err
+        and "Traceback" not in run.err
+    )
     goes_on(nursery, argv, "run", tmp_path, whole)
 
 
@@ -64,13 +82,17 @@ def test_a_second_signal_stops_at_once(nursery, argv, tmp_path, whole):
     """Here amid the step, which takes half a minute; what had been saved before is there."""
     first = nursery.run(argv("run"), tmp_path / "output", at=(2, signal.SIGTERM))
     assert first.status == 143
-    run = nursery.start([*argv("run"), "--resume", "auto"], tmp_path / "output", step=30, at=(4, signal.SIGTERM))
+    run = nursery.start(
+        [*argv("run"), "--resume", "auto"], tmp_path / "output", step=30, at=(4, signal.SIGTERM)
+    )
     run.until(lambda: "resumed from step 3" in run.err and "training on" in run.err)
     time.sleep(1)
     run.kill(signal.SIGTERM)  # the first one
     run.until(lambda: "stopping after this step" in run.err)
     time.sleep(0.2)
-    run.kill(signal.SIGINT)  # too soon to be meant: a terminal and a launcher may send the same one twice
+    run.kill(
+        signal.SIGINT
+    )  # too soon to be meant: a terminal and a launcher may send the same one twice
     time.sleep(1.1)
     assert all(map(alive, run.pids))
     start = time.monotonic()
@@ -105,7 +127,15 @@ def test_usr1_saves_and_goes_on(nursery, argv, tmp_path, whole):
 def test_before_training_there_is_nothing_to_save(argv, tmp_path, number, status):
     """While data is prepared, as a user starts it: a text that takes many seconds."""
     big = write_text(tmp_path / "big.txt", 2_000_000)
-    command = [sys.executable, ROOT / "train_gpt.py", *argv("run"), "--text", str(big), "--tokenizer", "bpe:4096"]
+    command = [
+        sys.executable,
+        ROOT / "train_gpt.py",
+        *argv("run"),
+        "--text",
+        str(big),
+        "--tokenizer",
+        "bpe:4096",
+    ]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     cache = tmp_path / "cache/data"
     wait_for(lambda: cache.exists() or run.poll() is not None)
@@ -134,8 +164,14 @@ def test_a_lost_terminal_stops_like_a_signal_unless_that_is_ignored(nursery, arg
 
 
 def test_without_checkpoints_nothing_is_promised(nursery, argv, tmp_path):
-    done = nursery.run(argv("off", checkpoint_every="off"), tmp_path / "output", at=(4, signal.SIGTERM))
-    assert done.status == 143 and "stopped at step 5 by a signal" in done.err and "--resume" not in done.err
+    done = nursery.run(
+        argv("off", checkpoint_every="off"), tmp_path / "output", at=(4, signal.SIGTERM)
+    )
+    assert (
+        done.status == 143
+        and "stopped at step 5 by a signal" in done.err
+        and "--resume" not in done.err
+    )
 
 
 def test_a_last_save_that_fails_promises_nothing(nursery, argv, tmp_path):
@@ -147,7 +183,9 @@ def test_a_last_save_that_fails_promises_nothing(nursery, argv, tmp_path):
 def test_a_finished_run_is_not_undone_by_a_signal(nursery, argv, tmp_path, whole):
     """One that comes while the result is written ends nothing any more."""
     run = nursery.start(argv("run"), tmp_path / "output", fsync=[0.1])
-    run.until(lambda: (tmp_path / "run/checkpoints/step-000012").exists()).kill(signal.SIGTERM).wait()
+    run.until(lambda: (tmp_path / "run/checkpoints/step-000012").exists()).kill(
+        signal.SIGTERM
+    ).wait()
     assert run.status in (0, 143)
     goes_on(nursery, argv, "run", tmp_path, whole)
 
@@ -164,7 +202,7 @@ def test_stopping_one_of_several_seeds(nursery, argv, tmp_path):
         same(tmp_path / f"run/seed{seed}", tmp_path / f"whole/seed{seed}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several
 
 
@@ -177,7 +215,8 @@ def test_a_signal_to_one_process_stops_all(nursery, argv, tmp_path, whole, rank)
 
 
 def test_nobody_leaves_while_the_first_one_saves(nursery, argv, tmp_path, whole):
-    """torchrun would send those left a second signal, which ends them at once. The first one's disk is slow here."""
+    """torchrun would send those left a second signal, which ends them at once. The first one's
+    disk is slow here."""
     run = nursery.start(argv("run"), tmp_path / "output", ranks=2, step=0.05, fsync=[0.5])
     run.until(lambda: steps_logged(tmp_path / "run") >= 2).kill(signal.SIGTERM, rank=0)
     run.until(lambda: any((tmp_path / "run/checkpoints").glob("*.aside/state.json")))
@@ -189,23 +228,36 @@ def test_nobody_leaves_while_the_first_one_saves(nursery, argv, tmp_path, whole)
 
 def workers(pid):
     """Process ids of the children."""
-    return [int(n) for task in Path(f"/proc/{pid}/task").iterdir() for n in (task / "children").read_text().split()]
+    return [
+        int(n)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for n in (task / "children").read_text().split()
+    ]
 
 
 def test_gpus_n_restarts_after_a_kill_and_stops_for_a_signal(nursery, argv, tmp_path):
-    """What --gpus 2 --max-restarts 1 does: a worker is killed, both begin again by themselves from the last checkpoint;
-    then the launcher gets SIGUSR1, which is not for it, and SIGTERM, which is for all."""
+    """What --gpus 2 --max-restarts 1 does: a worker is killed, both begin again by themselves
+    from the last checkpoint; then the launcher gets SIGUSR1, which is not for it, and SIGTERM,
+    which is for all."""
     long = dict(steps=60, eval_every=20, checkpoint_every="5")
     assert nursery.run(argv("whole", **long), tmp_path / "output", ranks=2).status == 0
     slow = tmp_path / "slow"  # Python imports it when it starts; nothing in the program knows of it
     slow.mkdir()
-    (slow / "sitecustomize.py").write_text("import os, time\nreal = os.fsync\n"
-                                           "os.fsync = lambda fd: (time.sleep(0.02), real(fd))[1]\n")
+    (slow / "sitecustomize.py").write_text(
+        "import os, time\nreal = os.fsync\nos.fsync = lambda fd: (time.sleep(0.02), real(fd))[1]\n"
+    )
     run_dir = tmp_path / "run"
-    run = nursery.start(argv("run", **long), tmp_path / "output", launch=(2, 1), env=[("PYTHONPATH", str(slow))])
+    run = nursery.start(
+        argv("run", **long), tmp_path / "output", launch=(2, 1), env=[("PYTHONPATH", str(slow))]
+    )
     run.until(lambda: any((run_dir / "checkpoints").glob("step-??????")), 240)
     os.kill(workers(run.pids[0])[-1], signal.SIGKILL)
-    run.until(lambda: "resumed from step" in run.err and "training on" in run.err.rsplit("resumed from", 1)[1], 240)
+    run.until(
+        lambda: (
+            "resumed from step" in run.err and "training on" in run.err.rsplit("resumed from", 1)[1]
+        ),
+        240,
+    )
     at = steps_logged(run_dir)
     run.until(lambda: steps_logged(run_dir) > at).kill(signal.SIGUSR1)
     time.sleep(0.05)
@@ -222,7 +274,9 @@ def test_gpus_n_restarts_after_a_kill_and_stops_for_a_signal(nursery, argv, tmp_
 
 def test_a_launcher_that_is_killed_takes_its_workers_along(nursery, argv, tmp_path):
     """They save and end, rather than hold the run's folder and the GPUs as nobody's processes."""
-    run = nursery.start(argv("run", steps=1000, eval_every=1000), tmp_path / "output", launch=(2, 0))
+    run = nursery.start(
+        argv("run", steps=1000, eval_every=1000), tmp_path / "output", launch=(2, 0)
+    )
     run.until(lambda: steps_logged(tmp_path / "run") >= 2, 240)
     orphans = workers(run.pids[0])
     run.kill().wait()
@@ -237,9 +291,13 @@ def test_torchrun_and_a_signal(argv, nursery, tmp_path, to):
     """As a cluster does it."""
     long = dict(steps=300, eval_every=100)
     assert nursery.run(argv("whole", **long), tmp_path / "output", ranks=2).status == 0
-    run = subprocess.Popen([sys.executable, *TORCHRUN, ROOT / "train_gpt.py", *argv("run", **long)],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env=ENV)
+    run = subprocess.Popen(
+        [sys.executable, *TORCHRUN, ROOT / "train_gpt.py", *argv("run", **long)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
+    )
     wait_for(lambda: steps_logged(tmp_path / "run") >= 3 or run.poll() is not None, 240)
     pids = dict(zip(("first", "second"), workers(run.pid)), torchrun=run.pid)
     os.kill(pids[to], signal.SIGTERM)
@@ -253,16 +311,28 @@ def test_torchrun_and_a_signal(argv, nursery, tmp_path, to):
 
 @pytest.mark.slow
 def test_torchrun_restarts_until_it_may_not(argv, tmp_path):
-    """Killed as often as it may begin again and once more; the next start of the same command goes on."""
+    """Killed as often as it may begin again and once more; the next start of the same command
+    goes on."""
     long = dict(steps=60, eval_every=20, checkpoint_every="5")
-    command = [sys.executable, *TORCHRUN, "--max-restarts=1", ROOT / "train_gpt.py", *argv("run", **long),
-               "--resume", "auto"]
+    command = [
+        sys.executable,
+        *TORCHRUN,
+        "--max-restarts=1",
+        ROOT / "train_gpt.py",
+        *argv("run", **long),
+        "--resume",
+        "auto",
+    ]
     for kills in (2, 0):
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+        run = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+        )
         for _ in range(kills):
             before = len(list((tmp_path / "run").rglob("complete")))
             at, known = steps_logged(tmp_path / "run"), set(workers(run.pid))
-            wait_for(lambda: set(workers(run.pid)) - known and steps_logged(tmp_path / "run") > at, 240)
+            wait_for(
+                lambda: set(workers(run.pid)) - known and steps_logged(tmp_path / "run") > at, 240
+            )
             assert before >= 0 and run.poll() is None
             os.kill(workers(run.pid)[-1], signal.SIGKILL)
         out, err = run.communicate(timeout=240)
