@@ -1,46 +1,117 @@
 #!/usr/bin/env bash
-# Train a GPT to a target loss on this machine:  ./run.sh [--track NAME] [--OPTION VALUE ...]   (./run.sh --help)
-# Run the tests:                                 ./run.sh test [PYTEST ARGUMENTS]
-# The first call makes .venv beside this file and installs the pinned dependencies into it.
+# The door: installs once into .venv beside this file, then trains or runs a verb.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$here/.venv
 
+usage() {
+    cat <<'END'
+Train a GPT to a target loss against the clock, on this machine, and use what was trained.
+
+  ./run.sh [OPTIONS]          train this machine's track: gpt2-small on GPUs, else laptop
+  ./run.sh --track NAME       train another one: see tracks/
+  ./run.sh --text FILE        train on your own text, a file or a folder
+  ./run.sh VERB [OPTIONS]     one of these; each has --help
+
+  train         what ./run.sh does without a verb; --help lists every option of training
+  test          the tests; takes pytest's arguments
+  data          download FineWeb's shards ahead of time
+  export        write a run's weights, configuration and tokenizer into a folder for others
+  records       add, check, compare, plot and list results
+  benchmarks    time kernels, steps, loaders, start-up; ablations; other programs side by side
+
+Progress goes to stderr, results to stdout. The first call installs the pinned dependencies.
+Exit status: 0 done, 2 something to put right (one line says what), 3 target not reached.
+END
+}
+
 fail() { echo "error: $*" >&2; exit 2; }
 
 find_python() {
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$candidate"; return
+    # An array, since a path may have spaces in it
+    local candidates=(python3 python3.13 python3.12 python3.11)
+    [[ -n ${PYTHON:-} ]] && candidates=("$PYTHON")
+    local candidate check='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+    for candidate in "${candidates[@]}"; do
+        if "$candidate" -c "$check" 2>/dev/null; then
+            echo "$candidate"
+            return
         fi
     done
-    fail "no Python 3.11 or newer with the venv module found; install one, or name it: PYTHON=/path/to/python3.12 ./run.sh"
+    fail "no Python 3.11 or newer with the venv module found; install one, or name it:" \
+        "PYTHON=/path/to/python3.12 ./run.sh"
 }
 
-install() {  # into .venv, once for each state of the requirements
-    local stamp=$venv/.installed wanted
-    wanted=$(cat "$here"/requirements*.txt)
-    [[ -f $stamp && -x $venv/bin/python && $(<"$stamp") == "$wanted" ]] && return
+# pip_install FILE: the requirements in FILE, kept to the versions that requirements.txt pins.
+pip_install() {
     local quiet=-qq
     [[ -t 2 ]] && quiet=  # someone is watching: show pip's progress
-    local python; python=$(find_python)
-    echo "installing the pinned dependencies into .venv with $("$python" --version) (once; torch is large) ..." >&2
-    [[ -x $venv/bin/python ]] || "$python" -m venv --clear "$venv" >&2
-    "$venv/bin/python" -m pip install $quiet --disable-pip-version-check -r "$here/requirements.txt" >&2 \
-        || fail "the dependencies did not install; the lines above say why. Run ./run.sh again when that is mended"
-    local capability
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1 || true)
-    if [[ ${capability%%.*} =~ ^(9|10)$ ]]; then  # chips that FlashAttention 4 is chosen for; older ones have 2 in torch
-        "$venv/bin/python" -m pip install $quiet -c "$here/requirements.txt" -r "$here/requirements-flash.txt" >&2 \
-            || echo "FlashAttention 4 did not install; going on with the attention built into torch" >&2
+    "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
+        -c "$here/requirements.txt" -r "$1" >&2
+}
+
+# require NAME: install requirements-NAME.txt (the core's for "core") once for each state of it.
+require() {
+    local file=$here/requirements-$1.txt
+    [[ $1 == core ]] && file=$here/requirements.txt
+    [[ -f $file ]] || return 0
+    local stamp=$venv/.installed-$1
+    local wanted; wanted=$(<"$file")
+    if [[ -f $stamp && -x $venv/bin/python ]] && [[ $(<"$stamp") == "$wanted" ]]; then
+        return 0
     fi
+    if [[ ! -x $venv/bin/python ]]; then
+        local python; python=$(find_python)
+        "$python" -m venv --clear "$venv" >&2
+    fi
+    echo "installing ${file##*/} into .venv (once) ..." >&2
+    pip_install "$file" \
+        || fail "${file##*/} did not install; the lines above say why. Mend that and start again"
+    [[ $1 == core ]] && try_flash_attention
     echo "$wanted" > "$stamp"
 }
 
-install
-if [[ ${1:-} == test ]]; then
-    shift
-    cd "$here"
-    exec "$venv/bin/python" -m pytest "$@"
-fi
-exec "$venv/bin/python" "$here/train_gpt.py" "$@"  # starts torchrun itself where there are several GPUs
+# FlashAttention 4 is for Hopper and Blackwell; on older GPUs torch has FlashAttention 2 built in.
+try_flash_attention() {
+    local capability
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+        | sort -n | head -n 1 || true)
+    [[ ${capability%%.*} =~ ^(9|10)$ ]] || return 0
+    pip_install "$here/requirements-flash.txt" \
+        || echo "FlashAttention 4 did not install; going on with torch's attention" >&2
+}
+
+verb=train
+case ${1:-} in
+    -h | --help | help) usage; exit ;;
+    "" | -*) ;;  # options of train
+    *) verb=$1; shift ;;
+esac
+
+case $verb in
+    train)
+        require core
+        exec "$venv/bin/python" "$here/train_gpt.py" "$@"  # starts torchrun itself
+        ;;
+    test)
+        require core
+        require records
+        require test
+        cd "$here"
+        if [[ $# == 0 ]]; then  # the whole suite: lint first
+            "$venv/bin/ruff" check -q . && "$venv/bin/ruff" format -q --check . \
+                || fail "ruff found what is above; ruff format and ruff check --fix mend most of it"
+        fi
+        exec "$venv/bin/python" -m pytest "$@"
+        ;;
+    data | export | records | benchmarks)
+        require core
+        [[ $verb == benchmarks ]] && require records  # its statistics and pictures
+        require "$verb"
+        export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+        exec "$venv/bin/python" -m "$verb" "$@"
+        ;;
+    *)
+        fail "unknown verb $verb; ./run.sh --help lists them, options begin with --"
+        ;;
+esac

@@ -5,10 +5,6 @@ door. `./run.sh` starts it; `python train_gpt.py` and `torchrun --nproc_per_node
 work as well. Tracks (tracks/*.py) are small sets of differences from the defaults in Config below.
 """
 
-import time
-
-START = time.perf_counter()  # the cold start is counted from here
-
 import contextlib
 import dataclasses
 import functools
@@ -16,6 +12,7 @@ import importlib
 import math
 import os
 import sys
+import time
 import typing
 import zlib
 from pathlib import Path
@@ -26,12 +23,27 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, Prefetcher, pack
+from base import InputError, to_json
+from base.clock import START
+from base.options import (
+    AUTO,
+    BY_STAGE,
+    COUNT,
+    FRACTION,
+    PAIR,
+    POSITIVE,
+    RATE,
+    check_options,
+    option,
+)
+from data import Prefetcher, pack
 from data.loader import IGNORE
+from inference.sampling import generate
 from kernels import choose_ops, embedding, polar_express
 from kernels.cross_entropy import fp8_linear_cross_entropy, sample_vocabulary
 from kernels.mlp import FP8ReLU2MLP
-from kernels.updates import (
+from optim.shards import Shard
+from optim.updates import (
     adam_update,
     balance,
     descend,
@@ -43,11 +55,12 @@ from kernels.updates import (
     row_scale,
     row_update,
 )
-from records import Log, describe_environment, machine_probe, to_json
 from runtime import memory, resume, state
 from runtime.checkpoint import Checkpoints
 from runtime.corpus import load_data
+from runtime.environment import describe_environment, machine_probe
 from runtime.guard import Guard
+from runtime.log import Log
 from runtime.machine import (
     World,
     can_compile,
@@ -62,22 +75,8 @@ from runtime.machine import (
     to_device,
     wait_for_first_rank,
 )
-from runtime.options import (
-    AUTO,
-    BY_STAGE,
-    COUNT,
-    FRACTION,
-    PAIR,
-    POSITIVE,
-    RATE,
-    RunOptions,
-    check_options,
-    option,
-    parse_options,
-)
+from runtime.options import RunOptions, parse_options
 from runtime.run import Run
-from runtime.sample import generate
-from runtime.shards import Shard
 from runtime.signals import Requests
 
 ROOT = Path(__file__).resolve().parent

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
-from records import describe_environment
+from base import InputError
+from runtime.environment import describe_environment
 
 BENCHMARKS = {
     "kernels": "every op beside its alternatives, on a CUDA GPU",

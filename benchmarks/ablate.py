@@ -35,10 +35,11 @@ from typing import NamedTuple
 import torch
 
 import train_gpt as tg
-from data import InputError
-from records import Log, describe_environment
+from base import InputError
 from records.compare import APART
 from records.read import Point, Run
+from runtime.environment import describe_environment
+from runtime.log import Log
 from runtime.memory import free_memory, ran_out
 from runtime.signals import Requests
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from runtime import shards
+from optim import shards
 
 HOST = ("forward", "backward", "guard", "optimizer")  # in these the main thread spends its time
 PARTS = (*HOST, "communication", "data", "gaps", "other")

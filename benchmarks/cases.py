@@ -582,7 +582,7 @@ def update(shape, inputs, work, call, torch_op=None):
     the guard's ok last."""
 
     def plain(*_):
-        module = importlib.import_module("kernels.updates")
+        module = importlib.import_module("optim.updates")
         return lambda *tensors: call(module, *tensors)
 
     variants = {"eager": Variant(plain), "stopwatch": Variant(lambda *x: compiled(plain(*x)))}
@@ -717,7 +717,7 @@ def _(s):
         return lambda *grads: torch.stack(torch._foreach_norm(grads, 2, dtype=FP32)).square()
 
     def ours(*_):
-        from kernels.updates import gradient_report
+        from optim.updates import gradient_report
 
         return lambda *grads: gradient_report(grads)
 

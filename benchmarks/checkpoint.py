@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
+from base import InputError
 from runtime.checkpoint import TENSORS, Checkpoints, latest, load
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"

@@ -51,8 +51,8 @@ from pathlib import Path
 import torch
 
 import train_gpt as tg
+from base import InputError
 from benchmarks.trainer import vocabulary
-from data import InputError
 
 
 class Cost(typing.NamedTuple):

@@ -470,7 +470,8 @@ def run(
     there = peer.available()
     if there["missing"]:
         fail(f"--modded: {python} lacks {'; '.join(there['missing'])}")
-    from data import InputError, open_dataset, read_shard
+    from base import InputError
+    from data import open_dataset, read_shard
 
     dataset = open_dataset(c.data, c.tokenizer, Path(c.cache_dir) / "data", c.train_shards)
     tokens = sum(len(read_shard(p)) for p in dataset.train)

@@ -264,7 +264,7 @@ def split(text):
 
 
 def fail(message):
-    from data import InputError
+    from base import InputError
 
     raise InputError(message)
 
@@ -334,7 +334,8 @@ def environment(**more):
 
 def read_times(path):
     """(Run, its median ms per step without the first SHAPE_WARM) of a log or a run's folder."""
-    from records.read import InputError, read_runs
+    from base import InputError
+    from records.read import read_runs
 
     try:
         run = read_runs(path)[-1]
@@ -848,7 +849,7 @@ class EqualShape:
         }
 
     def turn(self):
-        from data import InputError
+        from base import InputError
 
         for way, measure in self.ways.items():
             if way not in self.errors:
@@ -934,7 +935,7 @@ def measure(peers, task, rounds, options, save):
     """run()'s result."""
     import torch
 
-    from data import InputError
+    from base import InputError
 
     theirs, (own, same) = size_of(task.val, task.unit), task.our_validation()
     say(

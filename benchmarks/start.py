@@ -143,7 +143,7 @@ def trace(result, spawned, argv, synthetic):
 
 def start(argv, cache, synthetic):
     """{phase: seconds} of one start with this cache folder."""
-    from data import InputError
+    from base import InputError
 
     run_dir = tempfile.TemporaryDirectory()
     result = Path(run_dir.name) / "phases.json"
@@ -200,7 +200,7 @@ def run(repeats=1, synthetic_data=False, trainer_options=(), save=lambda result:
     phases are medians."""
     import torch
 
-    from data import InputError
+    from base import InputError
 
     if repeats < 1:
         raise InputError(f"--repeats {repeats}: expected 1 or more")

@@ -35,9 +35,10 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import train_gpt as tg
+from base import InputError
 from benchmarks.breakdown import MARK, PARTS, named_parts, trace_parts
 from benchmarks.timing import CudaClock, HostClock, summary
-from data import Dataset, InputError, Prefetcher, ShardWriter
+from data import Dataset, Prefetcher, ShardWriter
 from runtime import corpus
 
 WARM, PROFILED = 3, 3  # groups of adam_every steps

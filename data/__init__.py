@@ -5,13 +5,12 @@ from functools import cached_property
 from pathlib import Path
 
 from .loader import Prefetcher, TrainLoader, ValLoader, pack
-from .shards import InputError, ShardWriter, read_shard
+from .shards import ShardWriter, read_shard
 from .text import prepare_text
 from .tokenizers import Tokenizer, gpt2_tokenizer
 
 __all__ = [
     "Dataset",
-    "InputError",
     "Prefetcher",
     "ShardWriter",
     "Tokenizer",

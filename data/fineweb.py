@@ -26,8 +26,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .files import aside, difference, one_at_a_time, sha256_of, sweep, write_text
-from .shards import InputError, read_shard
+from base import InputError
+from base.files import aside, difference, one_at_a_time, sha256_of, sweep, write_text
+
+from .shards import read_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
 REVISION = "889765ea1f903759787add96995d81171b632d0c"

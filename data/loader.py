@@ -19,7 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .shards import InputError, read_shard
+from base import InputError
+
+from .shards import read_shard
 
 IGNORE = -100  # target of padding, left out of the loss
 

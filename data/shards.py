@@ -14,17 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import aside
+from base import InputError
+from base.files import aside
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000  # FineWeb-10B's size: 200 MB a file
-
-
-class InputError(ValueError):
-    """Something the user can put right. The message is one line: what, where, expected, what to
-    do."""
 
 
 def read_shard(path, n_vocab=None):

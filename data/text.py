@@ -21,8 +21,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .files import aside, difference, one_at_a_time, sha256_of, sweep, write_text
-from .shards import InputError, ShardWriter
+from base import InputError
+from base.files import aside, difference, one_at_a_time, sha256_of, sweep, write_text
+
+from .shards import ShardWriter
 from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer
 
 VAL_FRACTION = 0.1

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from .shards import InputError
+from base import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-4's split pattern with at most two digits a piece (nanochat measured 2 better than 1 or 3).

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-from .read import InputError
+from base import InputError
 
 COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
     "add": ("add", "", "take finished runs into the records"),
@@ -22,11 +22,6 @@ COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
     "compare": ("compare", "", "runs or groups of runs side by side, with speed-ups"),
     "plot": ("plot", "", "draw loss against time and tokens"),
     "leaderboard": ("leaderboard", "", "the records as a table"),
-    "export": (
-        "export",
-        "",
-        "weights for others: safetensors, a matrix per layer, configuration, tokenizer",
-    ),
 }
 
 
@@ -44,7 +39,7 @@ def main(argv=None):
     def layout(prog):
         return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=110)
 
-    parser = Parser(prog="python -m records", description=__doc__, formatter_class=layout)
+    parser = Parser(prog="./run.sh records", description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     try:
         for name, (module, prefix, help) in COMMANDS.items():

@@ -18,8 +18,10 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
+from base import InputError
+
 from .compare import APART, losses_to_test, t_test
-from .read import InputError, read_runs
+from .read import read_runs
 
 RECORDS = Path(__file__).parent
 FILES = ("log.txt", "metrics.jsonl", "config.json", "result.json")  # never the weights

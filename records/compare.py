@@ -7,8 +7,9 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from .log import to_json
-from .read import InputError, read_runs
+from base import InputError, to_json
+
+from .read import read_runs
 
 ALPHA = 0.01  # the public record's
 APART = (

@@ -12,9 +12,10 @@ import os
 import re
 from pathlib import Path
 
+from base import InputError
+
 from .add import RECORDS, load_run, same_but_seeds, summarize
 from .plot import COLORS, STYLE, duration, label_ends, save
-from .read import InputError
 
 PUBLIC = json.loads(Path(__file__).with_name("history.json").read_text(encoding="utf-8"))
 METRICS = {"val_loss": "nats per token", "val_bpb": "bits per byte"}

@@ -7,9 +7,11 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+from base import InputError
+
 from .add import OF_THE_RUN
 from .compare import APART, RUN_HELP
-from .read import InputError, read_runs
+from .read import read_runs
 
 # Okabe and Ito's colours, told apart by colour-blind people too; without yellow, which is faint on
 # white

@@ -26,10 +26,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-
-class InputError(ValueError):
-    """Something the user can put right. The message is one line: what, where, expected, what to
-    do."""
+from base import InputError
 
 
 class Point(NamedTuple):

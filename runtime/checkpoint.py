@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from data import InputError
+from base import InputError
 
 try:
     import fcntl

@@ -4,7 +4,8 @@ bytes."""
 import typing
 from pathlib import Path
 
-from data import Dataset, InputError, TrainLoader, ValLoader, open_dataset, read_shard
+from base import InputError
+from data import Dataset, TrainLoader, ValLoader, open_dataset, read_shard
 
 from .machine import first_rank_first
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import InputError
-from records import synchronize
+from base import InputError
+
+from .environment import synchronize
 
 
 class World(typing.NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import InputError
+from base import InputError
 
 CPU_MICRO_TOKENS = 16384  # more bring no speed there
 SHARE = 0.9  # of the free memory; the rest is for the allocator's gaps and libraries

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from data import InputError
+from base import InputError
 
 from . import checkpoint
 from .machine import first_rank_first, share_text

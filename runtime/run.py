@@ -6,11 +6,11 @@ import math
 import signal
 import time
 
-from data import InputError
+from base import InputError
+from base.options import interval, seconds
 
 from . import state
 from .machine import Clock, wait_for_first_rank
-from .options import interval, seconds
 from .signals import Interrupted
 
 

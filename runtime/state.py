@@ -8,7 +8,7 @@ other/NAME          losses that the guard remembers, scales of FP8 products
 import torch
 import torch.distributed as dist
 
-from kernels.updates import join, store
+from optim.updates import join, store
 
 from .resume import Position
 

@@ -11,10 +11,9 @@ import torch
 from helpers import PIECES
 from torch import nn
 
-from kernels import updates
 from kernels.polar_express import COEFFICIENTS
-from kernels.updates import join
-from runtime import shards
+from optim import shards, updates
+from optim.updates import join
 from runtime.state import gather_optimizer, load_optimizer
 from train_gpt import GPT, Config, Optimizer, Rule, World, parameter_table, stage_at
 

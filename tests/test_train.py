@@ -14,7 +14,8 @@ from helpers import EVERYTHING, PIECES, options, run_trainer, tiny, train_losses
 from safetensors.torch import load_file
 
 import train_gpt as tg
-from data import InputError, ShardWriter
+from base import InputError
+from data import ShardWriter
 from kernels import launch
 from runtime import machine
 

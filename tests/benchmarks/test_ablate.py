@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import train_gpt as tg
+from base import InputError
 from benchmarks import ablate
 from benchmarks.__main__ import main
-from data import InputError
 
 LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
 

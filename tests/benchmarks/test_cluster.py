@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
+from base import InputError
 from benchmarks import cluster
 from benchmarks.__main__ import main
 from benchmarks.cluster import RECORD, TERMS, Collective, Cost, Links, communication_ms, step_ms
-from data import InputError
-from runtime import shards
+from optim import shards
 
 GPT2_SMALL = tg.parse_args(["--track", "gpt2-small"])
 

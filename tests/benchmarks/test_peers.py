@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 import data
 import runtime.corpus
 import train_gpt as tg
+from base import InputError
 from benchmarks import modded, peers
 from benchmarks.__main__ import main
-from data import InputError
 from records.read import Point
 
 LOGITS = (

@@ -7,9 +7,9 @@ import time
 import pytest
 from helpers import options, tiny, write_text
 
+from base import InputError
 from benchmarks import start
 from benchmarks.__main__ import main
-from data import InputError
 
 
 class Now:

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as tg
+from base import InputError
 from benchmarks import trainer
 from benchmarks.__main__ import main
 from benchmarks.breakdown import MARK, PARTS, covered, divide, trace_parts
-from data import InputError, TrainLoader, read_shard
+from data import TrainLoader, read_shard
 
 SPAN = st.tuples(st.integers(-5, 60), st.integers(0, 30)).map(lambda s: (s[0], s[0] + s[1]))
 

@@ -19,9 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from base import InputError
+from base.files import sha256_of
 from data import fineweb, shards
-from data.files import sha256_of
-from data.shards import HEADER_BYTES, MAGIC, InputError, ShardWriter, read_shard
+from data.shards import HEADER_BYTES, MAGIC, ShardWriter, read_shard
 from data.text import open_prepared, prepare_text
 from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
 

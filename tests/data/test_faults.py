@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from data import files, open_dataset, text
-from data.files import aside, one_at_a_time, sweep, write_text
-from data.shards import InputError, ShardWriter, read_shard
+from base import InputError, files
+from base.files import aside, one_at_a_time, sweep, write_text
+from data import open_dataset, text
+from data.shards import ShardWriter, read_shard
 from data.text import prepare_text
 
 LINES = "".join(f"line {i}: the quick brown fox\n" for i in range(400))

@@ -25,8 +25,9 @@ from urllib.parse import parse_qs
 import numpy as np
 import pytest
 
+from base import InputError
 from data import fineweb
-from data.shards import MAGIC, InputError
+from data.shards import MAGIC
 
 ROOT = Path(__file__).resolve().parents[2]
 VAL, TRAIN_1, TRAIN_2 = NAMES = [fineweb.VAL, *fineweb.TRAIN[:2]]
@@ -584,7 +585,7 @@ def test_several_processes_download_at_once(here, hub, folder, tmp_path, monkeyp
     here.client("get_paths_info", listing)
     here.client("hf_hub_download", slowly)
     if not locks:
-        monkeypatch.setattr("data.files.fcntl.flock", no_locks)
+        monkeypatch.setattr("base.files.fcntl.flock", no_locks)
     fill(folder, {TRAIN_2: flipped(hub.files[TRAIN_2])})
     fork = multiprocessing.get_context("fork")
     barrier = fork.Barrier(3)

@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from base import InputError
 from data.loader import (
     IGNORE,
     MicroBatch,
@@ -28,7 +29,7 @@ from data.loader import (
     default_max_docs,
     document_starts,
 )
-from data.shards import MAGIC, VERSION, InputError
+from data.shards import MAGIC, VERSION
 
 EOT, N_VOCAB = 0, 60_000
 FAST = settings(

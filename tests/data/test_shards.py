@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.shards import InputError, ShardWriter, read_shard
+from base import InputError
+from data.shards import ShardWriter, read_shard
 
 FAST = settings(deadline=None, max_examples=60)
 TOKENS = st.lists(st.integers(0, 65535), max_size=40)

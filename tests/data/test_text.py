@@ -16,8 +16,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from base import InputError
 from data import TrainLoader, open_dataset, text, tokenizers
-from data.shards import InputError, ShardWriter, read_shard
+from data.shards import ShardWriter, read_shard
 from data.text import list_files, prepare_text, read_blocks, split_documents
 
 MARK = "<|endoftext|>"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.shards import InputError
+from base import InputError
 from data.tokenizers import Tokenizer, gpt2_tokenizer, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
 import records.__main__
-from records import Log
 from records.add import FILES, load_run, slugify
 from records.compare import losses_to_test, t_test
 from records.read import read_runs
+from runtime.log import Log
 
 ENVIRONMENT = dict(
     date="2026-03-04T05:06:07+00:00",

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 from test_add import main, make_run
 
+from base import InputError
 from records.plot import COLORS, draw, duration, group, spread
-from records.read import InputError, Point, Run, read_runs
+from records.read import Point, Run, read_runs
 
 
 def figure_of(*paths):

@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from records import Log
-from records.read import InputError, Point, Run, is_run_folder, read_log, read_runs
+from base import InputError
+from records.read import Point, Run, is_run_folder, read_log, read_runs
+from runtime.log import Log
 
 RULE = "=" * 100
 

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from base import InputError
 from benchmarks import checkpoint as benchmark
-from data import InputError
 from runtime import checkpoint
 from runtime.checkpoint import (
     COMPLETE,

@@ -10,8 +10,8 @@ import torch
 from helpers import EVERYTHING, tiny, train_losses, write_text
 
 import train_gpt as tg
-from data import InputError
-from kernels.updates import gradient_report
+from base import InputError
+from optim.updates import gradient_report
 from runtime import guard
 from runtime.guard import WINDOW, Guard
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from data import InputError
+from base import InputError
 from runtime import machine
 from runtime.machine import (
     Clock,
@@ -52,7 +52,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 PROGRAM = """
 import json, sys, torch, torch.distributed as dist
-from data import InputError
+from base import InputError
 from runtime.machine import first_rank_first, join_world, share_text
 world = join_world(0)
 def total(group):

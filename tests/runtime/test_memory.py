@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from data import InputError
+from base import InputError
 from runtime import memory
 from runtime.memory import SHARE, advice, describe, equal_passes, estimate, fit, free_memory
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
-from data import InputError
+from base import InputError
 from runtime.options import (
     BY_STAGE,
     COUNT,

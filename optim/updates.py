@@ -31,8 +31,8 @@ in modded-nanogpt, but signed, so that the weight is its master rounded and not 
 
 import torch
 
-from .polar_express import polar_express
-from .symmetric_matmul import as_batch
+from kernels.polar_express import polar_express
+from kernels.symmetric_matmul import as_batch
 
 
 def split(master):

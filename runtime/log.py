@@ -26,6 +26,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from base import to_json
+
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
 RULE = "=" * 100
 STEP_LINE = re.compile(rb"step:(\d+)/\d+ ")
@@ -341,18 +343,3 @@ def differences(before, after):
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
         return []  # somebody else's header
-
-
-def to_json(value, **style):
-    """Numbers that JSON does not have, NaN and infinity, become null, so that every parser reads
-    it."""
-    return json.dumps(finite(value), **style)
-
-
-def finite(value):
-    """The same with None in place of every float that is not finite."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

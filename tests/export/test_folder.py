@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-import records.__main__
 import train_gpt as tg
 from data import open_dataset
 from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
-from records import Log, export
-from records.export import LAYERS, NAMES, load_tokenizer, save_tokenizer, unstack
+from export import folder as export
+from export.__main__ import main as export_main
+from export.folder import LAYERS, NAMES, load_tokenizer, save_tokenizer, unstack
 from runtime.checkpoint import Checkpoints
+from runtime.log import Log
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is:UserWarning"
@@ -70,7 +71,7 @@ def make_run(folder, c, model, step=7, checkpoint=None):
 def main(capsys, *args):
     """(exit status, stdout, stderr) of python -m records export."""
     capsys.readouterr()
-    status = records.__main__.main(["export", *map(str, args)])
+    status = export_main([*map(str, args)])
     return status, *capsys.readouterr()
 
 
@@ -523,7 +524,7 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     """docs/torchtitan.md: its first command and its Python run as printed, and it lists the
     names that are written."""
     page = (ROOT / "docs/torchtitan.md").read_text()
-    command = re.search(r"^\.venv/bin/python -m records export (.*)$", page, re.MULTILINE)[1]
+    command = re.search(r"^\./run\.sh export (.*)$", page, re.MULTILINE)[1]
     (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     c, model = everything()
     make_run(tmp_path / "runs/my-run", c, model)

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from records import environment
-from records.environment import best_seconds, copy_rate, machine_probe, matmul_rate
+from runtime import environment
+from runtime.environment import best_seconds, copy_rate, machine_probe, matmul_rate
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .add import PATHS
-from .log import to_json
-from .read import InputError, read_json
+from base import InputError, to_json
+from records.add import PATHS
+from records.read import read_json
 
 SHARD_BYTES = 5_000_000_000  # of a file, as on the Hub; a larger tensor has one to itself
 END_OF_TEXT = "<|endoftext|>"

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records import Log
-from records.log import finite, to_json
+from base import to_json
+from base.json import finite
 from records.read import read_runs
+from runtime.log import Log
 
 ROOT = Path(__file__).parents[2]
 CONFIG = dict(
@@ -341,9 +342,9 @@ def test_a_limit_on_the_size_of_files(tmp_path):
     """RLIMIT_FSIZE, in a process of its own: what fits is there, the run goes on to its end."""
     script = f"""
 import resource, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/records")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/runtime")!r}]
 import test_log, torch
-from records import Log
+from runtime.log import Log
 with Log(sys.argv[1], 20) as log:
     test_log.header(log)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
@@ -443,7 +444,7 @@ def test_stderr_that_is_full_or_closed(tmp_path):
     """As with 2> on the disk that is full."""
     script = f"""
 import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/records")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/runtime")!r}]
 import test_log, torch
 log = test_log.Log(sys.argv[1], 20)
 with log:
@@ -544,24 +545,3 @@ def test_two_threads_have_a_line_each(tmp_path):
     assert sorted((tmp_path / "run/log.txt").read_text().split("\n")[:-1]) == sorted(
         f"{i} {n}" for i in range(4) for n in range(500)
     )
-
-
-def test_reading_logs_needs_no_torch():
-    for command in ("check", "compare", "plot", "leaderboard", "add"):
-        script = f"""
-import sys
-import records.__main__
-try:
-    records.__main__.main([{command!r}, "--help"])
-except SystemExit:
-    pass
-assert not {{"torch", "numpy", "scipy", "matplotlib", "safetensors"}} & sys.modules.keys(), "loaded for nothing"
-"""
-        subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-        )
-    import records
-
-    assert all(getattr(records, name) for name in records.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        records.nonsense

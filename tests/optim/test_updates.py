@@ -11,7 +11,7 @@ import torch
 from kernel_checks import DEVICE, draw
 
 from kernels.polar_express import polar_express
-from kernels.updates import (
+from optim.updates import (
     adam_update,
     balance,
     descend,

@@ -34,18 +34,33 @@ def sweep(folder):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def write_text(path, text):
-    """Write a small file that is there whole, on the disk, or not at all. Raises OSError."""
+@contextmanager
+def whole_file(path):
+    """Yield a path beside `path` to write to; what is there at the end becomes `path`.
+
+    It is on the disk before it gets its name, and permissions are those of a new file. When the
+    block or the disk fails nothing is left behind, and what `path` held before stays. Serves a file
+    (replaced) and a folder (`path` must not exist, or be an empty folder). Raises OSError.
+    """
     temp = aside(path)
     try:
-        with open(temp, "x", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
+        yield temp
+        files = [p for p in temp.rglob("*") if p.is_file()] if temp.is_dir() else [temp]
+        for file in files:
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
         os.replace(temp, path)
     finally:
+        if temp.is_dir():
+            shutil.rmtree(temp, ignore_errors=True)
         with suppress(OSError):
             temp.unlink()
+
+
+def write_text(path, text):
+    """Write a small file that is there whole, on the disk, or not at all. Raises OSError."""
+    with whole_file(path) as temp:
+        temp.write_text(text, encoding="utf-8")
 
 
 def sha256_of(path):

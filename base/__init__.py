@@ -1,0 +1,10 @@
+"""What every room stands on: the error a user sees, files that are whole or absent, JSON.
+
+Imports nothing of the project.
+"""
+
+from .errors import InputError
+from .files import whole_file, write_text
+from .json import to_json
+
+__all__ = ["InputError", "to_json", "whole_file", "write_text"]

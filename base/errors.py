@@ -1,0 +1,9 @@
+"""The one error that a user is meant to see."""
+
+
+class InputError(ValueError):
+    """Something the user can put right.
+
+    The message is one line: what is wrong, where, what was expected, what to do. Programs print it
+    after "error: " and exit with status 2.
+    """

@@ -1,0 +1,22 @@
+"""records/ starts fast: no command imports what it does not need."""
+
+import subprocess
+import sys
+
+from processes import ROOT
+
+
+def test_reading_logs_needs_no_torch():
+    for command in ("check", "compare", "plot", "leaderboard", "add"):
+        script = f"""
+import sys
+import records.__main__
+try:
+    records.__main__.main([{command!r}, "--help"])
+except SystemExit:
+    pass
+assert not {{"torch", "numpy", "scipy", "matplotlib", "safetensors"}} & sys.modules.keys(), "loaded for nothing"
+"""
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
