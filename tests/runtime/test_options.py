@@ -11,20 +11,19 @@ from hypothesis import strategies as st
 
 import train_gpt as tg
 from base import InputError
-from runtime.options import (
+from base.options import (
     BY_STAGE,
     COUNT,
     FRACTION,
     POSITIVE,
     RATE,
-    RunOptions,
     check_options,
     interval,
     option,
-    parse_options,
     seconds,
     valid,
 )
+from runtime.options import RunOptions, parse_options
 
 FIELDS = {f.name: f for f in dataclasses.fields(tg.Config)}
 
