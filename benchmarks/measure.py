@@ -343,11 +343,10 @@ def work(plan, broken, launched, graphs, deadline, connection):
             dict(kind="at", item=None, variant=None, what="measuring the machine's rates")
         )
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one
-        import torch._functorch.config
+        from torch._functorch import config as functorch_config
 
-        torch._functorch.config.donated_buffer = (
-            False  # compiled backward passes are run many times over
-        )
+        # compiled backward passes are run many times over
+        functorch_config.donated_buffer = False
         machine = Machine(
             torch.device("cuda"),
             timing.CudaClock(),

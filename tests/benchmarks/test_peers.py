@@ -1037,7 +1037,7 @@ MODDED_TOKENS = 3 * 131072 + 3 * 262144 + 4 * 393216
 @pytest.fixture
 def hopper(tmp_path, monkeypatch):
     """A checkout of modded-nanogpt's double, ours, two Hopper GPUs and shards that suffice."""
-    checkout = write_files(
+    write_files(
         tmp_path / "checkout",
         {
             "train_gpt.py": MODDED,
