@@ -1099,10 +1099,10 @@ class Trainer:
 
     def batches(self, first):
         """This rank's micro-batches, for each step from the first on."""
-        for step in range(first, len(self.stages)):
+        for step in range(first, len(self.stages) + 1):
             yield list(
                 self.data.train.micro_batches(
-                    step, self.world.rank, self.world.size, self.micro_rows[self.stages[step]]
+                    step, self.world.rank, self.world.size, self.micro_rows[self.stages[step - 1]]
                 )
             )
 
@@ -1162,7 +1162,7 @@ class Trainer:
     def loop(self, run):
         """Train from where the run is until it says that a step was the last."""
         first = run.at.step + 1
-        with contextlib.closing(Prefetcher(self.batches(first - 1), self.world.device)) as batches:
+        with contextlib.closing(Prefetcher(self.batches(first), self.world.device)) as batches:
             run.start()
             for step, batch in enumerate(() if run.done() else batches, start=first):
                 stage, progress = self.enter(step)

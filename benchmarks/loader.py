@@ -52,7 +52,7 @@ def run(n_tokens=20_000_000, repeats=5):
             )
             opened = time.perf_counter() - start
             seconds = []
-            for step in range(repeats + 1):
+            for step in range(1, repeats + 2):
                 start = time.perf_counter()
                 list(loader.micro_batches(step))
                 seconds.append(time.perf_counter() - start)

@@ -243,7 +243,7 @@ def run(steps=10, tokens=(), synthetic_data=False, trainer_options=(), save=lamb
         trainer.optimizer.reset()
 
         def batches():
-            for step, stage in enumerate(schedule):
+            for step, stage in enumerate(schedule, start=1):
                 yield list(
                     data.train.micro_batches(
                         step, world.rank, world.size, trainer.micro_rows[stage]

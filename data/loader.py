@@ -3,7 +3,7 @@
 A row holds `row_len` tokens; documents fill it one after another and attention never crosses a row,
 so a row means the same whatever batch, rank or micro-batch it lands in. The global batch of a step
 is a list of rows that depends on (data, seed, step) alone: 1, 3 or 8 ranks train on the same
-tokens.
+tokens. Steps are numbered from 1.
 
 A document longer than `max_doc_len` is cut. `long_docs="drop"` drops the rest, as the record does
 with its billions of tokens, and every row begins where a document does: there the context is
@@ -27,13 +27,15 @@ IGNORE = -100  # target of padding, left out of the loss
 
 
 class MicroBatch(NamedTuple):
-    """rows x row_len tokens and the borders of their documents."""
+    """B rows of T tokens, and the borders of their documents.
 
-    inputs: torch.Tensor  # (B, T) int64
-    targets: torch.Tensor  # (B, T) int64, IGNORE where padded
-    cu_seqlens: (
-        torch.Tensor
-    )  # (n,) int32 document starts in the flattened rows, then B * T to a fixed n
+    inputs: (B, T) int64; targets: (B, T) int64, IGNORE where padded; cu_seqlens: (n,) int32, where
+    each document starts in the flattened rows, then B * T up to a fixed n.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
 
 
 class Cursor(NamedTuple):
@@ -45,6 +47,15 @@ class Cursor(NamedTuple):
     offset: int = 0
 
 
+class Pieces(NamedTuple):
+    """A shard's pieces of documents, in the order in which an epoch goes through them."""
+
+    tokens: np.ndarray  # (shard's tokens,) uint16
+    starts: np.ndarray  # (n,) int64, positions in tokens
+    lengths: np.ndarray  # (n,) int64
+    ends: np.ndarray  # (n,) int64, tokens up to and with each piece
+
+
 def document_starts(tokens, eot):
     """Positions (n,) int64 of end-of-text tokens; a stream without any is one document starting
     at 0."""
@@ -53,11 +64,10 @@ def document_starts(tokens, eot):
 
 
 def default_max_docs(row_len):
-    """Documents told apart in a row of this length: one for every 256 tokens (FineWeb's have 690),
-    at least 8.
+    """Documents told apart in a row of this length: one for every 256 tokens, at least 8.
 
-    Attention kernels start blocks for each place in cu_seqlens, filled or not, so there should not
-    be many to spare.
+    Web pages have about 690. Attention kernels start blocks for each place in cu_seqlens, filled
+    or not, so there should not be many to spare.
     """
     return max(8, row_len // 256)
 
@@ -69,29 +79,35 @@ def pack(rows, row_len, max_docs, max_len):
     the borders of the first ones; what remains of it, padding included, is divided every max_len
     tokens.
     """
-    slots = max_docs + -(-row_len // max_len)
+    slots = max_docs + -(-row_len // max_len)  # borders that a row can have at most
     inputs = np.zeros((len(rows), row_len), dtype=np.int64)
     targets = np.full((len(rows), row_len), IGNORE, dtype=np.int64)
     cu_seqlens = np.full(len(rows) * slots + 1, len(rows) * row_len, dtype=np.int32)
-    n = 0
+    n = 0  # borders so far
     for r, row in enumerate(rows):
-        at, rest = 0, 0
+        at = 0
+        rest = 0  # where the segments that have a border of their own end
         for i, (tokens, start, length) in enumerate(row or ()):
             inputs[r, at : at + length] = tokens[start : start + length]
             targets[r, at : at + length] = tokens[start + 1 : start + length + 1]
             if i < max_docs:
                 cu_seqlens[n] = r * row_len + at
-                n, rest = n + 1, at + length
+                n += 1
+                rest = at + length
             at += length
         more = np.arange(rest, row_len, max_len)
         cu_seqlens[n : n + len(more)] = r * row_len + more
         n += len(more)
-    return MicroBatch(*map(torch.from_numpy, (inputs, targets, cu_seqlens)))
+    return MicroBatch(
+        inputs=torch.from_numpy(inputs),
+        targets=torch.from_numpy(targets),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+    )
 
 
 class TrainLoader:
     """The training stream: `rows(step)` is the global batch, `micro_batches(step, ...)` one
-    rank's part of it."""
+    rank's part of it. Steps are numbered from 1."""
 
     def __init__(
         self,
@@ -110,35 +126,53 @@ class TrainLoader:
         """shards: paths; batch_rows, max_doc_len: functions of the step; shuffle: documents and
         shards in random order from the first epoch on (later epochs are always shuffled). Raises
         InputError when the data does not fill one batch."""
-        self.shards, self.eot, self.n_vocab, self.row_len = list(shards), eot, n_vocab, row_len
-        self.batch_rows, self.max_doc_len = batch_rows, max_doc_len
-        self.split, self.shuffle, self.seed = long_docs == "split", shuffle, seed
+        self.shards = list(shards)
+        self.eot = eot
+        self.n_vocab = n_vocab
+        self.row_len = row_len
+        self.batch_rows = batch_rows
+        self.max_doc_len = max_doc_len
+        self.split = long_docs == "split"
+        self.shuffle = shuffle
         self.max_docs = max_docs or default_max_docs(row_len)
-        self._tokens, self._starts, self._pieces_of = {}, {}, {}
-        self._next = (0, Cursor())  # (step, where its batch starts)
-        for path in self.shards:  # header and size now, the tokens when they are reached
+        self._tokens = {}  # shard number -> its tokens, once it has been reached
+        self._starts = {}  # shard number -> where its documents start
+        self.reseed(seed)
+
+        # Header and size now, the tokens when they are reached
+        for path in self.shards:
             read_shard(path)
-        need = len(self.rows(0))
+        need = len(self.rows(1))
         if self._next[1].epoch:  # the first batch went through all there is
             raise InputError(
-                f"the training text has {sum(self._rows_in_epoch_0()) * row_len} tokens in rows of "
-                f"{row_len}; one batch needs {need * row_len}: give more text or lower --batch-tokens"
+                f"the training text has {self._rows_in_first_epoch() * row_len} tokens in rows of "
+                f"{row_len}; one batch needs {need * row_len}: give more text or lower "
+                "--batch-tokens"
             )
 
     def reseed(self, seed):
         """Begin anew in another order."""
-        self.seed, self._next, self._pieces_of = seed, (0, Cursor()), {}
+        self.seed = seed
+        self._next = (1, Cursor())  # (step, where its batch starts)
+        self._cached = (None, None)  # (key, Pieces): one shard's pieces are in use at a time
 
     def rows(self, step):
         """The global batch of `step`: a list of rows, each a list of (tokens, start, length)."""
+        if step < 1:
+            raise ValueError(f"step {step}: steps are numbered from 1")
         at, cursor = self._next
         if step < at:
-            at, cursor = 0, Cursor()
-        while True:  # walking past a batch touches the index only, no tokens
+            at, cursor = 1, Cursor()
+
+        # Walking past a batch touches the index only, no tokens
+        while True:
             max_len = self._max_len(at)
-            if at and max_len != self._max_len(at - 1):
-                # pieces are cut anew: documents keep their numbers, split pieces do not
-                cursor = Cursor(cursor.epoch + 1) if self.split else cursor._replace(offset=0)
+            if at > 1 and max_len != self._max_len(at - 1):
+                # Pieces are cut anew: documents keep their numbers, split pieces do not
+                if self.split:
+                    cursor = Cursor(cursor.epoch + 1)
+                else:
+                    cursor = cursor._replace(offset=0)
             rows = []
             for _ in range(self.batch_rows(at)):
                 row, cursor = self._row(cursor, max_len)
@@ -152,7 +186,8 @@ class TrainLoader:
         """One rank's share of the batch as equally shaped MicroBatches, padded where rows do not
         divide evenly."""
         rows = self.rows(step)
-        micro_rows = micro_rows or -(-len(rows) // world_size)
+        if not micro_rows:
+            micro_rows = -(-len(rows) // world_size)
         stride = micro_rows * world_size
         rows += [None] * (-len(rows) % stride)
         for i in range(rank * micro_rows, len(rows), stride):
@@ -161,73 +196,85 @@ class TrainLoader:
     def _max_len(self, step):
         return min(self.max_doc_len(step), self.row_len)
 
-    def _rows_in_epoch_0(self):
-        """Yields 1 for every row of the first epoch."""
-        cursor = Cursor()
-        while not (cursor := self._row(cursor, self._max_len(0))[1]).epoch:
-            yield 1
+    def _rows_in_first_epoch(self):
+        """How many rows the first epoch has."""
+        n = 0
+        _, cursor = self._row(Cursor(), self._max_len(1))
+        while cursor.epoch == 0:
+            n += 1
+            _, cursor = self._row(cursor, self._max_len(1))
+        return n
 
     def _row(self, cursor, max_len):
         """Fill one row from the cursor on; returns (segments, cursor after it)."""
         epoch, shard, piece, offset = cursor
+
+        # Find a shard with enough left for a row; twice through them all, it will not be found
         for _ in range(2 * len(self.shards) + 1):
-            tokens, starts, lengths, ends = self._pieces(epoch, shard, max_len)
-            before = (ends[piece - 1] if piece else 0) + offset
-            if piece < len(ends) and ends[-1] - before >= self.row_len:
+            pieces = self._pieces(epoch, shard, max_len)
+            before = offset + (pieces.ends[piece - 1] if piece else 0)
+            if piece < len(pieces.ends) and pieces.ends[-1] - before >= self.row_len:
                 break
-            shard, piece, offset = shard + 1, 0, 0  # what is left of a shard does not fill a row
+            piece = offset = 0
+            shard += 1
             if shard == len(self.shards):
-                epoch, shard = epoch + 1, 0
+                epoch += 1
+                shard = 0
         else:
             raise InputError(
-                f"no shard of the training text fills a row of {self.row_len} tokens with documents of at "
-                f"most {max_len}: give more text or lower --row-len"
+                f"no shard of the training text fills a row of {self.row_len} tokens with "
+                f"documents of at most {max_len}: give more text or lower --row-len"
             )
-        row, room = [], self.row_len
+
+        row = []
+        room = self.row_len
         while room:
-            length = min(int(lengths[piece]) - offset, room)
-            row.append((tokens, int(starts[piece]) + offset, length))
+            length = min(int(pieces.lengths[piece]) - offset, room)
+            row.append((pieces.tokens, int(pieces.starts[piece]) + offset, length))
             room -= length
             offset += length
-            if offset == lengths[piece] or not (
-                room or self.split
-            ):  # done with it, or its rest is dropped
-                piece, offset = piece + 1, 0
+            used_up = offset == pieces.lengths[piece]
+            rest_is_dropped = room == 0 and not self.split
+            if used_up or rest_is_dropped:
+                piece += 1
+                offset = 0
         return row, Cursor(epoch, shard, piece, offset)
 
     def _pieces(self, epoch, shard, max_len):
-        """(tokens, starts, lengths, cumulative lengths) of the pieces of the epoch's shard-th
-        shard, in order."""
+        """The Pieces of the epoch's shard-th shard."""
         key = (epoch, shard, max_len)
-        if key not in self._pieces_of:
-            shuffled = self.shuffle or epoch > 0
-            n = len(self.shards)
-            which = (
-                np.random.default_rng((self.seed, epoch)).permutation(n)[shard]
-                if shuffled
-                else shard
-            )
-            rng = np.random.default_rng((self.seed, epoch, 1 + int(which)))
-            tokens = self._open(which)
-            starts = self._starts[which]
-            ends = np.append(
-                starts[1:], len(tokens) - 1
-            )  # the shard's last token is only ever a target
-            if self.split and starts[0] > 0:  # the end of a document that began in the shard before
-                starts, ends = np.append(0, starts), np.append(starts[0], ends)
-            starts, ends = starts[starts < ends], ends[starts < ends]
-            if self.split:
-                starts, ends = split_pieces(
-                    starts, ends, max_len, int(rng.integers(max_len)) if shuffled else 0
-                )
-            lengths = np.minimum(ends - starts, max_len)
-            if shuffled:
-                order = rng.permutation(len(starts))
-                starts, lengths = starts[order], lengths[order]
-            self._pieces_of = {
-                key: (tokens, starts, lengths, np.cumsum(lengths))
-            }  # one is in use at a time
-        return self._pieces_of[key]
+        if self._cached[0] != key:
+            self._cached = (key, self._cut(epoch, shard, max_len))
+        return self._cached[1]
+
+    def _cut(self, epoch, shard, max_len):
+        shuffled = self.shuffle or epoch > 0
+        which = shard
+        if shuffled:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
+            which = int(order[shard])
+        rng = np.random.default_rng((self.seed, epoch, 1 + which))
+
+        tokens = self._open(which)
+        starts = self._starts[which]
+        ends = np.append(starts[1:], len(tokens) - 1)  # the last token is only ever a target
+        if self.split and starts[0] > 0:
+            # The end of a document that began in the shard before
+            ends = np.append(starts[0], ends)
+            starts = np.append(0, starts)
+        filled = starts < ends
+        starts = starts[filled]
+        ends = ends[filled]
+
+        if self.split:
+            phase = int(rng.integers(max_len)) if shuffled else 0
+            starts, ends = split_pieces(starts, ends, max_len, phase)
+        lengths = np.minimum(ends - starts, max_len)
+        if shuffled:
+            order = rng.permutation(len(starts))
+            starts = starts[order]
+            lengths = lengths[order]
+        return Pieces(tokens, starts, lengths, ends=np.cumsum(lengths))
 
     def _open(self, which):
         if which not in self._tokens:
@@ -238,40 +285,44 @@ class TrainLoader:
 
 def split_pieces(starts, ends, max_len, phase):
     """Cut [start, end) ranges at start + phase, + phase + max_len, ...; returns (starts, ends)
-    of the pieces."""
-    first = starts + (phase or max_len)  # where each document's second piece begins
-    extra = np.maximum(0, -(-(ends - first) // max_len))  # pieces after the first
-    doc = np.repeat(np.arange(len(starts)), extra + 1)
-    nth = np.arange(len(doc)) - np.repeat(np.cumsum(extra + 1) - (extra + 1), extra + 1)
-    begin = np.where(nth == 0, starts[doc], first[doc] + (nth - 1) * max_len)
-    end = np.minimum(ends[doc], np.where(nth == 0, first[doc], first[doc] + nth * max_len))
-    return begin, end
+    of the pieces, each (n,) int64."""
+    first_cut = starts + (phase or max_len)  # where each document's second piece begins
+    cuts = np.maximum(0, -(-(ends - first_cut) // max_len))
+    pieces = cuts + 1
+
+    # For every piece, its document and its number within that
+    doc = np.repeat(np.arange(len(starts)), pieces)
+    nth = np.arange(len(doc)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+
+    cut = first_cut[doc] + nth * max_len  # where the piece ends, unless its document does before
+    begin = np.where(nth == 0, starts[doc], cut - max_len)
+    return begin, np.minimum(ends[doc], cut)
 
 
 class ValLoader:
-    """The fixed validation split: inputs are tokens [0, N), targets [1, N + 1), N = n_tokens or all
-    there are.
+    """The fixed validation split: inputs are tokens [0, N), targets [1, N + 1).
 
-    Rows follow each other without regard to documents' starts, so every target counts exactly once;
-    attention is still masked at document borders. `n_targets` is N; `targets` (N,) uint16 is for
-    counting bytes.
+    N is n_tokens, or all there are. Rows follow each other without regard to documents' starts, so
+    every target counts exactly once; attention is still masked at document borders. `n_targets` is
+    N; `targets` (N,) uint16 is for counting bytes.
     """
 
     def __init__(self, shards, *, eot, n_vocab, row_len, n_tokens=None, max_docs=None):
-        tokens = (
-            np.concatenate([read_shard(p, n_vocab) for p in shards])
-            if len(shards) > 1
-            else read_shard(shards[0], n_vocab)
-        )
+        """Raises InputError where there are fewer than n_tokens + 1 tokens."""
+        tokens = read_shard(shards[0], n_vocab)
+        if len(shards) > 1:
+            tokens = np.concatenate([tokens, *(read_shard(path, n_vocab) for path in shards[1:])])
         have = len(tokens) - 1
-        if have < 1 or (n_tokens or 0) > have:
+        need = n_tokens or 1
+        if have < need:
             raise InputError(
-                f"{shards[0]}: expected {n_tokens or 1} validation tokens and one more, "
-                f"found {len(tokens)}"
+                f"{shards[0]}: expected {need} validation tokens and one more, found {len(tokens)}"
             )
-        self.n_targets, self.row_len = n_tokens or have, row_len
+        self.n_targets = n_tokens or have
+        self.row_len = row_len
         self.max_docs = max_docs or default_max_docs(row_len)
-        self.tokens, self.targets = tokens, tokens[1 : self.n_targets + 1]
+        self.tokens = tokens
+        self.targets = tokens[1 : self.n_targets + 1]
         self._starts = np.flatnonzero(tokens[: self.n_targets] == eot)
 
     def micro_batches(self, rank=0, world_size=1, micro_rows=1):
@@ -285,10 +336,9 @@ class ValLoader:
 
     def _row(self, at):
         end = min(at + self.row_len, self.n_targets)
-        inside = self._starts[
-            np.searchsorted(self._starts, at + 1) : np.searchsorted(self._starts, end)
-        ]
-        borders = [at, *inside.tolist(), end]
+        first = np.searchsorted(self._starts, at + 1)
+        last = np.searchsorted(self._starts, end)
+        borders = [at, *self._starts[first:last].tolist(), end]
         return [(self.tokens, a, b - a) for a, b in zip(borders, borders[1:])]
 
 
@@ -302,7 +352,8 @@ class Prefetcher:
 
     def __init__(self, batches, device, depth=2):
         self.device = torch.device(device)
-        self._queue, self._stop = queue.Queue(depth), threading.Event()
+        self._queue = queue.Queue(depth)
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(batches,), daemon=True)
         self._thread.start()
 
@@ -318,6 +369,7 @@ class Prefetcher:
             self._put(e)
 
     def _put(self, item):
+        """Whether the item found room before close()."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -330,9 +382,10 @@ class Prefetcher:
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield [
-                MicroBatch(*(t.to(self.device, non_blocking=True) for t in micro)) for micro in item
-            ]
+            batch = []
+            for micro in item:
+                batch.append(MicroBatch(*(t.to(self.device, non_blocking=True) for t in micro)))
+            yield batch
 
     def close(self):
         self._stop.set()

@@ -144,7 +144,7 @@ def usable(tokens, options):
 
 def stream(corpus, loader, n):
     """The first n rows of training, whatever the batch size."""
-    rows, step = [], 0
+    rows, step = [], 1
     while len(rows) < n:
         rows += corpus.places(loader.rows(step))
         step += 1
@@ -160,7 +160,7 @@ def test_rows_are_full_and_hold_parts_of_documents(setup):
     """Exactly row_len tokens of one shard; no segment crosses a document or exceeds max_doc_len."""
     corpus, options = setup
     loader = corpus.loader(**options)
-    for step in range(4):
+    for step in range(1, 5):
         rows = corpus.places(loader.rows(step))
         assert len(rows) == options["rows"]
         for row in rows:
@@ -308,12 +308,12 @@ def test_split_pieces_of_a_long_document_are_shuffled():
 
 
 @FAST
-@given(setups(), st.lists(st.integers(0, 7), min_size=1, max_size=6))
+@given(setups(), st.lists(st.integers(1, 8), min_size=1, max_size=6))
 def test_rows_are_a_function_of_the_step(setup, steps):
     """Whatever was asked before: any order, again, or by a loader that resumes there."""
     corpus, options = setup
     one = corpus.loader(**options)
-    inorder = [corpus.places(one.rows(step)) for step in range(8)]
+    inorder = {step: corpus.places(one.rows(step)) for step in range(1, 9)}
     two = corpus.loader(**options)
     for step in steps:
         assert corpus.places(two.rows(step)) == inorder[step]
@@ -325,7 +325,7 @@ def test_rows_are_a_function_of_the_step(setup, steps):
     setups(),
     st.lists(st.integers(1, 40), min_size=3, max_size=3),
     st.lists(st.integers(1, 30), min_size=2, max_size=2),
-    st.integers(0, 40),
+    st.integers(1, 41),
     st.integers(0, 3),
     st.integers(1, 3),
 )
@@ -338,7 +338,7 @@ def test_a_run_that_is_taken_up_again_sees_what_it_would_have_seen(
     A prefetcher asked the last run's loader for some steps more than were trained on.
     """
     corpus, options = setup
-    stage = lambda step: sum(step >= change for change in np.cumsum(changes))
+    stage = lambda step: sum(step > change for change in np.cumsum(changes))
     options |= dict(
         max_doc_len=lambda step: limits[stage(step)], rows=lambda step: [1, 3, 2][stage(step)]
     )
@@ -359,7 +359,7 @@ def test_a_run_that_is_taken_up_again_sees_what_it_would_have_seen(
         one, two = corpus.loader(**options), corpus.loader(**options)
     except InputError:
         assume(False)
-    for s in range(step + ahead):
+    for s in range(1, step + ahead):
         if isinstance(outcome(one, s), str):
             break
     for s in range(step, step + 3):
@@ -380,21 +380,21 @@ def test_a_run_that_is_taken_up_again_sees_what_it_would_have_seen(
 def test_batch_size_does_not_change_the_stream(setup, data):
     corpus, options = setup
     sizes = data.draw(st.lists(st.integers(1, options["rows"]), min_size=4, max_size=4))
-    varied = corpus.loader(**options | dict(rows=lambda step: sizes[min(step, 3)]))
-    assert [len(varied.rows(step)) for step in range(5)] == [*sizes, sizes[3]]
+    varied = corpus.loader(**options | dict(rows=lambda step: sizes[min(step, 4) - 1]))
+    assert [len(varied.rows(step)) for step in range(1, 6)] == [*sizes, sizes[3]]
     assert stream(corpus, varied, 12) == stream(corpus, corpus.loader(**options), 12)
 
 
 @FAST
-@given(setups(), st.integers(1, 40), st.integers(1, 5), st.integers(0, 7))
+@given(setups(), st.integers(1, 40), st.integers(2, 6), st.integers(1, 8))
 def test_max_doc_len_may_change_on_the_way(setup, longer, change, step):
     """Segments obey the step's own limit, and a loader starting after the change sees the same."""
     corpus, options = setup
     limits = [options["max_doc_len"], options["max_doc_len"] + longer]
     options |= dict(max_doc_len=lambda step: limits[step >= change])
     loader = corpus.loader(**options)
-    inorder = [corpus.places(loader.rows(step)) for step in range(8)]
-    for s, rows in enumerate(inorder):
+    inorder = {step: corpus.places(loader.rows(step)) for step in range(1, 9)}
+    for s, rows in inorder.items():
         assert all(sum(n for *_, n in row) == options["row_len"] for row in rows)
         assert max(n for row in rows for *_, n in row) <= limits[s >= change]
     assert corpus.places(corpus.loader(**options).rows(step)) == inorder[step]
@@ -403,15 +403,15 @@ def test_max_doc_len_may_change_on_the_way(setup, longer, change, step):
 def test_longer_documents_are_used_from_the_change_on():
     """In "drop" mode the epoch goes on with documents not yet seen; in "split" mode a new one
     begins."""
-    corpus, limit = Corpus([40] * 50), lambda step: 4 if step < 5 else 16
+    corpus, limit = Corpus([40] * 50), lambda step: 4 if step <= 5 else 16
     loader = corpus.loader(row_len=16, rows=1, max_doc_len=limit)
-    rows = [corpus.places(loader.rows(step))[0] for step in range(30)]
+    rows = [corpus.places(loader.rows(step))[0] for step in range(1, 31)]
     assert all([n for *_, n in row] == [4] * 4 for row in rows[:5])
     assert all([n for *_, n in row] == [16] for row in rows[5:])
     assert max(Counter(start for row in rows for _, start, _ in row).values()) == 1
 
     loader = corpus.loader(row_len=16, rows=1, max_doc_len=limit, long_docs="split")
-    rows = [corpus.places(loader.rows(step))[0] for step in range(5 + 124)]
+    rows = [corpus.places(loader.rows(step))[0] for step in range(1, 6 + 124)]
     used = Counter(at for row in rows[5:] for _, start, n in row for at in range(start, start + n))
     assert len(used) == 124 * 16 and max(n for row in rows[5:] for *_, n in row) == 16
 
@@ -422,9 +422,11 @@ def test_max_doc_len_beyond_the_row_means_the_row(long_docs):
     corpus = Corpus([100, 3, 30, 17, 90] * 3)
     one, two = (
         corpus.loader(row_len=16, max_doc_len=limit, long_docs=long_docs)
-        for limit in (16, lambda step: 20 + 50 * step)
+        for limit in (16, lambda step: 50 * step - 30)
     )
-    assert all(corpus.places(one.rows(step)) == corpus.places(two.rows(step)) for step in range(12))
+    assert all(
+        corpus.places(one.rows(step)) == corpus.places(two.rows(step)) for step in range(1, 13)
+    )
 
 
 # edges of the data
@@ -433,7 +435,7 @@ def test_max_doc_len_beyond_the_row_means_the_row(long_docs):
 @pytest.mark.parametrize("long_docs", ["drop", "split"])
 def test_too_little_text(long_docs):
     """3 rows of 8 need 24 inputs and a target more."""
-    assert len(Corpus([8, 8, 9]).loader(rows=3, long_docs=long_docs).rows(0)) == 3
+    assert len(Corpus([8, 8, 9]).loader(rows=3, long_docs=long_docs).rows(1)) == 3
     with pytest.raises(InputError, match="batch") as e:
         Corpus([8, 8, 8]).loader(rows=3, long_docs=long_docs)
     assert "\n" not in str(e.value)
@@ -443,7 +445,7 @@ def test_too_little_text(long_docs):
 
 def test_too_little_of_every_document():
     """Three documents of 100 are plenty for "split", not for "drop" at 4 tokens each."""
-    assert Corpus([100] * 3).loader(max_doc_len=4, long_docs="split").rows(0)
+    assert Corpus([100] * 3).loader(max_doc_len=4, long_docs="split").rows(1)
     with pytest.raises(InputError, match="batch"):
         Corpus([100] * 3).loader(max_doc_len=4)
 
@@ -451,7 +453,7 @@ def test_too_little_of_every_document():
 def test_too_little_when_rows_drop_the_rest_of_documents():
     """Twenty documents of 5 make ten rows of 8: an eleventh would repeat some."""
     corpus = Corpus([5] * 20)
-    starts = [at for row in corpus.places(corpus.loader(rows=10).rows(0)) for _, at, _ in row]
+    starts = [at for row in corpus.places(corpus.loader(rows=10).rows(1)) for _, at, _ in row]
     assert len(starts) == len(set(starts)) == 20
     with pytest.raises(InputError, match="batch"):
         corpus.loader(rows=11)
@@ -461,14 +463,14 @@ def test_too_little_when_rows_drop_the_rest_of_documents():
 def test_several_shards_none_of_which_fills_a_row(long_docs):
     """An error and not an endless search."""
     with within(1.5), pytest.raises(InputError, match="batch|row"):
-        Corpus([5], [5], [5]).loader(row_len=8, rows=1, long_docs=long_docs).rows(0)
+        Corpus([5], [5], [5]).loader(row_len=8, rows=1, long_docs=long_docs).rows(1)
 
 
 @pytest.mark.parametrize("long_docs", ["drop", "split"])
 def test_several_shards_that_do_not_fill_a_batch(long_docs):
     """Three rows in all: a batch of four would hold one of them twice."""
     corpus = Corpus([9], [9], [9])
-    assert len(corpus.loader(row_len=8, rows=3, long_docs=long_docs).rows(0)) == 3
+    assert len(corpus.loader(row_len=8, rows=3, long_docs=long_docs).rows(1)) == 3
     with pytest.raises(InputError, match="batch"):
         corpus.loader(row_len=8, rows=4, long_docs=long_docs)
 
@@ -476,10 +478,10 @@ def test_several_shards_that_do_not_fill_a_batch(long_docs):
 def test_max_doc_len_that_leaves_too_little():
     """Documents cut to 1 token no longer fill a row: an error and not an endless search."""
     loader = Corpus([20] * 3).loader(
-        row_len=16, rows=1, max_doc_len=lambda step: 16 if step < 1 else 1
+        row_len=16, rows=1, max_doc_len=lambda step: 16 if step == 1 else 1
     )
     with within(1.5), pytest.raises(InputError):
-        loader.rows(1)
+        loader.rows(2)
 
 
 @pytest.mark.parametrize("long_docs", ["drop", "split"])
@@ -525,6 +527,12 @@ def test_wrong_vocabulary_is_refused():
             make(corpus.paths, eot=EOT, n_vocab=10, row_len=8, **train)
 
 
+@pytest.mark.parametrize("step", [0, -1])
+def test_steps_are_numbered_from_1(step):
+    with pytest.raises(ValueError, match="from 1"):
+        Corpus([8] * 10).loader().rows(step)
+
+
 def test_document_starts():
     assert document_starts(np.array([1, 7, 1, 1, 3]), 1).tolist() == [0, 2, 3]
     assert document_starts(np.array([5, 7]), 1).tolist() == [0]
@@ -537,9 +545,9 @@ def test_only_the_shards_that_are_reached_are_read():
     content = corpus.paths[1].read_bytes()
     corpus.paths[1].write_bytes(content[:-2] + b"\xff\xff")
     loader = corpus.loader(shuffle=False)
-    assert loader.rows(3)
+    assert loader.rows(4)
     with pytest.raises(InputError, match="1.bin.*below 60000"):
-        loader.rows(6)
+        loader.rows(7)
 
 
 # micro-batches
@@ -575,7 +583,7 @@ WORLDS = st.sampled_from([1, 2, 3, 5])
 
 
 @FAST
-@given(setups(), WORLDS, st.sampled_from([None, 1, 2, 3, 7]), st.integers(0, 3))
+@given(setups(), WORLDS, st.sampled_from([None, 1, 2, 3, 7]), st.integers(1, 4))
 def test_ranks_share_the_batch_between_them(setup, world_size, micro_rows, step):
     """The rows in order, once each; as many and as large micro-batches on every rank; padding is
     ignored."""
@@ -621,7 +629,7 @@ def test_targets_follow_their_inputs_in_the_data(setup, micro_rows):
     follows = {}
     for tokens in corpus.tokens:
         follows |= {int(a): int(b) for a, b in zip(tokens, tokens[1:]) if a != EOT}
-    for step in range(3):
+    for step in range(1, 4):
         for micro in corpus.loader(**options).micro_batches(step, micro_rows=micro_rows):
             for a, b in zip(micro.inputs.flatten().tolist(), micro.targets.flatten().tolist()):
                 assert b == IGNORE or a == EOT or follows[a] == b
@@ -631,11 +639,11 @@ def test_borders_of_a_row_with_more_documents_than_slots():
     """The first max_docs keep their borders; the rest is divided every max_doc_len."""
     corpus = Corpus([3] * 20, [40])
     loader = corpus.loader(row_len=20, rows=1, max_doc_len=6, shuffle=False, max_docs=2)
-    (many,) = loader.micro_batches(0)
+    (many,) = loader.micro_batches(1)
     assert many.cu_seqlens.tolist() == [0, 3, 6, 12, 18, 20, 20]
     (few,) = corpus.loader(
         row_len=20, rows=1, max_doc_len=6, shuffle=False, max_docs=9
-    ).micro_batches(0)
+    ).micro_batches(1)
     assert sorted(set(few.cu_seqlens.tolist())) == [0, 3, 6, 9, 12, 15, 18, 20]
 
 
@@ -644,7 +652,7 @@ def test_padding_rows_are_divided_too():
     corpus = Corpus([10] * 4)
     (micro,) = corpus.loader(
         row_len=10, rows=1, max_doc_len=4, long_docs="split", shuffle=False
-    ).micro_batches(0, micro_rows=2)
+    ).micro_batches(1, micro_rows=2)
     assert (micro.targets[1] == IGNORE).all()
     assert sorted(set(micro.cu_seqlens.tolist())) == [0, 4, 8, 10, 14, 18, 20]
 
@@ -655,13 +663,13 @@ def test_cu_seqlens_has_one_length_for_one_shape(setup):
     """So that a compiled step is compiled once, whatever the documents."""
     corpus, options = setup
     loader = corpus.loader(**options)
-    micros = [m for step in range(6) for m in loader.micro_batches(step, micro_rows=1)]
+    micros = [m for step in range(1, 7) for m in loader.micro_batches(step, micro_rows=1)]
     assert len({len(m.cu_seqlens) for m in micros}) == 1
 
 
 def test_borders_agree_with_end_of_text_in_the_inputs():
     corpus = Corpus([5, 3, 1, 7, 2, 8, 6] * 3)
-    for micro in corpus.loader(row_len=16, rows=4, max_doc_len=16).micro_batches(0, micro_rows=2):
+    for micro in corpus.loader(row_len=16, rows=4, max_doc_len=16).micro_batches(1, micro_rows=2):
         starts = torch.nonzero(micro.inputs.flatten() == EOT).flatten().tolist()
         assert sorted(set(micro.cu_seqlens.tolist())) == [*starts, 32]
 
@@ -850,6 +858,6 @@ def test_prefetched_training_is_training(setup):
     """As the trainer uses it: a list of micro-batches a step."""
     corpus, options = setup
     one, two = corpus.loader(**options), corpus.loader(**options)
-    prefetcher = Prefetcher((list(one.micro_batches(step, 0, 2)) for step in range(5)), "cpu")
+    prefetcher = Prefetcher((list(one.micro_batches(step, 0, 2)) for step in range(1, 6)), "cpu")
     with within(10):
-        assert flat(prefetcher) == flat(list(two.micro_batches(step, 0, 2)) for step in range(5))
+        assert flat(prefetcher) == flat(list(two.micro_batches(step, 0, 2)) for step in range(1, 6))
