@@ -40,8 +40,8 @@ from data import Prefetcher, pack
 from data.loader import IGNORE
 from inference.sampling import generate
 from kernels import choose_ops, embedding, polar_express
-from kernels.cross_entropy import fp8_linear_cross_entropy, sample_vocabulary
-from kernels.mlp import FP8ReLU2MLP
+from kernels.choose import choose_fp8
+from kernels.cross_entropy import sample_vocabulary
 from optim.shards import Shard
 from optim.updates import (
     adam_update,
@@ -65,8 +65,6 @@ from runtime.machine import (
     World,
     can_compile,
     first_rank_first,
-    fp8_pays,
-    has_fp8,
     join_world,
     keep_freed_memory,
     launch,
@@ -352,7 +350,7 @@ class GPT(nn.Module):
         self.c, self.n_vocab, self.ops, self.recompute = (
             c,
             n_vocab,
-            ops or choose_ops("cpu"),
+            ops or choose_ops("cpu", dtype, fp8=c.fp8),
             c.recompute == "on",
         )
         # padded: GPUs like multiples of 64
@@ -385,11 +383,9 @@ class GPT(nn.Module):
         )
         self.register_buffer("signs", (2 * signs - 1).to(self.cos), persistent=False)
         self.rotate(c.long_window[:1])
-        self.mlps = (
-            nn.ModuleList(FP8ReLU2MLP() for _ in range(L))
-            if c.fp8 == "on"
-            else [self.ops.relu2_mlp] * L
-        )
+        self.mlps = [self.ops.new_mlp() for _ in range(L)]
+        if self.ops.fp8:
+            self.mlps = nn.ModuleList(self.mlps)
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -418,7 +414,7 @@ class GPT(nn.Module):
 
     def scales(self):
         """What FP8 products know of the activations they multiply, [] without them."""
-        return [mlp.post for mlp in self.mlps] if self.c.fp8 == "on" else []
+        return [mlp.post for mlp in self.mlps] if self.ops.fp8 else []
 
     def rotate(self, long_windows):
         """Fill the rotary tables for a stage, given the long windows of all stages up to it."""
@@ -547,7 +543,7 @@ class GPT(nn.Module):
             )
             w = embedding(tokens, w)
         loss = functools.partial(
-            fp8_linear_cross_entropy if self.c.fp8 == "on" else self.ops.linear_cross_entropy,
+            self.ops.linear_cross_entropy,
             cap=self.c.softcap or None,
             target_weights=target_weights,
             sampled=sampled,
@@ -920,14 +916,9 @@ class Trainer:
         device, n_vocab = world.device, data.dataset.n_vocab
         dtype = native_dtype(device) if c.dtype == "auto" else getattr(torch, c.dtype)
         try:
-            ops = choose_ops(device, dtype, c.n_embd // c.n_head, c.kernels, log.say)
+            ops = choose_ops(device, dtype, c.n_embd // c.n_head, c.kernels, c.fp8, log.say)
         except ValueError as e:
             raise InputError(e) from None
-        if c.fp8 == "on" and (dtype != torch.bfloat16 or not has_fp8(device)):
-            raise InputError(
-                f"--fp8 on: expected bfloat16 on compute capability 8.9 or later, found {dtype} on "
-                f"{device}"
-            )
         self.compiled = c.compile and can_compile(log.say)
         with torch.device("meta"):
             most, recompute, self.memory_estimate = memory.fit(
@@ -1184,8 +1175,11 @@ class Trainer:
 
 def settle(c, device):
     """The Config with what depends on the machine decided, as it goes into logs and checkpoints."""
-    auto = c.dtype != "float32" and fp8_pays(device)
-    return dataclasses.replace(c, fp8="on" if auto else "off") if c.fp8 == "auto" else c
+    if c.fp8 != "auto":
+        return c
+    dtype = native_dtype(device) if c.dtype == "auto" else getattr(torch, c.dtype)
+    on = choose_fp8(device, dtype, c.fp8, functools.partial(print, file=sys.stderr))
+    return dataclasses.replace(c, fp8="on" if on else "off")
 
 
 def train(c, world=World(), report=lambda result: None, requests=None):

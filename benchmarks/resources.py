@@ -11,6 +11,7 @@ assembled by Triton's ptxas.
 """
 
 import collections
+import importlib
 import json
 import pathlib
 import re
@@ -48,7 +49,7 @@ def case(name, oldest=80):
 
 @case("rms_norm")
 def _():
-    from kernels import rms_norm as op
+    op = importlib.import_module("kernels.rms_norm")
 
     x, rstd = meta(TOKENS, WIDTH), meta(TOKENS, dtype=torch.float32)
     op.launch_forward(x, None, None, 1e-6)
@@ -57,7 +58,7 @@ def _():
 
 @case("add_rms_norm, weight")
 def _():
-    from kernels import rms_norm as op
+    op = importlib.import_module("kernels.rms_norm")
 
     x, w, rstd = meta(TOKENS, WIDTH), meta(WIDTH), meta(TOKENS, dtype=torch.float32)
     op.launch_forward(x, x, w, 1e-6)
@@ -93,7 +94,7 @@ def _():
 
 @case("qk_norm_rope, qkv_norm_rope")
 def _():
-    from kernels import qk_norm_rope as op
+    op = importlib.import_module("kernels.qk_norm_rope")
 
     H, D = 6, 128
     qkv, cos = meta(3, TOKENS // 3, 3 * H, D), meta(TOKENS // 3, 1, D // 2)

@@ -1,11 +1,33 @@
 """The operations a training step spends its time in: one file per op, the maths in PyTorch first.
 
-A trainer takes them from choose_ops(), which knows what is fast on which machine, and the rest from
-their files.
+This folder can be copied and used alone; it needs PyTorch, and Triton for the kernels. Import what
+you need from here, or take from choose_ops() the forms that are fast on a machine.
 """
 
+from .attention import attention
 from .choose import Ops, choose_ops
+from .cross_entropy import linear_cross_entropy, softcap_cross_entropy
 from .embedding import embedding
+from .fp8 import fp8_linear
+from .mlp import linear_relu2, relu2_mlp
 from .polar_express import polar_express
+from .qk_norm_rope import qkv_norm_rope
+from .rms_norm import add_rms_norm, rms_norm
+from .symmetric_matmul import symmetric_matmul
 
-__all__ = ["Ops", "choose_ops", "embedding", "polar_express"]
+__all__ = [
+    "Ops",
+    "add_rms_norm",
+    "attention",
+    "choose_ops",
+    "embedding",
+    "fp8_linear",
+    "linear_cross_entropy",
+    "linear_relu2",
+    "polar_express",
+    "qkv_norm_rope",
+    "relu2_mlp",
+    "rms_norm",
+    "softcap_cross_entropy",
+    "symmetric_matmul",
+]

@@ -1,160 +1,199 @@
-"""Which implementation of each op a machine gets.
+"""Which form of each op a machine gets.
 
-On a CPU all are plain PyTorch, which torch.compile fuses: the references, save that auto has a
-faster form of the head with its loss. On a GPU a Triton op should be taken where it beats what
-torch.compile makes of its reference: AUTO names those, by chip.
+On a CPU all are plain PyTorch, which torch.compile fuses: the references, or what an op declares
+for CPUs. On a GPU a Triton op should be taken where it beats what torch.compile makes of its
+reference; each op's file says on which chips that was measured. Products in FP8 are faster on
+Hopper: gpt2-small's step on an H200 takes 1.12 times as long without.
 """
 
 import functools
-import typing
+import types
 
 import torch
 
 from .attention import attention, choose_backend
-from .cross_entropy import (
-    linear_cross_entropy,
-    linear_cross_entropy_in_pytorch,
-    linear_cross_entropy_reference,
-)
-from .launch import for_chip
-from .mlp import relu2_mlp, relu2_mlp_reference
+from .launch import chip
+from .op import OPS
 from .polar_express import polar_express
-from .qk_norm_rope import qkv_norm_rope, qkv_norm_rope_reference
-from .rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from .symmetric_matmul import symmetric_matmul, symmetric_matmul_reference
-
-# op: (Triton, PyTorch)
-OPS = dict(
-    rms_norm=(rms_norm, rms_norm_reference),
-    add_rms_norm=(add_rms_norm, add_rms_norm_reference),
-    qkv_norm_rope=(qkv_norm_rope, qkv_norm_rope_reference),
-    relu2_mlp=(relu2_mlp, relu2_mlp_reference),
-    linear_cross_entropy=(linear_cross_entropy, linear_cross_entropy_reference),
-    symmetric_matmul=(symmetric_matmul, symmetric_matmul_reference),
-)
-# Hopper: what was faster in gpt2-small's step on an H200. Not the norms: in 393,216 tokens they and
-# what is around them took 6 ms more than what Inductor fuses, out of 550. The other chips are not
-# measured.
-AUTO = {
-    80: (),
-    90: ("qkv_norm_rope", "relu2_mlp", "linear_cross_entropy", "symmetric_matmul"),
-    100: (),
-}
 
 
-class Ops(typing.NamedTuple):
-    """The functions a model and its optimizer call; signatures are those in the ops' files."""
+class Ops(types.SimpleNamespace):
+    """The functions that a model and its optimizer call, each an attribute.
 
-    attention: typing.Callable
-    rms_norm: typing.Callable
-    add_rms_norm: typing.Callable
-    qkv_norm_rope: typing.Callable
-    relu2_mlp: typing.Callable
-    linear_cross_entropy: typing.Callable
-    polar_express: typing.Callable
+    rms_norm, add_rms_norm, qkv_norm_rope, relu2_mlp, linear_cross_entropy, symmetric_matmul
+                    as in the ops' files, in the form that was chosen
+    attention       with its backend bound
+    polar_express   with its symmetric products bound
+    new_mlp         () -> what one layer calls as mlp(x, w_up, w_down): relu2_mlp, or in FP8 an
+                    nn.Module with scales of its own
+    """
 
     def named(self):
-        """{"attention": backend, op: "triton" or "pytorch", ...} for logs."""
-        used = self._asdict() | dict(symmetric_matmul=self.polar_express.keywords["symmetric"])
-        return dict(attention=self.attention.keywords["backend"]) | {
-            name: "triton" if used[name] is triton else "pytorch"
-            for name, (triton, _) in OPS.items()
-        }
+        """{"attention": backend, op: "triton", "pytorch" or "fp8", ...} for logs and estimates."""
+        return dict(attention=self.attention.keywords["backend"], **self.forms)
+
+    @property
+    def fp8(self):
+        """Whether products are in FP8."""
+        return "fp8" in self.forms.values()
+
+    def replace(self, **functions):
+        """A copy with other functions."""
+        return Ops(**(vars(self) | functions))
 
 
 def choose_ops(
-    device, dtype=torch.float32, head_dim=64, kernels=("auto",), say=lambda message: None
+    device,
+    dtype=torch.float32,
+    head_dim=64,
+    kernels=("auto",),
+    fp8="off",
+    say=lambda message: None,
 ):
-    """The Ops for a device. kernels: auto, reference, all, or names from OPS whose Triton form to
-    use.
+    """The Ops for a device.
 
-    Each Triton op is tried on small inputs first. One that fails or differs from its reference is
-    replaced by it, saying so, if it was chosen by auto, and a ValueError if it was asked for.
+    kernels: auto, reference, all, or names of ops whose Triton form to use.
+    fp8: on, off or auto; for the products of linear_cross_entropy and of the MLP's forward, in
+    place of the form that `kernels` gives them. Without gradients, they multiply in dtype.
+
+    Every form is tried on small inputs first. One that fails or differs from its reference is
+    replaced, which say(message) is told, if auto chose it. If it was asked for, that is a
+    ValueError.
     """
     device = torch.device(device)
     special = {"auto", "reference", "all"} & set(kernels)
     unknown = set(kernels) - OPS.keys() - special
     if unknown or not kernels or (special and len(kernels) > 1):
         raise ValueError(
-            f"kernels {' '.join(kernels)}: expected auto, reference, all, or names out of {', '.join(OPS)}"
+            f"kernels {' '.join(kernels)}: expected auto, reference, all, or names out of "
+            f"{', '.join(OPS)}"
         )
-    if kernels == ("auto",):
+    auto = tuple(kernels) == ("auto",)
+    if auto:
         wanted = automatic(device, dtype)
     else:
         wanted = {"reference": (), "all": tuple(OPS)}.get(kernels[0], kernels)
-    chosen = {name: reference for name, (_, reference) in OPS.items()}
-    if kernels == ("auto",) and device.type == "cpu":
-        chosen["linear_cross_entropy"] = linear_cross_entropy_in_pytorch
+
+    # Each op's form and the function itself
+    forms = dict.fromkeys(OPS, "pytorch")
+    functions = {name: op.reference for name, op in OPS.items()}
+    if auto and device.type == "cpu":
+        functions |= {name: op.on_cpu for name, op in OPS.items() if op.on_cpu}
     for name in wanted:
-        error = probe(name, device, dtype, head_dim)
+        error = probe(name, OPS[name].triton, device, dtype, head_dim)
         if error is None:
-            chosen[name] = OPS[name][0]
-        elif kernels == ("auto",):
+            forms[name] = "triton"
+            functions[name] = OPS[name].triton
+        elif auto:
             say(
-                f"{name} by its PyTorch reference, since the Triton kernel does not work here: {error}"
+                f"{name} by its PyTorch reference, since the Triton kernel does not work here: "
+                f"{error}"
             )
         else:
             raise ValueError(f"the Triton kernel of {name} does not work here: {error}")
+
+    # In FP8 every layer has an MLP of its own, with scales
+    mlp = functions["relu2_mlp"]
+    functions["new_mlp"] = lambda: mlp
+    if choose_fp8(device, dtype, fp8, say):
+        forms |= dict(relu2_mlp="fp8", linear_cross_entropy="fp8")
+        functions["new_mlp"] = OPS["relu2_mlp"].new_fp8
+        functions["linear_cross_entropy"] = OPS["linear_cross_entropy"].new_fp8()
+
     backend = choose_backend(device, dtype, head_dim)
     return Ops(
+        forms=forms,
         attention=functools.partial(attention, backend=backend),
-        polar_express=functools.partial(polar_express, symmetric=chosen.pop("symmetric_matmul")),
-        **chosen,
+        polar_express=functools.partial(polar_express, symmetric=functions["symmetric_matmul"]),
+        **functions,
     )
 
 
 def automatic(device, dtype):
     """Names of the ops that auto runs by Triton. In fp32 their kernels multiply without tensor
     cores: for tests only."""
-    gpu = device.type == "cuda" and dtype != torch.float32
-    return for_chip(AUTO, torch.empty(0, device=device)) if gpu else ()
+    if device.type != "cuda" or dtype == torch.float32:
+        return ()
+    here = chip(torch.empty(0, device=device))
+    return tuple(name for name, op in OPS.items() if here in op.faster_on)
 
 
-def probe(name, device, dtype, head_dim):
-    """None if the Triton op gives its reference's outputs and gradients on a small case, else
-    what went wrong."""
+def choose_fp8(device, dtype, fp8, say=lambda message: None):
+    """Whether products are in FP8; fp8 and say as in choose_ops, where the errors are as well."""
+    if fp8 not in ("on", "off", "auto"):
+        raise ValueError(f"fp8 {fp8}: expected on, off or auto")
+    if fp8 == "off" or fp8 == "auto" and not fp8_pays(device, dtype):
+        return False
+    if dtype != torch.bfloat16 or not has_fp8(device):
+        raise ValueError(
+            f"fp8 on: expected bfloat16 on compute capability 8.9 or later, found {dtype} on "
+            f"{device}"
+        )
+    for name, op in OPS.items():
+        if op.new_fp8 is None:
+            continue
+        with device:
+            form = op.new_fp8()
+        # Numbers have 3 bits, so that gradients differ by some percent of the largest value
+        error = probe(name, form, device, dtype, allowed=0.25)
+        if error and fp8 == "on":
+            raise ValueError(f"fp8 on: {name} does not work here: {error}")
+        if error:
+            say(f"products in {dtype}, since {name} in FP8 does not work here: {error}")
+            return False
+    return True
+
+
+def has_fp8(device):
+    """Whether it multiplies 8-bit floats; a CPU emulates that."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fp8_pays(device, dtype):
+    """Where FP8 was measured to be faster than bf16: on Hopper, 1.12 times."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return hopper and dtype == torch.bfloat16
+
+
+def probe(name, form, device, dtype, head_dim=64, allowed=0.05):
+    """None if a form of the op gives the reference's outputs and gradients on a small case, else
+    what went wrong.
+
+    allowed: the largest difference, as a part of the largest value of a result.
+    """
+    op = OPS[name]
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape):
-        return torch.randn(shape, generator=g).to(device, dtype)
+        return torch.randn(shape, generator=g, device="cpu").to(device, dtype)
 
-    angles = torch.arange(32.0, device=device)[:, None] / torch.arange(
-        1, head_dim // 2 + 1, device=device
-    )
-    inputs, constants = dict(
-        rms_norm=lambda: ([draw(64, 256)], {}),
-        add_rms_norm=lambda: ([draw(64, 256), draw(64, 256)], {}),
-        qkv_norm_rope=lambda: (
-            [draw(2, 32, 6, head_dim)],
-            dict(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype)),
-        ),
-        relu2_mlp=lambda: ([draw(192, 128), draw(256, 128) / 11, draw(256, 128) / 16], {}),
-        linear_cross_entropy=lambda: (
-            [draw(64, 128), draw(1024, 128) / 11],
-            dict(targets=torch.randint(1024, (64,), generator=g).to(device), cap=(23.0, 5.0, 7.5)),
-        ),
-        symmetric_matmul=lambda: ([draw(2, 256, 320) / 16], {}),
-    )[name]()
+    inputs, constants = op.example(draw, head_dim)
     results = []
-    for function in OPS[name]:
-        leaves = [x.clone().requires_grad_(name != "symmetric_matmul") for x in inputs]
+    for function in (form, op.reference):
+        leaves = [x.clone().requires_grad_(op.has_gradient) for x in inputs]
         try:
-            outputs = function(*leaves, **constants)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            upstream = [
-                torch.linspace(-1, 1, y.numel(), device=device).view(y.shape).to(y.dtype)
-                for y in outputs
-            ]
-            grads = (
-                torch.autograd.grad(outputs, leaves, upstream) if outputs[0].requires_grad else ()
-            )
-            results.append([x.detach().float() for x in (*outputs, *grads)])
+            with torch.enable_grad():
+                results.append(outputs_and_gradients(function, leaves, constants))
         except Exception as e:  # a compiler's errors have no common class
             return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     # torch's max, which keeps a NaN, not Python's, which may lose it
-    worst = (
-        torch.stack([(a - r).abs().max() / r.abs().max() for a, r in zip(*results)]).max().item()
-    )
-    return (
-        None if worst < 0.05 else f"differs from the reference by {worst:.2g} of the largest value"
-    )
+    differences = [(a - r).abs().max() / r.abs().max() for a, r in zip(*results)]
+    worst = torch.stack(differences).max().item()
+    if worst < allowed:
+        return None
+    return f"differs from the reference by {worst:.2g} of the largest value"
+
+
+def outputs_and_gradients(function, leaves, constants):
+    """[outputs, then gradients of the leaves for an upstream gradient from -1 to 1], in fp32."""
+    outputs = function(*leaves, **constants)
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    results = [*outputs]
+    if outputs[0].requires_grad:
+        upstream = [
+            torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
+            for y in outputs
+        ]
+        results += torch.autograd.grad(outputs, leaves, upstream)
+    return [x.detach().float() for x in results]

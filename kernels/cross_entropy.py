@@ -40,6 +40,7 @@ import torch.nn.functional as F
 
 from .fp8 import E4M3, E5M2, dynamic_scale, fp8_matmul, quantize, to_fp8, transpose_copy
 from .launch import INTERPRETED, as_rows, cast, for_chip, runs_triton, sm_count, tl, triton
+from .op import Op, declare
 
 try:
     from triton.experimental import gluon
@@ -892,3 +893,22 @@ def _backward_linear(ctx, dloss, *_):
 
 
 _linear_cross_entropy.register_autograd(_backward_linear, setup_context=_save_linear)
+
+
+def _example(draw, _):
+    h = draw(64, 128)
+    targets = torch.arange(64, device=h.device) * 13 % 1024
+    return [h, draw(1024, 128) / 11], dict(targets=targets, cap=(23.0, 5.0, 7.5))
+
+
+declare(
+    Op(
+        "linear_cross_entropy",
+        triton=linear_cross_entropy,
+        reference=linear_cross_entropy_reference,
+        example=_example,
+        faster_on=(90,),
+        on_cpu=linear_cross_entropy_in_pytorch,
+        new_fp8=lambda: fp8_linear_cross_entropy,
+    )
+)

@@ -39,6 +39,7 @@ from .fp8 import (
     to_fp8,
 )
 from .launch import as_rows, cast, dot, for_chip, runs_triton, sm_count, tl, triton
+from .op import Op, declare
 
 # Per chip. TMA, the unit of Hopper and later that copies tiles: one program per SM walks over
 # tiles, each of its two warpgroups multiplies 64 x 256; it takes more shared memory than the other
@@ -433,3 +434,15 @@ def _relu2_mlp_gradients(ctx, dy, *_):
 _linear_relu2.register_autograd(_linear_relu2_gradients, setup_context=_linear_relu2_save)
 _relu2_mlp.register_autograd(_relu2_mlp_gradients, setup_context=_relu2_mlp_save)
 _fp8_relu2_mlp.register_autograd(_relu2_mlp_gradients, setup_context=_relu2_mlp_save)
+
+
+declare(
+    Op(
+        "relu2_mlp",
+        triton=relu2_mlp,
+        reference=relu2_mlp_reference,
+        example=lambda draw, _: ([draw(192, 128), draw(256, 128) / 11, draw(256, 128) / 16], {}),
+        faster_on=(90,),
+        new_fp8=FP8ReLU2MLP,
+    )
+)

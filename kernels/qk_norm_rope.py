@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from .launch import cast, runs_triton, tl, triton
+from .op import Op, declare
 
 
 def qk_norm_rope_reference(q, k, cos, sin, eps=1e-6):
@@ -442,3 +443,21 @@ class _QKVNormRope(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _example(draw, head_dim):
+    qkv = draw(2, 32, 6, head_dim)
+    frequencies = 1 / torch.arange(1, head_dim // 2 + 1, device=qkv.device)
+    angles = torch.arange(32, device=qkv.device)[:, None] * frequencies  # (T, D / 2)
+    return [qkv], dict(cos=angles.cos().to(qkv.dtype), sin=angles.sin().to(qkv.dtype))
+
+
+declare(
+    Op(
+        "qkv_norm_rope",
+        triton=qkv_norm_rope,
+        reference=qkv_norm_rope_reference,
+        example=_example,
+        faster_on=(90,),
+    )
+)

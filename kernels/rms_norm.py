@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .launch import as_rows, cast, runs_triton, sm_count, tl, triton
+from .op import Op, declare
 
 
 def rms_norm_reference(x, weight=None, eps=1e-6):
@@ -244,3 +245,21 @@ def _backward(ctx, dy, ds, _):
 
 
 _rms_norm.register_autograd(_backward, setup_context=_save)
+
+
+declare(
+    Op(
+        "rms_norm",
+        triton=rms_norm,
+        reference=rms_norm_reference,
+        example=lambda draw, _: ([draw(64, 256)], {}),
+    )
+)
+declare(
+    Op(
+        "add_rms_norm",
+        triton=add_rms_norm,
+        reference=add_rms_norm_reference,
+        example=lambda draw, _: ([draw(64, 256), draw(64, 256)], {}),
+    )
+)

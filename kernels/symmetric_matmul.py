@@ -17,6 +17,7 @@ leave) and QuACK's gemm_symmetric; the triangular grid is ours.
 import torch
 
 from .launch import cast, dot, for_chip, runs_triton, tl, triton
+from .op import Op, declare
 
 # chip -> rows of a tile, bytes of a row of X at a time, warps, stages; modded-nanogpt's for k = 768
 TILES = {80: (128, 128, 8, 4)}
@@ -163,3 +164,15 @@ def _symmetric_matmul(
 @_symmetric_matmul.register_fake
 def _(X, C, alpha, beta):
     return X.new_empty(*X.shape[:-1], X.size(-2))
+
+
+declare(
+    Op(
+        "symmetric_matmul",
+        triton=symmetric_matmul,
+        reference=symmetric_matmul_reference,
+        example=lambda draw, _: ([draw(2, 256, 320) / 16], {}),
+        faster_on=(90,),
+        has_gradient=False,
+    )
+)

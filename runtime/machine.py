@@ -177,17 +177,6 @@ def keep_freed_memory():
         mallopt(-2, 2**26)  # M_TOP_PAD
 
 
-def has_fp8(device):
-    """Whether it multiplies 8-bit floats; a CPU emulates that."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def fp8_pays(device):
-    """Where it was measured to be faster than bf16: on Hopper, 1.12 times (gpt2-small's step on
-    an H200)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def can_compile(say):
     """Whether torch.compile finds what it needs; says what is missing."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):

@@ -34,9 +34,12 @@ def estimate(c, model, shards, rows, recompute, cuda=False):
         else c.n_layer * layer + 4 * len(c.value_embed_layers) * c.n_embd
     )
     ops = model.ops.named()
-    per_logit = (
-        3 if c.fp8 == "on" else size if ops["linear_cross_entropy"] == "triton" else 2 * size + 4
-    )
+    if ops["linear_cross_entropy"] == "fp8":
+        per_logit = 3
+    elif ops["linear_cross_entropy"] == "triton":
+        per_logit = size
+    else:
+        per_logit = 2 * size + 4
     V = len(model.embed)
     columns = max(min(n or V, V) for n in c.sampled_softmax)  # of logits
     scores = 0  # which attention by PyTorch's plain means keeps

@@ -320,11 +320,11 @@ def per_token(model, *args):
         )
         return reference(h, w, targets, **kwargs)
 
-    model.ops = model.ops._replace(linear_cross_entropy=listen)
+    model.ops = model.ops.replace(linear_cross_entropy=listen)
     try:
         model(*args)
     finally:
-        model.ops = model.ops._replace(linear_cross_entropy=reference)
+        model.ops = model.ops.replace(linear_cross_entropy=reference)
     return seen[0]
 
 
@@ -422,7 +422,7 @@ def test_paired_heads_equal_a_double_loop():
         return caught[-1][-1]
 
     ops = model.ops
-    model.ops = ops._replace(attention=attention)
+    model.ops = ops.replace(attention=attention)
     inputs, _, cu_seqlens = batch(T=12)
     cu_seqlens = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
     model.hidden(inputs, cu_seqlens, stage_of(c, (3,), max_doc_len=12))
@@ -450,7 +450,7 @@ def test_key_offset_goes_by_the_layer_and_not_by_the_windows(windows):
     model."""
     c, model = tiny_model(key_offset=True, n_layer=5, long_layers=(3,), value_embed_layers=())
     keys, ops = [], model.ops
-    model.ops = ops._replace(
+    model.ops = ops.replace(
         attention=lambda q, k, v, **kwargs: keys.append(k) or ops.attention(q, k, v, **kwargs)
     )
     for on in (True, False):

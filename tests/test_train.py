@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 import train_gpt as tg
 from base import InputError
 from data import ShardWriter
-from kernels import launch
+from kernels import choose, launch
+from kernels.mlp import FP8ReLU2MLP
+from kernels.op import OPS
 from runtime import machine
 
 
@@ -283,7 +285,7 @@ def test_fp8_scales_follow_each_steps_largest_activation(
 
     monkeypatch.setattr(tg.Trainer, "step", watched)
     tg.train(tiny(text, tmp_path, steps=4, eval_every=1, dtype="bfloat16", fp8="on"))
-    first = tg.FP8ReLU2MLP().post.scale.item()
+    first = FP8ReLU2MLP().post.scale.item()
     assert len(seen) == 4 and seen[0][0] == [first] * 2
     for (_, after, amax), (before, _, _) in zip(seen, seen[1:]):
         assert after == before and amax == [0, 0]
@@ -292,13 +294,16 @@ def test_fp8_scales_follow_each_steps_largest_activation(
 
 def test_fp8_is_chosen_by_the_machine_and_asked_for_in_vain_refused(text, tmp_path, monkeypatch):
     c, gpu = tiny(text, tmp_path, fp8="auto", dtype="auto"), torch.device("cuda", 0)
+    monkeypatch.setattr(choose, "probe", lambda *args, **kwargs: None)
+    mlp = OPS["relu2_mlp"]._replace(new_fp8=lambda: None)
+    monkeypatch.setitem(OPS, "relu2_mlp", mlp)
     for capability, choice in (((8, 0), "off"), ((9, 0), "on"), ((10, 0), "off")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert tg.settle(c, gpu).fp8 == choice and tg.settle(c, torch.device("cpu")).fp8 == "off"
         assert tg.settle(dataclasses.replace(c, dtype="float32"), gpu).fp8 == "off"
         assert tg.settle(dataclasses.replace(c, fp8="on"), gpu).fp8 == "on"
     with pytest.raises(
-        InputError, match="--fp8 on: expected bfloat16 on .*, found torch.float32 on cpu"
+        InputError, match="fp8 on: expected bfloat16 on .*, found torch.float32 on cpu"
     ):
         tg.train(dataclasses.replace(c, fp8="on", dtype="float32"))
 

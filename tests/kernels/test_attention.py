@@ -6,6 +6,7 @@ is documented, and flex through the mathematics PyTorch runs without a compiler.
 needs runs blockwise, which is default.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention as module
 from kernels.attention import BACKENDS, OF_TOKENS, attention, choose_backend
+
+module = importlib.import_module("kernels.attention")
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,6 +5,9 @@ import torch
 from kernel_checks import DEVICE
 
 from kernels import choose, choose_ops
+from kernels.mlp import FP8ReLU2MLP
+from kernels.op import OPS
+from kernels.rms_norm import rms_norm_reference
 
 CUDA = DEVICE.type == "cuda"
 
@@ -17,9 +20,9 @@ def test_a_cpu_gets_pytorch():
     """The references, and for the head its own form, unless the references are asked for."""
     ops = choose_ops("cpu")
     assert triton_ops(ops) == set() and ops.named()["attention"] == "blockwise"
-    assert ops.linear_cross_entropy is choose.linear_cross_entropy_in_pytorch
+    assert ops.linear_cross_entropy is OPS["linear_cross_entropy"].on_cpu
     references = choose_ops("cpu", kernels=("reference",))
-    assert references.linear_cross_entropy is choose.linear_cross_entropy_reference
+    assert references.linear_cross_entropy is OPS["linear_cross_entropy"].reference
     assert all(
         getattr(ops, name) is getattr(references, name)
         for name in ("rms_norm", "relu2_mlp", "qkv_norm_rope")
@@ -30,7 +33,7 @@ def test_a_cpu_gets_pytorch():
     "kernels, expected",
     [
         (("reference",), set()),
-        (("all",), set(choose.OPS)),
+        (("all",), set(OPS)),
         (("rms_norm", "relu2_mlp"), {"rms_norm", "relu2_mlp"}),
     ],
 )
@@ -40,7 +43,9 @@ def test_ops_by_name(kernels, expected):
 
 @pytest.mark.parametrize("kernels", [("fast",), (), ("auto", "rms_norm"), ("reference", "all")])
 def test_names_that_do_not_exist_or_contradict_each_other(kernels):
-    with pytest.raises(ValueError, match="expected auto, reference, all, or names out of rms_norm"):
+    with pytest.raises(
+        ValueError, match="expected auto, reference, all, or names out of .*rms_norm"
+    ):
         choose_ops("cpu", kernels=kernels)
 
 
@@ -49,10 +54,10 @@ def broken(how):
         raise RuntimeError("no such instruction")
 
     def wrong(x, *rest, **kwargs):
-        return choose.rms_norm_reference(x) * 1.2
+        return rms_norm_reference(x) * 1.2
 
     def nan(x, *rest, **kwargs):
-        return choose.rms_norm_reference(x) * float("nan")
+        return rms_norm_reference(x) * float("nan")
 
     return dict(raises=raises, wrong=wrong, nan=nan)[how]
 
@@ -68,7 +73,7 @@ def broken(how):
 def test_a_kernel_that_does_not_work(monkeypatch, how, message):
     """Asked for by name it is an error; chosen by auto its reference takes its place, and says
     so."""
-    monkeypatch.setitem(choose.OPS, "rms_norm", (broken(how), choose.rms_norm_reference))
+    monkeypatch.setitem(OPS, "rms_norm", OPS["rms_norm"]._replace(triton=broken(how)))
     with pytest.raises(ValueError, match=message):
         choose_ops(DEVICE, kernels=("rms_norm",))
     monkeypatch.setattr(choose, "automatic", lambda device, dtype: ("rms_norm", "add_rms_norm"))
@@ -86,8 +91,99 @@ def test_auto_leaves_fp32_to_pytorch():
     assert choose.automatic(torch.device("cuda"), torch.float32) == ()
 
 
+@pytest.mark.parametrize("here", [80, 89, 90, 100, 120])
+def test_auto_takes_triton_where_it_was_measured_to_be_faster(monkeypatch, here):
+    """On Hopper, and there all but the norms."""
+    monkeypatch.setattr(choose, "chip", lambda x: here)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    taken = {"qkv_norm_rope", "relu2_mlp", "linear_cross_entropy", "symmetric_matmul"}
+    found = choose.automatic(torch.device("cuda"), torch.bfloat16)
+    assert set(found) == (taken if here == 90 else set())
+
+
+# --- FP8
+
+BF16 = torch.bfloat16
+HAS_FP8 = not CUDA or torch.cuda.get_device_capability() >= (8, 9)
+needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="this GPU has no FP8")
+
+
+@needs_fp8
+@pytest.mark.parametrize("kernels", [("auto",), ("all",), ("reference",)])
+def test_fp8_in_place_of_the_other_forms(kernels):
+    """Of the head and the MLPs, each with scales of its own."""
+    ops = choose_ops(DEVICE, BF16, kernels=kernels, fp8="on")
+    named = ops.named()
+    assert ops.fp8 and named["linear_cross_entropy"] == named["relu2_mlp"] == "fp8"
+    assert "fp8" not in (named["rms_norm"], named["symmetric_matmul"])
+    first, second = ops.new_mlp(), ops.new_mlp()
+    assert isinstance(first, FP8ReLU2MLP) and first.post is not second.post
+    plain = choose_ops(DEVICE, BF16, kernels=kernels)
+    assert not plain.fp8 and plain.new_mlp() is plain.relu2_mlp is ops.relu2_mlp
+    assert plain.linear_cross_entropy is not ops.linear_cross_entropy
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, there, pays",
+    [
+        ((8, 0), BF16, False, False),
+        ((8, 9), BF16, True, False),
+        ((9, 0), BF16, True, True),
+        ((9, 0), torch.float32, True, False),
+        ((9, 0), torch.float16, True, False),
+        ((10, 0), BF16, True, False),
+    ],
+)
+def test_fp8_from_ada_on_and_by_auto_where_it_was_measured(
+    monkeypatch, capability, dtype, there, pays
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(choose, "probe", lambda *args, **kwargs: None)
+    monkeypatch.setitem(OPS, "relu2_mlp", OPS["relu2_mlp"]._replace(new_fp8=lambda: None))
+    gpu = torch.device("cuda", 0)
+    assert choose.has_fp8(gpu) == there and choose.has_fp8(torch.device("cpu"))
+    assert choose.choose_fp8(gpu, dtype, "auto") == pays
+    assert not choose.choose_fp8(gpu, dtype, "off")
+    if there and dtype == BF16:
+        assert choose.choose_fp8(gpu, dtype, "on")
+    else:
+        with pytest.raises(ValueError, match=f"fp8 on: expected bfloat16 .* found {dtype} on cuda"):
+            choose.choose_fp8(gpu, dtype, "on")
+
+
+def test_fp8_by_auto_is_off_on_a_cpu():
+    assert not choose_ops("cpu", BF16, fp8="auto").fp8
+    with pytest.raises(ValueError, match="fp8 on: expected bfloat16 .* found torch.float32 on cpu"):
+        choose_ops("cpu", torch.float32, fp8="on")
+    with pytest.raises(ValueError, match="fp8 maybe: expected on, off or auto"):
+        choose_ops("cpu", BF16, fp8="maybe")
+
+
+@needs_fp8
+@pytest.mark.parametrize("wrong", ["linear_cross_entropy", "relu2_mlp"])
+def test_fp8_that_does_not_work(monkeypatch, wrong):
+    """One form that is off by a third turns all of FP8 off under auto, and is an error under on."""
+    right = OPS[wrong].new_fp8
+
+    def make():
+        form = right()
+
+        def spoilt(*args, **kwargs):
+            return 1.33 * form(*args, **kwargs)
+
+        return spoilt
+
+    monkeypatch.setitem(OPS, wrong, OPS[wrong]._replace(new_fp8=make))
+    monkeypatch.setattr(choose, "fp8_pays", lambda device, dtype: True)
+    said = []
+    assert not choose_ops(DEVICE, BF16, fp8="auto", say=said.append).fp8
+    assert len(said) == 1 and said[0].startswith(f"products in {BF16}, since {wrong} in FP8 does")
+    with pytest.raises(ValueError, match=f"fp8 on: {wrong} does not work here: differs"):
+        choose_ops(DEVICE, BF16, fp8="on")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_op_passes_its_probe(dtype):
-    for name in choose.OPS:
+    for name in OPS:
         for head_dim in (64, 128) if name == "qkv_norm_rope" else (64,):
-            assert choose.probe(name, DEVICE, dtype, head_dim) is None
+            assert choose.probe(name, OPS[name].triton, DEVICE, dtype, head_dim) is None

@@ -1,12 +1,13 @@
 """kernels/qk_norm_rope.py: forward and backward against float64 and eager PyTorch, from slices
 and from the whole."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_eager, draw, outputs_and_gradients
 
-from kernels import qk_norm_rope as module
 from kernels.qk_norm_rope import (
     _qk_norm_rope,
     _qk_norm_rope_backward,
@@ -16,6 +17,8 @@ from kernels.qk_norm_rope import (
     qkv_norm_rope,
     qkv_norm_rope_reference,
 )
+
+module = importlib.import_module("kernels.qk_norm_rope")
 
 # B, T, heads of q, heads of k, D
 SHAPES = [

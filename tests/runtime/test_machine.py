@@ -18,8 +18,6 @@ from runtime.machine import (
     World,
     can_compile,
     first_rank_first,
-    fp8_pays,
-    has_fp8,
     join_world,
     keep_freed_memory,
     lost_another,
@@ -169,18 +167,6 @@ def test_native_dtype_of_a_gpu(capability, dtype, monkeypatch):
 def test_without_cpuinfo_it_is_float32(monkeypatch):
     monkeypatch.setattr(machine.Path, "exists", lambda path: False)
     assert native_dtype(CPU) == torch.float32
-
-
-@pytest.mark.parametrize(
-    "capability, there", [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)]
-)
-def test_fp8_from_ada_on_and_emulated_on_a_cpu_and_chosen_where_it_was_measured(
-    capability, there, monkeypatch
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    gpu = torch.device("cuda", 0)
-    assert has_fp8(gpu) == there and has_fp8(CPU)
-    assert fp8_pays(gpu) == (capability == (9, 0)) and not fp8_pays(CPU)
 
 
 @pytest.mark.parametrize(
