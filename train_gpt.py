@@ -55,6 +55,8 @@ from optim.updates import (
     row_scale,
     row_update,
 )
+from records.metrics import METRICS, VAL_LOSS, Evaluation, measure, meets
+from records.source import pack_source
 from runtime import memory, resume, state
 from runtime.checkpoint import Checkpoints
 from runtime.corpus import load_data
@@ -101,7 +103,7 @@ class Config(RunOptions):
         (lambda x: x is None or math.isfinite(x), "a number"),
     )
     target_metric: str = option(
-        "val_loss", "nats per token or bits per byte", ("val_loss", "val_bpb")
+        VAL_LOSS, " or ".join(metric.unit for metric in METRICS.values()), tuple(METRICS)
     )
     data: str = option(
         "stdlib",
@@ -968,14 +970,8 @@ class Trainer:
     def describe(self, log):
         """What is about to run: all of it into the log, the gist on the screen."""
         c, data, environment = self.c, self.data, self.environment
-        sources = [
-            Path(__file__),
-            *ROOT.glob(f"tracks/{c.track.replace('-', '_')}.py"),
-            *ROOT.glob("kernels/*.py"),
-            *ROOT.glob("runtime/*.py"),
-        ]
         log.header(
-            "\n".join(p.read_text() for p in sorted(sources)),
+            pack_source(ROOT) if log.active else None,
             environment=environment,
             config=dataclasses.asdict(c),
             data=data.dataset.fingerprint,
@@ -1051,7 +1047,7 @@ class Trainer:
         )
 
     def validate(self, step, batches=None):
-        """Validation metrics by name; val_bpb is None where the tokenizer's bytes are unknown."""
+        """Validation metrics by name; None for those that need bytes which are not known."""
         stage = val_stage(self.c, self.stages[step - 1])
         nats = evaluate(
             self.forward, stage, len(self.model.lm_head), batches or self.val_batches, self.world
@@ -1060,11 +1056,7 @@ class Trainer:
             raise InputError(
                 f"step {step}: the validation loss is {nats}, so the run stopped there"
             )
-        data = self.data
-        return dict(
-            val_loss=nats / data.val.n_targets,
-            val_bpb=nats / math.log(2) / data.val_bytes if data.val_bytes else None,
-        )
+        return measure(Evaluation(nats, self.data.val.n_targets, self.data.val_bytes))
 
     def enter(self, step):
         """Make ready for this step, numbered from 1; returns its stage and progress."""
@@ -1127,12 +1119,12 @@ class Trainer:
         # the weights as they will be saved do not depend on where training ended
         if self.stages[at.step - 1].tied:
             self.optimizer.untie()
-        reached = at.metrics[c.target_metric] <= c.target if c.target is not None else None
+        met = None if c.target is None else meets(at.metrics[c.target_metric], c.target)
         return dict(
             track=c.track,
             target_metric=c.target_metric,
             target=c.target,
-            reached=reached,
+            reached=met,
             **at.metrics,
             train_time_s=round(train_time, 3),
             cold_start_s=round(cold_start, 2),

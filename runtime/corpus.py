@@ -6,6 +6,7 @@ from pathlib import Path
 
 from base import InputError
 from data import Dataset, TrainLoader, ValLoader, open_dataset, read_shard
+from records.metrics import needs_bytes
 
 from .machine import first_rank_first
 
@@ -51,8 +52,8 @@ def load_data(c, stages, world):
         val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
     except (
         InputError
-    ):  # GPT-2's vocabulary comes over the network; only bits per byte and the sample need it
-        if c.target_metric == "val_bpb":
+    ):  # GPT-2's vocabulary comes over the network; only metrics of bytes and the sample need it
+        if needs_bytes(c.target_metric):
             raise
         val_bytes = None
     return Data(dataset, train, val, val_bytes)

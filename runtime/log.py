@@ -4,12 +4,16 @@ weights at the end.
 Step lines in log.txt are the field's (modded-nanogpt's), so its readers read ours:
     step:S/N train_loss:4.1234 train_time:1234ms step_avg:12.34ms
     step:S/N val_loss:4.1234 train_time:1234ms step_avg:12.34ms val_bpb:1.2345
-metrics.jsonl has one object per step with `step`, `train_loss`, `train_time` (seconds), and one per
-validation with
-`step`, `train_time`, `val_loss`, `val_bpb`.
+metrics.jsonl has an object for each step, with `step`, `train_loss` and `train_time` (seconds), and
+one for each validation, with `step`, `train_time` and every metric of records/metrics.py that the
+data allows.
 
-A run that is resumed in its folder goes on in the same files. A full disk or a lost folder does not
-end a run.
+The source is beside them once, in source.tar.bz2, and log.txt begins with its digest: see
+records/source.py. With --repeat each seed's folder has its own, so that any of them can be moved
+and checked alone.
+
+A run that is resumed in its folder goes on in the same files. A full disk or a lost folder does
+not end a run.
 """
 
 import contextlib
@@ -26,12 +30,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from base import to_json
+from base import to_json, whole_file
+from records import source as sources
+from records.metrics import METRICS, VAL_LOSS
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
 RULE = "=" * 100
 STEP_LINE = re.compile(rb"step:(\d+)/\d+ ")
-OF_THE_START = ("date", "probe", "resume", "run_dir")  # in the description, and new at every start
+OF_THE_START = ("date", "probe", "resume", "run_dir")  # described, but new at every start
+SHOW_EVERY = 15  # seconds between lines of progress where nobody watches a terminal
 
 
 class Log:
@@ -43,26 +50,28 @@ class Log:
     """
 
     def __init__(self, folder, steps, active=True, resume_step=None):
-        self.folder, self.active, self.failed = Path(folder), active, False
+        self.folder = Path(folder)
+        self.active = active
+        self.failed = False  # whether somebody was told that a file cannot be written
         self.resume_step = resume_step
-        self.first = self.config = (
-            None  # header in log.txt of the run that is resumed; for config.json
-        )
+        self.first = None  # (lines before it, description) of the header of the run that goes on
+        self.kept = {}  # files of the header, {name: content}: there from the start to the end
         if not active:
             return
+
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             self.first = drop_beyond(self.folder, resume_step)
         elif any((self.folder / name).exists() for name in ("log.txt", "metrics.jsonl")):
             raise FileExistsError(errno.EEXIST, "holds a run already", str(self.folder))
-        self.text, self.metrics = (
-            Lines(self.folder / name, self.fail) for name in ("log.txt", "metrics.jsonl")
-        )
+
+        self.text = Lines(self.folder / "log.txt", self.fail)
+        self.metrics = Lines(self.folder / "metrics.jsonl", self.fail)
         self.shown = time.perf_counter()
         self.bar = tqdm(
             total=steps,
             initial=resume_step or 0,
-            disable=None,
+            disable=None,  # no bar where stderr is no terminal
             dynamic_ncols=True,
             leave=False,
             bar_format=BAR,
@@ -74,35 +83,48 @@ class Log:
         self.say(f"resumed from step {self.resume_step}")
 
     def header(self, source, **described):
-        """The recipe's source and what it runs on, into log.txt; the latter into config.json as
-        well. A run that is resumed keeps its first header; where this one differs, log.txt says
-        so."""
+        """Begin log.txt with the digest of the source and a description of what it runs on; the
+        description is config.json as well, and the source source.tar.bz2.
+
+        source: a Source, of records/source.py; described: what JSON can hold, by name. A run that
+        is resumed keeps its first header; where this one differs, log.txt says so.
+        """
         if not self.active:
             return
-        text = to_json(described, indent=1)
-        whole = f"{source}\n{RULE}\n{text}\n{RULE}"
-        if not self.first:
-            self.config = text
-            self.say(whole, quiet=True)
+        text = to_json(dict(described, source=source.digest), indent=1)
+        if self.first is None:
+            self.begin(source, sources.ARCHIVE, text)
+            self.kept["config.json"] = text.encode()
             if self.resume_step is not None:  # in a folder where nothing was, or no whole header
                 self.say_resumed()
         else:
-            first_source, self.config = self.first
-            if not first_source.endswith(
-                f"{source}\n"
-            ):  # before it is what was said before the first header
+            head, description = self.first
+            self.kept["config.json"] = description.encode()
+            # The digest is the last line of the head: there may be remarks before it
+            named = sources.named_in(head.rstrip("\n").rpartition("\n")[2])
+            if named is None or named[1] != source.digest:
                 self.say(
-                    "the source is not the one this run began with; it goes on with what follows in log.txt"
+                    "the source is not the one this run began with; it goes on with what follows "
+                    "in log.txt"
                 )
-                self.say(whole, quiet=True)
-            elif changes := differences(self.config, text):
-                self.say(f"resumed with {', '.join(changes)}")
-        self.keep_config()
+                self.begin(source, f"source-{source.digest[:8]}.tar.bz2", text)
+            else:
+                self.kept[named[0]] = source.archive
+                if changes := differences(description, text):
+                    self.say(f"resumed with {', '.join(changes)}")
+        self.keep()
 
-    def keep_config(self):
-        """Write config.json unless it is there."""
-        if self.config is not None and not (self.folder / "config.json").exists():
-            self.write("config.json", lambda path: path.write_text(self.config, encoding="utf-8"))
+    def begin(self, source, name, text):
+        """A whole header into log.txt: the digest of the source and the description. name: of the
+        archive beside it."""
+        self.say(f"{sources.header_line(source, name)}\n{RULE}\n{text}\n{RULE}", quiet=True)
+        self.kept[name] = source.archive
+
+    def keep(self):
+        """Write what is to be kept and is not there."""
+        for name, content in self.kept.items():
+            if not (self.folder / name).exists():
+                self.write(name, lambda path, content=content: path.write_bytes(content))
 
     def say(self, message, quiet=False):
         """A line in log.txt, and on stderr unless quiet."""
@@ -117,25 +139,32 @@ class Log:
         if not self.failed:
             self.failed = True
             show(
-                f"{path} cannot be written: {error.strerror or error}; training goes on, and writing is tried again"
+                f"{path} cannot be written: {error.strerror or error}; training goes on, and "
+                "writing is tried again"
             )
 
     def step(self, step, total, kind, loss, seconds, **more):
-        """One step line and one metrics object. kind: train or val; more: further metrics by
-        name."""
+        """One step line and one object of metrics.jsonl.
+
+        step: numbered from 1, of `total`; kind: train or val; loss: nats per token; seconds: of the
+        training clock; more: further metrics by name, None for what could not be measured.
+        """
+        more = {name: value for name, value in more.items() if value is not None}
         line = (
             f"step:{step}/{total} {kind}_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
             f"step_avg:{1000 * seconds / max(step, 1):.2f}ms"
         )
-        more = {name: value for name, value in more.items() if value is not None}
-        self.say(
-            line + "".join(f" {name}:{value:.4f}" for name, value in more.items()),
-            quiet=kind == "train",
-        )
+        for name, value in more.items():
+            line += f" {name}:{value:{METRICS[name].format}}"
+        self.say(line, quiet=kind == "train")
         if self.active:
-            self.metrics.add(
-                to_json({"step": step, f"{kind}_loss": loss, **more, "train_time": seconds})
-            )
+            row = {"step": step, f"{kind}_loss": loss, **more, "train_time": seconds}
+            self.metrics.add(to_json(row))
+
+    def validation(self, step, total, measured, seconds):
+        """The lines of a validation. measured: {name: value}, as records.metrics.measure gives."""
+        others = {name: value for name, value in measured.items() if name != VAL_LOSS}
+        self.step(step, total, "val", measured[VAL_LOSS], seconds, **others)
 
     def progress(self, step, text):
         """Show where training is; text: what to put beside the bar."""
@@ -145,45 +174,34 @@ class Log:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         now = time.perf_counter()
-        if (
-            self.bar.disable and now - self.shown > 15
-        ):  # nobody watches a terminal: a line now and then
+        if self.bar.disable and now - self.shown > SHOW_EVERY:
             show(f"step {step}/{self.bar.total}  {text}")
             self.shown = now
 
     def finish(self, result, weights):
         """Write model.safetensors (name -> CPU tensor) and then result.json, the mark of a
-        finished run, each aside and renamed."""
+        finished run."""
         if not self.active:
             return
         from safetensors.torch import save_file  # loads torch, which reading logs does without
 
-        with contextlib.suppress(
-            OSError
-        ):  # where somebody removed it, the weights are worth a new one
+        # Where somebody removed the folder, the weights are worth a new one
+        with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.keep_config()
+        self.keep()
         self.write("model.safetensors", lambda path: save_file(weights, path))
-        self.write(
-            "result.json", lambda path: path.write_text(to_json(result, indent=1), encoding="utf-8")
-        )
+        text = to_json(result, indent=1)
+        self.write("result.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def write(self, name, save):
-        """Have save(path) write a file aside, bring it to disk and rename it. Failing is said,
-        and no more: the run is done, or goes on, and its result still counts."""
-        aside = self.folder / f"{name}.tmp"
+        """Have save(path) write a file that is there whole or not at all. Failing is said, and no
+        more: the run is done, or goes on, and its result still counts."""
         try:
-            save(aside)
-            if self.text.path.exists():
-                shutil.copymode(
-                    self.text.path, aside
-                )  # safetensors' files are for their owner alone
-            with open(aside, "rb+") as f:
-                os.fsync(f.fileno())
-            os.replace(aside, self.folder / name)
+            with whole_file(self.folder / name) as path:
+                save(path)
+                if self.text.path.exists():  # safetensors' files are for their owner alone
+                    shutil.copymode(self.text.path, path)
         except Exception as e:  # safetensors has errors of its own
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
             self.say(f"{self.folder / name} could not be written: {' '.join(str(e).split())}")
 
     def __enter__(self):
@@ -205,7 +223,9 @@ class Lines:
     """
 
     def __init__(self, path, fail):
-        self.path, self.fail, self.waiting = path, fail, b""
+        self.path = path
+        self.fail = fail
+        self.waiting = b""  # what is not in the file yet
         self.lock = threading.Lock()  # the thread that writes checkpoints has its say too
         self.file = open(path, "a+b", buffering=0)
 
@@ -216,26 +236,25 @@ class Lines:
 
     def flush(self):
         try:
-            if (
-                self.file and not os.fstat(self.file.fileno()).st_nlink
-            ):  # deleted, but there as long as it is open
+            # A deleted file is there as long as it is open: all of it has to be written anew
+            if self.file and not os.fstat(self.file.fileno()).st_nlink:
                 self.file.seek(0)
                 self.waiting = self.file.readall() + self.waiting
                 self.drop()
             if not self.file:
                 self.file = open(self.path, "a+b", buffering=0)
             while self.waiting:
-                self.waiting = self.waiting[
-                    self.file.write(self.waiting) :
-                ]  # a disk that fills up takes a part
+                written = self.file.write(self.waiting)  # a disk that fills up takes a part
+                self.waiting = self.waiting[written:]
         except OSError as e:
             self.drop()
             self.fail(self.path, e)
 
     def drop(self):
         """Close the file; flush() opens it again."""
-        if self.file:
-            file, self.file = self.file, None
+        file = self.file
+        self.file = None
+        if file:
             with contextlib.suppress(OSError):
                 file.close()
 
@@ -256,25 +275,37 @@ def show(line):
         tqdm.write(line, file=sys.stderr)
 
 
+# --------------------------------------------------------------------------------------------------
+# Going on in the files of a run that was killed
+
+
 def drop_beyond(folder, step):
     """Take out of log.txt and metrics.jsonl in `folder` what a run wrote after `step`, and lines
     that were cut off.
 
-    Returns (source, description) from log.txt's header, None where it has no whole one. Raises
-    OSError, and then neither file has changed.
+    Returns (what stands before the description, the description) from log.txt's header, None where
+    it has no whole one. Raises OSError, and then neither file has changed.
     """
-    log, kept, beyond = whole_lines(folder / "log.txt"), [], False
+    log = whole_lines(folder / "log.txt")
     rules = [i for i, line in enumerate(log) if line == f"{RULE}\n".encode()][:2]
-    head = rules[1] + 1 if len(rules) == 2 else 0
+    head = rules[1] + 1 if len(rules) == 2 else 0  # lines of the header
+
+    # Everything from the first line of a later step on goes, or from where it was resumed from
+    # this step before. Losses come in later than validations, though: after a line beyond there
+    # may be a step's line that is not.
+    kept = []
+    beyond = False
     again = f"resumed from step {step}\n".encode()
     for line in log[head:]:
         match = STEP_LINE.match(line)
-        beyond = beyond or line == again or bool(match and int(match[1]) > step)
-        # losses come in later than validations: after a line beyond there may be one that is not
-        if not beyond or match and int(match[1]) <= step:
+        later = match is not None and int(match[1]) > step
+        if later or line == again:
+            beyond = True
+        if not beyond or (match and not later):
             kept.append(line)
     if not head and not any(map(STEP_LINE.match, kept)):
         kept = []  # killed while it wrote the header
+
     metrics = whole_lines(folder / "metrics.jsonl")
     rewrite(
         {
@@ -284,11 +315,9 @@ def drop_beyond(folder, step):
     )
     if not head:
         return None
-    source, description = (
-        b"".join(part).decode("utf-8", "replace")
-        for part in (log[: rules[0]], log[rules[0] + 1 : rules[1]])
-    )
-    return source, description[:-1]
+    before = b"".join(log[: rules[0]])
+    description = b"".join(log[rules[0] + 1 : rules[1]])
+    return before.decode("utf-8", "replace"), description.decode("utf-8", "replace")[:-1]
 
 
 def whole_lines(path):
@@ -304,42 +333,34 @@ def step_of(line):
     """Step of a line of metrics.jsonl, infinite if it is none."""
     try:
         step = json.loads(line)["step"]
-        return step if isinstance(step, int) else math.inf
     except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def rewrite(files):
     """{path: lines as bytes}: all are written aside before any is renamed, so that a full disk
     costs nothing."""
-    asides = {}
-    try:
+    with contextlib.ExitStack() as renamed_at_the_end:
         for path, lines in files.items():
             content = b"".join(lines)
             if not path.exists() or path.read_bytes() != content:
-                asides[path] = path.with_name(f"{path.name}.tmp")
-                with open(asides[path], "wb") as f:
-                    f.write(content)
-                    f.flush()
-                    os.fsync(f.fileno())
-        for path, aside in asides.items():
-            os.replace(aside, path)
-    finally:
-        for aside in asides.values():
-            aside.unlink(missing_ok=True)
+                renamed_at_the_end.enter_context(whole_file(path)).write_bytes(content)
 
 
 def differences(before, after):
     """["environment.device X (was Y)", ...] for two descriptions as JSON, but for what is new at
     every start."""
+    found = []
     try:
-        before, after = json.loads(before), json.loads(after)
-        pairs = [(part, before[part], after[part]) for part in ("config", "environment")]
-        return [
-            f"{part}.{name} {b.get(name)!r} (was {a.get(name)!r})"
-            for part, a, b in pairs
-            for name in sorted(a.keys() | b.keys())
-            if name not in OF_THE_START and a.get(name) != b.get(name)
-        ]
+        before = json.loads(before)
+        after = json.loads(after)
+        for part in ("config", "environment"):
+            old = before[part]
+            new = after[part]
+            for name in sorted(old.keys() | new.keys()):
+                if name not in OF_THE_START and old.get(name) != new.get(name):
+                    found.append(f"{part}.{name} {new.get(name)!r} (was {old.get(name)!r})")
     except (ValueError, TypeError, KeyError, AttributeError):
         return []  # somebody else's header
+    return found

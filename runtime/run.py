@@ -8,6 +8,7 @@ import time
 
 from base import InputError
 from base.options import interval, seconds
+from records.metrics import VAL_LOSS, better, meets
 
 from . import state
 from .machine import Clock, wait_for_first_rank
@@ -61,10 +62,10 @@ class Run:
         at.tokens += tokens
         at.flops += tokens * flops_per_token
         self.receive(step)
-        better = self.validation_due() and "stop" not in wanted and self.validate()
+        improved = self.validation_due() and "stop" not in wanted and self.validate()
         if self.done() or step == c.steps:
             return True
-        if better and c.keep_best or self.save_steps and step % self.save_steps == 0:
+        if improved and c.keep_best or self.save_steps and step % self.save_steps == 0:
             wanted.add("save")
         if (
             wanted and step % c.adam_every == 0
@@ -121,18 +122,17 @@ class Run:
         self.clock.stop()
         self.receive(math.inf)
         at.metrics, at.validated = self.trainer.validate(at.step), at.step
-        loss = at.metrics["val_loss"]
-        self.log.step(
-            at.step, self.c.steps, "val", loss, self.clock.total, val_bpb=at.metrics["val_bpb"]
-        )
-        better = at.best is None or loss < at.best
-        at.best, at.since_best = (loss, 0) if better else (at.best, at.since_best + 1)
+        self.log.validation(at.step, self.c.steps, at.metrics, self.clock.total)
+        loss = at.metrics[VAL_LOSS]
+        improved = better(loss, at.best)
+        at.best, at.since_best = (loss, 0) if improved else (at.best, at.since_best + 1)
         self.clock.start()
-        return better
+        return improved
 
     def done(self):
         c, at = self.c, self.at
-        reached = at.metrics and c.target is not None and at.metrics[c.target_metric] <= c.target
+        reached = at.metrics and c.target is not None
+        reached = reached and meets(at.metrics[c.target_metric], c.target)
         return reached or "end" in self.wanted or c.patience and at.since_best >= c.patience
 
     def save(self, wait=False):
@@ -152,7 +152,7 @@ class Run:
             data_fingerprint=trainer.data.dataset.fingerprint,
             environment=trainer.environment,
         )
-        metric = at.metrics["val_loss"] if at.validated == at.step else None
+        metric = at.metrics[VAL_LOSS] if at.validated == at.step else None
         saved = self.store.save(at.step, tensors, meta, metric, wait)
         if not saved and not wait:
             self.log.say(

@@ -19,6 +19,7 @@ from data import ShardWriter
 from kernels import choose, launch
 from kernels.mlp import FP8ReLU2MLP
 from kernels.op import OPS
+from records.source import files_in, header_line, pack_source
 from runtime import machine
 
 
@@ -57,7 +58,9 @@ def test_a_run_as_a_user_starts_it(text, tmp_path):
     assert json.loads((run / "result.json").read_text()) == result
     assert json.loads((run / "config.json").read_text())["config"]["target"] == 5.5
     log = (run / "log.txt").read_text()
-    assert (tg.ROOT / "train_gpt.py").read_text() in log and '"git_commit"' in log
+    assert header_line(pack_source(tg.ROOT)) in log and '"git_commit"' in log
+    source = files_in(run / "source.tar.bz2")
+    assert source["train_gpt.py"] == (tg.ROOT / "train_gpt.py").read_bytes()
     val_line = r"^step:(\d+)/30 val_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\d+\.\d+)ms( .*)?$"
     assert float(re.findall(val_line, log, re.M)[-1][1]) == pytest.approx(
         result["val_loss"], abs=1e-4
@@ -658,7 +661,8 @@ def test_weights_that_cannot_be_written_do_not_cost_the_result(text, tmp_path, m
     monkeypatch.setattr("safetensors.torch.save_file", full)
     result = tg.train(tiny(text, tmp_path, steps=2))
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names - {".lock"} == {"log.txt", "metrics.jsonl", "config.json", "result.json"}
+    expected = {"log.txt", "metrics.jsonl", "config.json", "result.json", "source.tar.bz2"}
+    assert names - {".lock"} == expected
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     assert "model.safetensors could not be written" in (tmp_path / "run" / "log.txt").read_text()
 

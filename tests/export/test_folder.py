@@ -27,6 +27,7 @@ from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
 from export import folder as export
 from export.__main__ import main as export_main
 from export.folder import LAYERS, NAMES, load_tokenizer, save_tokenizer, unstack
+from records.source import source_of
 from runtime.checkpoint import Checkpoints
 from runtime.log import Log
 
@@ -57,7 +58,8 @@ def make_run(folder, c, model, step=7, checkpoint=None):
     """A finished run's folder, and with `checkpoint` a folder with one, of random masters."""
     config = tg.dataclasses.asdict(c)
     with Log(folder, 20) as log:
-        log.header("source", environment=dict(git_commit="abc"), config=config, data="f00d")
+        source = source_of({"train_gpt.py": b"the source"})
+        log.header(source, environment=dict(git_commit="abc"), config=config, data="f00d")
         log.finish(dict(steps=step), {name: p.detach() for name, p in model.named_parameters()})
     if checkpoint is not None:
         tensors = {

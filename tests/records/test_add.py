@@ -17,6 +17,7 @@ import records.__main__
 from records.add import FILES, load_run, slugify
 from records.compare import losses_to_test, t_test
 from records.read import read_runs
+from records.source import header_line, source_of
 from runtime.log import Log
 
 ENVIRONMENT = dict(
@@ -34,6 +35,10 @@ ENVIRONMENT = dict(
     world_size=1,
     probe=dict(matmul=dict(bfloat16=1e12), copy=1e10),
 )
+
+
+SOURCE = source_of({"train_gpt.py": b"the source\n"})
+ANOTHER = source_of({"train_gpt.py": b"another source\n"})
 
 
 def make_run(
@@ -72,9 +77,7 @@ def make_run(
         )
         | config
     )
-    header = dict(
-        source="the source\n", environment=ENVIRONMENT | environment, config=c, data="f00d"
-    )
+    header = dict(source=SOURCE, environment=ENVIRONMENT | environment, config=c, data="f00d")
 
     def train(log, first, last):
         for step in range(first, min(last, len(losses) * every) + 1):
@@ -219,9 +222,7 @@ def test_a_folder_of_seeds_is_all_of_them(add, tmp_path):
 
 def test_paths_of_the_machine_are_not_published(add, tmp_path):
     run = make_run(tmp_path / "r", text='/home/someone/my "texts"/novel.txt')
-    (run / "log.txt").write_text(
-        (run / "log.txt").read_text().replace("the source", 'cache = "/home/someone/.cache"')
-    )
+    edit(run, "log.txt", header_line(SOURCE), 'cache = "/home/someone/.cache"')
     before = {name: (run / name).read_text() for name in FILES}
     assert add(run)[0] == 0
     kept = tmp_path / "records/toy/2026-03-04_a-name/seed0"
@@ -317,7 +318,7 @@ def test_unfinished_and_torn_runs(add, tmp_path, capsys):
 def test_resumed_as_something_else(add, tmp_path):
     """A record is one source on one machine from its first step."""
     home = tmp_path / "records"
-    other = make_run(tmp_path / "r0", resumed=(10,), again=dict(source="another source\n"))
+    other = make_run(tmp_path / "r0", resumed=(10,), again=dict(source=ANOTHER))
     refused(add(other), home, other, "resumed with another source", "run it anew")
     newer = ENVIRONMENT | dict(torch="2.14.0", threads=1)
     other = make_run(tmp_path / "r1", resumed=(10,), again=dict(environment=newer))
@@ -526,9 +527,9 @@ def test_runs_that_differ_in_more_than_the_seed(add, tmp_path, what, fields):
 
 def test_other_data_and_other_source(add, tmp_path):
     runs = make_run(tmp_path / "r0"), make_run(tmp_path / "r1", seed=1)
-    edit(runs[1], "log.txt", "the source", "another source")
+    edit(runs[1], "log.txt", header_line(SOURCE), header_line(ANOTHER))
     refused(add(*runs), tmp_path / "records", "source in log.txt differs")
-    edit(runs[1], "log.txt", "another source", "the source")
+    edit(runs[1], "log.txt", header_line(ANOTHER), header_line(SOURCE))
     for name in ("log.txt", "config.json", "result.json"):
         edit(runs[1], name, "f00d", "beef")
     refused(add(*runs), tmp_path / "records", "data differs ('f00d' and 'beef')")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from base import InputError
 from records.read import Point, Run, is_run_folder, read_log, read_runs
+from records.source import source_of
 from runtime.log import Log
 
 RULE = "=" * 100
@@ -491,7 +492,7 @@ def our_run(
     log = Log(folder, steps)
     with log:
         log.header(
-            'say(f"step:{step}/{total} val_loss:{loss}")',
+            source_of({"train_gpt.py": b"the source"}),
             environment=environment,
             config=config,
             data="fp",

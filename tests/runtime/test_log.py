@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from base import to_json
 from base.json import finite
 from records.read import read_runs
+from records.source import digest_of, header_line, source_of
 from runtime.log import Log
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +43,20 @@ RESULT = dict(
     train_time_s=2.0,
     steps=20,
 )
-ALL = ["config.json", "log.txt", "metrics.jsonl", "model.safetensors", "result.json"]
+ALL = [
+    "config.json",
+    "log.txt",
+    "metrics.jsonl",
+    "model.safetensors",
+    "result.json",
+    "source.tar.bz2",
+]
 
 
-def header(log, source="the source\n", config=CONFIG, **environment):
+SOURCE = source_of({"train_gpt.py": b"the source\n"})
+
+
+def header(log, source=SOURCE, config=CONFIG, **environment):
     log.header(source, environment=ENVIRONMENT | environment, config=config, data="f00d")
 
 
@@ -198,9 +209,14 @@ def test_losses_that_come_in_after_a_validation_beyond_are_kept(tmp_path):
 def test_a_resumed_run_whose_source_is_another(tmp_path, capsys):
     folder = whole_run(tmp_path / "run", 12)
     before = (folder / "config.json").read_bytes()
-    resume(folder, 10, source="another source\n", date="2027-01-01T00:00:00+00:00")
+    other = source_of({"train_gpt.py": b"another source\n"})
+    resume(folder, 10, source=other, date="2027-01-01T00:00:00+00:00")
     log = (folder / "log.txt").read_text()
-    assert log.startswith("the source\n") and log.count("another source\n") == 1
+    name = f"source-{other.digest[:8]}.tar.bz2"
+    assert log.startswith(header_line(SOURCE) + "\n")
+    assert log.count(header_line(other, name) + "\n") == 1
+    assert digest_of(folder / "source.tar.bz2") == SOURCE.digest
+    assert digest_of(folder / name) == other.digest
     assert "the source is not the one this run began with" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == before
     (run,) = read_runs(folder / "log.txt")
@@ -223,7 +239,19 @@ def test_what_was_said_before_the_first_header_is_not_another_source(tmp_path):
         header(log)
         train(log, 1, 10)
     resume(folder, 10)
-    assert (folder / "log.txt").read_text().count("the source\n") == 1
+    assert (folder / "log.txt").read_text().count("source: ") == 1
+
+
+def test_a_run_whose_log_holds_its_source_goes_on_with_another(tmp_path, capsys):
+    """Runs of before 2026-12 have the text of their source where ours have its digest."""
+    folder = whole_run(tmp_path / "run", 12)
+    log = (folder / "log.txt").read_text()
+    (folder / "log.txt").write_text(log.replace(header_line(SOURCE), "import torch\n\n"))
+    (folder / "source.tar.bz2").unlink()
+    resume(folder, 10)
+    assert "the source is not the one this run began with" in capsys.readouterr().err
+    assert digest_of(folder / f"source-{SOURCE.digest[:8]}.tar.bz2") == SOURCE.digest
+    assert read_runs(folder)[0].steps == 20
 
 
 def test_config_json_comes_back_from_the_log(tmp_path):
@@ -405,7 +433,8 @@ def test_a_folder_that_became_a_file(tmp_path, capsys):
     assert folder.read_text() == "mine"
     err = capsys.readouterr().err
     one_complaint(err, "log.txt")
-    assert err.count("could not be written") == 3  # config.json, result.json, model.safetensors
+    # config.json, source.tar.bz2, result.json and model.safetensors
+    assert err.count("could not be written") == 4
 
 
 @pytest.mark.skipif(not os.geteuid(), reason="root may write anywhere")
@@ -418,7 +447,7 @@ def test_a_folder_that_may_not_be_written(tmp_path, capsys):
         log.finish(RESULT, {"w": torch.ones(3)})
         folder.chmod(stat.S_IRWXU)
     assert capsys.readouterr().err.count("could not be written") == 2
-    assert sorted(os.listdir(folder)) == ALL[:3]
+    assert sorted(os.listdir(folder)) == [*ALL[:3], ALL[-1]]
 
 
 def test_a_read_only_file_system(small_disk, capfd):

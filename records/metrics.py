@@ -1,0 +1,68 @@
+"""What a validation measures: every metric of the project, each declared once, here.
+
+From METRICS follow --target-metric, the lines of log.txt and metrics.jsonl, result.json, and what
+the commands of records read, check, compare and draw. To add a metric, write a function of an
+Evaluation and give it a line in METRICS.
+
+Every metric is a loss: lower is better. meets() and better() are where that is said.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+TRAIN_LOSS = "train_loss"  # of a training step, in nats per token
+VAL_LOSS = "val_loss"  # the metric that every validation has; the field's step lines begin with it
+
+
+class Evaluation(NamedTuple):
+    """What a pass over the validation split counts."""
+
+    nats: float  # the cross-entropies of all targets, summed
+    targets: int
+    n_bytes: int | None  # of UTF-8 in the text of the targets; None where that is not known
+
+
+class Metric(NamedTuple):
+    unit: str  # stands behind numbers and on axes
+    compute: Callable  # Evaluation -> float, or None where the evaluation lacks what it needs
+    format: str  # of its values in log.txt
+
+
+def nats_per_token(e):
+    return e.nats / e.targets
+
+
+def bits_per_byte(e):
+    return e.nats / math.log(2) / e.n_bytes if e.n_bytes else None
+
+
+METRICS = {
+    VAL_LOSS: Metric("nats per token", nats_per_token, ".4f"),
+    "val_bpb": Metric("bits per byte", bits_per_byte, ".4f"),
+}
+
+
+def measure(evaluation):
+    """{name: value} of every metric; None for those that this evaluation cannot tell."""
+    return {name: metric.compute(evaluation) for name, metric in METRICS.items()}
+
+
+def needs_bytes(name):
+    """Whether a metric needs the bytes of the text, which not every tokenizer knows."""
+    return METRICS[name].compute(Evaluation(1.0, 1, None)) is None
+
+
+def meets(value, target):
+    """Whether a value of a metric meets its target."""
+    return value <= target
+
+
+def better(value, best):
+    """Whether a value improves on the best one so far, which is None before the first."""
+    return best is None or value < best
+
+
+def unit(name):
+    """Of a metric by name: the unit, or the name itself where logs have a metric not known here."""
+    return METRICS[name].unit if name in METRICS else name
