@@ -15,7 +15,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
 
   train         what ./run.sh does without a verb; --help lists every option of training
   test          the tests; takes pytest's arguments
-  data          download FineWeb's shards ahead of time
+  data          fetch what a source has ahead of time
   export        write a run's weights, configuration and tokenizer into a folder for others
   records       add, check, compare, plot and list results
   benchmarks    time kernels, steps, loaders, start-up; ablations; other programs side by side

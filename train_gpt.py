@@ -36,7 +36,7 @@ from base.options import (
     check_options,
     option,
 )
-from data import Prefetcher, pack
+from data import Prefetcher, pack, sources
 from data.loader import IGNORE
 from inference.sampling import generate
 from kernels import choose_ops, embedding, polar_express
@@ -108,12 +108,12 @@ class Config(RunOptions):
     data: str = option(
         "stdlib",
         "what to train on; for text, --text says which",
-        ("stdlib", "fineweb10B", "text"),
+        sources.EXPECTED,
         group="data",
     )
     text: str = option("", "train on this file or folder of text")
     tokenizer: str = option("bpe:4096", "for text: chars, bytes, bpe:N or gpt2")
-    train_shards: int = option(9, "how many FineWeb shards of 100M tokens to use", POSITIVE)
+    train_shards: int = option(9, "how many training shards to use, of a source that has them ready-made", POSITIVE)
     long_docs: str = option(
         "split", "what happens to a document beyond max_doc_len", ("split", "drop")
     )

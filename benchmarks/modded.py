@@ -471,9 +471,10 @@ def run(
     if there["missing"]:
         fail(f"--modded: {python} lacks {'; '.join(there['missing'])}")
     from base import InputError
-    from data import open_dataset, read_shard
+    from data import DataConfig, open_dataset, read_shard
 
-    dataset = open_dataset(c.data, c.tokenizer, Path(c.cache_dir) / "data", c.train_shards)
+    config = DataConfig(data=c.data, train_shards=c.train_shards)
+    dataset = open_dataset(config, Path(c.cache_dir) / "data")
     tokens = sum(len(read_shard(p)) for p in dataset.train)
     if len(dataset.train) < 2 or tokens < WASTE * recipe.tokens:
         fail(

@@ -763,10 +763,11 @@ def our_split(path):
     """The text of our validation split, as our trainer prepares it."""
     import numpy as np
 
-    from data import open_dataset, read_shard
+    from data import DataConfig, open_dataset, read_shard
 
     with tempfile.TemporaryDirectory(prefix="peers-") as cache:
-        dataset = open_dataset(path, "chars", Path(cache))
+        config = DataConfig(data="text", text=str(path), tokenizer="chars")
+        dataset = open_dataset(config, Path(cache))
         return dataset.tokenizer.decode(np.concatenate([read_shard(path) for path in dataset.val]))
 
 

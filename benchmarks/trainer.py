@@ -2,7 +2,7 @@
 goes.
 
     python -m benchmarks trainer                                         this machine's track python
-    -m benchmarks trainer --track gpt2-small --synthetic          with no FineWeb and no network
+    -m benchmarks trainer --track gpt2-small --synthetic          with no data and no network
     python -m benchmarks trainer --synthetic --tokens 16384 32768 49152  what a step costs, and what
     a token adds torchrun --nproc_per_node=8 -m benchmarks trainer                    on several
     GPUs
@@ -38,7 +38,7 @@ import train_gpt as tg
 from base import InputError
 from benchmarks.breakdown import MARK, PARTS, named_parts, trace_parts
 from benchmarks.timing import CudaClock, HostClock, summary
-from data import Dataset, Prefetcher, ShardWriter
+from data import Dataset, Prefetcher, ShardWriter, sources
 from runtime import corpus
 
 WARM, PROFILED = 3, 3  # groups of adam_every steps
@@ -57,18 +57,17 @@ class Synthetic(Dataset):
 
 def vocabulary(source, tokenizer):
     """How many tokens there are, without the data; of characters, those of Tiny Shakespeare."""
+    tokenizer = sources.find(source).tokenizer or tokenizer
     bpe = re.fullmatch(r"bpe:(\d+)", tokenizer)
-    return (
-        int(bpe[1])
-        if bpe and source != "fineweb10B"
-        else dict(chars=66, bytes=257).get(tokenizer, 50257)
-    )
+    if bpe:
+        return int(bpe[1])
+    return dict(chars=66, bytes=257, gpt2=50257)[tokenizer]
 
 
-def synthetic(source, tokenizer, cache, train_shards=9, n_tokens=12_000_000):
-    """In place of open_dataset(): tokens that are Zipf's by rank, in documents as long as
-    FineWeb's."""
-    n_vocab = vocabulary(source, tokenizer)
+def synthetic(config, cache, n_tokens=12_000_000):
+    """In place of open_dataset(): tokens that are Zipf's by rank, in documents as long as web
+    pages."""
+    n_vocab = vocabulary(config.data, config.tokenizer)
     folder = Path(cache) / f"synthetic-{n_vocab}-{n_tokens}"
     if not (folder / "train_000000.bin").exists():
         r = np.random.default_rng(0)
@@ -345,5 +344,5 @@ def add_arguments(parser):
         "--synthetic",
         dest="synthetic_data",
         action="store_true",
-        help="random tokens with the track's vocabulary and FineWeb's document lengths",
+        help="random tokens with the track's vocabulary, in documents as long as web pages",
     )

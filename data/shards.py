@@ -20,7 +20,7 @@ from base.files import aside
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
-SHARD_TOKENS = 100_000_000  # FineWeb-10B's size: 200 MB a file
+SHARD_TOKENS = 100_000_000  # 200 MB a file
 
 
 def read_shard(path, n_vocab=None):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from base import InputError, to_json
+from data import sources
 from records.add import PATHS
 from records.read import read_json
 
@@ -292,7 +293,13 @@ def save_weights(tensors, folder):
 
 
 def uses_gpt2(config):
-    return config.get("data") == "fineweb10B" or config.get("tokenizer") == "gpt2"
+    """Whether a run's tokens are GPT-2's: its source says so, or its --tokenizer."""
+    source = config.get("data")
+    own = ""
+    # Of this program's sources only: a folder from elsewhere must not name a module to import
+    if source in sources.names():
+        own = sources.find(source).tokenizer
+    return (own or config.get("tokenizer")) == "gpt2"
 
 
 def find_tokenizer(model):

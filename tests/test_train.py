@@ -583,9 +583,10 @@ def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
     """The real track on shards in FineWeb's form, with a small model and no vocabulary to be
     had."""
     monkeypatch.setattr(
-        "data.gpt2_tokenizer", lambda: (_ for _ in ()).throw(InputError("no network"))
+        "data.sources.fineweb10B.gpt2_tokenizer",
+        lambda: (_ for _ in ()).throw(InputError("no network")),
     )
-    monkeypatch.setattr("data.fineweb.KNOWN_SHA256", {})
+    monkeypatch.setattr("data.sources.fineweb10B.KNOWN_SHA256", {})
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     r = np.random.default_rng(0)
     folder = tmp_path / "cache/data/fineweb10B"

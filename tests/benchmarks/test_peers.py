@@ -3,6 +3,7 @@ nanochat, and a trainer that behaves like ours: what is run in which order, what
 and what happens when it cannot be run, on a text and on track laptop. The same for
 modded-nanogpt's stand-in, which prints such a log without a GPU."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -462,7 +463,9 @@ def stdlib(around, monkeypatch):
     monkeypatch.setattr(
         runtime.corpus,
         "open_dataset",
-        lambda source, *args: real(library if source == "stdlib" else source, *args),
+        lambda config, cache: real(
+            dataclasses.replace(config, data="text", text=str(library)), cache
+        ),
     )
     return library
 
@@ -519,7 +522,8 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
 
     # the documents that we train on, and the text that we validate on
     with tempfile.TemporaryDirectory() as cache:
-        dataset = data.open_dataset(stdlib, "bpe:300", cache)
+        config = data.DataConfig(data="text", text=str(stdlib), tokenizer="bpe:300")
+        dataset = data.open_dataset(config, cache)
         ids = data.read_shard(dataset.val[0])[1:1001].tolist()
         texts = [dataset.tokenizer.decode(part) for part in split_at(ids, dataset.eot)]
         n_bytes = int(dataset.tokenizer.token_bytes[ids].sum())
@@ -1060,15 +1064,17 @@ def hopper(tmp_path, monkeypatch):
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
 
-    def open_dataset(source, tokenizer, cache, train_shards):
-        assert (source, tokenizer) == ("fineweb10B", "gpt2")
+    def open_dataset(config, cache):
+        assert config.data == "fineweb10B"
         folder = tmp_path / "shards"
         if not folder.exists():
             for split, sizes in (("train", [2_000_000, 1_400_000]), ("val", [1000])):
                 with data.ShardWriter(folder, split, shard_tokens=2_000_000) as writer:
                     writer.write(np.zeros(sum(sizes), dtype=np.uint16))
         train, val = (sorted(folder.glob(f"{split}_*.bin")) for split in ("train", "val"))
-        return data.Dataset(source, train[:train_shards], val, 50257, 50256, "f", folder)
+        return data.Dataset(
+            config.data, train[: config.train_shards], val, 50257, 50256, "f", folder
+        )
 
     monkeypatch.setattr(data, "open_dataset", open_dataset)
     return tmp_path

@@ -20,7 +20,7 @@ from base import InputError
 from benchmarks import trainer
 from benchmarks.__main__ import main
 from benchmarks.breakdown import MARK, PARTS, covered, divide, trace_parts
-from data import TrainLoader, read_shard
+from data import DataConfig, TrainLoader, read_shard
 
 SPAN = st.tuples(st.integers(-5, 60), st.integers(0, 30)).map(lambda s: (s[0], s[0] + s[1]))
 
@@ -157,7 +157,8 @@ def test_fit_finds_the_line():
 
 
 def test_synthetic_tokens(tmp_path):
-    dataset = trainer.synthetic("fineweb10B", "gpt2", tmp_path, n_tokens=500_000)
+    config = DataConfig(data="fineweb10B")
+    dataset = trainer.synthetic(config, tmp_path, n_tokens=500_000)
     tokens = read_shard(dataset.train[0], dataset.n_vocab)
     assert (dataset.n_vocab, dataset.eot, len(tokens), tokens[0]) == (50257, 50256, 500_000, 50256)
     lengths = np.diff(np.flatnonzero(tokens == dataset.eot))
@@ -166,11 +167,7 @@ def test_synthetic_tokens(tmp_path):
     assert counts[0] < 0.1 and counts[:1000].sum() > 0.4
     before = dataset.train[0].stat().st_mtime_ns
     assert (
-        trainer.synthetic("fineweb10B", "gpt2", tmp_path, n_tokens=500_000)
-        .train[0]
-        .stat()
-        .st_mtime_ns
-        == before
+        trainer.synthetic(config, tmp_path, n_tokens=500_000).train[0].stat().st_mtime_ns == before
     )
     assert (
         trainer.vocabulary("stdlib", "bpe:4096") == 4096

@@ -16,14 +16,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from corpora import prepare_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from base import InputError
 from base.files import sha256_of
-from data import fineweb, shards
+from data import shards
+from data.prepare import open_prepared
 from data.shards import HEADER_BYTES, MAGIC, ShardWriter, read_shard
-from data.text import open_prepared, prepare_text
+from data.sources import fineweb10B as fineweb
 from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
 
 FAST = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))

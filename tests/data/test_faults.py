@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from corpora import open_text, prepare_text
 
 from base import InputError, files
 from base.files import aside, one_at_a_time, sweep, write_text
-from data import open_dataset, text
+from data import prepare
 from data.shards import ShardWriter, read_shard
-from data.text import prepare_text
+from data.sources import text
 
 LINES = "".join(f"line {i}: the quick brown fox\n" for i in range(400))
 FORK = multiprocessing.get_context("fork")
@@ -33,7 +34,7 @@ def put(path, content):
 def refused(source, cache, tokenizer="bytes"):
     """The one line with which opening is refused."""
     with pytest.raises(InputError) as e:
-        open_dataset(str(source), tokenizer, cache)
+        open_text(source, tokenizer, cache)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -94,7 +95,7 @@ def test_altered_files_are_refused(source, cache, folder, name, damage, found):
     line = refused(source, cache)
     assert str(path) in line and found in line and f"delete {folder} and start again" in line
     shutil.rmtree(folder)  # what it says helps
-    assert open_dataset(str(source), "bytes", cache).train == [folder / "train_000000.bin"]
+    assert open_text(source, "bytes", cache).train == [folder / "train_000000.bin"]
 
 
 def test_the_line_names_size_and_checksum(source, cache, folder):
@@ -168,12 +169,12 @@ def test_meta_without_what_is_needed(source, cache, folder, key, value):
 
 def test_folders_from_before_there_were_checksums_are_left_alone(source, cache, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(text, "LAYOUT", 4)
+        patch.setattr(prepare, "LAYOUT", 4)
         old, meta, _ = prepare_text(source, "bytes", cache)
     del meta["checksums"]
     (old / "meta.json").write_text(json.dumps(meta))
     before = tree(old)
-    dataset = open_dataset(str(source), "bytes", cache)
+    dataset = open_text(source, "bytes", cache)
     assert (
         dataset.folder != old and dataset.fingerprint == meta["fingerprint"] and tree(old) == before
     )
@@ -194,7 +195,7 @@ def test_a_start_on_prepared_data_writes_nothing(source, cache, folder, monkeypa
         (files, "write_text"),
     ):
         monkeypatch.setattr(owner, name, fail)
-    assert open_dataset(str(source), "bytes", cache).folder == folder
+    assert open_text(source, "bytes", cache).folder == folder
     assert tree(cache) == before
 
 
@@ -234,7 +235,7 @@ def at_once(n, work):
 def test_several_processes_prepare_the_same(source, cache, monkeypatch, locks):
     """One works and the others wait; where a file system has no locks all work, and none reads
     or destroys a half."""
-    write, replace = text._write, os.replace
+    write, replace = prepare._write, os.replace
     note = source.with_name("written")
 
     def noted(*args):
@@ -252,10 +253,10 @@ def test_several_processes_prepare_the_same(source, cache, monkeypatch, locks):
 
     def work(i):
         for _ in range(30):
-            dataset = open_dataset(str(source), "bytes", cache)  # compares every checksum
+            dataset = open_text(source, "bytes", cache)  # compares every checksum
             assert len(read_shard(dataset.train[0])) > 10_000
 
-    monkeypatch.setattr(text, "_write", noted)
+    monkeypatch.setattr(prepare, "_write", noted)
     monkeypatch.setattr(os, "replace", slow)
     if not locks:
         monkeypatch.setattr(files.fcntl, "flock", no_locks)
@@ -272,7 +273,7 @@ def test_several_processes_prepare_the_same(source, cache, monkeypatch, locks):
 
 def test_a_process_that_fails_does_not_disturb_the_others(source, cache, monkeypatch):
     """Nor does it take away the folder that another is about to fill."""
-    write = text._write
+    write = prepare._write
 
     def failing(*args):
         if os.environ.get("FAIL"):
@@ -283,13 +284,13 @@ def test_a_process_that_fails_does_not_disturb_the_others(source, cache, monkeyp
         if i % 2:
             os.environ["FAIL"] = "1"
         try:
-            open_dataset(str(source), "bytes", cache)
+            open_text(source, "bytes", cache)
         except InputError as e:
             assert i % 2 and str(e) == "as asked"
 
-    monkeypatch.setattr(text, "_write", failing)
+    monkeypatch.setattr(prepare, "_write", failing)
     assert at_once(4, work) == [0] * 4
-    assert open_dataset(str(source), "bytes", cache)
+    assert open_text(source, "bytes", cache)
 
 
 def test_waiting_is_said_and_ends_with_the_other_process(tmp_path, capfd):
@@ -346,13 +347,13 @@ def test_a_kill_at_any_moment_costs_nothing_but_the_work(source, cache, owner, n
             return call(*args)
 
         setattr(owner, name, count)
-        open_dataset(str(source), "bytes", cache)
+        open_text(source, "bytes", cache)
 
     worker = FORK.Process(target=killed)
     worker.start()
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
-    dataset = open_dataset(str(source), "bytes", cache)
+    dataset = open_text(source, "bytes", cache)
     assert (
         dataset.tokenizer.decode(read_shard(dataset.train[0], 257))
         == LINES[: int(0.9 * len(LINES))]
@@ -413,7 +414,7 @@ def test_write_text_leaves_the_old_or_the_new(tmp_path, monkeypatch):
 
 def on_reading(monkeypatch, nth, act):
     """Call act() before the nth file is opened for its text."""
-    read, calls = text.read_blocks, []
+    read, calls = prepare.read_blocks, []
 
     def reading(*args, **kwargs):
         calls.append(args)
@@ -421,7 +422,7 @@ def on_reading(monkeypatch, nth, act):
             act()
         return read(*args, **kwargs)
 
-    monkeypatch.setattr(text, "read_blocks", reading)
+    monkeypatch.setattr(prepare, "read_blocks", reading)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +446,7 @@ def test_a_file_that_vanishes_or_changes_while_reading(
         on_reading(patch, nth, lambda: act(victim))
         line = refused(tmp_path / "in", cache)
     assert str(victim) in line and found in line and list(cache.iterdir()) == []
-    assert victim.is_dir() or open_dataset(str(tmp_path / "in"), "bytes", cache)
+    assert victim.is_dir() or open_text(tmp_path / "in", "bytes", cache)
 
 
 def test_a_file_that_vanishes_after_listing(tmp_path, cache, monkeypatch):
@@ -466,7 +467,7 @@ def test_a_file_that_vanishes_after_listing(tmp_path, cache, monkeypatch):
 
 
 def decoded(source, cache, tokenizer="bytes"):
-    dataset = open_dataset(str(source), tokenizer, cache)
+    dataset = open_text(source, tokenizer, cache)
     return "".join(
         dataset.tokenizer.decode(read_shard(p, dataset.n_vocab))
         for p in dataset.train + dataset.val

@@ -1,4 +1,4 @@
-"""data/fineweb.py against a small Hub on this machine: tiny shards, real HTTP, the real
+"""data/sources/fineweb10B.py against a small Hub on this machine: tiny shards, real HTTP, the real
 huggingface_hub.
 
 huggingface_hub reads HF_ENDPOINT when imported, so real downloads run as a command in a process of
@@ -26,18 +26,21 @@ import numpy as np
 import pytest
 
 from base import InputError
-from data import fineweb
+from data.__main__ import main
 from data.shards import MAGIC
+from data.sources import fineweb10B as fineweb
 
 ROOT = Path(__file__).resolve().parents[2]
 VAL, TRAIN_1, TRAIN_2 = NAMES = [fineweb.VAL, *fineweb.TRAIN[:2]]
 LISTING = fineweb.REVISION  # the last part of the listing's URL; for a file it is the file's name
+DOWNLOAD = "download", "fineweb10B"
 COMMAND = """
 import sys
-from data import fineweb
-assert "huggingface_hub" not in sys.modules, "importing data.fineweb must stay quick"
+from data.__main__ import main
+from data.sources import fineweb10B as fineweb
+assert "huggingface_hub" not in sys.modules, "importing a source must stay quick"
 fineweb.KNOWN_SHA256 = {fineweb.VAL: sys.argv.pop(1)}
-sys.exit(fineweb.main())
+sys.exit(main(["download", "fineweb10B", *sys.argv[1:]]))
 """
 
 
@@ -336,7 +339,7 @@ def test_what_is_no_shard_is_refused(here, hub, folder):
 
 def test_pinned_checksum_outranks_the_hub(run, hub, folder):
     error = run(
-        command=("-m", "data.fineweb")
+        command=("-m", "data", "download", "fineweb10B")
     ).error  # the real constant, which this Hub's file cannot match
     assert "fineweb_val_000000.bin: expected sha256 5b95c8e0966f0861" in error
     assert on_disk(folder) == {}
@@ -515,7 +518,7 @@ def test_verify_hashes_what_looks_untouched(here, hub, folder, capsys):
     here.fetched.clear()
     here()
     assert here.fetched == [], "a start takes the times' word, as the docstring says"
-    assert fineweb.main(["--folder", str(folder), "--train-shards", "2", "--verify"]) == 0
+    assert main([*DOWNLOAD, "--folder", str(folder), "--train-shards", "2", "--verify"]) == 0
     assert here.fetched == [(TRAIN_1, fineweb.REVISION)] and on_disk(folder) == hub.files
 
 
@@ -814,7 +817,7 @@ def test_path_that_cannot_be_a_file(here, hub, folder):
 
 @pytest.mark.parametrize("train_shards", [-1, 0, 104])
 def test_train_shards_out_of_range(here, hub, folder, capsys, train_shards):
-    assert fineweb.main(["--folder", str(folder), "--train-shards", str(train_shards)]) == 2
+    assert main([*DOWNLOAD, "--folder", str(folder), "--train-shards", str(train_shards)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == f"error: train_shards: expected 1 to 103, found {train_shards}\n"
     assert hub.seen == [] and not folder.exists()

@@ -1,4 +1,4 @@
-"""data/text.py: every character of a corpus ends up once in train or val, nothing half-made is
+"""data/prepare.py and its sources: every character of a corpus ends up once in train or val, nothing half-made is
 left."""
 
 import hashlib
@@ -13,13 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import open_text, prepare_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from base import InputError
-from data import TrainLoader, open_dataset, text, tokenizers
+from data import DataConfig, TrainLoader, open_dataset, prepare, tokenizers
+from data.prepare import open_prepared, read_blocks, split_documents
 from data.shards import ShardWriter, read_shard
-from data.text import list_files, prepare_text, read_blocks, split_documents
+from data.sources import stdlib
+from data.sources.text import list_files
 
 MARK = "<|endoftext|>"
 FAST = settings(deadline=None, max_examples=150)
@@ -249,7 +252,7 @@ def test_meta_counts_tokens_and_bytes(tmp_path, tokenizer):
 
 
 def test_several_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "ShardWriter", partial(ShardWriter, shard_tokens=1000))
+    monkeypatch.setattr(prepare, "ShardWriter", partial(ShardWriter, shard_tokens=1000))
     path = put(tmp_path / "a.txt", LINES)
     assert prepared(path, tmp_path / "cache")["train"] == [LINES[: int(len(LINES) * 0.9)]]
     meta = prepare_text(path, "bytes", tmp_path / "cache")[1]
@@ -362,12 +365,14 @@ def test_file_names_that_are_not_utf8(tmp_path):
 def test_stdlib(tmp_path):
     """Python's own library without its tests, what was installed beside it, or the builder's
     paths."""
-    root, files = list_files("stdlib")
+    root, files = stdlib.list_files()
     assert {"os.py", "json/decoder.py", "typing.py"} <= set(files) and len(files) > 300
     parts = {part for rel in files for part in rel.split("/")}
     assert not parts & {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
     assert all(rel.endswith(".py") and "_sysconfigdata" not in rel for rel in files)
-    folder, meta, tok = prepare_text("stdlib", "bytes", tmp_path / "cache")
+    dataset = open_dataset(DataConfig(data="stdlib", tokenizer="bytes"), tmp_path / "cache")
+    folder, tok = dataset.folder, dataset.tokenizer
+    meta = open_prepared(folder)[0]
     total = sum((root / rel).stat().st_size for rel in files)
     assert (
         abs(meta["train_bytes"] + meta["val_bytes"] - total) < 1000
@@ -382,7 +387,7 @@ def test_stdlib(tmp_path):
 
 
 def forbid_work(monkeypatch):
-    monkeypatch.setattr(text, "make_tokenizer", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(prepare, "make_tokenizer", lambda *_: pytest.fail("tokenized again"))
 
 
 def test_second_call_only_looks(tmp_path, monkeypatch):
@@ -426,7 +431,7 @@ def test_any_change_is_noticed(tmp_path, monkeypatch, change):
     def notice(*_):
         raise Noticed
 
-    monkeypatch.setattr(text, "make_tokenizer", notice)
+    monkeypatch.setattr(prepare, "make_tokenizer", notice)
     with pytest.raises(Noticed):
         prepare_text(tmp_path / "in", tokenizer, cache)
 
@@ -527,7 +532,7 @@ def test_fingerprint_is_of_the_text_not_the_place(tmp_path):
 def test_fingerprint_of_a_file_does_not_depend_on_its_name_or_block_borders(tmp_path, monkeypatch):
     one = fingerprint(put(tmp_path / "a.txt", LINES), tmp_path / "cache")
     assert one == fingerprint(put(tmp_path / "b" / "c.md", LINES), tmp_path / "cache")
-    monkeypatch.setattr(text, "read_blocks", partial(read_blocks, block=100))
+    monkeypatch.setattr(prepare, "read_blocks", partial(read_blocks, block=100))
     assert one == fingerprint(tmp_path / "a.txt", tmp_path / "other")
 
 
@@ -634,7 +639,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
 def test_open_dataset(tmp_path, tokenizer):
     path = put(tmp_path / "a.txt", LINES)
-    dataset = open_dataset(str(path), tokenizer, tmp_path / "cache")
+    dataset = open_text(path, tokenizer, tmp_path / "cache")
     tok = dataset.tokenizer
     assert (dataset.name, dataset.eot, dataset.n_vocab) == (str(path), tok.eot, tok.n_vocab)
     assert dataset.fingerprint == fingerprint(path, tmp_path / "cache")
@@ -655,6 +660,6 @@ def test_open_dataset(tmp_path, tokenizer):
     assert all(tok.decode(t[s : s + n]) in LINES for row in loader.rows(3) for t, s, n in row)
 
 
-def test_open_dataset_refuses_what_prepare_text_refuses(tmp_path):
+def test_open_dataset_refuses_what_prepare_refuses(tmp_path):
     with pytest.raises(InputError, match="no such file"):
-        open_dataset(str(tmp_path / "no"), "bytes", tmp_path / "cache")
+        open_text(tmp_path / "no", "bytes", tmp_path / "cache")

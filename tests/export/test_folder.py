@@ -22,7 +22,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train_gpt as tg
-from data import open_dataset
+from data import DataConfig, open_dataset
 from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
 from export import folder as export
 from export.__main__ import main as export_main
@@ -471,16 +471,17 @@ def test_tokenizers_agree(exported, kind):
 
 def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
     """A run of the trainer, with its prepared text in its cache."""
+
+    def of(path):
+        return DataConfig(data="text", text=str(path), tokenizer="bpe:300")
+
     for name in (
         "atext",
         "text",
         "ztext",
     ):  # others in the same cache, with the same kind of tokenizer
-        open_dataset(
-            write_text(tmp_path / f"{name}.txt", 5000 + len(name), seed=ord(name[0])),
-            "bpe:300",
-            tmp_path / "cache/data",
-        )
+        path = write_text(tmp_path / f"{name}.txt", 5000 + len(name), seed=ord(name[0]))
+        open_dataset(of(path), tmp_path / "cache/data")
     c = tiny(
         tmp_path / "text.txt", tmp_path, steps=2, eval_every=2, tokenizer="bpe:300", sample_tokens=0
     )
@@ -499,7 +500,7 @@ def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
         HF.from_file(str(tmp_path / "out/tokenizer.json")),
         (tmp_path / "text.txt").read_text(),
     )
-    ours = open_dataset(tmp_path / "text.txt", "bpe:300", tmp_path / "cache/data").tokenizer
+    ours = open_dataset(of(tmp_path / "text.txt"), tmp_path / "cache/data").tokenizer
     assert theirs.encode(text).ids == ours.encode([text])[0].tolist()
     n = theirs.get_vocab_size()
     assert config["n_vocab"] == n <= config["vocab_size"] and config["bos_token_id"] == n - 1

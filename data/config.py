@@ -1,0 +1,41 @@
+"""What to train on and how it is cut into rows: the options of every program that trains."""
+
+import dataclasses
+
+from base.options import COUNT, POSITIVE, check_options, option
+
+from . import sources
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A corpus and the shape of its rows. Raises InputError for what is not valid."""
+
+    data: str = option(
+        "stdlib",
+        f"what to train on; for text, --text says which: {sources.EXPECTED[1]}",
+        sources.EXPECTED,
+        group="data",
+    )
+    text: str = option("", "train on this file or folder of text")
+    tokenizer: str = option("bpe:4096", "for text: chars, bytes, bpe:N or gpt2")
+    train_shards: int = option(
+        9, "how many training shards to use, of a source that has them ready-made", POSITIVE
+    )
+    long_docs: str = option(
+        "split", "what happens to a document beyond max_doc_len", ("split", "drop")
+    )
+    shuffle: bool = option(True, "documents in random order already in the first epoch")
+    val_tokens: int = option(
+        0, "validate on this many tokens from the start of the validation split; 0 is all", COUNT
+    )
+    row_len: int = option(
+        256,
+        "tokens in a packed row; attention never leaves a row",
+        POSITIVE,
+        group="batch, context and schedule",
+    )
+    val_row_len: int = option(1024, "the same for validation", POSITIVE)
+
+    def __post_init__(self):
+        check_options(self)

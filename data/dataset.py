@@ -1,0 +1,104 @@
+"""A corpus that is ready to train on, and the loaders over it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from base import InputError
+
+from . import sources
+from .loader import TrainLoader, ValLoader
+from .shards import read_shard
+
+
+@dataclass
+class Dataset:
+    """Train and validation shards of one corpus, with what is needed to read and name them."""
+
+    name: str  # in logs and results
+    train: list  # shard paths, in training order
+    val: list
+    n_vocab: int
+    eot: int  # the end-of-text token, which starts every document
+    fingerprint: str  # tells this corpus from any other, such as a sha256 of its text in order
+    folder: Path
+    load_tokenizer: Callable | None = None  # returns its Tokenizer; None if no text is behind it
+
+    @cached_property
+    def tokenizer(self):
+        """The Tokenizer; loaded late because one may come over the network. Raises InputError."""
+        if self.load_tokenizer is None:
+            raise InputError(
+                f"{self.name}: these tokens have no text; expected a --target-metric that needs "
+                "none, such as val_loss"
+            )
+        return self.load_tokenizer()
+
+
+class Data(NamedTuple):
+    """What a run trains and validates on."""
+
+    dataset: Dataset
+    train: TrainLoader
+    val: ValLoader
+    val_bytes: int | None  # UTF-8 bytes the validation targets stand for; None if not to be known
+
+
+def open_dataset(config, cache):
+    """The Dataset of a DataConfig, prepared under the folder `cache` if that has not been done
+    before. Raises InputError."""
+    return sources.find(config.data).open(config, Path(cache))
+
+
+def open_data(
+    config,
+    cache,
+    *,
+    batch_rows,
+    max_doc_len,
+    seed=0,
+    need_bytes=False,
+    open_dataset=open_dataset,
+):
+    """Open a corpus and the loaders over it; returns Data.
+
+    config: DataConfig; cache: folder for prepared data; batch_rows, max_doc_len: functions of the
+    step, from 1; seed: of the training order; need_bytes: raise where val_bytes cannot be known;
+    open_dataset: function of (config, cache), for programs of several processes, one of which
+    prepares, and for benchmarks without data. Raises InputError.
+    """
+    dataset = open_dataset(config, cache)
+    train = TrainLoader(
+        dataset.train,
+        eot=dataset.eot,
+        n_vocab=dataset.n_vocab,
+        row_len=config.row_len,
+        batch_rows=batch_rows,
+        max_doc_len=max_doc_len,
+        long_docs=config.long_docs,
+        shuffle=config.shuffle,
+        seed=seed,
+    )
+
+    n_tokens = config.val_tokens
+    if not sources.find(config.data).exact_val_tokens:
+        there = sum(len(read_shard(path)) for path in dataset.val) - 1
+        n_tokens = min(n_tokens, there)
+    val = ValLoader(
+        dataset.val,
+        eot=dataset.eot,
+        n_vocab=dataset.n_vocab,
+        row_len=config.val_row_len,
+        n_tokens=n_tokens,
+    )
+
+    # A vocabulary may be out of reach; only bits per byte and the sample of text need it
+    val_bytes = None
+    try:
+        val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
+    except InputError:
+        if need_bytes:
+            raise
+    return Data(dataset, train, val, val_bytes)
