@@ -37,7 +37,7 @@ import torch
 import train_gpt as tg
 from base import InputError
 from records.compare import APART
-from records.read import Point, Run
+from records.runs import Point, Run
 from runtime.environment import describe_environment
 from runtime.log import Log
 from runtime.memory import free_memory, ran_out

@@ -26,7 +26,7 @@ import train_gpt as tg
 from base import InputError
 from benchmarks import modded, peers
 from benchmarks.__main__ import main
-from records.read import Point
+from records.runs import Point
 
 LOGITS = (
     "((3 * x[..., None] + 5 * torch.arange({n})) % 7).float()"  # of what follows x: a bigram model

@@ -14,7 +14,8 @@ from test_read import our_run
 
 import records.__main__
 from records.compare import ALPHA, losses_on_the_way, losses_to_test, ratio, t_test, validations
-from records.read import Point, Run, read_runs
+from records.read import read_runs
+from records.runs import Point, Run
 
 
 def main(capsys, *args):

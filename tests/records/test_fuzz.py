@@ -27,7 +27,7 @@ from test_read import (
     write,
 )
 
-from records.read import read_log
+from records.logs import read_log
 
 SECONDS = 2.0  # of the processor, for one small input; a backtracking pattern takes minutes
 PUMPED = 0.25  # for one line of 8K characters

@@ -15,7 +15,8 @@ from test_add import main, make_run
 
 from base import InputError
 from records.plot import COLORS, draw, duration, group, spread
-from records.read import Point, Run, read_runs
+from records.read import read_runs
+from records.runs import Point, Run
 
 
 def figure_of(*paths):

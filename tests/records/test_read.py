@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from base import InputError
-from records.read import Point, Run, is_run_folder, read_log, read_runs
+from records.logs import read_log
+from records.read import is_run_folder, read_runs
+from records.runs import Point, Run, tokens_at
 from records.source import source_of
 from runtime.log import Log
 
@@ -647,6 +649,47 @@ def test_our_run_with_a_broken_file(tmp_path, name, text, why):
     with pytest.raises(InputError, match=why) as e:
         read_runs(folder)
     assert "\n" not in str(e.value)
+
+
+# Tokens are counted as the trainer gives them out: it asks in every step how much of training is
+# behind it. 1285 and 40 steps more are a recipe of ours.
+@pytest.mark.parametrize(
+    "steps, extension, batches",
+    [
+        (20, 0, [100, 200, 400]),  # a stage's border is in the middle of a step
+        (1285, 40, [131072, 262144, 393216]),
+        (7, 6, [1, 10, 100]),
+        (6, 0, [1, 10, 100, 1000, 10000, 100000, 1000000]),  # more stages than steps
+        (49, 0, [1, 2, 3, 4, 5, 6, 7]),  # floats do not hit every border
+        (1, 0, [5]),
+    ],
+)
+def test_tokens_at_a_step_are_the_sum_over_the_stages(steps, extension, batches):
+    config = dict(batch_tokens=batches, extension=extension)
+    run = Run("", "stopwatch", total_steps=steps, config=config)
+    seen = 0
+    for step in range(1, steps + 1):
+        progress = min(1.0, (step - 1) / max(1, steps - extension))
+        seen += batches[min(int(progress * len(batches)), len(batches) - 1)]
+        assert tokens_at(run, step) == seen, step
+    assert tokens_at(run, 0) == 0 and tokens_at(run, steps + 5) == seen
+
+
+def test_tokens_at_is_what_the_trainer_counts():
+    import train_gpt as tg
+
+    c = tg.Config(**tg.load_track("gpt2-small"))
+    rows = [tg.stage_at(c, tg.progress_at(c, behind)).rows for behind in range(c.steps)]
+    config = dict(batch_tokens=list(c.batch_tokens), extension=c.extension)
+    run = Run("", "stopwatch", total_steps=c.steps, config=config)
+    for step in (1, c.steps // 3, c.steps // 2, c.steps - c.extension, c.steps - 1, c.steps):
+        assert tokens_at(run, step) == sum(rows[:step]) * c.row_len
+
+
+@pytest.mark.parametrize("batches", [None, [], [1, "x"], [1.5], [0, 1], 7])
+def test_tokens_that_are_not_known(batches):
+    run = Run("", "stopwatch", total_steps=9, config=dict(batch_tokens=batches))
+    assert tokens_at(run, 3) == (0 if batches == [] else None)
 
 
 # --- folders
