@@ -36,15 +36,14 @@ def read_shard(path, n_vocab=None):
                 f"{path}: cannot read shard: expected a file, found a folder, pipe or device"
             )
         with open(path, "rb") as f:
-            size, header = os.fstat(f.fileno()).st_size, f.read(HEADER_BYTES)
+            size = os.fstat(f.fileno()).st_size
+            header = f.read(HEADER_BYTES)
             n_tokens = _tokens_in(path, size, header)
             tokens = np.memmap(f, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
     except InputError:
         raise
-    except (
-        OSError,
-        ValueError,
-    ) as e:  # ValueError: it became shorter just now, or a NUL in the path
+    except (OSError, ValueError) as e:
+        # ValueError: it became shorter just now, or there is a NUL in the path
         raise InputError(
             f"{path}: cannot read shard: {getattr(e, 'strerror', None) or e}"
         ) from None
@@ -87,12 +86,16 @@ class ShardWriter:
     """
 
     def __init__(self, folder, prefix, shard_tokens=SHARD_TOKENS):
-        self.folder, self.prefix, self.shard_tokens = Path(folder), prefix, shard_tokens
-        self.paths, self.n_tokens = [], 0
-        self._file, self._count = None, 0
+        self.folder = Path(folder)
+        self.prefix = prefix
+        self.shard_tokens = shard_tokens
+        self.paths = []
+        self.n_tokens = 0  # in shards that are whole
+        self._file = None  # the shard being written
+        self._count = 0  # tokens in it
 
     def __enter__(self):
-        self._final = self.folder
+        self._final = self.folder  # what to name if the folder cannot be made
         self._guard(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         return self
 
@@ -122,8 +125,9 @@ class ShardWriter:
     def _open(self):
         self._final = self.folder / f"{self.prefix}_{len(self.paths):06d}.bin"
         self._aside = aside(self._final)
-        self._file, self._count = self._guard(open, self._aside, "xb"), 0
-        self._guard(self._file.write, bytes(HEADER_BYTES))
+        self._file = self._guard(open, self._aside, "xb")
+        self._count = 0
+        self._guard(self._file.write, bytes(HEADER_BYTES))  # the header is known at the end
 
     def _close(self):
         header = np.zeros(256, dtype="<i4")

@@ -5,6 +5,7 @@ format. BPE is trained by Hugging Face `tokenizers` and run by `tiktoken`; nothi
 """
 
 import base64
+import itertools
 import json
 import re
 
@@ -18,7 +19,10 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-LONG_RUN, PIECE = re.compile(r"\s{10000}"), re.compile(r"(?s).{1,5000}")
+# The pattern's lookahead overflows tiktoken's stack on a very long run of spaces
+LONG_RUN = re.compile(r"\s{10000}")
+PIECE = re.compile(r"(?s).{1,5000}")
+MOST_TOKENS = 65535  # ids are uint16, and one is end-of-text
 
 
 class Tokenizer:
@@ -32,11 +36,15 @@ class Tokenizer:
     def __init__(self, kind, tokens, pattern=None):
         """kind: the name above; tokens: every id's bytes (str for chars) in id order,
         end-of-text left out."""
-        self.kind, self.tokens, self.pattern = kind, tokens, pattern
-        self.eot, self.n_vocab = len(tokens), len(tokens) + 1
+        self.kind = kind
+        self.tokens = tokens
+        self.pattern = pattern
+        self.eot = len(tokens)
+        self.n_vocab = len(tokens) + 1
         sizes = [len(t.encode() if isinstance(t, str) else t) for t in tokens]
         self.token_bytes = np.array(sizes + [0], dtype=np.int64)
-        if kind == "chars":  # sorted code points, so that encoding a block is one binary search
+        if kind == "chars":
+            # Sorted code points, so that encoding a block is one binary search
             self._codes = np.array([ord(c) for c in tokens], dtype=np.uint32)
         elif kind != "bytes":
             import tiktoken
@@ -55,10 +63,19 @@ class Tokenizer:
             return [np.frombuffer(t.encode(), dtype=np.uint8).astype(np.uint16) for t in texts]
         if self.kind == "chars":
             return [self._encode_chars(t) for t in texts]
-        # the pattern's lookahead overflows tiktoken's stack on a very long run of spaces
-        parts = [PIECE.findall(t) if LONG_RUN.search(t) else [t] for t in texts]
-        ids = iter(self._bpe.encode_ordinary_batch([p for ps in parts for p in ps], num_threads=4))
-        return [np.array([i for _ in ps for i in next(ids)], dtype=np.uint16) for ps in parts]
+
+        parts = []
+        counts = []  # parts of each text
+        for text in texts:
+            own = PIECE.findall(text) if LONG_RUN.search(text) else [text]
+            parts += own
+            counts.append(len(own))
+        ids = iter(self._bpe.encode_ordinary_batch(parts, num_threads=4))
+        arrays = []
+        for count in counts:
+            joined = itertools.chain.from_iterable(itertools.islice(ids, count))
+            arrays.append(np.array(list(joined), dtype=np.uint16))
+        return arrays
 
     def _encode_chars(self, text):
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -66,7 +83,8 @@ class Tokenizer:
         unknown = codes[self._codes[ids] != codes]
         if len(unknown):
             raise InputError(
-                f"character {chr(unknown[0])!r} is not among the {len(self.tokens)} the tokenizer knows"
+                f"character {chr(unknown[0])!r} is not among the {len(self.tokens)} the tokenizer "
+                "knows"
             )
         return ids.astype(np.uint16)
 
@@ -76,11 +94,9 @@ class Tokenizer:
         return "".join(parts) if self.kind == "chars" else b"".join(parts).decode(errors="replace")
 
     def to_json(self):
-        tokens = (
-            self.tokens
-            if self.kind == "chars"
-            else [base64.b64encode(t).decode() for t in self.tokens]
-        )
+        tokens = self.tokens
+        if self.kind != "chars":
+            tokens = [base64.b64encode(t).decode() for t in tokens]
         return json.dumps(dict(kind=self.kind, pattern=self.pattern, tokens=tokens))
 
     @classmethod
@@ -88,21 +104,18 @@ class Tokenizer:
         """What to_json wrote, as str or bytes; where: what to call it. Raises InputError for
         what does not work."""
         try:
-            d = json.loads(text)
-            kind, pattern, tokens = d["kind"], d["pattern"], list(d["tokens"])
-            if (
-                not (kind in ("bytes", "chars", "gpt2") or re.fullmatch(r"bpe:\d+", kind))
-                or len(tokens) > 65535
-            ):
+            said = json.loads(text)
+            kind = said["kind"]
+            pattern = said["pattern"]
+            tokens = list(said["tokens"])
+            known = kind in ("bytes", "chars", "gpt2") or re.fullmatch(r"bpe:\d+", kind)
+            if not known or len(tokens) > MOST_TOKENS:
                 raise ValueError(f"{len(tokens)} tokens of kind {kind!r}")
             if kind != "chars":
                 tokens = [base64.b64decode(t, validate=True) for t in tokens]
-            units = len(tokens) if kind == "chars" else 256
-            if (
-                not tokens
-                or len(set(tokens)) < len(tokens)
-                or sum(len(t) == 1 for t in tokens) != units
-            ):
+            units = len(tokens) if kind == "chars" else 256  # tokens of one character, or byte
+            complete = tokens and sum(len(t) == 1 for t in tokens) == units
+            if not complete or len(set(tokens)) < len(tokens):
                 raise ValueError("a byte without a token, or a token that is there twice")
             if kind == "bytes" and tokens != [bytes([i]) for i in range(256)]:
                 raise ValueError("bytes out of order")
@@ -132,7 +145,7 @@ def make_tokenizer(name, texts):
         chars = set()
         for text in texts():
             chars.update(text)
-        if len(chars) > 65535:
+        if len(chars) > MOST_TOKENS:
             raise InputError(
                 f"{len(chars)} distinct characters do not fit uint16 tokens; use --tokenizer bytes"
             )
@@ -141,8 +154,8 @@ def make_tokenizer(name, texts):
         return gpt2_tokenizer()
     if m := re.fullmatch(r"bpe:(\d+)", name):
         n = int(m[1])
-        if not 257 <= n <= 65536:
-            raise InputError(f"--tokenizer {name}: expected a size from 257 to 65536")
+        if not 257 <= n <= MOST_TOKENS + 1:
+            raise InputError(f"--tokenizer {name}: expected a size from 257 to {MOST_TOKENS + 1}")
         return Tokenizer(name, train_bpe(texts(), n - 1), PATTERN)
     raise InputError(
         f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096) or gpt2"
@@ -154,15 +167,14 @@ def gpt2_tokenizer():
     import tiktoken
 
     try:
-        enc = tiktoken.get_encoding("gpt2")
+        encoding = tiktoken.get_encoding("gpt2")
     except Exception as e:  # tiktoken lets requests' many errors through
         raise InputError(
             f"GPT-2's vocabulary could not be downloaded ({type(e).__name__}): "
             "check the network, or use --tokenizer bpe:N, which needs none"
         ) from None
-    return Tokenizer(
-        "gpt2", [enc.decode_single_token_bytes(i) for i in range(enc.eot_token)], enc._pat_str
-    )
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    return Tokenizer("gpt2", tokens, encoding._pat_str)
 
 
 def train_bpe(texts, n_tokens):
@@ -173,7 +185,7 @@ def train_bpe(texts, n_tokens):
 
     hf = HFTokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # training takes time quadratic in the length of a piece, so an endless word counts as several
+    # Training takes time quadratic in the length of a piece, so an endless word counts as several
     splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in (PATTERN, "(?m).{1,256}")]
     hf.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     alphabet = byte_level.alphabet()
@@ -184,7 +196,9 @@ def train_bpe(texts, n_tokens):
     # Hugging Face writes each byte as a printable character: printable Latin-1 as itself, the rest
     # from U+0100 on.
     printable = [b for b in range(256) if chr(b) in alphabet]
+    others = sorted(set(range(256)) - set(printable))
     to_byte = {chr(b): b for b in printable}
-    to_byte |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
-    by_id = sorted(hf.get_vocab().items(), key=lambda kv: kv[1])
-    return [bytes(to_byte[c] for c in token) for token, _ in by_id]
+    to_byte |= {chr(256 + i): b for i, b in enumerate(others)}
+    vocabulary = hf.get_vocab()  # token -> id
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    return [bytes(to_byte[c] for c in token) for token in tokens]

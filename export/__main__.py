@@ -4,15 +4,9 @@ import argparse
 import sys
 
 from base import InputError
+from base.command import Parser
 
 from . import folder
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for an error."""
-
-    def error(self, message):
-        raise InputError(f"{message}; ./run.sh export --help shows what is valid")
 
 
 def main(argv=None):
