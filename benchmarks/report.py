@@ -18,8 +18,9 @@ def number(value, form=",.1f"):
 
 def table(header, rows):
     """Markdown lines of a table from its column names and rows of cells."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in lines]
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in [header, *rows]]
+    lines.insert(1, "|" + "---|" * len(header))
+    return lines
 
 
 def document(*blocks):
