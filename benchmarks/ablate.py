@@ -35,6 +35,7 @@ from benchmarks import subject
 from benchmarks.options import COUNT
 from benchmarks.report import document, number, say, spread, table
 from records.compare import APART
+from records.metrics import unit
 from records.runs import Point, Run
 from runtime.environment import describe_environment
 from runtime.log import Log
@@ -319,9 +320,11 @@ class Points(Log):
         super().__init__(folder, steps)
         self.val = []
 
-    def step(self, step, total, kind, loss, seconds, **more):
-        if kind == "val":
-            self.val.append(dict(step=step, train_time=seconds, val_loss=loss, **more))
+    def step(self, step, total, kind, loss, seconds):
+        pass
+
+    def validation(self, step, total, metrics, seconds):
+        self.val.append(dict(step=step, train_time=seconds, **metrics))
 
 
 class Bench:
@@ -590,7 +593,6 @@ def render(result):
     where = result["settings"]
     seeds = {r["seed"] for r in result["runs"]}
     tokens = sorted({r["tokens"] for r in result["runs"] if "error" not in r})
-    unit = dict(val_loss="nats per token", val_bpb="bits per byte")[metric]
     goal = "" if target is None else f", target {target:g}"
     header = ["", f"{metric} at the end", "difference", "ms/step", "ratio"]
     if target is not None:
@@ -613,7 +615,7 @@ def render(result):
         f"# Ablation: {result['track']}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on "
         f"{where['device']}",
         f"{result['steps']} steps, {' and '.join(f'{n:,}' for n in tokens)} tokens in every run, "
-        f"{metric} in {unit}{goal}; torch {where['torch']}, {where['threads']} CPU threads.",
+        f"{metric} in {unit(metric)}{goal}; torch {where['torch']}, {where['threads']} CPU threads.",
         table([*header, ""], rows),
         result["statement"],
         "**One seed has no interval: --seeds 3 or more.**" if len(seeds) < 2 else "",

@@ -4,10 +4,10 @@ import argparse
 import math
 import re
 
-from base import InputError
+from base.command import Parser as OneLineParser
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(OneLineParser):
     """A parser whose errors are InputErrors of one line."""
 
     def __init__(self, **texts):
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             message = f"{found[1]}: {found[2]}"
         elif found:
             message = f"{found[1]} {found[2]}"
-        raise InputError(f"{message}; {self.prog} --help shows what is valid")
+        super().error(message)
 
 
 def layout(prog):

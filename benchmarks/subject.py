@@ -5,7 +5,6 @@ n_targets, tied and n_sampled. Steps are numbered from 1.
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 import time
@@ -18,6 +17,7 @@ from torch.profiler import record_function
 
 import train_gpt as tg
 from base import InputError
+from records.source import pack_source
 from runtime.corpus import load_data
 from runtime.machine import World, join_world, keep_freed_memory
 from runtime.signals import Requests
@@ -138,10 +138,7 @@ def open_data(c, world=None, stages=None, opener=None):
 
 def source_hash():
     """SHA-256 of all source that decides a run's numbers."""
-    files = [ROOT / "train_gpt.py"]
-    for room in ("base", "data", "kernels", "models", "optim", "runtime"):
-        files += (ROOT / room).rglob("*.py")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+    return pack_source(ROOT).digest
 
 
 # --- a trainer
