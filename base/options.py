@@ -1,8 +1,7 @@
 """Fields of a configuration that are command-line options as well: help, default, what is valid.
 
-A part of the program (model, data, optimizer, run) has a frozen dataclass whose fields are made by
-option(); its __post_init__ calls check_options(self). runtime/options.py makes a command line of
-them.
+A part of the program (model, data, optimizer, run) has a frozen dataclass that inherits from
+Options and whose fields are made by option(). runtime/options.py makes a command line of them.
 """
 
 import dataclasses
@@ -65,8 +64,30 @@ def check_options(config):
     """Raises InputError for the first field that is not what its option expects."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.metadata["expect"] and not f.metadata["expect"][0](value):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(
-                f"--{f.name.replace('_', '-')} {shown}: expected {f.metadata['expect'][1]}"
-            )
+        if f.metadata["expect"]:
+            is_valid, in_words = f.metadata["expect"]
+            if not is_valid(value):
+                refuse(f.name, value, in_words)
+
+
+class Options:
+    """Base of a part's dataclass: raises InputError for the first field that is not valid."""
+
+    def __post_init__(self):
+        check_options(self)
+
+
+def refuse(field, value, expected):
+    """Raise InputError for an option's value."""
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    raise InputError(f"--{field.replace('_', '-')} {shown}: expected {expected}")
+
+
+def stage_number(values, progress):
+    """Which of the equally long stages of training this progress, from 0 to 1, is in; from 0."""
+    return min(int(progress * len(values)), len(values) - 1)
+
+
+def by_stage(values, progress):
+    """The entry for this progress of an option that has one for each stage."""
+    return values[stage_number(values, progress)]

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from base.options import COUNT, POSITIVE, check_options, option
+from base.options import COUNT, POSITIVE, Options, option
 
 from . import sources
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Options):
     """A corpus and the shape of its rows. Raises InputError for what is not valid."""
 
     data: str = option(
@@ -36,6 +36,3 @@ class DataConfig:
         group="batch, context and schedule",
     )
     val_row_len: int = option(1024, "the same for validation", POSITIVE)
-
-    def __post_init__(self):
-        check_options(self)

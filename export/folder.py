@@ -8,6 +8,7 @@ docs/torchtitan.md shows how torchtitan takes it from there.
 """
 
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -21,37 +22,20 @@ from tqdm import tqdm
 
 from base import InputError, to_json
 from data import sources
+from models import load_template
 from records.add import PATHS
 from records.read import read_json
 
 SHARD_BYTES = 5_000_000_000  # of a file, as on the Hub; a larger tensor has one to itself
 END_OF_TEXT = "<|endoftext|>"
 
-NAMES = {"embed": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
-# Parameters with matrices for several layers: for which, and the names of a layer's in order; .T:
-# stored transposed. What is in neither table keeps its name and shape.
-LAYERS = {
-    "attn_bank": (
-        "attention",
-        (
-            "self_attn.q_proj.weight",
-            "self_attn.k_proj.weight",
-            "self_attn.v_proj.weight",
-            "self_attn.o_proj.weight",
-        ),
-    ),
-    "attn_gates": ("attention", ("self_attn.output_gate.weight",)),
-    "value_embeds": ("value", ("self_attn.value_embed.weight",)),
-    "value_gates": ("value", ("self_attn.value_gate.weight",)),
-    "mlp_bank": ("all", ("mlp.up_proj.weight", "mlp.down_proj.weight.T")),
-}
-
 
 def add_arguments(parser):
     parser.description = """\
-Writes the weights of a finished run, or the fp32 masters of one of its checkpoints, into a new folder that others can
-read: safetensors with a matrix for each layer under the field's names, the configuration, and the tokenizer for Hugging
-Face's library. Nothing in it is a pickle. docs/torchtitan.md tells how to train on from there."""
+Writes the weights of a finished run, or the fp32 masters of one of its checkpoints, into a new
+folder that others can read: safetensors with a matrix for each layer under the field's names, the
+configuration, and the tokenizer for Hugging Face's library. Nothing in it is a pickle.
+docs/torchtitan.md tells how to train on from there."""
     parser.add_argument(
         "source",
         type=Path,
@@ -77,12 +61,12 @@ def run(args):
     file = args.tokenizer or find_tokenizer(model)
     tokenizer = load_tokenizer(file) if file else None
     try:
-        tensors = unstack(model.tensors, model.config)
+        tensors = unstack(model.tensors, template_config(model.config))
         about = describe(model, tokenizer)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise InputError(
             f"{args.source}: not the weights and the configuration of a run of train_gpt.py "
-            f"({type(e).__name__}: {e})"
+            f"({e!r})"
         ) from None
     if tokenizer is None:
         print(
@@ -101,7 +85,8 @@ def run(args):
         need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(aside).free
         if need > free:
             raise InputError(
-                f"--to {args.to}: {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free"
+                f"--to {args.to}: {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are "
+                "free"
             )
         write_json(aside / "config.json", about)
         if tokenizer is not None:
@@ -158,7 +143,7 @@ def load_model(source):
         )
     said = read_json((source.absolute().parent.parent if checkpoint else source) / "config.json")
     if checkpoint:
-        from runtime.checkpoint import load  # compares checksums
+        from runtime.checkpoints import load  # compares checksums
 
         try:
             tensors, meta = load(source)
@@ -190,67 +175,74 @@ def load_model(source):
     return Model(tensors, said["config"], step, said.get("data"), commit, checkpoint)
 
 
+def template_config(fields):
+    """The template's Config of a run, from the options in its config.json."""
+    template = load_template(fields.get("template", "gpt"))
+    own = {}
+    for f in dataclasses.fields(template.Config):
+        if f.name in fields:
+            value = fields[f.name]
+            own[f.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return template.Config(**own)
+    except InputError as e:
+        raise TypeError(f"its options do not fit: {e}") from None
+
+
 def unstack(tensors, config):
-    """{exported name: view} of every element of the parameters. Raises InputError where a bank
-    does not have the matrices that the configuration promises: names would be wrong."""
-    layers = {
-        "all": range(config["n_layer"]),
-        "value": config["value_embed_layers"],
-        "attention": [
-            i for i in range(config["n_layer"]) if i not in (config.get("skip") or ())[1:]
-        ],
-    }
+    """{exported name: view} of every element of the parameters; config: the template's.
+
+    Raises InputError where a bank does not have the matrices that the configuration promises:
+    names would be wrong.
+    """
+    elsewhere = config.field_names()
     out = {}
     for name, tensor in tensors.items():
         if not tensor.numel():  # a part that is switched off
             continue
-        kind, matrices = LAYERS.get(name, (None, ()))
-        names = (
-            [f"model.layers.{i}.{matrix}" for i in layers[kind] for matrix in matrices]
-            if kind
-            else []
-        )
-        if kind and len(names) != len(tensor):
+        names = elsewhere.get(name, name)
+        parts = tensor
+        if isinstance(names, str):
+            names = [names]
+            parts = [tensor]
+        if len(names) != len(parts):
             raise InputError(
-                f"{name} has {len(tensor)} matrices, expected {len(names)} by the configuration: "
-                f"{', '.join(matrices)} in {len(layers[kind])} layers"
+                f"{name} has {len(parts)} matrices, expected {len(names)} by the configuration: "
+                f"{', '.join(names)}"
             )
-        for matrix, part in zip(names, tensor) if kind else [(NAMES.get(name, name), tensor)]:
+        for matrix, part in zip(names, parts):
             out[matrix.removesuffix(".T")] = part.T if matrix.endswith(".T") else part
-    assert sum(t.numel() for t in out.values()) == sum(t.numel() for t in tensors.values()), (
-        "two of one name"
-    )
+    elements = sum(t.numel() for t in tensors.values())
+    assert sum(t.numel() for t in out.values()) == elements, "two of one name"
     return out
 
 
 def describe(model, tokenizer):
     """config.json: sizes under the field's names, and everything else that the model is a
     function of."""
-    c, embed, step = model.config, model.tensors["embed"], model.step
-    n_vocab = len(tokenizer["tokens"]) + 1 if tokenizer else 50257 if uses_gpt2(c) else None
-    progress = (step - 1) / c["steps"] if step else 0.0
-    training = {name: value for name, value in c.items() if name not in PATHS}  # of this machine
+    fields = model.config
+    embed = model.tensors["embed"]
+    n_vocab = None
+    if tokenizer:
+        n_vocab = len(tokenizer["tokens"]) + 1
+    elif uses_gpt2(fields):
+        n_vocab = 50257
+    progress = 0.0
+    if model.step:
+        scheduled = max(1, fields["steps"] - fields.get("extension", 0))
+        progress = min(1.0, (model.step - 1) / scheduled)
     return dict(
-        architectures=["StopwatchGPT"],
-        model_type="stopwatch",
+        template_config(fields).field_config(progress),
         torch_dtype=str(embed.dtype).removeprefix("torch."),
         vocab_size=len(embed),
         n_vocab=n_vocab,
         bos_token_id=n_vocab and n_vocab - 1,
-        hidden_size=c["n_embd"],
-        num_hidden_layers=c["n_layer"],
-        num_attention_heads=c["n_head"],
-        head_dim=c["n_embd"] // c["n_head"],
-        intermediate_size=c["mlp_ratio"] * c["n_embd"],
-        hidden_act="relu2",
-        rope_theta=c["rope_base"],
-        max_position_embeddings=max(c["row_len"], c["val_row_len"]),
-        tie_word_embeddings=progress < c.get("tied", 0) or c.get("tied") == 1,
+        max_position_embeddings=max(fields["row_len"], fields["val_row_len"]),
         weights="fp32 masters of a checkpoint" if model.masters else "of a finished run",
-        step=step,
+        step=model.step,
         git_commit=model.commit,
         data_fingerprint=model.data,
-        training=training,
+        training={name: value for name, value in fields.items() if name not in PATHS},
     )
 
 

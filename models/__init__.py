@@ -1,1 +1,71 @@
-""" """
+"""What is trained: a template is a file.
+
+A template is a module, here or given by its dotted name (`--template NAME`), with two classes. The
+trainer, the memory estimate, checkpoints, sampling and export use what is listed here and nothing
+else, so a new template is one new file.
+
+`Config`: a frozen dataclass; its fields are made by base.options.option() and become command-line
+options. It offers
+
+    stage(progress, max_doc_len)   a NamedTuple of what the model's compiled graph depends on at
+                                   this progress (0 to 1): hashable, equal while nothing changes
+    val_stage(stage, max_doc_len)  the same for validation during or after that stage
+    target_weights(progress)       a list of numbers that may change with every step and compile
+                                   nothing, handed to forward(), or None
+    field_names()                  {parameter: the field's name, or a list of names of its matrices
+                                   along dim 0; ".T" behind one: stored transposed}
+    field_config(progress)         the field's words for the configuration, a dict
+
+`Model`: an nn.Module, built by Model(config, n_vocab, max_len, dtype, ops). max_len: the longest
+row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
+
+    dtype                          attribute: of large parameters and activations
+    recompute                      attribute: compute blocks again in backward (set by the trainer)
+    init_weights(seed)             new weights, the same on every device
+    enter(progress)                fill buffers for the stage that this progress is in
+    forward(inputs, targets, cu_seqlens, stage, target_weights=None)
+                                   summed cross-entropy, an fp32 scalar, over targets that are not
+                                   IGNORE; inputs, targets: (B, T) int64; cu_seqlens: (n,) int32
+                                   document starts in the flattened rows
+    logits(inputs, cu_seqlens, stage, last_only=False)
+                                   (B, T, n_vocab) fp32, for sampling; or of the last tokens only
+    update_rules(optim)            {parameter name: optim.Rule}, from an OptimConfig; the order is
+                                   that in which gradients are reduced and updated
+    successors(before, after)      {parameter: the parameter whose weights and moments it takes over
+                                   when training passes from one stage to the next, or ends (None)}
+    after_step()                   what the model keeps up to date besides parameters
+    state()                        {name: tensor} of that, for checkpoints
+    flops_per_token(stage)         training FLOPs
+    activation_bytes(rows, row_len, recompute)
+                                   {part: bytes} that a forward pass keeps for backward
+
+Steps and stages: training is divided into stages; a step's stage is what its compiled graph and
+its batch depend on.
+"""
+
+import importlib
+from pathlib import Path
+
+from base import InputError
+
+
+def template_names():
+    """Names of the templates in this folder."""
+    shared = {"__init__", "parts"}  # no templates
+    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in shared)
+
+
+def load_template(name):
+    """The template's module: a name out of template_names(), or a module's dotted name. Raises
+    InputError."""
+    if name in template_names():
+        return importlib.import_module(f"models.{name}")
+    if "." in name:
+        try:
+            return importlib.import_module(name)
+        except ImportError as e:
+            raise InputError(f"--template {name}: cannot be imported: {e}") from None
+    raise InputError(
+        f"--template {name}: expected one of {', '.join(template_names())}, or a module's dotted "
+        "name"
+    )

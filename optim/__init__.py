@@ -1,1 +1,26 @@
-""" """
+"""How weights move: update rules, a file each, and the optimizer that shares them out over ranks.
+
+To add one, write its file beside adam.py, with a subclass of Rule, and name it in a template's
+update_rules().
+"""
+
+from .adam import Adam, adam_update
+from .config import OptimConfig
+from .gradients import gradient_report
+from .muon import Muon, muon_update
+from .optimizer import Optimizer
+from .rows import RowAdam, row_update
+from .rule import Rule
+
+__all__ = [
+    "Adam",
+    "Muon",
+    "OptimConfig",
+    "Optimizer",
+    "RowAdam",
+    "Rule",
+    "adam_update",
+    "gradient_report",
+    "muon_update",
+    "row_update",
+]

@@ -1,25 +1,24 @@
-"""The corpus a run trains on, opened by all processes of the run."""
+"""The corpus a run trains on, opened by all of its processes."""
 
-import dataclasses
 from pathlib import Path
 
-from data import DataConfig, open_data, open_dataset
+from data import open_data, open_dataset
 from records.metrics import needs_bytes
 
 from .machine import first_rank_first
 
 
-def load_data(c, stages, world, opener=None):
-    """Prepare the corpus of Config c (the first rank does the work) and open its loaders; returns
-    Data. stages: one per step; opener: in place of open_dataset, where there is no data."""
-    opener = opener or open_dataset
-    fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(DataConfig)}
+def load_data(config, stage_of, world):
+    """data.Data of a trainer's configuration; the first rank prepares it for the others.
+
+    stage_of: step -> its stage, with rows and model.max_doc_len. Raises InputError.
+    """
     return open_data(
-        DataConfig(**fields),
-        Path(c.cache_dir) / "data",
-        batch_rows=lambda step: stages[step - 1].rows,
-        max_doc_len=lambda step: stages[step - 1].max_doc_len,
-        seed=c.seed,
-        need_bytes=needs_bytes(c.target_metric),
-        open_dataset=lambda *args: first_rank_first(world, lambda: opener(*args)),
+        config.data,
+        Path(config.run.cache_dir) / "data",
+        batch_rows=lambda step: stage_of(step).rows,
+        max_doc_len=lambda step: stage_of(step).model.max_doc_len,
+        seed=config.goal.seed,
+        need_bytes=needs_bytes(config.goal.target_metric),
+        open_dataset=lambda *args: first_rank_first(world, lambda: open_dataset(*args)),
     )

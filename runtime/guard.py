@@ -1,15 +1,37 @@
 """What each step reports: whether its update counts, judged on the device, and what the host
 learns without waiting."""
 
+import dataclasses
 import math
 import typing
 
 import torch
 import torch.distributed as dist
 
+from base.options import COUNT, RATE, Options, option
+
 from .machine import to_device
 
 WINDOW = 128  # steps over which a loss is compared with those before
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig(Options):
+    """Which steps may fail without ending the run."""
+
+    max_skips: int = option(
+        0,
+        "so many steps may have a loss or gradient that is not finite and do not count; 0 stops at "
+        "the first",
+        COUNT,
+        group="optimizer",
+    )
+    spike_sigmas: float = option(
+        0.0,
+        "the same for a loss so many standard deviations above the mean of the last 128 steps; 0 "
+        "is off",
+        RATE,
+    )
 
 
 class Report(typing.NamedTuple):
@@ -47,6 +69,10 @@ class Guard:
         self.waiting.clear()
         self.alive = torch.ones((), dtype=torch.bool, device=self.device)
         self.recent = torch.zeros(3, device=self.device)  # steps seen, mean loss, variance
+
+    def forget(self):
+        """The loss begins a new series: what it was before says nothing about what it will be."""
+        self.recent.zero_()
 
     def judge(self, step, loss, grads, votes=()):
         """Whether the step's update counts: a 0-d bool tensor, the same on all ranks; nothing waits

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from base import to_json, whole_file
+from base import InputError, to_json, whole_file
 from records import source as sources
 from records.metrics import METRICS, VAL_LOSS
 
@@ -207,7 +207,9 @@ class Log:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, InputError):
+            self.say(f"error: {error}", quiet=True)  # on the screen it comes from main()
         if self.active:
             with contextlib.suppress(OSError, ValueError):
                 self.bar.close()

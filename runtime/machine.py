@@ -1,11 +1,9 @@
 """The machine a run finds: its processes and devices, what it computes in, how it is timed."""
 
 import ctypes
-import datetime
-import logging
+import dataclasses
 import os
 import shutil
-import signal
 import sys
 import sysconfig
 import time
@@ -16,8 +14,22 @@ import torch
 import torch.distributed as dist
 
 from base import InputError
+from base.options import AUTO, Options, option
 
 from .environment import synchronize
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig(Options):
+    """What numbers are computed in."""
+
+    fp8: str = option(
+        "off",
+        "the head and the MLPs' forward products in 8-bit floats; auto: on Hopper",
+        AUTO,
+        group="optimizer",
+    )
+    dtype: str = option("auto", "of weights and activations", ("auto", "bfloat16", "float32"))
 
 
 class World(typing.NamedTuple):
@@ -27,90 +39,11 @@ class World(typing.NamedTuple):
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    local_size: int = (
-        1  # processes on this machine; all of them, where machines have different numbers
-    )
+    # Processes on this machine; all of them, where machines have different numbers
+    local_size: int = 1
     node: object = None  # process group of this machine; None is all
     # process group of the processes in this one's place on each machine; None if there is one
     across: object = None
-
-
-def join_world(gpus):
-    """The World that torchrun's environment describes, with its process group; gpus: how many
-    this machine has."""
-    if sys.platform == "linux" and "RANK" in os.environ:
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGTERM
-        )  # PR_SET_PDEATHSIG: if torchrun is killed, stop as it would have said
-    rank, local_rank, size, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (
-            ("RANK", 0),
-            ("LOCAL_RANK", 0),
-            ("WORLD_SIZE", 1),
-            ("LOCAL_WORLD_SIZE", 1),
-        )
-    )
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-    if gpus:
-        if local_rank >= gpus:
-            raise InputError(
-                f"process {local_rank} has no GPU: this machine has {gpus}, lower --nproc_per_node"
-            )
-        torch.cuda.set_device(device)
-    if size > 1:
-        # the first rank may be downloading for a long time while the others wait
-        dist.init_process_group(
-            "nccl" if gpus else "gloo",
-            timeout=datetime.timedelta(hours=6),
-            device_id=device if gpus else None,
-        )
-        sizes = torch.tensor([local_size, -local_size], device=device)
-        dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
-        if local_size < size and sizes.sum() == 0:
-            nodes = [dist.new_group(range(i, i + local_size)) for i in range(0, size, local_size)]
-            across = [dist.new_group(range(i, size, local_size)) for i in range(local_size)]
-            return World(
-                rank, size, device, local_size, nodes[rank // local_size], across[local_rank]
-            )
-    return World(rank, size, device, size)
-
-
-def launch(program, argv, n, max_restarts=0):
-    """Start n copies of a program with torchrun, max_restarts times again if one fails; returns
-    the exit status of the first that failed, else 0."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args as torchrun_args
-    from torch.distributed.run import run as torchrun
-
-    # else a restart finds the addresses of the processes that are gone (pytorch issue 135712)
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault(
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"
-    )  # seconds for workers to save; 30 would be too few
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # is for the workers, who set a handler
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the workers' own line says it all
-    try:
-        torchrun(
-            torchrun_args(
-                [
-                    "--standalone",
-                    f"--nproc_per_node={n}",
-                    f"--max-restarts={max_restarts}",
-                    str(Path(program).resolve()),
-                    *argv,
-                ]
-            )
-        )
-    except ChildFailedError as e:
-        return e.get_first_failure()[1].exitcode
-    except SignalException as e:
-        return 128 + e.sigval
-    return 0
 
 
 def lost_another(error):
@@ -151,6 +84,11 @@ def first_rank_first(world, prepare):
         if error:
             raise error
     return result
+
+
+def choose_dtype(wanted, device):
+    """torch's dtype for "bfloat16", "float32", or "auto": what the device multiplies natively."""
+    return native_dtype(device) if wanted == "auto" else getattr(torch, wanted)
 
 
 def native_dtype(device):

@@ -1,5 +1,6 @@
 """What training will need, by part, against what is free: decided before it starts."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -12,54 +13,25 @@ CPU_MICRO_TOKENS = 16384  # more bring no speed there
 SHARE = 0.9  # of the free memory; the rest is for the allocator's gaps and libraries
 
 
-def estimate(c, model, shards, rows, recompute, cuda=False):
-    """Bytes by part for passes of `rows` rows. model: a GPT, may be on meta; shards: ranks that
-    share the optimizer.
+def estimate(model, rules, rows, row_len, recompute, shards=1, cuda=False):
+    """Bytes by part for forward passes of so many rows.
 
-    Saved for backward are about 12 widths a layer besides the MLP's, 4 a value embedding; with
-    recompute one width a layer, and one layer's while it is computed again. Logits are there once,
-    with their gradient in the same buffer where a kernel writes it there, in fp8 with one of a
-    byte, else with a gradient and in passing in fp32; with recompute, for 4,096 tokens. On an H200
-    gpt2-small's passes of 4, 6 and 12 rows took 94 to 97% of this.
+    model: a template's Model, may be on meta; rules: its update rules; shards: ranks that share the
+    optimizer. On an H200 gpt2-small's passes of 4, 6 and 12 rows took 94 to 97% of this.
     """
-    size, tokens, n_params = (
-        model.embed.element_size(),
-        rows * c.row_len,
-        sum(p.numel() for p in model.parameters()),
-    )
-    layer = (12 + c.mlp_ratio) * c.n_embd
-    widths = (
-        c.n_layer * c.n_embd + layer
-        if recompute
-        else c.n_layer * layer + 4 * len(c.value_embed_layers) * c.n_embd
-    )
-    ops = model.ops.named()
-    if ops["linear_cross_entropy"] == "fp8":
-        per_logit = 3
-    elif ops["linear_cross_entropy"] == "triton":
-        per_logit = size
-    else:
-        per_logit = 2 * size + 4
-    V = len(model.embed)
-    columns = max(min(n or V, V) for n in c.sampled_softmax)  # of logits
-    scores = 0  # which attention by PyTorch's plain means keeps
-    if ops["attention"] in ("blockwise", "sdpa"):
-        far = len({*c.long_layers, c.n_layer - 1})  # layers with the long window
-        kept = [max(c.long_window)] * far + [max(c.short_window)] * (c.n_layer - far)
-        scores = (
-            4
-            * tokens
-            * c.n_head
-            * sum(min(2 * w, c.row_len) for w in kept[: 1 if recompute else None])
-        )
-    tables = [model.value_embeds, model.ngram_embeds] + [model.embed] * (not c.tied)
-    moments = 8 * (n_params - c.row_moments * sum(p.numel() for p in tables))
+    weights = 0
+    optimizer = 0
+    for name, p in model.named_parameters():
+        weights += p.numel() * model.dtype.itemsize
+        # What makes masters of 2-byte weights: their lower bits on a GPU, whole ones on a CPU
+        missing = 4 - model.dtype.itemsize
+        masters = missing if cuda else 2 * missing
+        optimizer += rules[name].state_bytes(p) + masters * p.numel()
     return dict(
-        weights=n_params * size,
-        gradients=n_params * size,
-        optimizer=(moments + n_params * (4 - size) * (1 if cuda else 2)) // shards,
-        activations=tokens * size * widths + scores,
-        logits=(min(tokens, 4096) if recompute else tokens) * columns * per_logit,
+        weights=weights,
+        gradients=weights,
+        optimizer=optimizer // shards,
+        **model.activation_bytes(rows, row_len, recompute),
     )
 
 
@@ -69,11 +41,8 @@ def free_memory(device, local_size=1):
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return (
-            int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
-            * 1024
-            // local_size
-        )
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024 // local_size
     except (OSError, StopIteration, ValueError):
         return None
 
@@ -81,51 +50,68 @@ def free_memory(device, local_size=1):
 def describe(parts, free):
     """One line: the parts, their sum and what is free, in GB."""
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    return f"{sum(parts.values()) / 1e9:.2f} GB ({listed})" + (
-        f" of {free / 1e9:.2f} GB free" if free else ""
-    )
+    line = f"{sum(parts.values()) / 1e9:.2f} GB ({listed})"
+    return f"{line} of {free / 1e9:.2f} GB free" if free else line
 
 
-def fit(c, model, world):
+def fit(build, config, world):
     """(rows in a forward pass, whether blocks are recomputed, the estimate in words), the same on
     all ranks.
 
-    As many rows as fit, without recomputing if one does. Raises InputError when not even one fits
-    with it.
+    As many rows as fit, without recomputing if one does. build: () -> a template's Model; config:
+    a trainer's configuration. Raises InputError when not even one row fits.
     """
+    with torch.device("meta"):
+        model = build()
+    rules = model.update_rules(config.optim)
+    row_len = config.data.row_len
+    micro_tokens = config.run.micro_tokens
+    recompute = config.run.recompute
     free = free_memory(world.device, world.local_size)
-    most = CPU_MICRO_TOKENS if world.device.type == "cpu" else math.inf
-    wanted = c.micro_tokens // c.row_len or max(1, min(max(c.batch_tokens), most) // c.row_len)
+    cuda = world.device.type == "cuda"
+    if micro_tokens:
+        wanted = micro_tokens // row_len
+    else:
+        most = math.inf if cuda else CPU_MICRO_TOKENS
+        wanted = max(1, min(max(config.schedule.batch_tokens), most) // row_len)
 
     def parts(rows, recompute):
-        return estimate(c, model, world.local_size, rows, recompute, world.device.type == "cuda")
+        return estimate(model, rules, rows, row_len, recompute, world.local_size, cuda)
 
-    rows, recompute = 0, c.recompute == "on"
-    while not rows:
-        rows = wanted
-        while free and rows and sum(parts(rows, recompute).values()) > SHARE * free:
-            rows = 0 if c.micro_tokens else rows - 1
-        if not rows and (recompute or c.recompute == "off"):
-            rows = -1
-        recompute = recompute or not rows
-    chosen = torch.tensor([-rows, int(recompute)], device=world.device)
-    if world.size > 1:  # ranks that disagreed would train on some rows twice and on others never
+    def most_rows(recompute):
+        """The most rows that fit, 0 if none does; only the given number if one was given."""
+        for rows in [wanted] if micro_tokens else range(wanted, 0, -1):
+            if not free or sum(parts(rows, recompute).values()) <= SHARE * free:
+                return rows
+        return 0
+
+    recomputed = recompute == "on"
+    rows = most_rows(recomputed)
+    if not rows and recompute == "auto":
+        recomputed = True
+        rows = most_rows(recomputed)
+
+    # Ranks that disagreed would train on some rows twice and on others never
+    chosen = torch.tensor([-rows, int(recomputed)], device=world.device)
+    if world.size > 1:
         dist.all_reduce(chosen, op=dist.ReduceOp.MAX)
-    rows, recompute = -chosen[0].item(), bool(chosen[1])
-    if rows < 0:
-        need = parts(c.micro_tokens // c.row_len or 1, recompute)
+    rows = -chosen[0].item()
+    recomputed = bool(chosen[1])
+    if rows < 1:
+        need = parts(micro_tokens // row_len or 1, recomputed)
         raise InputError(
-            f"not enough memory on {world.device}: {describe(need, free)}; lower --micro-tokens (now "
-            f"{c.micro_tokens or 'chosen to fit'}) or --row-len ({c.row_len}), allow --recompute auto, or "
-            "take a smaller model"
+            f"not enough memory on {world.device}: {describe(need, free)}; lower --micro-tokens "
+            f"(now {micro_tokens or 'chosen to fit'}) or --row-len ({row_len}), allow --recompute "
+            "auto, or take a smaller model"
         )
-    return rows, recompute, describe(parts(rows, recompute), free)
+    return rows, recomputed, describe(parts(rows, recomputed), free)
 
 
 def equal_passes(rows, most):
     """Rows per pass, all passes being alike: at most `most`, more than half of it, such that few
     are padding."""
-    return min(range(min(most, rows), min(most, rows) // 2, -1), key=lambda n: -(-rows // n) * n)
+    largest = min(most, rows)
+    return min(range(largest, largest // 2, -1), key=lambda n: -(-rows // n) * n)
 
 
 def ran_out(error):
@@ -133,9 +119,21 @@ def ran_out(error):
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def advice(c, estimate, error):
-    """One line for when memory ran out all the same."""
-    return (
-        f"out of memory; the estimate was {estimate}. Lower --micro-tokens, a multiple of {c.row_len}, or give "
-        f"--recompute on ({' '.join(str(error).split())[:120]})"
-    )
+@contextlib.contextmanager
+def explained(row_len, get_setup):
+    """Inside, running out of memory is an InputError of one line.
+
+    get_setup: () -> what has the estimate in words as .memory, or None as long as there is none.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if not ran_out(e):
+            raise
+        setup = get_setup()
+        estimate = setup.memory if setup else "unknown"
+        said = " ".join(str(e).split())[:120]
+        raise InputError(
+            f"out of memory; the estimate was {estimate}. Lower --micro-tokens, a multiple of "
+            f"{row_len}, or give --recompute on ({said})"
+        ) from None

@@ -1,5 +1,4 @@
-"""A command line from a dataclass: every field is an option, with its help, default, type and
-what is valid."""
+"""A configuration of several parts, each a dataclass of options, and its command line."""
 
 import argparse
 import dataclasses
@@ -8,13 +7,13 @@ import typing
 from pathlib import Path
 
 from base import InputError
-from base.options import AUTO, COUNT, POSITIVE, interval, option, seconds, valid
+from base.options import AUTO, COUNT, POSITIVE, Options, interval, option, seconds, valid
 
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """How and where a run is kept. A run that goes on from a checkpoint may have other values
-    than the one before."""
+class RunConfig(Options):
+    """How and where a run is kept, and on what it runs. A run that goes on from a checkpoint may have
+    other values than the one before."""
 
     run_dir: str = option(
         "", "where log, metrics and weights go; empty is runs/<utc>-<track>", group="run"
@@ -73,6 +72,48 @@ class RunOptions:
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# Configurations of parts
+
+
+def flat(config):
+    """{option: value} of a configuration whose fields are dataclasses, whose names differ."""
+    fields = {}
+    for part in dataclasses.fields(config):
+        fields |= dataclasses.asdict(getattr(config, part.name))
+    return fields
+
+
+def defaults(config):
+    """{option: default} of the same."""
+    fields = {}
+    for part in dataclasses.fields(config):
+        for f in dataclasses.fields(getattr(config, part.name)):
+            fields[f.name] = f.default
+    return fields
+
+
+def build_parts(classes, fields):
+    """{part: instance} from {part: dataclass} and values for some of the options.
+
+    Raises InputError for an option that no part has, or a value that is not valid.
+    """
+    known = set()
+    parts = {}
+    for name, cls in classes.items():
+        own = {f.name for f in dataclasses.fields(cls)}
+        known |= own
+        parts[name] = cls(**{key: value for key, value in fields.items() if key in own})
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise InputError(f"{unknown[0]}: no such option; expected of {', '.join(sorted(known))}")
+    return parts
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
 class Parser(argparse.ArgumentParser):
     """One line for an error, with the nearest valid name."""
 
@@ -86,37 +127,53 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse_options(cls, argv, shown, **texts):
-    """argv -> {field of the dataclass cls: value} for the options given.
+def peek(argv, *names):
+    """{name: value or None} of a few options, before it is known which others there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?")
+    return vars(parser.parse_known_args(argv)[0])
 
-    Names are the fields' with hyphens; a bool has its --no- form, a tuple takes any number of
-    values. shown: fields whose value in --help differs from the default; texts: prog, usage,
-    description, epilog. Raises InputError.
+
+def parse_options(classes, argv, shown, **texts):
+    """argv -> {option: value} for the options given.
+
+    classes: dataclasses, whose fields become options: names with hyphens; a bool has its --no-
+    form, a tuple takes any number of values. shown: options whose value in --help differs from the
+    default; texts: prog, usage, description, epilog. Raises InputError.
     """
-    parser = Parser(
-        allow_abbrev=False,
-        **texts,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-    )
-    group, own = None, cls.__annotations__
-    for f in sorted(
-        dataclasses.fields(cls), key=lambda f: f.name not in own
-    ):  # inherited ones come last
-        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
-        kind = typing.get_args(f.type)[0] if typing.get_args(f.type) else f.type
-        name, default = "--" + f.name.replace("_", "-"), shown.get(f.name, f.default)
-        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        kwargs = dict(
-            dest=f.name, default=None, help=f"{f.metadata['help']} [{default}]".replace("%", "%%")
-        )
-        if f.type is bool:
-            group.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
-        elif typing.get_origin(f.type) is tuple:
-            group.add_argument(name, type=kind, nargs="*", metavar=kind.__name__.upper(), **kwargs)
-        else:
-            group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(argv)).items()
-        if value is not None
-    }
+
+    def layout(prog):
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)
+
+    parser = Parser(allow_abbrev=False, **texts, formatter_class=layout)
+    groups = {}
+    heading = "options"
+    for cls in classes:
+        for f in dataclasses.fields(cls):
+            heading = f.metadata["group"] or heading
+            if heading not in groups:
+                groups[heading] = parser.add_argument_group(heading)
+            add_option(groups[heading], f, shown.get(f.name, f.default))
+    values = {}
+    for name, value in vars(parser.parse_args(argv)).items():
+        if value is not None:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def add_option(group, f, default):
+    """The option of one dataclass field; default: what --help says it is."""
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    kwargs = dict(dest=f.name, default=None)
+    kwargs["help"] = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+    name = "--" + f.name.replace("_", "-")
+    arguments = typing.get_args(f.type)
+    kind = arguments[0] if arguments else f.type
+    if f.type is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
+        return
+    if typing.get_origin(f.type) is tuple:
+        kwargs["nargs"] = "*"
+    group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)

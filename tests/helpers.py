@@ -1,6 +1,5 @@
 """Small configurations, corpora and runs that several tests share."""
 
-import dataclasses
 import json
 import os
 import random
@@ -11,9 +10,13 @@ from pathlib import Path
 import torch
 
 import train_gpt as tg
+from models import gpt
+from runtime.options import flat
 
 ROOT = Path(tg.__file__).parent
-WORDS = "the a cat dog sees likes chases finds and but then why who red small old tree house river moon".split()
+WORDS = (
+    "the a cat dog sees likes chases finds and but then why who red small old tree house river moon"
+).split()
 
 
 def write_text(path, n_words=20000, seed=0):
@@ -53,7 +56,7 @@ def tiny(text, tmp_path, **fields):
         sample_tokens=8,
         checkpoint_every="off",
     )
-    return tg.Config(**(base | fields))
+    return tg.configure(**(base | fields))
 
 
 # every piece of the model that is off by default; layer 0 has pairs, 0 and 3 value embeddings, 2 no
@@ -91,30 +94,37 @@ EVERYTHING = PIECES | dict(
 )
 
 
-def stage_of(c, windows=None, **fields):
-    """The Stage a run of c begins with; with windows by layer, or other fields, of one's own."""
-    return tg.stage_at(c, 0.0)._replace(**(dict(windows=windows) if windows else {}), **fields)
-
-
-def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, ops=None, **fields):
-    """(Config, GPT) with every parameter random, so that nothing is hidden behind a zero."""
-    c = dataclasses.replace(
-        tg.Config(
-            n_layer=3,
-            n_embd=32,
-            n_head=2,
-            value_embed_layers=(0, 2),
-            softcap=(23.0, 5.0, 7.5),
-            n_gram=3,
-            ngram_rows=64,
-            row_len=24,
-            val_row_len=24,
-            batch_tokens=(24,),
-            max_doc_len=(24,),
-        ),
-        **fields,
+def model_fields(**fields):
+    """Options of a small GPT; fields: more, or others."""
+    base = dict(
+        n_layer=3,
+        n_embd=32,
+        n_head=2,
+        value_embed_layers=(0, 2),
+        softcap=(23.0, 5.0, 7.5),
+        n_gram=3,
+        ngram_rows=64,
     )
-    model = tg.GPT(c, n_vocab, dtype, ops)
+    return base | fields
+
+
+def model_config(**fields):
+    """The gpt.Config of a small GPT."""
+    return gpt.Config(**model_fields(**fields))
+
+
+def stage_of(c, windows=None, max_doc_len=24, **fields):
+    """The Stage that a gpt.Config begins with; with windows by layer, or other fields, of one's
+    own."""
+    if windows:
+        fields["windows"] = windows
+    return c.stage(0.0, max_doc_len)._replace(**fields)
+
+
+def tiny_model(n_vocab=257, seed=0, dtype=torch.float32, ops=None, max_len=24, **fields):
+    """(Config, Model) with every parameter random, so that nothing is hidden behind a zero."""
+    c = model_config(**fields)
+    model = gpt.Model(c, n_vocab, max_len, dtype, ops)
     model.init_weights(seed)
     g = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -131,19 +141,19 @@ def run_trainer(*args, launcher=(), env=None, timeout=300):
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
 
 
-def options(c):
+def options(config):
     """A Config as command-line options, on top of the laptop track."""
-    args = []
-    for f in dataclasses.fields(c):
-        value = getattr(c, f.name)
-        name = f.name.replace("_", "-")
-        if f.name == "track" or value is None:
+    args = ["--track", "laptop"]
+    for name, value in flat(config).items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "track" or value is None:
             continue
-        elif f.type is bool:
-            args.append(f"--{name}" if value else f"--no-{name}")
+        if isinstance(value, bool):
+            args.append(option if value else f"--no-{option[2:]}")
         else:
-            args += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return ["--track", "laptop", *args]
+            values = value if isinstance(value, tuple) else [value]
+            args += [option, *map(str, values)]
+    return args
 
 
 def train_losses(run_dir):

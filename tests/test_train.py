@@ -1,6 +1,6 @@
 """Whole runs: what they print, write and return, and what they refuse."""
 
-import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,16 +16,35 @@ from safetensors.torch import load_file
 import train_gpt as tg
 from base import InputError
 from data import ShardWriter
-from kernels import choose, launch
+from kernels import launch
 from kernels.mlp import FP8ReLU2MLP
-from kernels.op import OPS
+from models import gpt
 from records.source import files_in, header_line, pack_source
 from runtime import machine
+from runtime.options import flat
+from tracks import load_track
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+def open_data(c):
+    return tg.load_data(c, functools.partial(tg.stage_at, c), tg.World())
+
+
+def new_model(c):
+    """Of 257 tokens: bytes and end-of-text."""
+    return gpt.Model(c.model, 257, max(c.data.row_len, c.data.val_row_len))
+
+
+def validate(c, model, step=None):
+    """Metrics of the model behind a step, the last one if none is given."""
+    data = open_data(c)
+    stage = tg.stage_at(c, step or c.schedule.steps).model
+    stage = c.model.val_stage(stage, c.data.val_row_len)
+    return tg.evaluate(model, stage, data.val.micro_batches(), data, tg.World())
 
 
 def test_a_run_as_a_user_starts_it(text, tmp_path):
@@ -119,15 +138,11 @@ def test_weights_on_disk_are_the_model(text, tmp_path):
     c = tiny(text, tmp_path)
     result = tg.train(c)
     weights = load_file(tmp_path / "run" / "model.safetensors")
-    model = tg.GPT(c, 257)
-    assert {n: p.shape for n, p in model.named_parameters()} == {
-        n: p.shape for n, p in weights.items()
-    }
+    model = new_model(c)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert shapes == {name: p.shape for name, p in weights.items()}
     model.load_state_dict(weights, strict=True)
-    loader = tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World()).val
-    stage = tg.val_stage(c, tg.stage_at(c, 1.0))
-    nats = tg.evaluate(model, stage, len(model.lm_head), loader.micro_batches(), tg.World())
-    assert nats / loader.n_targets == pytest.approx(result["val_loss"], rel=1e-5)
+    assert validate(c, model)["val_loss"] == pytest.approx(result["val_loss"], rel=1e-5)
 
 
 def test_bits_per_byte_of_bytes_are_the_loss_in_bits(text, tmp_path):
@@ -181,34 +196,25 @@ def test_every_piece_together_learns_and_is_deterministic(text, tmp_path, fields
     assert train_losses(tmp_path / "r0") == train_losses(tmp_path / "r1")
 
 
-def saved_model(c, run_dir):
-    model = tg.GPT(c, 257)
-    model.load_state_dict(load_file(run_dir / "model.safetensors"), strict=True)
-    return model
-
-
 @pytest.mark.parametrize("ended", [4, 10, 14, 20])
-def test_saved_weights_do_not_depend_on_where_training_ended(text, tmp_path, monkeypatch, ended):
+def test_saved_weights_do_not_depend_on_where_training_ended(text, tmp_path, ended):
     """Tied or not, with the first stage's rotary frequencies or the last one's: they are those
     of an untied model."""
-    evaluated, evaluate = [], tg.evaluate
-    monkeypatch.setattr(
-        tg,
-        "evaluate",
-        lambda *args: evaluated.append((args[1], evaluate(*args))) or evaluated[-1][1],
-    )
     target = 1000.0 if ended < 20 else 0.0
     c = tiny(text, tmp_path, eval_every=ended, target=target, **EVERYTHING)
     result = tg.train(c)
     assert result["steps"] == ended
-    stage, nats = evaluated[-1]
-    assert stage.tied == (ended <= 9)
-    model = saved_model(c, tmp_path / "run")
-    model.rotate(c.long_window[: 1 + (ended > 9)])
-    batches = tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World()).val.micro_batches()
-    again = evaluate(model, stage._replace(tied=False), len(model.lm_head), batches, tg.World())
-    assert again == pytest.approx(nats, rel=1e-5)
-    assert torch.equal(model.embed, model.lm_head) == (ended <= 9)
+    tied = ended <= 9
+    assert tg.stage_at(c, ended).model.tied == tied
+
+    model = new_model(c)
+    model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"), strict=True)
+    model.enter(tg.progress_at(c.schedule, ended))
+    untied = tg.changed(c, tied=1e-9)  # the embedding is normalised as in a model that was tied
+    again = validate(untied, model, ended)
+    assert not tg.stage_at(untied, ended).model.tied
+    assert again["val_loss"] == pytest.approx(result["val_loss"], rel=1e-5)
+    assert torch.equal(model.embed, model.lm_head) == tied
 
 
 def test_the_split_is_between_two_steps(text, tmp_path, monkeypatch):
@@ -273,20 +279,16 @@ def test_fp8_scales_follow_each_steps_largest_activation(
     text, tmp_path, monkeypatch, without_interpreter
 ):
     """Once a step, whatever was validated in between, and warming up leaves none behind."""
-    seen, step = [], tg.Trainer.step
+    seen = []
+    after_step = gpt.Model.after_step
 
-    def watched(self, *args, **kwargs):
-        before = [float(x.scale) for x in self.model.scales()]
-        step(self, *args, **kwargs)
-        seen.append(
-            (
-                before,
-                [float(x.scale) for x in self.model.scales()],
-                [float(x.amax) for x in self.model.scales()],
-            )
-        )
+    def watched(model):
+        before = [float(x.scale) for x in model.scales()]
+        after_step(model)
+        after = [float(x.scale) for x in model.scales()]
+        seen.append((before, after, [float(x.amax) for x in model.scales()]))
 
-    monkeypatch.setattr(tg.Trainer, "step", watched)
+    monkeypatch.setattr(gpt.Model, "after_step", watched)
     tg.train(tiny(text, tmp_path, steps=4, eval_every=1, dtype="bfloat16", fp8="on"))
     first = FP8ReLU2MLP().post.scale.item()
     assert len(seen) == 4 and seen[0][0] == [first] * 2
@@ -295,20 +297,10 @@ def test_fp8_scales_follow_each_steps_largest_activation(
     assert all(len({scales[i] for _, scales, _ in seen}) == 4 for i in range(2))
 
 
-def test_fp8_is_chosen_by_the_machine_and_asked_for_in_vain_refused(text, tmp_path, monkeypatch):
-    c, gpu = tiny(text, tmp_path, fp8="auto", dtype="auto"), torch.device("cuda", 0)
-    monkeypatch.setattr(choose, "probe", lambda *args, **kwargs: None)
-    mlp = OPS["relu2_mlp"]._replace(new_fp8=lambda: None)
-    monkeypatch.setitem(OPS, "relu2_mlp", mlp)
-    for capability, choice in (((8, 0), "off"), ((9, 0), "on"), ((10, 0), "off")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert tg.settle(c, gpu).fp8 == choice and tg.settle(c, torch.device("cpu")).fp8 == "off"
-        assert tg.settle(dataclasses.replace(c, dtype="float32"), gpu).fp8 == "off"
-        assert tg.settle(dataclasses.replace(c, fp8="on"), gpu).fp8 == "on"
-    with pytest.raises(
-        InputError, match="fp8 on: expected bfloat16 on .*, found torch.float32 on cpu"
-    ):
-        tg.train(dataclasses.replace(c, fp8="on", dtype="float32"))
+def test_fp8_that_cannot_be_is_refused(text, tmp_path):
+    expected = "fp8 on: expected bfloat16 on .*, found torch.float32 on cpu"
+    with pytest.raises(InputError, match=expected):
+        tg.train(tiny(text, tmp_path, fp8="on", dtype="float32"))
 
 
 def test_compiled_run_agrees_with_eager(text, tmp_path):
@@ -339,15 +331,16 @@ def test_a_compiled_run_of_every_piece_agrees_with_eager_and_compiles_nothing_in
 ):
     fields = EVERYTHING | dict(steps=14, eval_every=5, recompute=recompute)
     eager = tg.train(tiny(text, tmp_path, **fields))
-    run, compile = tg.Trainer.run, torch.compile
+    run = tg.train_to_the_end
+    compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, **kwargs, backend=backend))
 
-    def strictly(self, *args):
+    def strictly(*args):
         with torch._dynamo.config.patch(error_on_recompile=True):
-            return run(self, *args)
+            return run(*args)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(tg.Trainer, "run", strictly)
+    monkeypatch.setattr(tg, "train_to_the_end", strictly)
     compiled = tg.train(
         tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), compile=True, **fields)
     )
@@ -411,7 +404,7 @@ def refused(argv, capsys):
             ["--sampled-softmax", "64", "100"],
             "--sampled-softmax 64 100: expected multiples of 64, or 0",
         ),
-        (["--batch-tokens", "1000"], "--batch-tokens (1000,): expected multiples of 256"),
+        (["--batch-tokens", "1000"], "--batch-tokens 1000: expected multiples of 256"),
         (["--n-head", "3"], "expected a multiple of 4 * n_head"),
         (["--target-metric", "accuracy"], "expected val_loss or val_bpb"),
         (["--dtype", "int8"], "expected auto, bfloat16 or float32"),
@@ -423,21 +416,27 @@ def refused(argv, capsys):
         (["--lr-floor", "2"], "--lr-floor 2.0: expected a fraction"),
         (["--val-windows", "5", "-1"], "--val-windows 5 -1: expected two"),
         (
-            ["--target", "1", "--paired-layers", "4"],
-            "--paired-layers (4,): expected layers from 0 to 3, and an even n_head",
+            ["--track", "laptop-deep", "--paired-layers", "4"],
+            "--paired-layers 4: expected layers from 0 to 3",
         ),
         (
-            ["--target", "1", "--paired-layers", "0", "--n-head", "1"],
+            ["--track", "laptop-deep", "--paired-layers", "0", "--n-head", "1"],
             "expected layers from 0 to 3, and an even n_head",
         ),
-        (["--skip", "1"], "--skip (1,): expected an earlier and a later layer"),
-        (["--skip", "2", "1"], "--skip (2, 1): expected an earlier and a later layer"),
         (
-            ["--target", "1", "--skip", "1", "3"],
-            "--skip (1, 3): expected an earlier and a later layer",
+            ["--track", "laptop-deep", "--skip", "1"],
+            "--skip 1: expected an earlier and a later layer",
+        ),
+        (
+            ["--track", "laptop-deep", "--skip", "2", "1"],
+            "--skip 2 1: expected an earlier and a later layer",
+        ),
+        (
+            ["--track", "laptop-deep", "--skip", "1", "3"],
+            "--skip 1 3: expected an earlier and a later layer",
         ),  # it has value embeddings
         (
-            ["--target", "1", "--skip", "1", "2", "--paired-layers", "2"],
+            ["--track", "laptop-deep", "--skip", "1", "2", "--paired-layers", "2"],
             "the later one without pairs",
         ),
         (["--backout", "3"], "--backout 3: expected a layer before the last, or -1"),
@@ -510,7 +509,7 @@ def test_bad_texts_are_refused_and_leave_nothing(content, said, capsys, tmp_path
 )
 def test_damaged_shards_are_refused(damage, said, capsys, text, tmp_path):
     c = tiny(text, tmp_path)
-    tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World())
+    open_data(c)
     shard = next((tmp_path / "cache/data").glob("*/train_000000.bin"))
     shard.write_bytes(damage(shard.read_bytes()))
     assert said in refused(options(c), capsys)
@@ -527,55 +526,43 @@ def test_an_earlier_run_is_never_overwritten(text, tmp_path, capsys):
 
 def test_own_text_drops_the_tracks_target_unless_given(text):
     own = tg.parse_args(["--track", "laptop", "--text", str(text)])
-    assert (
-        own.target is None and own.data == "text" and own.n_layer == 4
-    )  # nor is its model the one for that target
-    assert tg.parse_args(["--track", "laptop", "--text", str(text), "--target", "2"]).target == 2
-    assert tg.parse_args(["--track", "shakespeare-char", "--text", str(text)]).target == 1.4697
+    assert own.goal.target is None and own.data.data == "text"
+    asked = tg.parse_args(["--track", "laptop", "--text", str(text), "--target", "2"])
+    assert asked.goal.target == 2
+    shakespeare = tg.parse_args(["--track", "shakespeare-char", "--text", str(text)])
+    assert shakespeare.goal.target == 1.4697
 
 
-def test_easier_targets_choose_a_smaller_model(text):
-    at = lambda target: tg.parse_args(
-        ["--track", "shakespeare-char", "--text", str(text), "--target", str(target)]
-    )
-    assert at(1.898).n_embd == at(2.5).n_embd < at(1.8).n_embd == at(1.4).n_embd
-    assert at(1.898).target == 1.898
-    laptop = lambda *target: tg.parse_args(["--track", "laptop", *target])
-    assert (
-        laptop()
-        == laptop("--target", "1.5")
-        == dataclasses.replace(laptop("--target", "2"), target=1.5)
-    )
-    assert laptop().n_layer < laptop("--target", "1.49").n_layer
+def test_a_track_is_exactly_what_its_file_says(text):
+    """Whatever the target, and for own text, only what was asked for differs."""
+    for name in tg.track_names():
+        given = ["--track", name, "--text", str(text)]
+        there = flat(tg.parse_args(given))
+        for target in ("0.5", "1.5", "9"):
+            here = flat(tg.parse_args([*given, "--target", target]))
+            assert here | dict(target=None) == there | dict(target=None)
+        fields = load_track(name)
+        swapped = {"data", "text", "target", "tokenizer", "long_docs", "shuffle"}
+        for field in fields.keys() - swapped:
+            assert there[field] == fields[field], field
 
 
 @pytest.mark.parametrize("name", tg.track_names())
 def test_every_track_is_a_valid_config(name, text):
-    c = tg.Config(**(tg.load_track(name) | dict(text=str(text))))
-    assert (
-        c.track == name
-        and c.target
-        and all(
-            isinstance(c.__getattribute__(f), tuple)
-            for f in (
-                "batch_tokens",
-                "max_doc_len",
-                "short_window",
-                "long_window",
-                "stage_lr",
-                "softcap",
-                "value_embed_layers",
-            )
-        )
-    )
+    fields = load_track(name)
+    c = tg.configure(**(fields | dict(text=str(text))))
+    assert c.goal.track == name
+    assert c.goal.target or name == "own-text"
+    for field, value in fields.items():
+        assert type(flat(c)[field]) is type(value), field
 
 
 def test_help_names_every_field_and_track(capsys):
     assert tg.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in [
-        f"--{f.replace('_', '-')}" for f in tg.Config.__dataclass_fields__
-    ] + tg.track_names():
+    for name in flat(tg.configure()):
+        assert f"--{name.replace('_', '-')}" in text
+    for name in tg.track_names():
         assert name in text
 
 
@@ -596,28 +583,24 @@ def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
         with ShardWriter(folder, f"fineweb_{split}") as w:
             w.paths = [None] * index  # so that the number is the index
             w.write(tokens)
-    c = tg.Config(
-        **(
-            tg.load_track("gpt2-small")
-            | dict(
-                cache_dir=str(tmp_path / "cache"),
-                run_dir=str(tmp_path / "run"),
-                train_shards=2,
-                n_embd=48,
-                ngram_rows=500,
-                row_len=256,
-                val_row_len=1024,
-                batch_tokens=(512, 1024, 1536),
-                steps=7,
-                extension=1,
-                eval_every=3,
-                val_tokens=5000,
-                compile=False,
-                dtype="float32",
-                target=10.0,
-            )
-        )
+    changes = dict(
+        cache_dir=str(tmp_path / "cache"),
+        run_dir=str(tmp_path / "run"),
+        train_shards=2,
+        n_embd=48,
+        ngram_rows=500,
+        row_len=256,
+        val_row_len=1024,
+        batch_tokens=(512, 1024, 1536),
+        steps=7,
+        extension=1,
+        eval_every=3,
+        val_tokens=5000,
+        compile=False,
+        dtype="float32",
+        target=10.0,
     )
+    c = tg.configure(**(load_track("gpt2-small") | changes))
     result = tg.train(c)
     assert result["reached"] and result["val_bpb"] is None
     assert math.isfinite(result["val_loss"])
@@ -630,19 +613,20 @@ def test_a_bad_attention_backend_is_one_line(text, tmp_path, capsys, monkeypatch
 
 def test_own_text_on_the_big_track_keeps_every_token(text):
     c = tg.parse_args(["--track", "gpt2-small", "--text", str(text)])
-    assert (c.long_docs, c.shuffle, c.tokenizer, c.target) == ("split", True, "bpe:4096", None)
+    assert c.goal.target is None and c.data.tokenizer == "bpe:4096"
+    assert c.data.long_docs == "split" and c.data.shuffle
 
 
 def test_own_text_without_a_track_is_small_on_every_machine(text, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert tg.parse_args(["--text", str(text)]).track == "laptop"
-    assert tg.parse_args([]).track == "gpt2-small"
+    assert tg.parse_args(["--text", str(text)]).goal.track == "own-text"
+    assert tg.parse_args([]).goal.track == "gpt2-small"
 
 
 def test_validation_on_own_text_is_as_long_as_the_tracks_or_the_text(text, tmp_path):
     for limit, n in ((500, 500), (10**6, None)):
         c = tiny(text, tmp_path, val_tokens=limit)
-        val = tg.load_data(c, [tg.stage_at(c, 0)] * c.steps, tg.World()).val
+        val = open_data(c).val
         assert val.n_targets == (n or len(val.tokens) - 1)
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 
 import train_gpt as tg
 from base import InputError
-from benchmarks import ablate, subject
+from benchmarks import ablate
 from benchmarks.__main__ import main
 
 LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
@@ -45,7 +45,7 @@ def test_every_piece_changes_its_track_or_says_why(track):
         assert v.fields.keys() <= (piece.off if v.label.startswith("without") else piece.on).keys()
 
         def tokens(c):
-            return sum(stage.rows * c.row_len for stage in subject.schedule(c))
+            return sum(stage.rows * c.row_len for stage in ablate.stages_of(c))
 
         assert tokens(v.config) == tokens(base)  # what makes their losses comparable
 
@@ -356,7 +356,7 @@ def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys)
         main([*command, "--text", str(other)]) == 2
         and "were made with fingerprint" in capsys.readouterr().err
     )
-    monkeypatch.setattr(subject, "source_hash", lambda: "another")
+    monkeypatch.setattr(ablate, "source_hash", lambda: "another")
     assert main(command) == 2 and "were made with other source" in capsys.readouterr().err
     assert out.read_bytes() == before and not made_runs
 

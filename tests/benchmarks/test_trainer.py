@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 import train_gpt as tg
 from base import InputError
-from benchmarks import subject, trainer
+from benchmarks import trainer
 from benchmarks.__main__ import main
-from benchmarks.breakdown import MARK, PARTS, backward_spans, covered, divide, trace_parts
-from benchmarks.synthetic import synthetic, vocabulary
+from benchmarks.breakdown import MARK, PARTS, covered, divide, trace_parts
 from data import DataConfig, TrainLoader, read_shard
 
 SPAN = st.tuples(st.integers(-5, 60), st.integers(0, 30)).map(lambda s: (s[0], s[0] + s[1]))
@@ -83,6 +82,7 @@ def one_step():
         host(MARK + "profiled", 0, 200),
         host(MARK + "data", 0, 20),
         host(MARK + "forward", 20, 30),
+        host(MARK + "backward", 30, 45),
         host(MARK + "guard", 45, 46),
         host(MARK + "optimizer", 50, 60),
         host("Torch-Compiled Region", 0, 200),
@@ -125,25 +125,21 @@ def test_kernels_from_elsewhere_are_other_and_nothing_counts_outside():
     assert trace_parts(events, cuda=True)["other"] == 13
 
 
-def test_on_a_cpu_the_host_is_the_device():
+def test_on_a_cpu_waiting_for_others_is_not_the_optimizers_time():
     events = [
         host(MARK + "profiled", 0, 100),
         host(MARK + "data", 0, 10),
         host(MARK + "forward", 10, 40),
+        host(MARK + "backward", 40, 70),
         host(MARK + "guard", 70, 74),
+        host(MARK + "communication", 72, 73),
         host(MARK + "optimizer", 75, 95),
+        host(MARK + "communication", 80, 85),
         host("aten::mm", 12, 30, "cpu_op"),
     ]
     assert trace_parts(events, cuda=False) == dict(
-        forward=30, backward=30, guard=4, optimizer=20, communication=0, data=10, gaps=0, other=6
+        forward=30, backward=30, guard=3, optimizer=15, communication=6, data=10, gaps=0, other=6
     )
-
-
-def test_backward_is_between_a_forward_pass_and_what_comes_next():
-    forward = [(0, 10), (30, 40), (100, 110)]
-    guard = [(70, 75), (150, 160)]
-    assert backward_spans(forward, guard) == [(10, 30), (40, 70), (110, 150)]
-    assert backward_spans(forward, []) == [(10, 30), (40, 100)]  # cut at the end of the trace
 
 
 # --- fit and data
@@ -162,7 +158,7 @@ def test_fit_finds_the_line():
 
 def test_synthetic_tokens(tmp_path):
     config = DataConfig(data="fineweb10B")
-    dataset = synthetic(config, tmp_path, n_tokens=500_000)
+    dataset = trainer.synthetic(config, tmp_path, n_tokens=500_000)
     tokens = read_shard(dataset.train[0], dataset.n_vocab)
     assert (dataset.n_vocab, dataset.eot, len(tokens), tokens[0]) == (50257, 50256, 500_000, 50256)
     lengths = np.diff(np.flatnonzero(tokens == dataset.eot))
@@ -170,9 +166,13 @@ def test_synthetic_tokens(tmp_path):
     counts = np.sort(np.bincount(tokens[tokens != dataset.eot]))[::-1] / len(tokens)
     assert counts[0] < 0.1 and counts[:1000].sum() > 0.4
     before = dataset.train[0].stat().st_mtime_ns
-    again = synthetic(config, tmp_path, n_tokens=500_000)
-    assert again.train[0].stat().st_mtime_ns == before
-    assert vocabulary("stdlib", "bpe:4096") == 4096 and vocabulary("text", "bytes") == 257
+    assert (
+        trainer.synthetic(config, tmp_path, n_tokens=500_000).train[0].stat().st_mtime_ns == before
+    )
+    assert (
+        trainer.vocabulary("stdlib", "bpe:4096") == 4096
+        and trainer.vocabulary("text", "bytes") == 257
+    )
     with pytest.raises(InputError, match="val_loss"):
         dataset.tokenizer
 
@@ -186,7 +186,7 @@ def tiny_options(tmp_path, monkeypatch):
         "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
     )  # run() sets it; back to what it was
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
-    monkeypatch.setattr(subject, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(tg, "keep_freed_memory", lambda: None)
     return options(
         tiny(write_text(tmp_path / "text.txt"), tmp_path, batch_tokens=(256, 512), sample_tokens=0)
     )
@@ -385,7 +385,7 @@ def test_time_is_booked_where_it_is_spent(tiny_options, monkeypatch):
     )
 
 
-def test_of_two_processes_one_reports(tiny_options, tmp_path):
+def test_two_processes_wait_for_each_other_and_one_reports(tiny_options, tmp_path):
     out = tmp_path / "out.json"
     done = subprocess.run(
         [
@@ -415,6 +415,7 @@ def test_of_two_processes_one_reports(tiny_options, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["world_size"] == 2 and [s["tokens"] for s in result["stages"]] == [128, 256]
+    assert all(s["parts"]["communication"] > 0 for s in result["stages"])
     assert done.stderr.count("Where the time goes") == 1 and math.isfinite(
         result["fit"]["fixed_ms"]
     )

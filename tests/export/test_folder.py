@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import ROOT, tiny, tiny_model, write_text
+from helpers import ROOT, model_fields, tiny, tiny_model, write_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,37 +26,48 @@ from data import DataConfig, open_dataset
 from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
 from export import folder as export
 from export.__main__ import main as export_main
-from export.folder import LAYERS, NAMES, load_tokenizer, save_tokenizer, unstack
+from export.folder import load_tokenizer, save_tokenizer, template_config, unstack
+from models import gpt
 from records.source import source_of
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoints import Checkpoints
 from runtime.log import Log
+from runtime.options import flat
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is:UserWarning"
 )  # one process reads well alone
 
 
-def everything(**fields):
-    """(Config, GPT) with every part of the model switched on."""
-    on = dict(
-        n_layer=4,
-        value_embed_layers=(0, 3),
-        n_gram=3,
-        ngram_rows=64,
-        ngram_signs=True,
-        smear=True,
-        attn_gate=True,
-        key_offset=True,
-        paired_layers=(1,),
-        skip=(1, 2),
-        backout=2,
-    )
-    return tiny_model(**on | fields)
+EVERY_PART = dict(
+    n_layer=4,
+    value_embed_layers=(0, 3),
+    n_gram=3,
+    ngram_rows=64,
+    ngram_signs=True,
+    smear=True,
+    attn_gate=True,
+    key_offset=True,
+    paired_layers=(1,),
+    skip=(1, 2),
+    backout=2,
+)
+
+
+def small(dtype=torch.float32, run=None, **fields):
+    """(Config, Model) of a small GPT; run: options besides the model's."""
+    rows = dict(row_len=24, val_row_len=24, batch_tokens=(24,))
+    c = tg.configure(**model_fields(**fields), **(rows | (run or {})))
+    return c, tiny_model(dtype=dtype, **fields)[1]
+
+
+def everything(dtype=torch.float32, **fields):
+    """The same with every part of the model switched on."""
+    return small(dtype, **(EVERY_PART | fields))
 
 
 def make_run(folder, c, model, step=7, checkpoint=None):
     """A finished run's folder, and with `checkpoint` a folder with one, of random masters."""
-    config = tg.dataclasses.asdict(c)
+    config = flat(c)
     with Log(folder, 20) as log:
         source = source_of({"train_gpt.py": b"the source"})
         log.header(source, environment=dict(git_commit="abc"), config=config, data="f00d")
@@ -157,22 +168,19 @@ def test_the_rebuilt_model_computes_the_same(tmp_path, capsys):
     c, model = everything()
     assert main(capsys, make_run(tmp_path / "run", c, model), "--to", tmp_path / "out")[0] == 0
     config, weights = rebuild(tmp_path / "out")
-    again = tg.Config(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in config["training"].items()}
-    )
-    other = tg.GPT(again, 257)
-    assert (config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]) == (
-        len(other.embed),
-        32,
-        4,
-    )
+    again = template_config(config["training"])
+    assert again == c.model
+    other = gpt.Model(again, 257, 24)
+    sizes = config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]
+    assert sizes == (len(other.embed), 32, 4)
     with torch.no_grad():
         for name, p in other.named_parameters():
             if p.numel():
                 p.copy_(weights.pop(name))
     assert not weights
     inputs, targets = torch.randint(257, (2, 1, 24))
-    batch = inputs, targets, torch.tensor([0, 10, 24], dtype=torch.int32), tg.stage_at(c, 0.0)
+    cu_seqlens = torch.tensor([0, 10, 24], dtype=torch.int32)
+    batch = inputs, targets, cu_seqlens, c.model.stage(0.0, 24)
     assert torch.equal(other(*batch), model(*batch))
 
 
@@ -184,23 +192,24 @@ def test_no_element_is_lost_or_doubled(fields):
         "new_table": torch.randn(3, 5),
         "a.new.scalar": torch.randn(()),
     }
-    out = unstack(tensors, tg.dataclasses.asdict(c))
+    out = unstack(tensors, c.model)
     assert torch.equal(bits(out.values()), bits(tensors.values()))
     assert torch.equal(out["new_table"], tensors["new_table"]) and out["a.new.scalar"].shape == ()
-    own = {name for name, t in tensors.items() if t.numel()} - LAYERS.keys() - NAMES.keys()
-    assert own <= out.keys() and all(
-        re.fullmatch(r"model\.layers\.\d+\..+\.weight", name)
-        or name in own
-        or name in NAMES.values()
-        for name in out
-    )
+    elsewhere = c.model.field_names()
+    own = {name for name, t in tensors.items() if t.numel()} - elsewhere.keys()
+    single = {name for name in elsewhere.values() if isinstance(name, str)}
+    assert own <= out.keys()
+    for name in out.keys() - own - single:
+        assert re.fullmatch(r"model\.layers\.\d+\..+\.weight", name), name
 
 
 def test_every_bank_of_the_model_is_in_the_table():
     """A parameter with a matrix per layer would pass as it is, which is right but unkind."""
-    _, model = everything()
-    assert LAYERS.keys() | NAMES.keys() <= {name for name, _ in model.named_parameters()}
-    assert all(name in LAYERS for name, _ in model.named_parameters() if name.endswith("_bank"))
+    c, model = everything()
+    elsewhere = c.model.field_names()
+    names = {name for name, _ in model.named_parameters()}
+    assert elsewhere.keys() <= names
+    assert {name for name in names if name.endswith("_bank")} <= elsewhere.keys()
 
 
 def test_a_tensor_without_dimensions_and_odd_names_survive(tmp_path):
@@ -242,7 +251,7 @@ def test_shards(tmp_path, capsys, monkeypatch, size):
 
 
 def test_a_tied_model_says_so(tmp_path, capsys):
-    c, model = tiny_model(steps=20, tied=0.5)
+    c, model = small(tied=0.5, run=dict(steps=20))
     for step, tied in ((10, True), (11, False)):
         run = make_run(tmp_path / f"run{step}", c, model, step)
         assert main(capsys, run, "--to", tmp_path / f"out{step}")[0] == 0
@@ -253,9 +262,7 @@ def test_a_tied_model_says_so(tmp_path, capsys):
 
 
 def test_no_pickle_and_no_path_of_this_machine(tmp_path, capsys):
-    c, model = tiny_model(
-        **{name: str(tmp_path / name) for name in ("cache_dir", "run_dir", "text")}
-    )
+    c, model = small(run={n: str(tmp_path / n) for n in ("cache_dir", "run_dir", "text")})
     assert main(capsys, make_run(tmp_path / "run", c, model), "--to", tmp_path / "out")[0] == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
     assert str(tmp_path) not in (tmp_path / "out/config.json").read_text()
@@ -276,7 +283,10 @@ from torch.distributed.tensor import Shard, init_device_mesh, zeros
 dist.init_process_group("gloo")
 mesh, reader = init_device_mesh("cpu", (2,)), HuggingFaceStorageReader(sys.argv[1])
 found = reader.read_metadata().state_dict_metadata
-state = {name: zeros(*about.size, device_mesh=mesh, placements=[Shard(0)]) for name, about in found.items()}
+state = {
+    name: zeros(*about.size, device_mesh=mesh, placements=[Shard(0)])
+    for name, about in found.items()
+}
 dcp.load(state, storage_reader=reader)
 for name, t in load_file(sys.argv[1] + "/model.safetensors").items():
     assert torch.equal(state[name].full_tensor(), t), name
@@ -308,7 +318,7 @@ def refused(result, to, *said):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    c, model = tiny_model()
+    c, model = small()
     masters = {name: p.detach() for name, p in model.named_parameters() if p.numel()}
     return make_run(tmp_path_factory.mktemp("finished") / "run", c, model, checkpoint=masters)
 
@@ -369,14 +379,14 @@ def test_broken_descriptions(copy, tmp_path, capsys, name, text, said):
 def test_weights_of_another_configuration(copy, tmp_path, capsys):
     """Rather none than matrices under wrong names."""
     config = (copy / "config.json").read_text()
-    (copy / "config.json").write_text(config.replace('"n_layer": 3', '"n_layer": 2'))
+    (copy / "config.json").write_text(config.replace('"n_layer": 3', '"n_layer": 4'))
     refused(
         main(capsys, copy, "--to", tmp_path / "out"),
         tmp_path / "out",
-        "attn_bank has 12 matrices, expected 8",
+        "attn_bank has 12 matrices, expected 16",
     )
     save_file({"w": torch.zeros(3)}, copy / "model.safetensors")
-    refused(main(capsys, copy, "--to", tmp_path / "out"), tmp_path / "out", "KeyError: 'embed'")
+    refused(main(capsys, copy, "--to", tmp_path / "out"), tmp_path / "out", "KeyError('embed')")
 
 
 def test_a_target_that_is_taken_or_cannot_be_made(finished, tmp_path, capsys):
@@ -536,7 +546,5 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     exec(python, {})
     assert f"{sum(p.numel() for p in model.parameters()):,} elements" in capsys.readouterr().out
     listed = set(re.findall(r"^\| `([\w.{}]+)`", page, re.MULTILINE))
-    out = unstack(
-        {name: p.detach() for name, p in model.named_parameters()}, tg.dataclasses.asdict(c)
-    )
+    out = unstack({name: p.detach() for name, p in model.named_parameters()}, c.model)
     assert {re.sub(r"\.\d+\.", ".{i}.", name) for name in out} <= listed

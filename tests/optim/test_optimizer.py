@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import PIECES
+from optim.updates import join
 from torch import nn
 
 from kernels.polar_express import COEFFICIENTS
 from optim import shards, updates
-from optim.updates import join
 from runtime.state import gather_optimizer, load_optimizer
 from train_gpt import GPT, Config, Optimizer, Rule, World, parameter_table, stage_at
 

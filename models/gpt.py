@@ -1,0 +1,621 @@
+"""The speedrun's template: a decoder-only transformer with the public record's main parts.
+
+The matrices of all layers that have the same shape are one parameter (a bank), so that the
+optimizer orthogonalises them in one batch and ranks share them out evenly. Parts that are switched
+off have no elements. The parts and their sources are in docs/recipe.md.
+
+Shapes: B rows, T tokens in a row, C width, H heads, D head width, V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+import math
+import typing
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from base.options import (
+    BY_STAGE,
+    FRACTION,
+    PAIR,
+    POSITIVE,
+    Options,
+    by_stage,
+    option,
+    refuse,
+    stage_number,
+)
+from data.loader import IGNORE
+from kernels import choose_ops, embedding
+from kernels.cross_entropy import sample_vocabulary
+from optim import Adam, Muon, RowAdam
+
+from .parts import (
+    GATE_INPUTS,
+    document_starts,
+    draw,
+    gate,
+    later_targets,
+    previous,
+    rope_frequencies,
+    softcap,
+    yarn_scale,
+)
+
+# Logits that exist at one time in validation: 0.8 GB in bf16, where a row of 65,536 tokens with
+# GPT-2's vocabulary would have 6.6 GB
+VAL_LOGITS = 8192 * 50304
+RECOMPUTED_TOKENS = 4096  # whose logits exist at one time where memory is short
+
+SAMPLED = (
+    lambda ns: ns and all(n >= 0 and n % 64 == 0 for n in ns),
+    "multiples of 64, or 0",
+)
+
+
+class Stage(typing.NamedTuple):
+    """What the graph of a step depends on."""
+
+    windows: tuple  # tokens that a query sees behind it, by layer
+    max_doc_len: int  # no document is longer
+    attn_scale: float
+    tied: bool  # whether the head is the embedding as well
+    n_targets: int  # next tokens that each one predicts
+    n_sampled: int  # tokens in the softmax, 0 for all
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    """Shape and parts of the model. Each tuple with entries by stage divides training equally."""
+
+    n_layer: int = option(4, "transformer blocks", POSITIVE, group="model")
+    n_embd: int = option(256, "width", (lambda n: n >= GATE_INPUTS, f"{GATE_INPUTS} or more"))
+    n_head: int = option(4, "attention heads", POSITIVE)
+    mlp_ratio: int = option(4, "hidden width of the MLP over n_embd", POSITIVE)
+    value_embed_layers: tuple[int, ...] = option(
+        (0, 3), "layers whose values get a second token embedding"
+    )
+    n_gram: int = option(
+        1, "every n-gram up to this length has an embedding, hashed; 1 is tokens only", POSITIVE
+    )
+    ngram_rows: int = option(16384, "rows of the table for each of these lengths", POSITIVE)
+    ngram_signs: bool = option(False, "each n-gram flips the signs of its row in a way of its own")
+    smear: bool = option(
+        False, "add a gated share of the previous token's embedding to each token's"
+    )
+    attn_gate: bool = option(False, "each head's output has a gate, a function of the token")
+    key_offset: bool = option(
+        False, "half of each key is its predecessor's, in layers that see far"
+    )
+    paired_layers: tuple[int, ...] = option((), "layers where two heads see each other's keys")
+    skip: tuple[int, ...] = option(
+        (), "two layers: the second has no attention but the first one's output"
+    )
+    backout: int = option(-1, "a layer whose output is taken out of the last one's; -1 is none")
+    attn_scale: float = option(
+        1.36, "of normalised queries and keys, times head width to the power of -1/2", POSITIVE
+    )
+    softcap: tuple[float, ...] = option(
+        (), "a, b and c: logits become a * sigmoid((z + b) / c); empty leaves them"
+    )
+    rope_base: float = option(1024.0, "longest rotary wavelength over 2 pi, in tokens", POSITIVE)
+    long_layers: tuple[int, ...] = option((), "layers that see as far as the last one does")
+    short_window: tuple[int, ...] = option(
+        (256,), "tokens a query sees behind it in most layers, by stage", BY_STAGE
+    )
+    long_window: tuple[int, ...] = option(
+        (256,), "the same in long_layers and the last one, by stage", BY_STAGE
+    )
+    val_windows: tuple[int, ...] = option(
+        (), "short and long window in validation; empty means the last stage's", PAIR
+    )
+    yarn: bool = option(False, "rotary frequencies and attention's scale follow the long window")
+    mtp: tuple[int, ...] = option(
+        (1,), "next tokens each one predicts, by stage; the farthest fades out", BY_STAGE
+    )
+    sampled_softmax: tuple[int, ...] = option(
+        (0,),
+        "tokens the training loss chooses among, by stage: the targets of a forward pass, which "
+        "should be fewer, and random others; 0 is all",
+        SAMPLED,
+    )
+    tied: float = option(
+        0.0, "fraction of training in which the head is the embedding as well", FRACTION
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        layers = range(self.n_layer)
+        in_words = f"layers from 0 to {self.n_layer - 1}"
+        if self.n_embd % (4 * self.n_head):
+            self.refuse("n_embd", f"a multiple of 4 * n_head ({4 * self.n_head})")
+        for field in "value_embed_layers", "long_layers", "paired_layers":
+            if not all(i in layers for i in getattr(self, field)):
+                self.refuse(field, in_words)
+        if self.paired_layers and self.n_head % 2:
+            self.refuse("paired_layers", f"{in_words}, and an even n_head")
+        if self.skip and not self.skip_is_valid():
+            self.refuse(
+                "skip",
+                "an earlier and a later layer, the later one without pairs and value embeddings, "
+                "or none",
+            )
+        if not -1 <= self.backout < self.n_layer - 1:
+            self.refuse("backout", "a layer before the last, or -1")
+        if self.softcap and not self.softcap_is_valid():
+            self.refuse("softcap", "three numbers, or none")
+
+    def refuse(self, field, expected):
+        refuse(field, getattr(self, field), expected)
+
+    def skip_is_valid(self):
+        if len(self.skip) != 2:
+            return False
+        source, target = self.skip
+        taken = self.paired_layers + self.value_embed_layers
+        return 0 <= source < target < self.n_layer and target not in taken
+
+    def softcap_is_valid(self):
+        return (
+            len(self.softcap) == 3
+            and all(math.isfinite(x) for x in self.softcap)
+            and self.softcap[2] != 0
+        )
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def attn_layers(self):
+        """Layers that have attention."""
+        return [i for i in range(self.n_layer) if i not in self.skip[1:]]
+
+    def sees_far(self, layer):
+        return layer in self.long_layers or layer == self.n_layer - 1
+
+    def windows(self, short, long):
+        """The window of each layer."""
+        return tuple(long if self.sees_far(i) else short for i in range(self.n_layer))
+
+    def long_windows(self, progress):
+        """Long windows of the stages so far, if rotary frequencies follow them."""
+        if not self.yarn:
+            return ()
+        return self.long_window[: stage_number(self.long_window, progress) + 1]
+
+    def stage(self, progress, max_doc_len):
+        """The Stage at this progress."""
+        short = by_stage(self.short_window, progress)
+        long = by_stage(self.long_window, progress)
+        scale = self.attn_scale * self.head_dim**-0.5
+        if self.yarn:
+            scale *= yarn_scale(self.long_windows(progress))
+        return Stage(
+            windows=self.windows(short, long),
+            max_doc_len=max_doc_len,
+            attn_scale=scale,
+            tied=progress < self.tied,
+            n_targets=by_stage(self.mtp, progress),
+            n_sampled=by_stage(self.sampled_softmax, progress),
+        )
+
+    def val_stage(self, stage, max_doc_len):
+        """The same for validation: windows of the end, one target, all tokens in the softmax."""
+        short, long = self.val_windows or (self.short_window[-1], self.long_window[-1])
+        return stage._replace(
+            windows=self.windows(short, long), max_doc_len=max_doc_len, n_targets=1, n_sampled=0
+        )
+
+    def target_weights(self, progress):
+        """1, 1/2, 1/4, ... for the next tokens that are predicted; the farthest fades out over its
+        stage. None for one."""
+        n = by_stage(self.mtp, progress)
+        if n == 1:
+            return None
+        left = 1 - (progress * len(self.mtp) - stage_number(self.mtp, progress))
+        weights = [0.5**k for k in range(n)]
+        weights[-1] *= max(0.0, left)
+        return weights
+
+    # ----------------------------------------------------------------------------------------------
+    # What others call it
+
+    def field_names(self):
+        """{parameter: names of its matrices along dim 0, or one name}; ".T": stored transposed.
+
+        Parameters that are not here have no other name.
+        """
+
+        def in_layers(layers, *matrices):
+            return [f"model.layers.{i}.{matrix}" for i in layers for matrix in matrices]
+
+        qkvo = [f"self_attn.{x}_proj.weight" for x in "qkvo"]
+        attn = self.attn_layers
+        value = self.value_embed_layers
+        return {
+            "embed": "model.embed_tokens.weight",
+            "lm_head": "lm_head.weight",
+            "attn_bank": in_layers(attn, *qkvo),
+            "attn_gates": in_layers(attn, "self_attn.output_gate.weight"),
+            "value_embeds": in_layers(value, "self_attn.value_embed.weight"),
+            "value_gates": in_layers(value, "self_attn.value_gate.weight"),
+            "mlp_bank": in_layers(
+                range(self.n_layer), "mlp.up_proj.weight", "mlp.down_proj.weight.T"
+            ),
+        }
+
+    def field_config(self, progress):
+        """Sizes and parts under the field's names, for weights of this progress."""
+        return dict(
+            architectures=["StopwatchGPT"],
+            model_type="stopwatch",
+            hidden_size=self.n_embd,
+            num_hidden_layers=self.n_layer,
+            num_attention_heads=self.n_head,
+            head_dim=self.head_dim,
+            intermediate_size=self.mlp_ratio * self.n_embd,
+            hidden_act="relu2",
+            rope_theta=self.rope_base,
+            tie_word_embeddings=progress < self.tied or self.tied == 1,
+        )
+
+
+class Model(nn.Module):
+    """The transformer; models/__init__.py says what its methods are for."""
+
+    def __init__(self, c, n_vocab, max_len, dtype=torch.float32, ops=None):
+        super().__init__()
+        self.c = c
+        self.n_vocab = n_vocab
+        self.dtype = dtype  # of large parameters and activations
+        self.ops = ops or choose_ops("cpu")
+        self.recompute = False
+
+        def parameter(*shape, dtype=dtype):
+            return nn.Parameter(torch.zeros(shape, dtype=dtype))
+
+        L = c.n_layer
+        C = c.n_embd
+        H = c.n_head
+        V = -(-n_vocab // 64) * 64  # padded: GPUs like multiples of 64
+        n_attn = len(c.attn_layers)
+        n_value = len(c.value_embed_layers)
+        self.embed = parameter(V, C)
+        self.lm_head = parameter(V, C)
+        self.value_embeds = parameter(n_value, V, C)
+        self.ngram_embeds = parameter(c.n_gram - 1, c.ngram_rows, C)
+        self.attn_bank = parameter(n_attn * 4, C, C)  # Q, K, V, O of one layer, of the next, ...
+        self.mlp_bank = parameter(L * 2, c.mlp_ratio * C, C)  # up, down transposed, ...
+        # Small ones are fp32
+        self.value_gates = parameter(n_value, H, GATE_INPUTS, dtype=torch.float32)
+        self.attn_gates = parameter(n_attn * c.attn_gate, H, GATE_INPUTS, dtype=torch.float32)
+        self.smear_gate = parameter(int(c.smear), GATE_INPUTS, dtype=torch.float32)
+        self.lambdas = parameter(L, 2, dtype=torch.float32)  # of residual stream, of embedding
+        self.scalars = parameter(3, dtype=torch.float32)  # weights of smear, skip and backout
+
+        # Rotary tables, filled by enter(); paired heads take turns in rows of twice the length
+        n_positions = max_len * (2 if c.paired_layers else 1)
+        for name in "cos", "sin":
+            table = torch.zeros(n_positions, 1, c.head_dim // 2, dtype=dtype)
+            self.register_buffer(name, table, persistent=False)
+        # Signs for n-grams that share a row, drawn once and for all
+        g = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (1024 * c.ngram_signs, C), generator=g, device="cpu")
+        self.register_buffer("signs", (2 * signs - 1).to(self.cos), persistent=False)
+        self.enter(0.0)
+        mlps = [self.ops.new_mlp() for _ in range(L)]
+        self.mlps = nn.ModuleList(mlps) if self.ops.fp8 else mlps
+
+    # ----------------------------------------------------------------------------------------------
+    # Weights and buffers
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Outputs of all blocks start at zero, so that the model starts as embedding -> head."""
+
+        def normal(name, std):
+            self.get_parameter(name).copy_(draw(name, self.get_parameter(name).shape, seed, std))
+
+        std = 0.5 * self.c.n_embd**-0.5
+        normal("embed", 1.0)
+        self.ngram_embeds.zero_()
+        normal("lm_head", 0.005)
+        normal("value_embeds", 0.01)
+        normal("attn_bank", std)
+        self.attn_bank[3::4].zero_()
+        normal("mlp_bank", std)
+        self.mlp_bank[1::2].zero_()
+        for gates in self.value_gates, self.attn_gates, self.smear_gate:
+            gates.zero_()
+        self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand_as(self.lambdas))
+        self.scalars.copy_(torch.tensor([0.0, 0.2, -0.5]))
+        for scale in self.scales():
+            scale.reset()
+
+    def enter(self, progress):
+        """Fill the rotary tables for the stage that this progress is in."""
+        if self.cos.is_meta:
+            return
+        n = self.c.head_dim // 4  # frequencies; the other half of the pairs stands still
+        freqs = rope_frequencies(self.c.rope_base, n, self.c.long_windows(progress))
+        freqs = F.pad(freqs.to(self.cos.device), (0, n))  # (D / 2,)
+        positions = torch.arange(len(self.cos), device=freqs.device)
+        angles = positions[:, None] * freqs  # (T, D / 2)
+        self.cos.copy_(angles.cos()[:, None])
+        self.sin.copy_(angles.sin()[:, None])
+
+    def scales(self):
+        """What FP8 products know of the activations they multiply; [] without them."""
+        return [mlp.post for mlp in self.mlps if hasattr(mlp, "post")]
+
+    def after_step(self):
+        for scale in self.scales():
+            scale.roll()
+
+    def state(self):
+        return {f"fp8_scale.{i}": scale.scale for i, scale in enumerate(self.scales())}
+
+    def successors(self, before, after):
+        """The embedding leaves the head, whose weights and moments it takes along."""
+        stays = after is not None and after.tied
+        return {"embed": "lm_head"} if before.tied and not stays else {}
+
+    # ----------------------------------------------------------------------------------------------
+    # Forward
+
+    def hidden(self, inputs, cu_seqlens, stage):
+        """inputs: (B, T) int64; stage: a Stage -> (B, T, C) ready for the head."""
+        c = self.c
+        ops = self.ops
+        starts = document_starts(inputs, cu_seqlens)  # (B, T)
+        attn = dict(zip(c.attn_layers, self.attn_bank.view(-1, 4 * c.n_embd, c.n_embd).unbind(0)))
+        attn_gates = dict(zip(c.attn_layers, self.attn_gates.unbind(0)))
+        mlp = self.mlp_bank.unbind(0)
+        values = zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))
+        value_embeds = dict(zip(c.value_embed_layers, values))
+        smear, skip, backout = self.scalars.unbind(0)
+
+        # Tokens, and the n-grams that end at them
+        x = embedding(inputs, self.lm_head if stage.tied else self.embed)  # (B, T, C)
+        if c.tied:
+            x = ops.rms_norm(x)  # to the size of the n-grams' embeddings
+        x = ops.rms_norm(x + self.embed_ngrams(inputs, starts))
+        # Smear: a gated share of the token before
+        for w_gate in self.smear_gate.unbind(0):
+            share = smear * gate(x, w_gate[None])  # (B, T, 1)
+            x = x + share * previous(x, starts[..., None], torch.zeros_like(x))
+
+        x0 = x
+        outputs = []
+
+        def block(i, x, skipped):
+            x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
+            if i in attn:
+                value_embed = value_embeds.get(i)
+                y = self.attention(
+                    i, x, inputs, starts, cu_seqlens, stage, attn[i], value_embed, attn_gates.get(i)
+                )
+            else:
+                y = skip * skipped  # an earlier layer's output in place of attention
+            h, x = ops.add_rms_norm(x, y)
+            return x + self.mlps[i](h, *mlp[2 * i : 2 * i + 2])
+
+        for i in range(c.n_layer):
+            skipped = None if i in attn else outputs[c.skip[0]]
+            x = self.keep_less(block, i, x, skipped)
+            outputs.append(x)
+        # Backout: what an earlier layer has said is taken out before the head
+        if c.backout >= 0:
+            x = x + backout * outputs[c.backout]
+        return ops.rms_norm(x)
+
+    def attention(self, i, x, inputs, starts, cu_seqlens, stage, weights, value_embed, w_out_gate):
+        """Attention of layer i on x: (B, T, C) -> (B, T, C).
+
+        weights: (4 C, C), of Q, K, V and O; value_embed: None, or (table (V, C), gate (H,
+        GATE_INPUTS)); w_out_gate: (H, GATE_INPUTS) or None.
+        """
+        c = self.c
+        ops = self.ops
+        B, T = inputs.shape
+        H = c.n_head
+        D = c.head_dim
+        h = ops.rms_norm(x)
+        w_qkv, w_o = weights.split([3 * c.n_embd, c.n_embd])
+
+        # Paired heads: heads h and h + H / 2 take turns in time, so that each query sees both
+        # heads' keys. Q, K, V of the first half of the heads come first, then those of the second:
+        # then a view is all it takes
+        pair = i in c.paired_layers
+        n = 2 if pair else 1
+        if pair:
+            w_qkv = w_qkv.view(3, 2, -1, c.n_embd).transpose(0, 1).flatten(0, 2)
+        qkv = F.linear(h, w_qkv).view(B, n * T, 3 * H // n, D)
+        q, k, v = ops.qkv_norm_rope(qkv, self.cos, self.sin)  # (B, n T, H / n, D) each
+
+        # Key offset: what stands still of a key is its predecessor's, so that a query finds what
+        # came after a token
+        if c.key_offset and c.sees_far(i) and not pair:
+            still = torch.arange(D, device=x.device) % (D // 2) >= D // 4
+            k = torch.where(still, previous(k, starts[..., None, None], k), k)
+
+        # Value embedding: a second embedding of the token joins its values, gated by head
+        if value_embed is not None:
+            table, w_gate = value_embed
+            ve = gate(h, w_gate)[..., None] * embedding(inputs, table).view(B, T, H, D)
+            v = v + ve.view(v.shape)
+
+        y = ops.attention(
+            q,
+            k,
+            v,
+            cu_seqlens=n * cu_seqlens,
+            max_seqlen=n * stage.max_doc_len,
+            window=n * stage.windows[i],
+            scale=stage.attn_scale,
+        )
+        if w_out_gate is not None:
+            y = gate(h, w_out_gate)[..., None] * y.reshape(B, T, H, D)
+        return F.linear(y.reshape(B, T, c.n_embd), w_o)
+
+    def embed_ngrams(self, inputs, starts):
+        """Sum of the embeddings of the 2-gram, 3-gram, ... that end at each token, within its
+        document: (B, T, C)."""
+        key = before = inputs
+        total = 0
+        for table in self.ngram_embeds.unbind(0):
+            before = previous(before, starts, torch.zeros_like(before))
+            # An odd factor, so that rows of a power of two still depend on all tokens
+            key = key * (self.n_vocab | 1) + before
+            x = embedding(key % len(table), table)
+            if len(self.signs):  # those that share a row get it with other signs
+                x = x * F.embedding(key // len(table) % len(self.signs), self.signs)
+            total = total + x
+        return total
+
+    def keep_less(self, function, *args):
+        """function(*args); with recompute, backward computes it again instead of keeping what is
+        inside."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def forward(self, inputs, targets, cu_seqlens, stage, target_weights=None):
+        """Summed cross-entropy (fp32 scalar) over the targets that are not padding.
+
+        target_weights: (n,) fp32 for predicting the n next tokens from each, None for one.
+        """
+        x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
+        starts = document_starts(inputs, cu_seqlens)
+        targets = later_targets(targets, starts, stage.n_targets).flatten(0, 1)  # (B T, n)
+
+        # Sampled softmax; seeded by the tokens, so that a resumed run chooses the same
+        w = self.lm_head
+        sampled = None
+        if 0 < stage.n_sampled < len(w):
+            tokens, targets, sampled = sample_vocabulary(
+                targets, len(w), stage.n_sampled, inputs.sum(), IGNORE
+            )
+            w = embedding(tokens, w)
+        loss = functools.partial(
+            self.ops.linear_cross_entropy,
+            cap=self.c.softcap or None,
+            target_weights=target_weights,
+            sampled=sampled,
+        )
+
+        # Only a chunk's logits exist at one time
+        chunk = len(x)
+        if not torch.is_grad_enabled():
+            chunk = VAL_LOGITS // len(w)
+        elif self.recompute:
+            chunk = RECOMPUTED_TOKENS
+        total = 0
+        for h, t in zip(x.split(chunk), targets.split(chunk)):
+            total = total + self.keep_less(loss, h, w, t)
+        return total
+
+    def logits(self, inputs, cu_seqlens, stage, last_only=False):
+        """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""
+        x = self.hidden(inputs, cu_seqlens, stage)
+        if last_only:
+            x = x[:, -1:]
+        logits = F.linear(x, self.lm_head[: self.n_vocab]).float()
+        return softcap(logits, self.c.softcap)
+
+    # ----------------------------------------------------------------------------------------------
+    # What others need to know of the parameters
+
+    def update_rules(self, optim):
+        """Every parameter's rule. Small ones first, the long Muon updates last, so that they hide
+        the others' gathers."""
+        lr = optim.adam_lr
+        decay = optim.weight_decay
+        muon = Muon(
+            optim.muon_lr,
+            weight_decay=decay,
+            normuon=optim.normuon,
+            orthogonalise=self.ops.polar_express,
+        )
+        adam = functools.partial(Adam, every=optim.adam_every)
+        head = adam(lr, betas=(0.75, 0.95), weight_decay=decay / 1.6)
+        if optim.row_moments:
+            tables = RowAdam(lr * 75, beta2=0.95, weight_decay=decay / 50, every=optim.adam_every)
+        else:
+            tables = adam(lr * 75, betas=(0.75, 0.95), weight_decay=decay / 50)
+        # Every block's input is normalised, so while the blocks' outputs are zero these have
+        # rounding errors for gradients: the larger eps keeps Adam from blowing those up to full
+        # steps
+        scalars = adam(lr * 5, betas=(0.9, 0.99), eps=1e-6, sharded=False)
+        gates = adam(lr, betas=(0.9, 0.99), sharded=False)
+        return {
+            "lambdas": scalars,
+            "scalars": scalars,
+            "smear_gate": gates,
+            "attn_gates": gates,
+            "value_gates": gates,
+            "value_embeds": tables,
+            "embed": head if self.c.tied else tables,
+            "ngram_embeds": tables,
+            "lm_head": head,
+            "attn_bank": muon,
+            "mlp_bank": muon,
+        }
+
+    def flops_per_token(self, stage):
+        """Training FLOPs per token: 6 per matrix weight in use, and attention over half of what
+        windows let it see."""
+        c = self.c
+        V = len(self.lm_head)
+        head = min(stage.n_sampled or V, V) * c.n_embd
+        matrices = self.attn_bank.numel() + self.mlp_bank.numel() + head
+        seen = 0  # keys
+        for i in c.attn_layers:
+            heads = 2 if i in c.paired_layers else 1
+            seen += heads * min(stage.windows[i], stage.max_doc_len)
+        return 6 * matrices + 12 * c.n_embd * seen / 2
+
+    def activation_bytes(self, rows, row_len, recompute):
+        """Bytes kept for backward, of activations and of logits.
+
+        Of activations there are about 12 widths a layer besides the MLP's, and 4 a value embedding;
+        with recompute one width a layer, and one layer's while it is computed again. Logits are
+        there once for as many tokens as are computed at one time.
+        """
+        c = self.c
+        size = self.embed.element_size()
+        tokens = rows * row_len
+        layer = (12 + c.mlp_ratio) * c.n_embd
+        if recompute:
+            widths = c.n_layer * c.n_embd + layer
+        else:
+            widths = c.n_layer * layer + 4 * len(c.value_embed_layers) * c.n_embd
+
+        ops = self.ops.named()
+        scores = 0  # which attention by PyTorch's plain means keeps
+        if ops["attention"] in ("blockwise", "sdpa"):
+            kept = []
+            for i in range(c.n_layer):
+                window = max(c.long_window if c.sees_far(i) else c.short_window)
+                kept.append(min(2 * window, row_len))
+            kept.sort(reverse=True)
+            if recompute:
+                kept = kept[:1]
+            scores = 4 * tokens * c.n_head * sum(kept)
+
+        if ops["linear_cross_entropy"] == "fp8":
+            per_logit = 3  # bf16, and a gradient of one byte
+        elif ops["linear_cross_entropy"] == "triton":
+            per_logit = size  # the gradient overwrites the logit
+        else:
+            per_logit = 2 * size + 4  # logit, gradient and, in passing, fp32
+        V = len(self.embed)
+        columns = max(min(n or V, V) for n in c.sampled_softmax)
+        at_once = min(tokens, RECOMPUTED_TOKENS) if recompute else tokens
+        return dict(
+            activations=tokens * size * widths + scores, logits=at_once * columns * per_logit
+        )

@@ -1,0 +1,146 @@
+"""The optimizer: every parameter by its rule, shared out over the ranks of each machine."""
+
+import torch
+
+from .masters import new_companion
+from .rule import Turn
+from .shards import Shard
+
+
+class Optimizer:
+    """Updates parameters by their rules.
+
+    Each gradient is reduced to parts, a part's owner updates it, the weights are gathered; all of
+    it overlaps between parameters. A part is what the rule's parts() shares out: elements, rows of
+    a table or whole matrices. For bf16 weights the owner keeps what makes them exact fp32 masters.
+
+    rules: {parameter name: Rule} for all parameters of the model, in the order in which gradients
+    are reduced and updated. Small ones should come first and long updates last, so that they hide
+    the others' gathers.
+    """
+
+    def __init__(self, model, rules, world, compile=False, skips=False):
+        """world: a World; skips: whether a run goes on after steps that do not count."""
+        self.params = dict(model.named_parameters())
+        assert rules.keys() == self.params.keys(), "the rules must name every parameter"
+        # Parts of a model that are switched off have no elements
+        self.rules = {name: rule for name, rule in rules.items() if self.params[name].numel()}
+        self.world = world
+        self.compile = compile
+        self.skips = skips
+        self.compiled = {}  # function -> the same, compiled
+        self.reset()
+
+    def fast(self, f):
+        """A pointwise function, compiled where the run compiles.
+
+        On a CPU one compiled function on flat tensors serves every parameter; on a GPU there is one
+        for each size, since Inductor vectorises loads where it knows the size.
+        """
+        if not self.compile:
+            return f
+        if f not in self.compiled:
+            dynamic = not next(iter(self.params.values())).is_cuda
+            self.compiled[f] = torch.compile(f, fullgraph=True, dynamic=dynamic)
+        return self.compiled[f]
+
+    def scalar(self, x):
+        """A hyperparameter: compiled code takes a 0-d tensor, for which a new value compiles
+        nothing."""
+        return torch.tensor(x, dtype=torch.float32) if self.compile else float(x)
+
+    @torch.no_grad()
+    def reset(self):
+        """Moments at zero, nothing below the weights' last bit, no gradients."""
+        self.shards = {}
+        self.state = {}  # parameter name -> {"companion": ..., and the rule's moments}
+        self.step_count = 0
+        for name, rule in self.rules.items():
+            shard = Shard(rule.parts(self.params[name].data), self.world, rule.sharded)
+            self.shards[name] = shard
+            self.state[name] = dict(companion=new_companion(shard.own), **rule.new_state(shard.own))
+            self.params[name].grad = None
+
+    @torch.no_grad()
+    def step(self, lr_scale, momentum, ok=None):
+        """One update from .grad, summed over micro-batches; it is summed over ranks here.
+
+        Clears .grad of what it updates. ok: None, or a 0-d bool tensor on the device: where it is
+        False, weights and moments stay as they are.
+        """
+        self.step_count += 1
+        on_gpu = ok is not None and ok.device.type != "cpu"
+        if ok is not None and not on_gpu:
+            # Known already, and checks in every pass would cost 5% of the step
+            if not ok:
+                self.drop_gradients()
+            ok = None
+
+        names = []
+        for name in self.waiting():
+            if self.step_count % self.rules[name].every == 0:
+                names.append(name)
+
+        # Start all sums over ranks, first inside each machine, then across machines
+        reduced = {}
+        for name in names:
+            reduced[name] = self.shards[name].reduce(self.params[name].grad)
+        for name in names:
+            reduced[name] = self.shards[name].reduce_across(*reduced[name])
+
+        gathers = []
+        for name in names:
+            work, grad = reduced[name]
+            if work is not None:
+                work.wait()
+            self.update(name, grad, lr_scale, momentum, ok)
+            gathers.append(self.shards[name].gather())
+            self.params[name].grad = None
+        for finish in gathers:
+            finish()
+
+        # What waits for its turn is part of a later sum, unless this step does not count
+        if on_gpu and self.skips:
+            for name in self.waiting():
+                self.params[name].grad.masked_fill_(~ok, 0)
+
+    def update(self, name, grad, lr_scale, momentum, ok):
+        """Update the rows of one parameter that this rank owns; grad is padded to equal parts."""
+        own = self.shards[name].own
+        if not len(own):
+            return
+        rule = self.rules[name]
+        count = self.step_count // rule.every
+        turn = Turn(lr_scale, momentum, count, ok, self.scalar, self.fast)
+        state = self.state[name]
+        # .data: compiled code would look at what a view is a view of
+        rule.update(own.data, state["companion"], grad[: len(own)].data, state, turn)
+
+    def waiting(self):
+        """Names of parameters that have a gradient: between steps, those that wait for a turn."""
+        return [name for name in self.rules if self.params[name].grad is not None]
+
+    def is_settled(self):
+        """Whether no gradient waits for a later step: then a checkpoint holds everything."""
+        return not self.waiting()
+
+    def drop_gradients(self):
+        for name in self.waiting():
+            self.params[name].grad = None
+
+    def gradients(self):
+        """{parameter: gradient or None}, the same names on all ranks."""
+        return {name: self.params[name].grad for name in self.rules}
+
+    @torch.no_grad()
+    def copy(self, successors):
+        """{parameter: another one}: it gets the other's weights, moments and waiting gradient, as
+        copies."""
+        for target, source in successors.items():
+            self.params[target].data.copy_(self.params[source].data)
+            for key, x in self.state[source].items():
+                if x is not None:
+                    self.state[target][key].copy_(x)
+            grad = self.params[source].grad
+            if grad is not None:
+                self.params[target].grad = grad.clone()

@@ -1,0 +1,269 @@
+"""Where a run is, what is asked of it, and what it leaves behind: everything around a loop.
+
+A program's loop asks a Session in words: which step comes next, is a validation due, is it over, is
+a checkpoint due. The loop does the work and tells the Session what came of it.
+
+What ranks ask for (to stop, to save, to end because time is over) travels with the guard's report
+of a step as votes, so that all of them act on it in the same step.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import math
+import signal
+import time
+
+from base import InputError
+from base.options import interval, seconds
+from records.metrics import VAL_LOSS, better, meets
+
+from .machine import Clock, wait_for_first_rank
+from .options import flat
+from .signals import Interrupted
+from .state import State
+
+VOTES = ("stop", "save", "end")
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a run is: what a checkpoint keeps besides tensors."""
+
+    step: int = 0  # the last one that was taken
+    tokens: int = 0
+    flops: float = 0.0
+    train_time: float = 0.0  # seconds
+    metrics: dict = dataclasses.field(default_factory=dict)  # of the last validation
+    validated: int = -1  # its step
+    best: float | None = None  # lowest validation loss
+    since_best: int = 0  # validations since
+    skipped: int = 0  # steps whose update did not count
+    resumed_at: list = dataclasses.field(default_factory=list)
+
+
+class Session:
+    """One run of a program, from its first step or the one where it was stopped."""
+
+    def __init__(self, setup, log, requests, store=None, found=None):
+        """setup: a trainer's Setup, with config, world, data, model, optimizer, guard, environment
+        and peak; log: Log; requests: what signals ask for; store: Checkpoints, on the first rank,
+        or None; found: (tensors, meta) of a checkpoint to go on from, or None."""
+        config = setup.config
+        self.goal = config.goal
+        self.options = config.run
+        self.max_skips = config.guard.max_skips
+        self.steps_in_all = config.schedule.steps
+        self.state = State(setup.model, setup.optimizer, setup.guard, setup.world)
+        self.peak = setup.peak
+        self.log = log
+        self.requests = requests
+        self.store = store
+        self.about = dict(  # what a checkpoint's meta says besides the position
+            config=flat(config),
+            data_fingerprint=setup.data.dataset.fingerprint,
+            environment=setup.environment,
+        )
+        self.at = Position()
+        if found:
+            tensors, meta = found
+            self.at = Position(**meta["progress"])
+            self.at.resumed_at.append(self.at.step)
+            self.state.restore(tensors, self.at.step)
+        self.first = self.at.step
+        self.wanted = set()  # which votes have been seen
+        self.better = False  # whether this step's validation was the best so far
+        self.clock = Clock(setup.world.device, self.at.train_time)
+        self.save_steps, self.save_seconds = interval(self.options.checkpoint_every)
+        self.save_at = time.monotonic() + self.save_seconds
+        self.max_time = seconds(self.options.max_time) if self.options.max_time else math.inf
+
+    # ----------------------------------------------------------------------------------------------
+    # What the loop asks
+
+    def steps(self):
+        """Yield the numbers of the steps to take: 1, 2, ... or from where the run was stopped."""
+        if not self.is_over():
+            yield from range(self.at.step + 1, self.steps_in_all + 1)
+
+    def votes(self):
+        """This rank's votes, for the guard's report of this step.
+
+        When a checkpoint is due by time, the first rank's clock says so.
+        """
+        due = self.state.world.rank == 0 and time.monotonic() > self.save_at
+        save = self.requests.save or due
+        self.requests.save = False
+        return self.requests.stop > 0, save, self.clock.now() > self.max_time
+
+    def validates(self):
+        """Whether a validation is due behind this step."""
+        if "stop" in self.wanted:
+            return False
+        return self.is_validation_step()
+
+    def missed_validation(self):
+        """Whether a signal stopped the run in a step before its validation."""
+        at = self.at
+        return at.step > 0 and self.is_validation_step() and at.validated != at.step
+
+    def is_validation_step(self):
+        if self.at.step == self.steps_in_all or "end" in self.wanted:
+            return True
+        return self.at.step % self.options.eval_every == 0
+
+    def is_over(self):
+        """Whether the step behind us was the last."""
+        at = self.at
+        if self.reached():
+            return True
+        if "end" in self.wanted:
+            return True  # the time is over
+        if self.options.patience and at.since_best >= self.options.patience:
+            return True  # no better validation for too long
+        if at.step >= self.steps_in_all:
+            return True
+        # A signal; while gradients wait for a later step they would not be saved
+        return "stop" in self.wanted and self.state.optimizer.is_settled()
+
+    def reached(self):
+        """Whether the last validation reached the target; None without a target."""
+        if self.goal.target is None:
+            return None
+        value = self.at.metrics.get(self.goal.target_metric)
+        return value is not None and meets(value, self.goal.target)
+
+    def saves(self):
+        """Whether a checkpoint is due behind this step."""
+        if self.better and self.options.keep_best:
+            self.wanted.add("save")
+        if self.save_steps and self.at.step % self.save_steps == 0:
+            self.wanted.add("save")
+        if "save" not in self.wanted or not self.state.optimizer.is_settled():
+            return False
+        self.wanted.discard("save")
+        return True
+
+    # ----------------------------------------------------------------------------------------------
+    # What the loop tells
+
+    def start(self):
+        """The training clock runs from here."""
+        self.clock.start()
+
+    def after_step(self, step, tokens, flops):
+        """This step, of so many tokens and FLOPs over all ranks, is behind us."""
+        self.at.step = step
+        self.at.tokens += tokens
+        self.at.flops += flops
+        self.better = False
+        self.receive(step)
+
+    def receive(self, step):
+        """Look at what the steps up to this one have reported, log and show it."""
+        at = self.at
+        for report in self.state.guard.reports(step):
+            for name, votes in zip(VOTES, report.votes):
+                if votes:
+                    self.wanted.add(name)
+            if report.complaint:
+                at.skipped += 1
+                if at.skipped > self.max_skips:
+                    raise InputError(report.refusal())
+                self.log.say(
+                    f"step {report.step} does not count: {report.complaint} "
+                    f"({at.skipped} of {self.max_skips})"
+                )
+            elapsed = self.clock.now()
+            self.log.step(report.step, self.steps_in_all, "train", report.loss, elapsed)
+            left = elapsed / report.step * (self.steps_in_all - report.step)
+            self.log.progress(
+                report.step,
+                f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "
+                f"{at.flops / elapsed / self.peak:.0%} of peak  "
+                f"{datetime.timedelta(seconds=int(left))} left at most",
+            )
+
+    @contextlib.contextmanager
+    def clock_stopped(self):
+        """Training time stands still inside; all reports are in before."""
+        self.clock.stop()
+        self.receive(math.inf)
+        yield
+        self.clock.start()
+
+    def record(self, metrics):
+        """Take over the metrics of a validation behind this step, {name: value or None}."""
+        at = self.at
+        loss = metrics[VAL_LOSS]
+        if not math.isfinite(loss):
+            raise InputError(
+                f"step {at.step}: the validation loss is {loss}: the run stopped there"
+            )
+        at.metrics = metrics
+        at.validated = at.step
+        self.log.validation(at.step, self.steps_in_all, metrics, self.clock.total)
+        self.better = better(loss, at.best)
+        if self.better:
+            at.best = loss
+            at.since_best = 0
+        else:
+            at.since_best += 1
+
+    def save(self, wait=False):
+        """Write a checkpoint; the training clock goes on, if it runs.
+
+        Returns whether one was begun; with wait, whether it was written.
+        """
+        at = self.at
+        if self.options.checkpoint_every == "off":
+            return False
+        self.receive(math.inf)
+        at.train_time = self.clock.now()
+        self.save_at = time.monotonic() + self.save_seconds
+        tensors = self.state.gather()  # all ranks take part
+        if not self.store:
+            return False
+        meta = dict(self.about, progress=dataclasses.asdict(at))
+        metric = at.metrics[VAL_LOSS] if at.validated == at.step else None
+        saved = self.store.save(at.step, tensors, meta, metric, wait)
+        if not saved and not wait:
+            self.log.say(
+                f"step {at.step}: no checkpoint, since the last one is still being written"
+            )
+        return saved
+
+    def end(self):
+        """Stop the clock and write the last checkpoint. Raises Interrupted when a signal ended the
+        run."""
+        self.clock.stop()
+        saved = self.save(wait=True) if self.at.step > self.first else False
+        if "stop" in self.wanted:
+            then = f"; --resume {self.log.folder} goes on from there" if saved else ""
+            self.log.say(f"stopped at step {self.at.step} by a signal{then}")
+            wait_for_first_rank(self.state.world)
+            raise Interrupted(128 + (self.requests.stop or signal.SIGTERM))
+
+    def result(self):
+        """What became of the run, for its JSON line."""
+        at = self.at
+        environment = self.about["environment"]
+        train_time = self.clock.total
+        return dict(
+            track=self.goal.track,
+            target_metric=self.goal.target_metric,
+            target=self.goal.target,
+            reached=self.reached(),
+            **at.metrics,
+            train_time_s=round(train_time, 3),
+            steps=at.step,
+            tokens=at.tokens,
+            tokens_per_s=round(at.tokens / train_time),
+            peak_share=round(at.flops / train_time / self.peak, 3),
+            device=environment["device"],
+            world_size=environment["world_size"],
+            seed=self.goal.seed,
+            data_fingerprint=self.about["data_fingerprint"],
+            run_dir=str(self.log.folder),
+            resumed_at=at.resumed_at,
+        )
