@@ -1,8 +1,14 @@
-"""What was achieved: take runs into the records, test their losses, compare and draw them, hand
-their weights over.
+"""What was achieved: take finished runs into the records, test their losses against a target,
+compare and draw them. The field's logs (modded-nanogpt's, llm.c's, nanoGPT's, nanochat's) are read
+as well as ours.
 
-Exit status: 0 done (check: passed), 1 check failed, 2 bad input. `python -m records COMMAND --help`
-says more.
+  ./run.sh records check RUN ...               is the mean loss below the target, beyond chance?
+  ./run.sh records compare BEFORE AFTER        what did a change win?
+  ./run.sh records plot RUN ... -o loss.png    loss against time and tokens
+  ./run.sh records add RUN ... --name WORDS    keep finished runs as a record
+  ./run.sh records leaderboard                 write the records' page anew
+
+Exit status: 0 done (check: passed), 1 check failed, 2 bad input.
 """
 
 import argparse
@@ -13,15 +19,11 @@ import sys
 from base import InputError
 
 COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
-    "add": ("add", "", "take finished runs into the records"),
-    "check": (
-        "compare",
-        "check_",
-        "is the mean loss of these runs below the target, beyond chance?",
-    ),
+    "check": ("compare", "check_", "test the losses of a recipe's runs against its target"),
     "compare": ("compare", "", "runs or groups of runs side by side, with speed-ups"),
     "plot": ("plot", "", "draw loss against time and tokens"),
-    "leaderboard": ("leaderboard", "", "the records as a table"),
+    "add": ("add", "", "take finished runs into the records"),
+    "leaderboard": ("leaderboard", "", "write the records' page and chart anew"),
 }
 
 
@@ -32,23 +34,21 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; {self.prog} --help shows what is valid")
 
 
+def layout(prog):
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=100)
+
+
 def main(argv=None):
     """Parse, run the command. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-
-    def layout(prog):
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=110)
-
     parser = Parser(prog="./run.sh records", description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     try:
         for name, (module, prefix, help) in COMMANDS.items():
             command = commands.add_parser(name, help=help, formatter_class=layout)
-            if argv[:1] == [
-                name
-            ]:  # only what is needed: the others' libraries take seconds to load
+            # Only what is needed: the others' libraries take seconds to load
+            if argv[:1] == [name]:
                 module = importlib.import_module(f".{module}", __package__)
-                command.description = module.__doc__
                 getattr(module, f"{prefix}add_arguments")(command)
                 command.set_defaults(run=getattr(module, f"{prefix}run"))
         args = parser.parse_args(argv)

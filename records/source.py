@@ -76,28 +76,29 @@ def named_in(line):
     return match and match.groups()
 
 
-def tar_in(path):
-    """The tar in an archive, as bytes. Raises InputError where there is none."""
+def unpacked(path, most):
+    """The content of a .bz2 file, as bytes. Raises InputError where it is none, or more than
+    `most` bytes."""
     try:
         unpacker = bz2.BZ2Decompressor()
-        content = unpacker.decompress(path.read_bytes(), MOST_BYTES)
+        content = unpacker.decompress(path.read_bytes(), most)
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not unpacker.eof:
-        raise InputError(f"{path}: cut short, or more than {MOST_BYTES:,} bytes; restore it")
+        raise InputError(f"{path}: cut short, or more than {most:,} bytes; restore it")
     return content
 
 
 def digest_of(path):
     """What a log that belongs to this archive says. Raises InputError where it is none."""
-    return hashlib.sha256(tar_in(path)).hexdigest()
+    return hashlib.sha256(unpacked(path, MOST_BYTES)).hexdigest()
 
 
 def files_in(path):
     """{name: content as bytes} of an archive. Raises InputError where it is none."""
     files = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(tar_in(path))) as tar:
+        with tarfile.open(fileobj=io.BytesIO(unpacked(path, MOST_BYTES))) as tar:
             for entry in tar:
                 if entry.isfile():
                     files[entry.name] = tar.extractfile(entry).read()

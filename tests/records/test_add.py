@@ -1,6 +1,7 @@
 """records/add.py: what may become a record does, whole; anything else is refused and leaves
 nothing behind."""
 
+import bz2
 import json
 import os
 import shutil
@@ -11,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import ROOT
 from scipy.stats import ttest_1samp
 
 import records.__main__
-from records.add import FILES, load_run, slugify
+from records.add import load_run, slugify
 from records.compare import losses_to_test, t_test
 from records.read import read_runs
-from records.source import header_line, source_of
+from records.source import ARCHIVE, header_line, pack_source, source_of
 from runtime.log import Log
 
 ENVIRONMENT = dict(
@@ -37,6 +39,8 @@ ENVIRONMENT = dict(
 )
 
 
+FILES = ("log.txt", "metrics.jsonl", "config.json", "result.json")  # of a run
+KEPT = ("log.txt", "metrics.jsonl.bz2", "result.json")  # of a record's seed
 SOURCE = source_of({"train_gpt.py": b"the source\n"})
 ANOTHER = source_of({"train_gpt.py": b"another source\n"})
 
@@ -49,11 +53,12 @@ def make_run(
     steps=30,
     every=10,
     ms=100,
-    environment={},
+    environment=None,
     resumed=(),
-    again={},
+    again=None,
     torn=7,
     finish=True,
+    source=SOURCE,
     **config,
 ):
     """A finished run's folder, written by Log: a validation with each of these losses, `every`
@@ -77,7 +82,8 @@ def make_run(
         )
         | config
     )
-    header = dict(source=SOURCE, environment=ENVIRONMENT | environment, config=c, data="f00d")
+    environment = ENVIRONMENT | (environment or {})
+    header = dict(source=source, environment=environment, config=c, data="f00d")
 
     def train(log, first, last):
         for step in range(first, min(last, len(losses) * every) + 1):
@@ -96,7 +102,8 @@ def make_run(
         for name in ("log.txt", "metrics.jsonl"):
             content = (folder / name).read_bytes()
             (folder / name).write_bytes(content[:-torn] if torn else content)
-        header, begin = header | again, at
+        header |= again or {}
+        begin = at
     with Log(folder, steps, resume_step=begin) as log:
         log.header(**header)
         log.say(f"log in {folder}", quiet=True)
@@ -168,11 +175,11 @@ def test_record_of_three_seeds(add, tmp_path):
     status, out, err = add(*runs, name="What's new: ReLU²")
     folder = tmp_path / "records/toy/2026-03-04_what-s-new-relu2"
     assert (status, out, err) == (0, f"{folder}\n", "")
-    assert sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
-    ) == sorted(
-        ["summary.json", *(f"seed{s}/{name}" for s in range(3) for name in FILES)]
-    )  # and no weights
+    expected = {"summary.json", ARCHIVE}  # and no weights
+    for seed in range(3):
+        expected |= {f"seed{seed}/{name}" for name in KEPT}
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == expected
+    assert (folder / ARCHIVE).read_bytes() == SOURCE.archive
     s = json.loads((folder / "summary.json").read_text())
     assert (s["name"], s["track"], s["n"], s["reached"], s["git_dirty"]) == (
         "What's new: ReLU²",
@@ -194,6 +201,17 @@ def test_record_of_three_seeds(add, tmp_path):
     )
     assert s["machine_probe"] == ENVIRONMENT["probe"] and s["data_fingerprint"] == "f00d"
     assert s["environment"]["device"] == "Some CPU" and s["git_commit"] == ENVIRONMENT["git_commit"]
+    assert s["source"] == SOURCE.digest
+    for run, seed in zip(runs, (2, 0, 1)):
+        kept = folder / f"seed{seed}"
+        metrics = bz2.decompress((kept / "metrics.jsonl.bz2").read_bytes())
+        assert metrics == (run / "metrics.jsonl").read_bytes()
+        a = read_runs(run)[0]
+        b = read_runs(kept)[0]
+        assert (a.val, a.train, a.sources) == (b.val, b.train, b.sources)
+        assert a.config | dict(run_dir="", cache_dir="") == b.config | dict(
+            run_dir="", cache_dir=""
+        )
 
 
 def test_one_seed_has_no_spread(add, tmp_path):
@@ -222,20 +240,42 @@ def test_a_folder_of_seeds_is_all_of_them(add, tmp_path):
 
 def test_paths_of_the_machine_are_not_published(add, tmp_path):
     run = make_run(tmp_path / "r", text='/home/someone/my "texts"/novel.txt')
-    edit(run, "log.txt", header_line(SOURCE), 'cache = "/home/someone/.cache"')
     before = {name: (run / name).read_text() for name in FILES}
     assert add(run)[0] == 0
     kept = tmp_path / "records/toy/2026-03-04_a-name/seed0"
-    c = json.loads((kept / "config.json").read_text())["config"]
+    c = read_runs(kept)[0].config
     assert (c["text"], c["cache_dir"], c["run_dir"]) == ("novel.txt", ".cache", "r")
-    for name in FILES:
+    for name in ("log.txt", "result.json"):
         text = (kept / name).read_text()
-        if name == "log.txt":
-            source, text = text.split("\n", 1)
-            assert source == 'cache = "/home/someone/.cache"'  # the source stays as it was
         assert "someone" not in text and str(tmp_path) not in text
     assert {name: (run / name).read_text() for name in FILES} == before
     load_run(kept)
+
+
+def old_run(folder, source="import torch\n", **fields):
+    """A run of before 2026-12, whose log begins with the text of its source."""
+    run = make_run(folder, **fields)
+    edit(run, "log.txt", header_line(SOURCE), source)
+    for name in ("log.txt", "config.json"):
+        edit(run, name, f',\n "source": "{SOURCE.digest}"', "")
+    (run / ARCHIVE).unlink()
+    return run
+
+
+def test_runs_whose_logs_hold_their_source(add, tmp_path, capsys):
+    source = 'cache = "/home/someone/.cache"\n'
+    runs = [old_run(tmp_path / f"r{i}", source, seed=i) for i in range(2)]
+    assert add(*runs)[0] == 0
+    folder = tmp_path / "records/toy/2026-03-04_a-name"
+    assert not (folder / ARCHIVE).exists()
+    assert "source" not in json.loads((folder / "summary.json").read_text())
+    log = (folder / "seed1/log.txt").read_text()
+    assert log.startswith(source) and log.count("someone") == 1  # the source stays as it was
+    load_run(folder / "seed1")
+    out = main(capsys, "check", folder)[1]
+    assert out.count("names no archive of its source") == 2 and "proves" not in out
+    other = old_run(tmp_path / "other", "import numpy\n", seed=2)
+    refused(add(runs[0], other), tmp_path / "nothing", "source differs")
 
 
 def test_a_run_without_a_named_folder_does_not_publish_it(add, tmp_path):
@@ -243,7 +283,7 @@ def test_a_run_without_a_named_folder_does_not_publish_it(add, tmp_path):
     run = make_run(tmp_path / "runs/20260304-toy", run_dir="")
     assert str(tmp_path) in (run / "log.txt").read_text() and add(run)[0] == 0
     kept = tmp_path / "records/toy/2026-03-04_a-name/seed0"
-    assert not any(str(tmp_path) in (kept / name).read_text() for name in FILES)
+    assert not any(str(tmp_path).encode() in (kept / name).read_bytes() for name in KEPT)
     assert "log in 20260304-toy\n" in (kept / "log.txt").read_text()
 
 
@@ -258,6 +298,7 @@ def test_a_run_of_the_trainer(add, tmp_path):
     assert status == 0, err
     s = json.loads((Path(out.strip()) / "summary.json").read_text())
     assert s["steps"] == [4] and s["machine_probe"]["copy"] > 0
+    assert s["source"] == pack_source(ROOT).digest
 
 
 # --- runs that were killed and resumed
@@ -409,11 +450,51 @@ def test_steps_that_did_not_count_have_no_loss(add, tmp_path):
 # --- what is refused: unfinished, cut or altered runs
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "result.json", ARCHIVE])
 def test_missing_file(add, tmp_path, name):
     run = make_run(tmp_path / "r")
     (run / name).unlink()
     refused(add(run), tmp_path / "records", run, f"has no {name}")
+
+
+def test_the_configuration_is_in_the_log_as_well(add, tmp_path):
+    run = make_run(tmp_path / "r")
+    (run / "config.json").unlink()
+    assert add(run)[0] == 0
+
+
+def test_a_source_that_the_run_did_not_have(add, tmp_path, capsys):
+    """The archive of another run, here and in a record."""
+    run = make_run(tmp_path / "r")
+    assert add(run)[0] == 0
+    folder = tmp_path / "records/toy/2026-03-04_a-name"
+    for place, seed in ((run, run), (folder, folder / "seed0")):
+        (place / ARCHIVE).write_bytes(ANOTHER.archive)
+        for command in (("check", seed), ("add", seed, "--name", "x", "--records", tmp_path / "x")):
+            status, out, err = main(capsys, *command)
+            assert (status, out, err.count("\n")) == (2, "", 1)
+            assert "is not the source that the run was made from" in err and ARCHIVE in err
+    assert main(capsys, "leaderboard", "--records", tmp_path / "records")[0] == 2
+    assert main(capsys, "compare", run)[0] == 0  # only reads losses
+
+
+def test_check_says_whether_logs_belong_to_their_source(add, tmp_path, capsys):
+    runs = [make_run(tmp_path / f"r{i}", i, (5.0, 4.0, 3.2 + i / 100)) for i in range(3)]
+    assert add(*runs)[0] == 0
+    folder = tmp_path / "records/toy/2026-03-04_a-name"
+    out = main(capsys, "check", folder)[1]
+    said = f"the logs of 3 runs name sha256 {SOURCE.digest[:16]}..., and that is {folder / ARCHIVE}"
+    assert f"\nsource: {said}\n" in out
+    (folder / ARCHIVE).unlink()
+    out = main(capsys, "check", folder)[1]
+    assert out.count(f"names {ARCHIVE}, which is not beside it") == 3 and "source:" not in out
+
+
+def test_two_digests_in_one_log(add, tmp_path):
+    run = make_run(tmp_path / "r")
+    for name in ("log.txt", "config.json"):
+        edit(run, name, f'"source": "{SOURCE.digest}"', f'"source": "{ANOTHER.digest}"')
+    refused(add(run), tmp_path / "records", run, "and describes another")
 
 
 def test_no_such_folder(add, tmp_path):
@@ -527,9 +608,8 @@ def test_runs_that_differ_in_more_than_the_seed(add, tmp_path, what, fields):
 
 def test_other_data_and_other_source(add, tmp_path):
     runs = make_run(tmp_path / "r0"), make_run(tmp_path / "r1", seed=1)
-    edit(runs[1], "log.txt", header_line(SOURCE), header_line(ANOTHER))
-    refused(add(*runs), tmp_path / "records", "source in log.txt differs")
-    edit(runs[1], "log.txt", header_line(ANOTHER), header_line(SOURCE))
+    other = make_run(tmp_path / "other", seed=1, source=ANOTHER)
+    refused(add(runs[0], other), tmp_path / "records", "source differs; runs of one record")
     for name in ("log.txt", "config.json", "result.json"):
         edit(runs[1], name, "f00d", "beef")
     refused(add(*runs), tmp_path / "records", "data differs ('f00d' and 'beef')")
@@ -631,10 +711,10 @@ def test_slugs_are_safe_folder_names(name):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("at", range(9))
+@pytest.mark.parametrize("at", range(8))
 def test_an_interrupted_add_leaves_nothing(add, tmp_path, monkeypatch, error, at):
-    """Whichever of the nine files of two runs is being written."""
-    runs, writes, write = [make_run(tmp_path / f"r{s}", s) for s in range(2)], [], Path.write_text
+    """Whichever of the eight files of two runs is being written."""
+    runs, writes, write = [make_run(tmp_path / f"r{s}", s) for s in range(2)], [], Path.write_bytes
 
     def fail(path, *args, **kwargs):
         writes.append(path)
@@ -642,7 +722,7 @@ def test_an_interrupted_add_leaves_nothing(add, tmp_path, monkeypatch, error, at
             raise error
         return write(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     status, out, err = add(*runs)
     assert (status, out) == ((130, "") if error is KeyboardInterrupt else (2, ""))
     assert not (tmp_path / "records/toy").exists()
@@ -658,20 +738,19 @@ def test_a_record_appears_at_once(add, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "rename", fail)
-    refused(
-        add(make_run(tmp_path / "r")),
-        tmp_path / "records",
-        "Invalid cross-device link; nothing was added",
-    )
+    run = make_run(tmp_path / "r")
+    monkeypatch.setattr(os, "replace", fail)
+    refused(add(run), tmp_path / "records", "Invalid cross-device link; nothing was added")
 
 
-def test_what_a_killed_add_left_is_cleared_away(add, tmp_path):
-    stale = tmp_path / "records/toy/.2026-03-04_a-name.tmp/seed7"
+def test_what_a_killed_add_left_is_cleared_away_a_day_later(add, tmp_path):
+    stale = tmp_path / "records/toy/2026-03-04_a-name.0123abcd.tmp/seed7"
     stale.mkdir(parents=True)
-    assert add(make_run(tmp_path / "r"))[0] == 0
-    assert os.listdir(tmp_path / "records/toy") == ["2026-03-04_a-name"]
-    assert sorted(os.listdir(tmp_path / "records/toy/2026-03-04_a-name")) == [
-        "seed0",
-        "summary.json",
-    ]
+    assert add(make_run(tmp_path / "r0"), name="first")[0] == 0
+    assert stale.is_dir()  # it may be somebody's who is still writing
+    os.utime(stale.parent, (0, 0))
+    assert add(make_run(tmp_path / "r1"))[0] == 0
+    names = ["2026-03-04_a-name", "2026-03-04_first"]
+    assert sorted(os.listdir(tmp_path / "records/toy")) == names
+    kept = sorted(os.listdir(tmp_path / "records/toy/2026-03-04_a-name"))
+    assert kept == ["seed0", ARCHIVE, "summary.json"]

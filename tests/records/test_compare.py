@@ -31,12 +31,11 @@ def log(path, losses, total=None, times=None, every=10):
     path.parent.mkdir(parents=True, exist_ok=True)
     times = times or [every * (i + 1) / 10 for i in range(len(losses))]
     total = total or every * len(losses)
-    path.write_text(
-        "".join(
-            f"step:{every * (i + 1)}/{total} val_loss:{loss} train_time:{1000 * t:.0f}ms step_avg:1.00ms\n"
-            for i, (loss, t) in enumerate(zip(losses, times))
-        )
-    )
+    lines = []
+    for i, (loss, t) in enumerate(zip(losses, times), start=1):
+        line = f"step:{every * i}/{total} val_loss:{loss} train_time:{1000 * t:.0f}ms"
+        lines.append(f"{line} step_avg:1.00ms\n")
+    path.write_text("".join(lines))
     return path
 
 
@@ -218,10 +217,8 @@ def test_check_of_runs_that_stopped_early(tmp_path, capsys):
         "note: 3 of 4 runs stopped before their last step" in out
         and "the 2 validations planned" in out
     )
-    assert (
-        f"mean val_bpb at step 10 of 4 runs, 1.42900, is below 1.5 with p = {2 * expected:.2g}, not < 0.01"
-        in out
-    )
+    said = "mean val_bpb at step 10 of 4 runs, 1.42900, is below 1.5 with p = "
+    assert f"{said}{2 * expected:.2g}, not < 0.01" in out
     assert out.count("stopped early") == 3 and "--steps N --eval-every N" in out
 
 

@@ -1,6 +1,7 @@
 """records/leaderboard.py: the page says what the records say, the same bytes every time, and is
 up to date."""
 
+import bz2
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from test_add import edit, main, make_run
 
 import records.add
 from records.leaderboard import PUBLIC, chart, count, hardware_class, load_records, render, spread
+from records.source import source_of
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_the_committed_page_is_up_to_date():
     found = load_records(records.add.RECORDS)  # raises where a record is not what its logs say
     if found or page.exists():
         assert page.read_text(encoding="utf-8") == render(found), (
-            "run: python -m records leaderboard"
+            "run: ./run.sh records leaderboard"
         )
 
 
@@ -145,7 +147,7 @@ def test_the_same_bytes_every_time(home):
 
 def test_what_a_killed_add_left_is_not_a_record(home):
     folder = home.add("one")
-    shutil.copytree(folder, folder.with_name(".2026-03-04_two.tmp"))
+    shutil.copytree(folder, folder.with_name("2026-03-04_two.0123abcd.tmp"))
     assert len(rows(home.page())) == 1
 
 
@@ -186,12 +188,12 @@ def test_an_edited_summary(home, capsys, name, value):
         lambda f: shutil.rmtree(f / "seed0"),
         lambda f: [shutil.rmtree(f / f"seed{s}") for s in range(2)],
         lambda f: (f / "seed1/log.txt").unlink(),
-        lambda f: (f / "seed1/metrics.jsonl").write_text(""),
+        lambda f: (f / "seed1/metrics.jsonl.bz2").write_bytes(b""),
+        lambda f: (f / "seed1/metrics.jsonl.bz2").write_bytes(bz2.compress(b"")),
+        lambda f: (f / "source.tar.bz2").unlink(),
+        lambda f: (f / "source.tar.bz2").write_bytes(source_of({"a.py": b""}).archive),
         lambda f: shutil.copytree(f / "seed1", f / "seed2"),
-        lambda f: [
-            edit(f / "seed1", name, '"eval_every": 10', '"eval_every": 5')
-            for name in ("log.txt", "config.json")
-        ],
+        lambda f: edit(f / "seed1", "log.txt", '"eval_every": 10', '"eval_every": 5'),
     ],
 )
 def test_a_damaged_record(home, capsys, break_it):

@@ -30,7 +30,8 @@ SMI = """\
 """
 MODDED_2024 = f"""\
 {RULE}
-print0(f"step:{{step}}/{{args.num_iterations}} val_loss:{{val_loss:.4f}} train_time:{{t:.0f}}ms step_avg:{{t:.2f}}ms")
+print0(f"step:{{step}}/{{args.num_iterations}} val_loss:{{val_loss:.4f}} train_time:{{t:.0f}}ms \
+step_avg:{{t:.2f}}ms")
 {RULE}
 Running pytorch 2.6.0.dev20241203+cu124 compiled for CUDA 12.4
 {SMI}{RULE}
@@ -56,7 +57,8 @@ TRACK_3 = """\
 Running PyTorch 2.9.0+cu130 compiled for CUDA 13.0 on NVIDIA GH200 120GB with world_size 4
 step:125/250 val_loss:4.58616 train_time:21.243s step_avg:169.94ms
 step:200/250 train_time:31.5s step_avg:150.00ms
-step:250/250 val_loss:4.44701 val_avg_loss:4.44701 val_ema_loss:4.44702 train_time:42.5s step_avg:169.94ms ema_beta:0
+step:250/250 val_loss:4.44701 val_avg_loss:4.44701 val_ema_loss:4.44702 train_time:42.5s \
+step_avg:169.94ms ema_beta:0
 """
 LLMC_MAIN = """\
 s:0 tel:11.0092
@@ -70,10 +72,13 @@ LLMC_CUDA = """\
 | total batch size      | 524288                                             |
 | num_processes         | 8                                                  |
 val loss 11.009200
-step    1/3 | loss 11.009100 (+nanz)| norm 15.3700 (+nanz)| lr 8.57e-07 | 900.00 ms | 18.0% bf16 MFU | 582542 tok/s
-step    2/3 | loss 10.959800 (+nanz)| norm 15.1200 (+nanz)| lr 1.71e-06 | 300.00 ms | 55.4% bf16 MFU | 1747626 tok/s
+step    1/3 | loss 11.009100 (+nanz)| norm 15.3700 (+nanz)| lr 8.57e-07 | 900.00 ms | 18.0% bf16 \
+MFU | 582542 tok/s
+step    2/3 | loss 10.959800 (+nanz)| norm 15.1200 (+nanz)| lr 1.71e-06 | 300.00 ms | 55.4% bf16 \
+MFU | 1747626 tok/s
 evaluating HellaSwag: 10/79\revaluating HellaSwag: 20/79\rval loss 10.200000
-step    3/3 | loss 10.100000 (-0.50z)| norm 9.0000 (+0.10z)| lr 2.57e-06 | 310.00 ms | 54.0% bf16 MFU | 1700000 tok/s
+step    3/3 | loss 10.100000 (-0.50z)| norm 9.0000 (+0.10z)| lr 2.57e-06 | 310.00 ms | 54.0% \
+bf16 MFU | 1700000 tok/s
 val loss 9.900000
 total average iteration time: 305.000000 ms
 """
@@ -114,8 +119,8 @@ NANOCHAT = "\n".join(
         "Step 00000 | Validation bpb: 3.200000",
         *(
             f"step {i:05d}/00014 ({100 * i / 14:.2f}%) | loss: {9 - i / 2:.6f} | lrm: 1.00 | "
-            f"dt: {9000 if i < 2 else 500}.00ms | tok/sec: 1,000,000 | bf16_mfu: 50.00 | epoch: 1 pq: 0 rg: {i} | "
-            f"total time: {max(0, i - 10) * 0.5 / 60:.2f}m | eta: 1.0m"
+            f"dt: {9000 if i < 2 else 500}.00ms | tok/sec: 1,000,000 | bf16_mfu: 50.00 | "
+            f"epoch: 1 pq: 0 rg: {i} | total time: {max(0, i - 10) * 0.5 / 60:.2f}m | eta: 1.0m"
             for i in range(14)
         ),
         "Step 00014 | Validation bpb: 0.987600",
@@ -246,7 +251,9 @@ def read(tmp_path, text, name="a.txt"):
             ),
         ),
     ],
-    ids="modded-2024 modded-2026 track-3 llm.c-main llm.c-cuda llm.c-py llm.c-c nanoGPT nanochat".split(),
+    ids=(
+        "modded-2024 modded-2026 track-3 llm.c-main llm.c-cuda llm.c-py llm.c-c nanoGPT nanochat"
+    ).split(),
 )
 def test_dialects(tmp_path, text, expected):
     run = read(tmp_path, text)
@@ -312,7 +319,10 @@ def test_nanochat_clock_is_its_own(tmp_path):
 
 
 def test_nanochat_that_goes_on_from_a_checkpoint(tmp_path):
-    line = "step 00100/00200 (50.00%) | loss: 3.0 | lrm: 1.00 | dt: 500.00ms | tok/sec: 1 | total time: 2.00m"
+    line = (
+        "step 00100/00200 (50.00%) | loss: 3.0 | lrm: 1.00 | dt: 500.00ms | tok/sec: 1 | "
+        "total time: 2.00m"
+    )
     assert read(tmp_path, line).train[0].seconds == pytest.approx(120)
 
 
@@ -500,7 +510,8 @@ def our_run(
             data="fp",
         )
         log.say(
-            "laptop: 7.3M parameters, bfloat16, attention flex, 2 x AMD EPYC, 0.50 TFLOP/s in matrix products"
+            "laptop: 7.3M parameters, bfloat16, attention flex, 2 x AMD EPYC, "
+            "0.50 TFLOP/s in matrix products"
         )
         done, step, metrics = 0, 0, {}
         for share, val_loss, val_bpb in losses:

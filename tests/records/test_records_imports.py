@@ -15,7 +15,8 @@ try:
     records.__main__.main([{command!r}, "--help"])
 except SystemExit:
     pass
-assert not {{"torch", "numpy", "scipy", "matplotlib", "safetensors"}} & sys.modules.keys(), "loaded for nothing"
+loaded = {{"torch", "numpy", "scipy", "matplotlib", "safetensors"}} & sys.modules.keys()
+assert not loaded, f"loaded for nothing: {{loaded}}"
 """
         subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
