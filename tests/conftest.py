@@ -21,3 +21,23 @@ import pytest  # noqa: E402
 def graphs_from_none():
     """PyTorch limits the graphs of a function in a process, and files share processes."""
     torch._dynamo.reset()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A line for each room: how many tests, and their seconds over all workers."""
+    seconds = {}
+    tests = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if not isinstance(report, pytest.TestReport):
+                continue
+            # tests/ROOM/test_x.py, or tests/test_x.py
+            parts = report.nodeid.split("::")[0].split("/")
+            room = parts[1] if len(parts) > 2 else "whole"
+            seconds[room] = seconds.get(room, 0.0) + report.duration
+            if report.when == "call":
+                tests[room] = tests.get(room, 0) + 1
+    terminalreporter.write_line("")
+    for room in sorted(seconds, key=seconds.get, reverse=True):
+        n = tests.get(room, 0)
+        terminalreporter.write_line(f"{room:12} {n:5} tests {seconds[room]:7.1f} s")

@@ -1,0 +1,74 @@
+"""Which room may import which: one direction, from the base to the programs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each room with the rooms that it may import, besides itself
+KITS = {
+    "base": set(),
+    "kernels": set(),  # usable by someone who copies that folder alone
+    "data": {"base"},
+    "records": {"base"},
+    "tracks": {"base"},
+}
+KITS["optim"] = {"base", "kernels"}
+KITS["models"] = {"base", "kernels", "data", "optim"}
+KITS["runtime"] = {"base", "kernels", "data", "records", "optim", "models"}
+PROGRAMS = {room: KITS.keys() | {"inference"} for room in ("train_gpt", "inference", "export")}
+ROOMS = KITS | PROGRAMS | {"benchmarks": KITS.keys() | PROGRAMS.keys()}
+
+
+def files_of(room):
+    if (ROOT / f"{room}.py").exists():
+        return [ROOT / f"{room}.py"]
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imported(path):
+    """Top-level names that a file imports anywhere in it, with their lines."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name.split(".")[0], node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0], node.lineno
+
+
+def test_every_folder_of_code_is_a_room():
+    folders = {path.parent.name for path in ROOT.glob("[a-z]*/*.py")} - {"tests", "docs"}
+    assert folders | {"train_gpt"} == ROOMS.keys()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_one_way(room):
+    wrong = []
+    for path in files_of(room):
+        for name, line in imported(path):
+            if name in ROOMS and name != room and name not in ROOMS[room]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", ["base", "records", "tracks"])
+def test_rooms_that_do_without_torch(room):
+    for path in files_of(room):
+        assert "torch" not in dict(imported(path)), path
+
+
+@pytest.mark.parametrize("module", ["train_gpt", "models.gpt", "optim", "runtime.session"])
+def test_importing_does_nothing(module):
+    """No output, no process group, no device touched, no argument parsed."""
+    program = (
+        f"import sys; sys.argv = ['x', '--nonsense']; import {module}, torch; "
+        "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == done.stderr == ""
