@@ -33,14 +33,15 @@ from data.sources import fineweb10B as fineweb
 ROOT = Path(__file__).resolve().parents[2]
 VAL, TRAIN_1, TRAIN_2 = NAMES = [fineweb.VAL, *fineweb.TRAIN[:2]]
 LISTING = fineweb.REVISION  # the last part of the listing's URL; for a file it is the file's name
+PINNED = fineweb.KNOWN_SHA256
 DOWNLOAD = "download", "fineweb10B"
 COMMAND = """
-import sys
-from data.__main__ import main
+import runpy, sys
 from data.sources import fineweb10B as fineweb
 assert "huggingface_hub" not in sys.modules, "importing a source must stay quick"
 fineweb.KNOWN_SHA256 = {fineweb.VAL: sys.argv.pop(1)}
-sys.exit(main(["download", "fineweb10B", *sys.argv[1:]]))
+sys.argv[1:1] = "download", "fineweb10B"
+runpy.run_module("data", run_name="__main__")
 """
 
 
@@ -181,18 +182,79 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def run(hub, folder, tmp_path):
-    """Run the command for two training shards. The result's `error` is its error line, None for
-    success."""
+def endpoint(hub, monkeypatch):
+    """Points the client in this process to the small Hub, or to another address when called."""
+    from huggingface_hub import constants
 
-    def run(*args, endpoint=hub.url, command=("-c", COMMAND, sha256(hub.files[VAL]))):
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
+        "HF_HUB_ETAG_TIMEOUT": 5,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 5,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setattr(fineweb, "KNOWN_SHA256", {VAL: sha256(hub.files[VAL])})
+
+    def endpoint(url):
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setenv("HF_ENDPOINT", url)
+
+    find_address = socket.getaddrinfo
+
+    def here_only(host, *args, **kwargs):
+        assert host in ("127.0.0.1", b"127.0.0.1"), f"{host}: these tests are offline"
+        return find_address(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", here_only)
+    endpoint(hub.url)
+    return endpoint
+
+
+def options(folder):
+    return ["--folder", str(folder), "--train-shards", "2"]
+
+
+def checked(status, stdout, stderr):
+    """What a command did: stdout, stderr and its error line, None for success."""
+    assert "Traceback" not in stderr, stderr
+    error = None
+    if status:
+        error = stderr.splitlines()[-1]
+        assert status == 2 and error.startswith("error: ") and not stdout, (stdout, stderr)
+        assert stderr.count("error: ") == 1
+    return SimpleNamespace(stdout=stdout, stderr=stderr, error=error)
+
+
+@pytest.fixture
+def run(endpoint, folder, capsys):
+    """Run the command for two training shards in this process, with the real client."""
+
+    def run():
+        capsys.readouterr()
+        status = main([*DOWNLOAD, *options(folder)])
+        return checked(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def start(hub, folder, tmp_path):
+    """The same in a process of its own, which takes seconds."""
+
+    def start(*command):
         env = {
             k: v
             for k, v in os.environ.items()
             if not k.startswith("HF_") and "proxy" not in k.lower()
         }
         env |= {
-            "HF_ENDPOINT": endpoint,
+            "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "5",
@@ -200,44 +262,26 @@ def run(hub, folder, tmp_path):
             "PYTHONPATH": str(ROOT),
         }
         done = subprocess.run(
-            [sys.executable, *command, "--folder", folder, "--train-shards", "2", *args],
+            [sys.executable, *command, *options(folder)],
             cwd=tmp_path,
             env=env,
             capture_output=True,
             text=True,
             timeout=60,
         )
-        assert "Traceback" not in done.stderr, done.stderr
-        done.error = None
-        if done.returncode:
-            done.error = done.stderr.splitlines()[-1]
-            assert done.returncode == 2 and done.error.startswith("error: ") and not done.stdout, (
-                done
-            )
-            assert done.stderr.count("error: ") == 1
-        return done
+        return checked(done.returncode, done.stdout, done.stderr)
 
-    return run
+    return start
 
 
 @pytest.fixture
-def here(hub, folder, monkeypatch):
+def here(hub, folder, endpoint, monkeypatch):
     """download() of two shards in this process; a stand-in for hf_hub_download notes what it
     `fetched`."""
     import huggingface_hub
     from huggingface_hub import constants
 
-    for name, value in {
-        "ENDPOINT": hub.url,
-        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_TELEMETRY": True,
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    monkeypatch.setattr(fineweb, "KNOWN_SHA256", {VAL: sha256(hub.files[VAL])})
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
 
     def fetch(repo, name, *, revision, local_dir, **_):
         here.fetched.append((name, revision))
@@ -256,11 +300,10 @@ def here(hub, folder, monkeypatch):
         owner = huggingface_hub.HfApi if name == "get_paths_info" else huggingface_hub
         monkeypatch.setattr(owner, name, replacement)
 
-    def endpoint(url):
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setenv("HF_ENDPOINT", url)
-
-    here.fetched, here.error, here.client, here.endpoint = [], error, client, endpoint
+    here.fetched = []
+    here.error = error
+    here.client = client
+    here.endpoint = endpoint
     client("hf_hub_download", fetch)
     return here
 
@@ -279,8 +322,9 @@ def on_disk(folder):
 # ---- downloading
 
 
-def test_download_then_second_start_without_any_request(run, hub, folder):
-    first = run()
+def test_download_then_second_start_without_any_request(start, run, hub, folder):
+    """The first in a process of its own, to see all of what it asks for and what it imports."""
+    first = start("-c", COMMAND, sha256(hub.files[VAL]))
     assert first.error is None and first.stdout.count("\n") == 1, first
     assert on_disk(folder) == hub.files
     assert {last for _, last, _ in hub.seen} == {LISTING, *NAMES}  # nothing else: no telemetry
@@ -337,10 +381,10 @@ def test_what_is_no_shard_is_refused(here, hub, folder):
     assert set(on_disk(folder)) == {VAL, TRAIN_1}
 
 
-def test_pinned_checksum_outranks_the_hub(run, hub, folder):
-    error = run(
-        command=("-m", "data", "download", "fineweb10B")
-    ).error  # the real constant, which this Hub's file cannot match
+def test_pinned_checksum_outranks_the_hub(run, hub, folder, monkeypatch):
+    """The real constant, which this Hub's file cannot match."""
+    monkeypatch.setattr(fineweb, "KNOWN_SHA256", PINNED)
+    error = run().error
     assert "fineweb_val_000000.bin: expected sha256 5b95c8e0966f0861" in error
     assert on_disk(folder) == {}
 
@@ -427,15 +471,17 @@ def test_notes_that_cannot_be_written_are_no_error(here, hub, folder, capsys):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_hand_copies_are_accepted_offline_and_verified_online(run, hub, folder, nowhere):
+def test_hand_copies_are_accepted_offline_and_verified_online(run, endpoint, hub, folder, nowhere):
     fill(folder, hub.files)
-    offline = run(endpoint=nowhere)
+    endpoint(nowhere)
+    offline = run()
     assert offline.error is None and "2 training shards" in offline.stdout
-    assert (
-        offline.stderr.count("\n") == 1 and "checksums not verified for 2 shards" in offline.stderr
-    )
+    assert offline.stderr.count("\n") == 1
+    assert "checksums not verified for 2 shards" in offline.stderr
+    endpoint(hub.url)
     assert run().error is None and [method for method, *_ in hub.seen] == ["POST"]
-    assert run(endpoint=nowhere).stderr == "", "verified by now"
+    endpoint(nowhere)
+    assert run().stderr == "", "verified by now"
 
 
 @pytest.mark.parametrize(
@@ -685,9 +731,10 @@ def test_a_pipe_in_a_shards_place_is_not_waited_for(here, hub, folder, nowhere):
 # ---- what can go wrong
 
 
-def test_unreachable_hub_is_one_line_that_says_what_to_do(run, folder, nowhere):
+def test_unreachable_hub_is_one_line_that_says_what_to_do(run, endpoint, folder, nowhere):
+    endpoint(nowhere)
     start = time.monotonic()
-    done = run(endpoint=nowhere)
+    done = run()
     assert time.monotonic() - start < 15
     assert done.stderr == done.error + "\n"
     for part in [

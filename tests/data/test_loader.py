@@ -34,7 +34,7 @@ from data.shards import MAGIC, VERSION
 EOT, N_VOCAB = 0, 60_000
 FAST = settings(
     deadline=None,
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
 

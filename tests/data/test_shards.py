@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from base import InputError
 from data.shards import ShardWriter, read_shard
 
-FAST = settings(deadline=None, max_examples=60)
+FAST = settings(deadline=None, max_examples=40)
 TOKENS = st.lists(st.integers(0, 65535), max_size=40)
 
 
@@ -138,7 +138,7 @@ def test_token_beyond_the_vocabulary_is_named_with_its_position(tmp_path, at):
 # writing
 
 
-@settings(FAST, max_examples=30)  # each shard waits for the disk
+@settings(FAST, max_examples=20)  # each shard waits for the disk
 @given(st.lists(TOKENS, max_size=5), st.integers(1, 12))
 def test_round_trip(parts, shard_tokens):
     """Whatever the pieces and the shard size: full shards in order, only the last shorter, none

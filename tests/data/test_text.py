@@ -25,7 +25,7 @@ from data.sources import stdlib
 from data.sources.text import list_files
 
 MARK = "<|endoftext|>"
-FAST = settings(deadline=None, max_examples=150)
+FAST = settings(deadline=None, max_examples=80)
 PIECES = ["a", "bc", " ", "\n", "\r\n", "\t", "é", "中", "🙂", "\u2028", "x" * 9, "🙂" * 5]
 TEXT = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
 LINES = "".join(f"line {i}: the quick brown fox\n" for i in range(400))

@@ -15,7 +15,7 @@ from base import InputError
 from data.tokenizers import Tokenizer, gpt2_tokenizer, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = settings(deadline=None, max_examples=50)
+FAST = settings(deadline=None, max_examples=30)
 SAMPLE = (
     "It's a test, isn't it? 12345 and 3.14; the other the then there this that.\n\n"
     "\tdef f(x):\r\n        return x ** 2  # naïve café — 中文字符 🙂\n    <|endoftext|> "
@@ -83,7 +83,7 @@ def test_round_trip_and_byte_count(tokenizer, text):
     check_round_trip(tokenizer, text)
 
 
-@pytest.mark.parametrize("white", [" ", "\t", " \n", "\u3000"])
+@pytest.mark.parametrize("white", [" ", " \n"])
 def test_very_long_runs_of_whitespace(white):
     """More than a regex engine has stack for, inside of lines."""
     tok = make_tokenizer("bpe:300", once(SAMPLE))
