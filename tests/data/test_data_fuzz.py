@@ -267,7 +267,9 @@ def mutated_text(r, value):
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    texts = lambda: iter(["the cat sat on the mat, naïve 中文 🙂\n" * 20])
+    def texts():
+        return iter(["the cat sat on the mat, naïve 中文 🙂\n" * 20])
+
     return [
         json.loads(make_tokenizer(name, texts).to_json()) for name in ("bytes", "chars", "bpe:300")
     ]

@@ -81,7 +81,9 @@ class Corpus:
         return f"Corpus({[t.tolist() for t in self.tokens]})"
 
     def loader(self, row_len=8, rows=2, max_doc_len=8, **options):
-        schedule = lambda value: value if callable(value) else lambda step: value
+        def schedule(value):
+            return value if callable(value) else lambda step: value
+
         loader = TrainLoader(
             self.paths,
             eot=EOT,
@@ -338,7 +340,10 @@ def test_a_run_that_is_taken_up_again_sees_what_it_would_have_seen(
     A prefetcher asked the last run's loader for some steps more than were trained on.
     """
     corpus, options = setup
-    stage = lambda step: sum(step > change for change in np.cumsum(changes))
+
+    def stage(step):
+        return sum(step > change for change in np.cumsum(changes))
+
     options |= dict(
         max_doc_len=lambda step: limits[stage(step)], rows=lambda step: [1, 3, 2][stage(step)]
     )

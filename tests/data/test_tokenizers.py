@@ -265,7 +265,8 @@ def test_bpe_training_is_deterministic_whatever_the_threads():
     command = """
 import os, sys
 from data.tokenizers import make_tokenizer
-assert not {"tiktoken", "tokenizers", "huggingface_hub"} & set(sys.modules), "importing data must stay quick"
+slow = {"tiktoken", "tokenizers", "huggingface_hub"}
+assert not slow & set(sys.modules), "importing data must stay quick"
 text = sys.stdin.buffer.read().decode()
 for parallel in ("false", "true"):
     os.environ["TOKENIZERS_PARALLELISM"] = parallel
