@@ -10,12 +10,12 @@ under its final name is always whole.
 
 import os
 import stat
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 
-from base import InputError
-from base.files import aside
+from base import InputError, whole_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -93,6 +93,7 @@ class ShardWriter:
         self.n_tokens = 0  # in shards that are whole
         self._file = None  # the shard being written
         self._count = 0  # tokens in it
+        self._opened = ExitStack()  # to close the file and then give it its name
 
     def __enter__(self):
         self._final = self.folder  # what to name if the folder cannot be made
@@ -116,16 +117,18 @@ class ShardWriter:
             if self._count == self.shard_tokens:
                 self._close()
 
-    def __exit__(self, exc_type, *_):
-        if exc_type is None and self._file is not None:
+    def __exit__(self, exc_type, exc, traceback):
+        if self._file is None:
+            return
+        if exc_type is None:
             self._close()
-        elif self._file is not None:
-            self._discard()
+        else:
+            self._discard(exc)
 
     def _open(self):
         self._final = self.folder / f"{self.prefix}_{len(self.paths):06d}.bin"
-        self._aside = aside(self._final)
-        self._file = self._guard(open, self._aside, "xb")
+        temp = self._opened.enter_context(whole_file(self._final))
+        self._file = self._guard(lambda: self._opened.enter_context(open(temp, "xb")))
         self._count = 0
         self._guard(self._file.write, bytes(HEADER_BYTES))  # the header is known at the end
 
@@ -134,20 +137,15 @@ class ShardWriter:
         header[:3] = MAGIC, VERSION, self._count
         self._guard(self._file.seek, 0)
         self._guard(self._file.write, header.tobytes())
-        self._guard(self._file.flush)
-        self._guard(os.fsync, self._file.fileno())
-        self._guard(self._file.close)
-        self._guard(os.replace, self._aside, self._final)
+        self._guard(self._opened.close)
         self.paths.append(self._final)
         self.n_tokens += self._count
         self._file = None
 
-    def _discard(self):
-        try:
-            self._file.close()
-        except OSError:
-            pass  # closing flushes; on a full disk that fails again, and the file goes anyway
-        self._aside.unlink(missing_ok=True)
+    def _discard(self, error):
+        # Closing flushes; on a full disk that fails again, and the file goes anyway
+        with suppress(OSError):
+            self._opened.__exit__(type(error), error, error.__traceback__)
         self._file = None
 
     def _guard(self, call, *args):
@@ -155,8 +153,7 @@ class ShardWriter:
         try:
             return call(*args)
         except OSError as e:
-            if self._file is not None:
-                self._discard()
+            self._discard(e)
             raise InputError(
                 f"{self._final}: cannot write shard: {e.strerror or e}; "
                 "nothing was left under this name"
