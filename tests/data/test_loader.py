@@ -326,8 +326,8 @@ def test_rows_are_a_function_of_the_step(setup, steps):
 @given(
     setups(),
     st.lists(st.integers(1, 40), min_size=3, max_size=3),
-    st.lists(st.integers(1, 30), min_size=2, max_size=2),
-    st.integers(1, 41),
+    st.lists(st.integers(1, 8), min_size=2, max_size=2),
+    st.integers(1, 20),
     st.integers(0, 3),
     st.integers(1, 3),
 )
