@@ -1,9 +1,9 @@
-"""Hands trained weights over: python -m records export.
+"""Hands trained weights over: ./run.sh export.
 
 A folder in the layout of the Hugging Face Hub, which others read without this program:
-    model.safetensors, or model-00001-of-0000N.safetensors and model.safetensors.index.json
-    config.json              sizes, and the whole configuration the model was trained with
-    tokenizer.json           and tokenizer_config.json, for Hugging Face's tokenizers
+    model.safetensors      or model-00001-of-0000N.safetensors and model.safetensors.index.json
+    config.json            sizes, and the whole configuration the model was trained with
+    tokenizer.json         and tokenizer_config.json, for Hugging Face's tokenizers
 docs/torchtitan.md shows how torchtitan takes it from there.
 """
 
@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from base import InputError, to_json
+from base import InputError, to_json, whole_file
+from base.files import sweep
 from data import sources
 from models import load_template
 from records.add import PATHS
@@ -65,51 +66,42 @@ def run(args):
         about = describe(model, tokenizer)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise InputError(
-            f"{args.source}: not the weights and the configuration of a run of train_gpt.py "
-            f"({e!r})"
+            f"{args.source}: not the weights and the configuration of a run of train_gpt.py ({e!r})"
         ) from None
     if tokenizer is None:
-        print(
-            "no tokenizer is written: "
-            + (
-                "GPT-2's is on the Hub as openai-community/gpt2"
-                if uses_gpt2(model.config)
-                else "it is not where the run prepared its text; name it with --tokenizer"
-            ),
-            file=sys.stderr,
-        )
-    aside = args.to.with_name(f".{args.to.name}.tmp")
+        why = "it is not where the run prepared its text; name it with --tokenizer"
+        if uses_gpt2(model.config):
+            why = "GPT-2's is on the Hub as openai-community/gpt2"
+        print(f"no tokenizer is written: {why}", file=sys.stderr)
+
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
-        aside.mkdir(parents=True)
-        need, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(aside).free
-        if need > free:
-            raise InputError(
-                f"--to {args.to}: {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are "
-                "free"
-            )
-        write_json(aside / "config.json", about)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, aside)
-        save_weights(tensors, aside)
-        for path in aside.iterdir():
-            shutil.copymode(
-                aside / "config.json", path
-            )  # safetensors' files are for their owner alone
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
-        os.rename(aside, args.to)
+        args.to.parent.mkdir(parents=True, exist_ok=True)
+        sweep(args.to.parent)
+        with whole_file(args.to) as aside:
+            aside.mkdir()
+            need = sum(t.nbytes for t in tensors.values())
+            free = shutil.disk_usage(aside).free
+            if need > free:
+                raise InputError(
+                    f"--to {args.to}: {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB "
+                    "are free"
+                )
+            write_json(aside / "config.json", about)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, aside)
+            save_weights(tensors, aside)
+            for path in aside.iterdir():  # safetensors' files are for their owner alone
+                shutil.copymode(aside / "config.json", path)
     except (OSError, SafetensorError) as e:
         raise InputError(
             f"--to {args.to}: cannot be written: {reason(e)}; nothing is left there"
         ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(args.to)
     return 0
 
 
 def reason(e):
+    """What an error says, in one line."""
     return getattr(e, "strerror", None) or " ".join(str(e).split())
 
 
@@ -141,31 +133,28 @@ def load_model(source):
         raise InputError(
             f"{source}: has no model.safetensors; expected a finished run or a checkpoint{hint}"
         )
-    said = read_json((source.absolute().parent.parent if checkpoint else source) / "config.json")
     if checkpoint:
         from runtime.checkpoints import load  # compares checksums
 
         try:
-            tensors, meta = load(source)
+            stored, meta = load(source)
         except ValueError as e:
             raise InputError(str(e)) from None
-        tensors = {
-            name.removeprefix("weights/"): t
-            for name, t in tensors.items()
-            if name.startswith("weights/")
-        }
-        step, said = (
-            read_json(source / "state.json")["step"],
-            said | dict(config=meta.get("config"), data=meta.get("data_fingerprint")),
-        )
+        tensors = {}
+        for name, tensor in stored.items():
+            if name.startswith("weights/"):
+                tensors[name.removeprefix("weights/")] = tensor
+        step = read_json(source / "state.json")["step"]
+        said = read_json(source.absolute().parent.parent / "config.json")
+        said |= dict(config=meta.get("config"), data=meta.get("data_fingerprint"))
     else:
         step = read_json(source / "result.json").get("steps")
+        said = read_json(source / "config.json")
+        file = source / "model.safetensors"
         try:
-            tensors = load_file(source / "model.safetensors")
+            tensors = load_file(file)
         except (OSError, SafetensorError) as e:
-            raise InputError(
-                f"{source / 'model.safetensors'}: cannot be read: {reason(e)}"
-            ) from None
+            raise InputError(f"{file}: cannot be read: {reason(e)}") from None
     if not isinstance(said.get("config"), dict) or not tensors:
         raise InputError(
             f"{source}: expected weights and the run's configuration, found only one of them"
@@ -249,35 +238,29 @@ def describe(model, tokenizer):
 def save_weights(tensors, folder):
     """Write safetensors of at most SHARD_BYTES, and the Hub's index if there are several."""
     shards = [[]]
+    size = 0  # of the last shard
     for name in sorted(tensors):
-        if (
-            shards[-1]
-            and sum(tensors[n].nbytes for n in shards[-1]) + tensors[name].nbytes > SHARD_BYTES
-        ):
+        if shards[-1] and size + tensors[name].nbytes > SHARD_BYTES:
             shards.append([])
+            size = 0
         shards[-1].append(name)
-    total, where = sum(t.nbytes for t in tensors.values()), {}
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="exporting", delay=2, disable=None
-    ) as bar:
+        size += tensors[name].nbytes
+
+    total = sum(t.nbytes for t in tensors.values())
+    where = {}  # name -> file
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="exporting", delay=2, disable=None)
+    with bar:
         for i, names in enumerate(shards, start=1):
-            file = (
-                f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-                if len(shards) > 1
-                else "model.safetensors"
-            )
-            save_file(
-                {name: tensors[name].contiguous() for name in names},
-                folder / file,
-                {"format": "pt"},
-            )
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            contiguous = {name: tensors[name].contiguous() for name in names}
+            save_file(contiguous, folder / file, {"format": "pt"})
             where |= dict.fromkeys(names, file)
             bar.update(sum(tensors[name].nbytes for name in names))
     if len(shards) > 1:
-        write_json(
-            folder / "model.safetensors.index.json",
-            dict(metadata=dict(total_size=total), weight_map=where),
-        )
+        index = dict(metadata=dict(total_size=total), weight_map=where)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,89 +279,96 @@ def uses_gpt2(config):
 
 def find_tokenizer(model):
     """tokenizer.json of the text that the run prepared, None if it is not there any more."""
-    for meta in sorted(Path(model.config.get("cache_dir") or ".").glob("data/*/meta.json")):
+    cache = Path(model.config.get("cache_dir") or ".")
+    for meta in sorted(cache.glob("data/*/meta.json")):
         try:
             about = json.loads(meta.read_bytes())
-            if (
-                about["fingerprint"] == model.data
-                and about["tokenizer"] == model.config["tokenizer"]
-            ):
+            same_text = about["fingerprint"] == model.data
+            if same_text and about["tokenizer"] == model.config["tokenizer"]:
                 return meta.with_name("tokenizer.json")
         except (OSError, ValueError, TypeError, KeyError):
             continue
+    return None
 
 
 def load_tokenizer(file):
     """dict(kind, pattern, tokens: bytes, or str for chars) from data/tokenizers.py's file.
     Raises InputError."""
     try:
-        d = read_json(file)
-        tokens = (
-            d["tokens"]
-            if d["kind"] == "chars"
-            else [base64.b64decode(t, validate=True) for t in d["tokens"]]
-        )
-        return dict(kind=d["kind"], pattern=d["pattern"], tokens=tokens)
+        said = read_json(file)
+        tokens = said["tokens"]
+        if said["kind"] != "chars":
+            tokens = [base64.b64decode(token, validate=True) for token in tokens]
+        return dict(kind=said["kind"], pattern=said["pattern"], tokens=tokens)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
         why = f"{type(e).__name__}: {e}" if file.exists() else "no such file"
         raise InputError(f"{file}: expected a tokenizer of this program ({why})") from None
 
 
 def save_tokenizer(tokenizer, folder):
     """Write the same tokenizer for Hugging Face's library; end-of-text has the last id, as here."""
+    if tokenizer["kind"] == "chars":
+        theirs = characters(tokenizer["tokens"])
+    else:
+        theirs = byte_pairs(tokenizer["tokens"], tokenizer["pattern"])
+    theirs.add_special_tokens([END_OF_TEXT])
+    theirs.save(str(folder / "tokenizer.json"))
+    about = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        add_bos_token=True,
+    )
+    write_json(folder / "tokenizer_config.json", about)
+
+
+def characters(tokens):
+    """Hugging Face's tokenizer with a token for each character; one that it does not know is an
+    error, as here."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    kind, pattern, tokens = tokenizer["kind"], tokenizer["pattern"], tokenizer["tokens"]
-    if kind == "chars":  # a character it does not know is an error, as here
-        hf = Tokenizer(
-            models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unknown>")
-        )
-        hf.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        hf.decoder = decoders.Fuse()
-    else:
-        # there a byte is written as a printable character: printable Latin-1 as itself, the rest
-        # from U+0100 on
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = sorted({*range(256)} - {*printable})
-        letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-        rank = {t: i for i, t in enumerate(tokens)}
+    ids = {token: i for i, token in enumerate(tokens)}
+    theirs = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))
+    theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    theirs.decoder = decoders.Fuse()
+    return theirs
 
-        def written(token):
-            return "".join(map(letter.get, token))
 
-        # any two neighbours that make a token are merged, those of the lowest id first, as tiktoken
-        # does it
-        splits = (
-            (t[:i], t[i:])
-            for t in tokens
-            for i in range(1, len(t))
-            if t[:i] in rank and t[i:] in rank
-        )
-        merges = sorted(
-            splits, key=lambda pair: (rank[pair[0] + pair[1]], rank[pair[0]], rank[pair[1]])
-        )
-        hf = Tokenizer(
-            models.BPE(
-                {written(t): i for t, i in rank.items()},
-                [(written(a), written(b)) for a, b in merges],
-                ignore_merges=True,
-            )
-        )
-        split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
-        hf.pre_tokenizer = pre_tokenizers.Sequence(
-            [*split, pre_tokenizers.ByteLevel(False, use_regex=False)]
-        )
-        hf.decoder = decoders.ByteLevel()
-    hf.add_special_tokens([END_OF_TEXT])
-    hf.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        dict(
-            tokenizer_class="PreTrainedTokenizerFast",
-            bos_token=END_OF_TEXT,
-            eos_token=END_OF_TEXT,
-            add_bos_token=True,
-        ),
-    )
+def byte_pairs(tokens, pattern):
+    """Hugging Face's tokenizer with these tokens (bytes), for text that is first split by the
+    pattern, if there is one."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    # There a byte is written as a printable character: printable Latin-1 as itself, the rest from
+    # U+0100 on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted({*range(256)} - {*printable})
+    letter = {byte: chr(byte) for byte in printable}
+    letter |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+    def written(token):
+        return "".join(letter[byte] for byte in token)
+
+    # Any two neighbours that make a token are merged, those of the lowest id first, as tiktoken
+    # does it
+    rank = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for token in tokens:
+        for cut in range(1, len(token)):
+            left = token[:cut]
+            right = token[cut:]
+            if left in rank and right in rank:
+                merges.append((rank[token], rank[left], rank[right]))
+    merges.sort()
+    pairs = [(written(tokens[left]), written(tokens[right])) for _, left, right in merges]
+
+    ids = {written(token): i for token, i in rank.items()}
+    theirs = Tokenizer(models.BPE(ids, pairs, ignore_merges=True))
+    splits = [pre_tokenizers.ByteLevel(False, use_regex=False)]
+    if pattern:
+        splits.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    theirs.decoder = decoders.ByteLevel()
+    return theirs

@@ -17,6 +17,7 @@ import os
 import sys
 
 from base import InputError
+from base.command import Parser
 
 COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
     "check": ("compare", "check_", "test the losses of a recipe's runs against its target"),
@@ -25,13 +26,6 @@ COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
     "add": ("add", "", "take finished runs into the records"),
     "leaderboard": ("leaderboard", "", "write the records' page and chart anew"),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for an error."""
-
-    def error(self, message):
-        raise InputError(f"{message}; {self.prog} --help shows what is valid")
 
 
 def layout(prog):

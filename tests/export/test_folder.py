@@ -82,7 +82,7 @@ def make_run(folder, c, model, step=7, checkpoint=None):
 
 
 def main(capsys, *args):
-    """(exit status, stdout, stderr) of python -m records export."""
+    """(exit status, stdout, stderr) of ./run.sh export."""
     capsys.readouterr()
     status = export_main([*map(str, args)])
     return status, *capsys.readouterr()
@@ -251,14 +251,16 @@ def test_shards(tmp_path, capsys, monkeypatch, size):
 
 
 def test_a_tied_model_says_so(tmp_path, capsys):
-    c, model = small(tied=0.5, run=dict(steps=20))
-    for step, tied in ((10, True), (11, False)):
-        run = make_run(tmp_path / f"run{step}", c, model, step)
-        assert main(capsys, run, "--to", tmp_path / f"out{step}")[0] == 0
-        assert (
-            json.loads((tmp_path / f"out{step}/config.json").read_text())["tie_word_embeddings"]
-            is tied
-        )
+    """As long as less than this share of training is behind the step. The last `extension` steps
+    are not counted there: the schedules have ended."""
+    for extension, last_tied in ((0, 10), (4, 8), (19, 1)):
+        c, model = small(tied=0.5, run=dict(steps=20, extension=extension))
+        for step in {1, last_tied, last_tied + 1, 20}:
+            run = make_run(tmp_path / f"run{step}-{extension}", c, model, step)
+            out = tmp_path / f"out{step}-{extension}"
+            assert main(capsys, run, "--to", out)[0] == 0
+            config = json.loads((out / "config.json").read_text())
+            assert config["tie_word_embeddings"] is (step <= last_tied), (extension, step)
 
 
 def test_no_pickle_and_no_path_of_this_machine(tmp_path, capsys):
@@ -313,7 +315,7 @@ def refused(result, to, *said):
     status, out, err = result
     assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, result
     assert all(str(words) in err for words in said), err
-    assert not to.exists() and not list(to.parent.glob(".*.tmp"))
+    assert not to.exists() and not list(to.parent.glob("*.tmp"))
 
 
 @pytest.fixture(scope="module")
