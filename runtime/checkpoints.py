@@ -72,81 +72,57 @@ def latest(folder):
 
 
 def load(path):
-    """(tensors, meta) as they were given to save(); the tensors are on the CPU, mapped from the
-    file and private. Raises InputError for what is not a complete and unaltered checkpoint of
-    this version."""
+    """(tensors, meta) as they were given to save().
+
+    The tensors are on the CPU, mapped from the file and private. Raises InputError for what is not
+    a complete and unaltered checkpoint of this version.
+    """
     path = Path(path)
     try:
-        files = manifest(path)
-        if not {TENSORS, STATE} <= set(files):
-            found = (
-                f"no valid file '{COMPLETE}' in it"
-                if path.is_dir()
-                else "a file"
-                if path.exists()
-                else "nothing"
-            )
-            refuse(path, f"expected the folder of a complete checkpoint, found {found}")
-        verify(path, STATE, files)
-        state = json.loads((path / STATE).read_bytes())
-        if state["version"] != VERSION:
-            refuse(
-                path,
-                f"expected format version {VERSION}, found {state['version']}: the version of this program "
-                "that wrote it can read it",
-            )
-        verify(path, TENSORS, files)
-        tensors, listed = load_file(path / TENSORS), state["tensors"]
-        held = listing(tensors)
-        if other := sorted(name for name in {*held, *listed} if held.get(name) != listed.get(name)):
-            refuse(
-                path,
-                f"{TENSORS}: expected {other[0]} to be {listed.get(other[0], 'absent')} as {STATE} says, "
-                f"found {held.get(other[0], 'nothing')}",
-            )
-        return tensors, state["meta"]
+        return read_whole(path)
     except InputError:
         raise
     except OSError as e:
         refuse(path, f"{Path(e.filename or path).name} cannot be read: {e.strerror or e}")
     except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as e:
+        said = f"{type(e).__name__}: {' '.join(str(e).split())}"
         refuse(
             path,
-            f"its checksums fit and its content does not ({type(e).__name__}: {' '.join(str(e).split())}): "
-            "not written by this program",
+            f"its checksums fit and its content does not ({said}): not written by this program",
         )
 
 
-def differences(ours, theirs):
-    """What differs between two dicts of JSON-able fields, a readable line for each: ours is this
-    run's, theirs the checkpoint's. A tuple is a list; a field of an inner dict is named
-    outer.inner."""
-    ours, theirs = (dict(leaves(json.loads(json.dumps(side)))) for side in (ours, theirs))
-    lines = []
-    for name in [*ours, *(name for name in theirs if name not in ours)]:
-        a, b = (json.dumps(side[name]) if name in side else "nothing" for side in (ours, theirs))
-        if (
-            a == b or name in ours and name in theirs and ours[name] == theirs[name]
-        ):  # a == b for NaN, the rest for 1.0
-            continue
-        common = len(os.path.commonprefix([a, b]))
-        if max(len(a), len(b)) > 80:  # show where they part
-            start = max(0, common - 20)
-            a, b = (
-                "..." * (start > 0) + text[start : start + 60] + "..." * (len(text) > start + 60)
-                for text in (a, b)
-            )
-        lines.append(f"{name}: {a} here, {b} in the checkpoint")
-    return lines
-
-
-def leaves(tree, prefix=""):
-    """(dotted name, value) for each leaf of nested dicts."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{name}.")
+def read_whole(path):
+    """What load() returns. Raises InputError, and other errors for damage it does not expect."""
+    files = manifest(path)
+    if TENSORS not in files or STATE not in files:
+        if path.is_dir():
+            found = f"no valid file '{COMPLETE}' in it"
         else:
-            yield prefix + name, value
+            found = "a file" if path.exists() else "nothing"
+        refuse(path, f"expected the folder of a complete checkpoint, found {found}")
+
+    verify(path, STATE, files)
+    state = json.loads((path / STATE).read_bytes())
+    if state["version"] != VERSION:
+        refuse(
+            path,
+            f"expected format version {VERSION}, found {state['version']}: the version of this "
+            "program that wrote it can read it",
+        )
+
+    verify(path, TENSORS, files)
+    tensors = load_file(path / TENSORS)
+    held = listing(tensors)
+    listed = state["tensors"]
+    for name in sorted({*held, *listed}):
+        if held.get(name) != listed.get(name):
+            refuse(
+                path,
+                f"{TENSORS}: expected {name} to be {listed.get(name, 'absent')} as {STATE} says, "
+                f"found {held.get(name, 'nothing')}",
+            )
+    return tensors, state["meta"]
 
 
 def manifest(path):
@@ -171,19 +147,20 @@ def verify(path, name, files):
     if found != digest:
         refuse(
             path,
-            f"{name}: expected SHA-256 {digest[:12]}..., found {found[:12]}...: altered since it was written",
+            f"{name}: expected SHA-256 {digest[:12]}..., found {found[:12]}...: altered since it "
+            "was written",
         )
 
 
 def refuse(path, why):
     """Raise InputError, with the checkpoint to take instead."""
-    here, name = complete(path.absolute().parent), NAME.fullmatch(path.name)
+    name = NAME.fullmatch(path.name)
+    here = complete(path.absolute().parent)
     earlier = [step for step in here if name and step < int(name[1])]
-    advice = (
-        f"choose an earlier one: {here[max(earlier)]}"
-        if earlier
-        else "there is no earlier one beside it, so choose one from elsewhere or start without"
-    )
+    if earlier:
+        advice = f"choose an earlier one: {here[max(earlier)]}"
+    else:
+        advice = "there is no earlier one beside it, so choose one from elsewhere or start without"
     raise InputError(f"{path}: {why}; {advice}") from None
 
 
@@ -232,13 +209,12 @@ class Checkpoints:
             raise InputError(f"keep the last {keep_last} checkpoints: expected 1 or more")
         if keep_best < 0:
             raise InputError(f"keep the best {keep_best} checkpoints: expected 0 or more")
-        self.folder, self.keep_last, self.keep_best, self.say = (
-            Path(folder),
-            keep_last,
-            keep_best,
-            say,
-        )
-        self._thread, self._written = None, False
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.say = say
+        self._thread = None
+        self._written = False
         try:
             with locked(self.folder, seconds=0):
                 self._clean()
@@ -297,7 +273,8 @@ class Checkpoints:
         notices, it needs Python's lock a few times per tensor only, and has low priority where
         threads have their own."""
         path = self.folder / f"step-{step:06d}"
-        aside, self._written = beside(path, ".aside"), False
+        aside = beside(path, ".aside")
+        self._written = False
         try:
             if training and sys.platform == "linux":
                 with contextlib.suppress(OSError):
@@ -318,15 +295,11 @@ class Checkpoints:
                     self._clean()
                 self._prune(step)
         except Exception as e:  # whatever a disk or file system may come up with
-            why = (
-                e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__}: {e}"
-            )
-            megabytes = sum(len(part) for parts in files.values() for part in parts) / 1e6
-            what = (
-                "could not delete old checkpoints"
-                if self._written
-                else (f"could not write the checkpoint of step {step} ({megabytes:,.1f} MB)")
-            )
+            why = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"
+            what = "could not delete old checkpoints"
+            if not self._written:
+                megabytes = sum(len(part) for parts in files.values() for part in parts) / 1e6
+                what = f"could not write the checkpoint of step {step} ({megabytes:,.1f} MB)"
             self.say(
                 f"{self.folder}: {what}: {why}; training goes on and the others are kept: "
                 "see to the disk before the next one is due"
@@ -346,17 +319,17 @@ class Checkpoints:
 
     def _prune(self, written):
         """Delete what is not to be kept of the complete checkpoints of this version."""
-        here, metrics = complete(self.folder), {}
+        here = complete(self.folder)
+        metrics = {}  # step -> its metric, None if it has none
         for step, path in here.items():
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 state = json.loads((path / STATE).read_bytes())
                 if state["version"] == VERSION:
                     metrics[step] = state["metric"]
         last = sorted(metrics, reverse=True)[: self.keep_last]
-        best = sorted(
-            (s for s in metrics if metrics[s] is not None), key=lambda s: (metrics[s], -s)
-        )[: self.keep_best]
-        for step in {*metrics} - {*last, *best, written}:
+        measured = [step for step in metrics if metrics[step] is not None]
+        best = sorted(measured, key=lambda step: (metrics[step], -step))[: self.keep_best]
+        for step in metrics.keys() - {*last, *best, written}:
             remove(here[step])
 
 

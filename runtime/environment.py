@@ -14,20 +14,11 @@ import torch
 
 def describe_environment(device):
     """Machine, versions and the state of the source, as a dict for JSON."""
-
-    def git(*args):
-        if not shutil.which("git"):
-            return None
-        done = subprocess.run(
-            ["git", "-C", Path(__file__).parent, *args], capture_output=True, text=True
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    packages = {
-        d.name: d.version for d in metadata.distributions() if d.name and d.name.startswith("flash")
-    }
-    flash = ", ".join(f"{name} {version}" for name, version in sorted(packages.items())) or None
     changes = git("status", "--porcelain")
+    flash = {}  # packages of FlashAttention
+    for package in metadata.distributions():
+        if package.name and package.name.startswith("flash"):
+            flash[package.name] = package.version
     return dict(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         device=device_name(device),
@@ -36,11 +27,20 @@ def describe_environment(device):
         python=platform.python_version(),
         torch=torch.__version__,
         cuda=torch.version.cuda,
-        flash_attention=flash,
+        flash_attention=", ".join(f"{name} {flash[name]}" for name in sorted(flash)) or None,
         platform=platform.platform(),
         git_commit=git("rev-parse", "HEAD"),
-        git_dirty=bool(changes) if changes is not None else None,
+        git_dirty=None if changes is None else bool(changes),
     )
+
+
+def git(*args):
+    """What git prints for this checkout, None where there is no git or no repository."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", Path(__file__).parent, *args]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def device_name(device):
@@ -48,10 +48,9 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        with open("/proc/cpuinfo") as f:
-            return next(
-                line.split(":", 1)[1].strip() for line in f if line.startswith("model name")
-            )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("model name"))
+        return line.split(":", 1)[1].strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -60,6 +59,10 @@ def synchronize(device):
     """Wait for the device to finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the machine was measured to do
 
 
 def best_seconds(device, work, repeats=8, budget=0.2):
@@ -80,26 +83,25 @@ def matmul_rate(device, dtype):
     share of."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    if (
-        dtype == torch.float8_e4m3fn
-    ):  # has no @; the second factor must be column-major, which for a rate is all one
+    if dtype == torch.float8_e4m3fn:
+        # It has no @, and the second factor must be column-major, which for a rate is all one
         one = torch.ones((), device=device)
-        return (
-            2
-            * n**3
-            / best_seconds(
-                device, lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
-            )
-        )
-    return 2 * n**3 / best_seconds(device, lambda: a @ b)
+
+        def multiply():
+            return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
+    else:
+
+        def multiply():
+            return a @ b
+
+    return 2 * n**3 / best_seconds(device, multiply)
 
 
 def copy_rate(device):
     """Measured bytes/s, read and written, of copying more than any cache holds, best of 8."""
     n = 2**30 if device.type == "cuda" else 2**28
-    source, target = (
-        torch.ones(n, dtype=torch.uint8, device=device) for _ in range(2)
-    )  # ones: pages really there
+    # Ones, so that the pages are really there
+    source, target = (torch.ones(n, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * n / best_seconds(device, lambda: target.copy_(source))
 
 
@@ -115,4 +117,5 @@ def machine_probe(device):
         dtypes.append(torch.float16)
         if torch.cuda.get_device_capability(device) >= (8, 9):
             dtypes.append(torch.float8_e4m3fn)
-    return dict(matmul={str(d)[6:]: matmul_rate(device, d) for d in dtypes}, copy=copy_rate(device))
+    rates = {str(d).removeprefix("torch."): matmul_rate(device, d) for d in dtypes}
+    return dict(matmul=rates, copy=copy_rate(device))

@@ -45,14 +45,17 @@ class Report(typing.NamedTuple):
     def refusal(self):
         """Why the run stopped, and what to do."""
         return (
-            f"step {self.step}: {self.complaint}, so the run stopped there, with the weights as they were before; lower "
-            "--muon-lr and --adam-lr, try --dtype float32, or let it pass with --max-skips"
+            f"step {self.step}: {self.complaint}, so the run stopped there, with the weights as "
+            "they were before; lower --muon-lr and --adam-lr, try --dtype float32, or let it pass "
+            "with --max-skips"
         )
 
 
 class Guard:
-    """Judges each step before its update: the update counts if loss and all gradients are finite
-    and, with spike_sigmas, the loss is not that many standard deviations above its recent mean.
+    """Judges each step before its update.
+
+    The update counts if loss and all gradients are finite and, with spike_sigmas, the loss is not
+    that many standard deviations above its recent mean.
 
     strict: after one bad step none counts any more, so that until the host has stopped the run
     nothing changes.
@@ -60,9 +63,12 @@ class Guard:
 
     def __init__(self, device, sums_of_squares, strict=True, spike_sigmas=0.0):
         """sums_of_squares: list of tensors -> (n,) fp32, finite where the tensor is."""
-        self.device, self.sums_of_squares = device, sums_of_squares
-        self.strict, self.spike_sigmas = strict, spike_sigmas
-        self.waiting, self.lag = [], 2 if device.type == "cuda" else 0
+        self.device = device
+        self.sums_of_squares = sums_of_squares
+        self.strict = strict
+        self.spike_sigmas = spike_sigmas
+        self.waiting = []  # reports on their way to the host
+        self.lag = 2 if device.type == "cuda" else 0  # steps after which a report has arrived
         self.reset()
 
     def reset(self):
@@ -75,40 +81,52 @@ class Guard:
         self.recent.zero_()
 
     def judge(self, step, loss, grads, votes=()):
-        """Whether the step's update counts: a 0-d bool tensor, the same on all ranks; nothing waits
-        for it.
+        """Whether the step's update counts: a 0-d bool tensor, the same on all ranks; nothing
+        waits for it.
 
         loss: this rank's share, 0-d; grads: {name: tensor or None}; votes: numbers, any of them
         this rank's.
         """
         grads = {name: grad for name, grad in grads.items() if grad is not None}
         sums = self.sums_of_squares(list(grads.values()))
+
+        # One message over all ranks: the loss, a number for each gradient, the votes
         report = torch.cat([loss[None], sums, to_device(votes, self.device)])
         if dist.is_initialized():
             dist.all_reduce(report)
         ok = report[: 1 + len(sums)].isfinite().all()
         if self.spike_sigmas:
-            steps, mean, variance = self.recent.unbind()
-            ok &= (steps < WINDOW) | (report[0] < mean + self.spike_sigmas * variance.sqrt())
-            share = 1 / (steps + 1).clamp(max=WINDOW)
-            off = report[0] - mean
-            later = torch.stack(
-                [steps + 1, mean + share * off, (1 - share) * (variance + share * off * off)]
-            )
-            self.recent.copy_(torch.where(ok, later, self.recent))
+            ok &= self.is_no_spike(report[0])
+            self.remember(report[0], ok)
         if self.strict:
             ok &= self.alive
             self.alive.copy_(ok)
         self.send(step, torch.cat([report, ok[None].float()]), list(grads))
         return ok
 
+    def is_no_spike(self, loss):
+        """0-d bool: whether the loss is near its recent mean; true while there are few."""
+        steps, mean, variance = self.recent.unbind()
+        return (steps < WINDOW) | (loss < mean + self.spike_sigmas * variance.sqrt())
+
+    def remember(self, loss, ok):
+        """Take the loss into the running mean and variance, if ok."""
+        steps, mean, variance = self.recent.unbind()
+        share = 1 / (steps + 1).clamp(max=WINDOW)
+        off = loss - mean
+        mean = mean + share * off
+        variance = (1 - share) * (variance + share * off * off)
+        later = torch.stack([steps + 1, mean, variance])
+        self.recent.copy_(torch.where(ok, later, self.recent))
+
     def send(self, step, report, names):
         """Start the report's way to the host."""
         cuda = self.device.type == "cuda"
         host = torch.empty(report.shape, dtype=torch.float32, pin_memory=cuda)
         host.copy_(report, non_blocking=True)
-        event = torch.cuda.Event() if cuda else None
-        if event:
+        event = None  # when it is there
+        if cuda:
+            event = torch.cuda.Event()
             event.record()
         self.waiting.append((step, host, event, names))
 
@@ -123,17 +141,18 @@ class Guard:
             if event:
                 event.synchronize()
             loss, *rest, ok = host.tolist()
-            sums, votes = rest[: len(names)], rest[len(names) :]
-            yield Report(at, loss, votes, None if ok else self.complaint(loss, names, sums))
+            sums = rest[: len(names)]
+            votes = rest[len(names) :]
+            complaint = None if ok else self.complaint(loss, names, sums)
+            yield Report(at, loss, votes, complaint)
 
     def complaint(self, loss, names, sums):
-        bad = [name for name, s in zip(names, sums) if not math.isfinite(s)]
+        """Why a step did not count, in words."""
         if not math.isfinite(loss):
             return f"the training loss is {loss}"
+        bad = [name for name, s in zip(names, sums) if not math.isfinite(s)]
         if bad:
             return f"the gradient of {', '.join(bad)} is not finite (loss {loss:.4f})"
-        return (
-            f"the training loss jumped to {loss:.4f}"
-            if self.spike_sigmas
-            else "it follows a bad one"
-        )
+        if self.spike_sigmas:
+            return f"the training loss jumped to {loss:.4f}"
+        return "it follows a bad one"

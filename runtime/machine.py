@@ -46,17 +46,24 @@ class World(typing.NamedTuple):
     across: object = None
 
 
+# --------------------------------------------------------------------------------------------------
+# Processes
+
+
 def lost_another(error):
     """Whether an error means that another process of this run has ended or cannot be reached."""
-    return isinstance(error, dist.DistError) or any(
-        name in str(error).lower() for name in ("gloo", "nccl")
-    )
+    if isinstance(error, dist.DistError):
+        return True
+    said = str(error).lower()
+    return "gloo" in said or "nccl" in said
 
 
 def wait_for_first_rank(world):
-    """Nobody leaves while the first rank writes: the launcher would end it. Where others leave a
-    moment earlier, Gloo may report that as a loss, but all is done then, and a first rank that
-    failed says so itself."""
+    """Nobody leaves while the first rank writes: the launcher would end it.
+
+    Where others leave a moment earlier, Gloo may report that as a loss, but all is done then, and a
+    first rank that failed says so itself.
+    """
     try:
         if world.size > 1:
             dist.barrier()
@@ -66,11 +73,14 @@ def wait_for_first_rank(world):
 
 
 def first_rank_first(world, prepare):
-    """Call prepare() on the first rank, then on the others, who find its work done; a failure
-    ends all of them."""
-    result, error = None, None
-    for turn in (True, False):
-        if (world.rank == 0) == turn:
+    """Call prepare() on the first rank, then on the others, who find its work done.
+
+    Returns what it returned here. An InputError on one rank ends all of them.
+    """
+    result = None
+    error = None
+    for first_ranks_turn in True, False:
+        if (world.rank == 0) == first_ranks_turn:
             try:
                 result = prepare()
             except InputError as e:
@@ -78,12 +88,29 @@ def first_rank_first(world, prepare):
         if world.size > 1:
             failed = torch.tensor(float(error is not None), device=world.device)
             dist.all_reduce(failed)
-            error = error or (
-                InputError("another rank could not prepare the data") if failed else None
-            )
+            if failed and error is None:
+                error = InputError("another rank could not prepare the data")
         if error:
             raise error
     return result
+
+
+def share_text(world, text):
+    """The first rank's text, on all ranks."""
+    if world.size == 1:
+        return text
+    content = text.encode() if world.rank == 0 else b""
+    length = torch.tensor(len(content), device=world.device)
+    dist.broadcast(length, 0)
+    data = torch.zeros(int(length), dtype=torch.uint8, device=world.device)
+    if content:
+        data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    dist.broadcast(data, 0)
+    return data.cpu().numpy().tobytes().decode()
+
+
+# --------------------------------------------------------------------------------------------------
+# Devices
 
 
 def choose_dtype(wanted, device):
@@ -92,23 +119,35 @@ def choose_dtype(wanted, device):
 
 
 def native_dtype(device):
-    """bfloat16 where the hardware multiplies it, Ampere and later, a CPU with AVX512-BF16 or
-    AMX; else float32."""
+    """bfloat16 where the hardware multiplies it, else float32.
+
+    It does on GPUs from Ampere on, and on CPUs with AVX512-BF16 or AMX.
+    """
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        flags = Path("/proc/cpuinfo")
-        native = flags.exists() and any(
-            f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16")
-        )
+        info = Path("/proc/cpuinfo")
+        flags = info.read_text() if info.exists() else ""
+        native = any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
+def to_device(values, device):
+    """A list of numbers as an fp32 tensor there, without waiting for the device."""
+    pinned = device.type == "cuda"
+    x = torch.tensor(values, dtype=torch.float32, device="cpu", pin_memory=pinned)
+    return x.to(device, non_blocking=True)
+
+
 def keep_freed_memory():
-    """Have glibc reuse large blocks. It returns them to the system when freed, and on CPUs a
-    step then spends a quarter of its time on page faults: laptop 13,700 -> 17,700 tokens/s on 2
-    cores."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    """Have glibc reuse large blocks.
+
+    It returns them to the system when they are freed, and on CPUs a step then spends a quarter of
+    its time on page faults: laptop 13,700 -> 17,700 tokens/s on 2 cores.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -117,14 +156,16 @@ def keep_freed_memory():
 
 def can_compile(say):
     """Whether torch.compile finds what it needs; says what is missing."""
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+    compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
+    if not any(shutil.which(name) for name in compilers):
         missing = "a C++ compiler (g++)"
     elif not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing = "Python's headers (python3-dev)"
     else:
         return True
     say(
-        f"running without torch.compile, which is slower: {missing} would have to be installed for it"
+        f"running without torch.compile, which is slower: {missing} would have to be installed "
+        "for it"
     )
     return False
 
@@ -133,39 +174,21 @@ class Clock:
     """Training time in seconds: runs between start() and stop(), waiting for the device at both."""
 
     def __init__(self, device, total=0.0):
-        self.device, self.total, self.since = device, total, None
+        self.device = device
+        self.total = total  # until the last stop
+        self.since = None  # perf_counter(), monotonic: setting the system's clock does not touch it
 
     def start(self):
         synchronize(self.device)
-        self.since = time.perf_counter()  # monotonic: setting the system's clock does not touch it
+        self.since = time.perf_counter()
 
     def stop(self):
         synchronize(self.device)
-        self.total, self.since = self.now(), None
+        self.total = self.now()
+        self.since = None
 
     def now(self):
         """Without waiting: on a GPU the host runs ahead of it."""
-        return self.total + (time.perf_counter() - self.since if self.since else 0.0)
-
-
-def to_device(values, device):
-    """A list of numbers as an fp32 tensor there, without waiting for the device."""
-    cuda = device.type == "cuda"
-    return torch.tensor(values, dtype=torch.float32, device="cpu", pin_memory=cuda).to(
-        device, non_blocking=True
-    )
-
-
-def share_text(world, text):
-    """The first rank's text, on all ranks."""
-    if world.size == 1:
-        return text
-    length = torch.tensor(len(text.encode()) if world.rank == 0 else 0, device=world.device)
-    dist.broadcast(length, 0)
-    data = torch.zeros(int(length), dtype=torch.uint8, device=world.device)
-    if world.rank == 0:
-        data.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)) if len(
-            data
-        ) else None
-    dist.broadcast(data, 0)
-    return data.cpu().numpy().tobytes().decode()
+        if self.since is None:
+            return self.total
+        return self.total + time.perf_counter() - self.since

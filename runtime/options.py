@@ -12,8 +12,10 @@ from base.options import AUTO, COUNT, POSITIVE, Options, interval, option, secon
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Options):
-    """How and where a run is kept, and on what it runs. A run that goes on from a checkpoint may have
-    other values than the one before."""
+    """How and where a run is kept, and on what it runs.
+
+    A run that goes on from a checkpoint may have other values than the one before.
+    """
 
     run_dir: str = option(
         "", "where log, metrics and weights go; empty is runs/<utc>-<track>", group="run"

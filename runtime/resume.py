@@ -183,7 +183,7 @@ def check_fit(config, free, fingerprint, meta):
     """
     ours = {k: v for k, v in flat(config).items() if k not in free}
     theirs = {k: v for k, v in (defaults(config) | meta["config"]).items() if k not in free}
-    differing = checkpoints.differences(ours, theirs)
+    differing = differences(ours, theirs)
     if fingerprint != meta["data_fingerprint"]:
         differing.append(
             f"data: {fingerprint[:16]} here, {meta['data_fingerprint'][:16]} in the checkpoint"
@@ -193,6 +193,46 @@ def check_fit(config, free, fingerprint, meta):
             f"the checkpoint does not fit: {'; '.join(differing)}. Give what it was made with, or "
             "--warm-start to take its weights only"
         )
+
+
+def differences(ours, theirs):
+    """What differs between two dicts of JSON-able fields, a readable line for each.
+
+    ours: of this run; theirs: the checkpoint's. A tuple is a list; a field of an inner dict is
+    named outer.inner.
+    """
+    ours = dict(leaves(json.loads(json.dumps(ours))))
+    theirs = dict(leaves(json.loads(json.dumps(theirs))))
+    lines = []
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        a = json.dumps(ours[name]) if name in ours else "nothing"
+        b = json.dumps(theirs[name]) if name in theirs else "nothing"
+        if a == b:
+            continue  # NaN is not equal to itself, but its text is
+        if name in ours and name in theirs and ours[name] == theirs[name]:
+            continue  # 1 and 1.0 have other texts, but are equal
+        if max(len(a), len(b)) > 80:
+            start = max(0, len(os.path.commonprefix([a, b])) - 20)
+            a = excerpt(a, start)
+            b = excerpt(b, start)
+        lines.append(f"{name}: {a} here, {b} in the checkpoint")
+    return lines
+
+
+def excerpt(text, start):
+    """60 characters of it, from where two texts part."""
+    before = "..." if start else ""
+    after = "..." if len(text) > start + 60 else ""
+    return before + text[start : start + 60] + after
+
+
+def leaves(tree, prefix=""):
+    """(dotted name, value) for each leaf of nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def read_weights(given):
@@ -221,9 +261,7 @@ def copy_weights(given, model):
     InputError naming what does not fit."""
     tensors, parameters = read_weights(given), dict(model.named_parameters())
     wanted = {name: list(p.shape) for name, p in parameters.items() if p.numel()}
-    differing = checkpoints.differences(
-        wanted, {name: list(x.shape) for name, x in tensors.items()}
-    )
+    differing = differences(wanted, {name: list(x.shape) for name, x in tensors.items()})
     if differing:
         raise InputError(f"--warm-start {given} does not fit this model: {'; '.join(differing)}")
     for name, x in tensors.items():
