@@ -1,1 +1,1 @@
-"""How fast: `python -m benchmarks NAME`."""
+"""How fast: ./run.sh benchmarks."""
