@@ -1,57 +1,52 @@
-"""Benchmarks, by name: `python -m benchmarks NAME --help`. The result is one JSON object, progress
-goes to stderr.
+"""How fast: kernels, training steps, start-up, and this trainer beside others.
 
-A benchmark is a module here with run(**options) -> dict, and where it needs them:
-    add_arguments(parser)   its own options, named like run's arguments
-    render(result) -> str   the result in Markdown, for --table
-    unavailable() -> str    why it cannot run on this machine, or None
-run may take save, a function to give the result to as it grows, so that a run cut short leaves what
-it had;
-previous, what --json FILE holds already, to go on from; and trainer_options, the options that are
-not the benchmark's
-own. Bad input is an InputError.
+The result is one JSON object on stdout, progress goes to stderr. Options of training that a
+benchmark takes are those of ./run.sh train --help. docs/benchmarks.md says what was measured.
 """
 
-import argparse
+# A benchmark is a module here with run(**options) -> dict, and where it needs them:
+#     add_arguments(parser)   its own options, named like run's arguments
+#     render(result) -> str   the result in Markdown, for --table
+#     unavailable() -> str    why it cannot run on this machine, or None
+# run may take save, a function to give the result to as it grows, so that a run cut short leaves
+# what it had; previous, what --json FILE holds already, to go on from; and trainer_options, the
+# options that are not the benchmark's own. Bad input is an InputError.
+
 import importlib
 import inspect
 import json
-import os
 import sys
 from pathlib import Path
 
-import torch
-
 from base import InputError
-from runtime.environment import describe_environment
+from base.files import write_text
+from benchmarks.options import Parser
+from benchmarks.report import say
 
 BENCHMARKS = {
     "kernels": "every op beside its alternatives, on a CUDA GPU",
     "loader": "the loader's tokens/s on one core",
-    "resources": "registers, spills and shared memory of every kernel on every chip, without a GPU",
+    "resources": "registers and shared memory of every kernel on every chip, without a GPU",
     "trainer": "the trainer's step, stage by stage, and where its time goes",
     "start": "from the command to the end of the first step, cold and warm",
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
-    "peers": "nanoGPT, nanochat or modded-nanogpt from their checkouts beside this trainer, on the same data",
-    "ablate": "what each piece of the recipe is worth: loss at equal tokens, time per step, time to the target",
+    "peers": "nanoGPT, nanochat or modded-nanogpt beside this trainer, on the same data",
+    "ablate": "what each piece of the recipe is worth, in loss and in time",
     "checkpoint": "what writing and loading a checkpoint costs, and what it costs training",
 }
 ALL = ("kernels", "trainer", "loader", "resources")
-OPTIONS = dict(
-    kernels=dict(seconds=180), trainer=dict(synthetic_data=True)
-)  # in all: 8 minutes, nothing downloaded
+# in `all`: 8 minutes, nothing downloaded
+OPTIONS = dict(kernels=dict(seconds=180), trainer=dict(synthetic_data=True))
 
 
 def module_of(name):
     return importlib.import_module(f"benchmarks.{name}")
 
 
-def write(path, text):
-    """Aside, then renamed: nobody reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+def unavailable(name):
+    """Why a benchmark cannot run on this machine, or None."""
+    module = module_of(name)
+    return module.unavailable() if hasattr(module, "unavailable") else None
 
 
 def load(name, path):
@@ -61,10 +56,10 @@ def load(name, path):
         result = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(
-            f"--json {path}: {getattr(e, 'strerror', None) or 'not JSON'}; give another file"
-        ) from None
+    except OSError as e:
+        raise InputError(f"--json {path}: {e.strerror}; give another file") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"--json {path}: not JSON; give another file") from None
     if not isinstance(result, dict) or result.get("benchmark") != name:
         raise InputError(
             f"--json {path}: holds something else than a result of {name}; give another file"
@@ -72,38 +67,49 @@ def load(name, path):
     return result
 
 
+def head_of(name):
+    """What every result begins with: the benchmark's name and where it was measured."""
+    import torch
+
+    from runtime.environment import describe_environment
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return dict(benchmark=name, environment=describe_environment(device))
+
+
 def run(name, save, **options):
     """Run one benchmark; returns its result with what it was measured on. save gets it as it
     grows."""
-    module = module_of(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    head = dict(benchmark=name, environment=describe_environment(device))
-    if "save" in inspect.signature(module.run).parameters:
+    head = head_of(name)
+    if "save" in inspect.signature(module_of(name).run).parameters:
         options["save"] = lambda result: save(head | result)
-    return head | module.run(**options)
+    return head | module_of(name).run(**options)
 
 
 def run_all(save):
     """Of ALL what this machine can run; what fails is one line."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = dict(benchmark="all", environment=describe_environment(device), results={})
+    result = head_of("all") | dict(results={})
+    results = result["results"]
+
+    def part(name):
+        def save_part(growing):
+            results[name] = growing
+            save(result)
+
+        return save_part
+
     for name in ALL:
         try:
-            reason = getattr(module_of(name), "unavailable", lambda: None)()
+            reason = unavailable(name)
             if reason:
-                result["results"][name] = dict(skipped=reason)
+                results[name] = dict(skipped=reason)
             else:
-                print(f"--- {name}", file=sys.stderr)
-                result["results"][name] = run(
-                    name,
-                    lambda r: save(result | dict(results=result["results"] | {name: r})),
-                    **OPTIONS.get(name, {}),
-                )
+                say(f"--- {name}")
+                results[name] = run(name, part(name), **OPTIONS.get(name, {}))
         except (Exception, SystemExit) as e:
-            result["results"][name] = dict(
-                error=f"{type(e).__name__}: {' '.join(str(e).split())}"[:240]
-            )
-            print(f"{name}: {result['results'][name]['error']}", file=sys.stderr)
+            error = f"{type(e).__name__}: {' '.join(str(e).split())}"[:240]
+            results[name] = dict(error=error)
+            say(f"{name}: {error}")
         save(result)
     return result
 
@@ -114,46 +120,54 @@ def render(result):
         return module_of(result["benchmark"]).render(result)
     parts = []
     for name, r in result["results"].items():
-        if "error" in r or "skipped" in r or not hasattr(module_of(name), "render"):
-            line = r.get("error") or r.get("skipped")
-            parts.append(f"# {name}\n\n{line or 'see the JSON'}\n")
-        else:
+        line = r.get("error") or r.get("skipped")
+        if not line and hasattr(module_of(name), "render"):
             parts.append(render(r))
+        else:
+            parts.append(f"# {name}\n\n{line or 'see the JSON'}\n")
     return "\n".join(parts)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser(argv):
+    """The command line; only the benchmark that argv names has its options, since importing all
+    of them would take seconds."""
+    parser = Parser(prog="./run.sh benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     everything = f"those of {', '.join(ALL)} that this machine can run, in one JSON"
+    chosen = next((arg for arg in argv if not arg.startswith("-")), None)
     for name, about in dict(BENCHMARKS, all=everything).items():
-        chosen = name == next((a for a in argv if not a.startswith("-")), None)
-        module = (
-            module_of(name) if chosen and name != "all" else None
-        )  # importing all of them would take seconds
-        sub = names.add_parser(
-            name,
-            help=about,
-            description=getattr(module, "__doc__", about),
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.add_argument(
-            "--json", type=Path, metavar="FILE", help="write the result here instead of stdout"
-        )
+        module = module_of(name) if name == chosen and name != "all" else None
+        text = module.__doc__ if module else about
+        sub = names.add_parser(name, help=about, description=text)
+        sub.option("--json", Path, None, "FILE", "write the result here instead of stdout")
         if name == "all" or hasattr(module, "render"):
-            sub.add_argument(
-                "--table", type=Path, metavar="FILE.md", help="write the result as Markdown, too"
-            )
-        getattr(module, "add_arguments", lambda sub: None)(sub)
-    options, rest = parser.parse_known_args(argv)
+            sub.option("--table", Path, None, "FILE.md", "write the result as Markdown, too")
+        if hasattr(module, "add_arguments"):
+            module.add_arguments(sub)
+    return parser
+
+
+def parse(argv):
+    """(benchmark, --json, --table, {option of run(): value}, the trainer's options) of a command
+    line. Raises InputError."""
+    options, rest = make_parser(argv).parse_known_args(argv)
     options = vars(options)
-    name, json_file, table = options.pop("name"), options.pop("json"), options.pop("table", None)
+    name = options.pop("name")
+    json_file = options.pop("json")
+    table = options.pop("table", None)
+    takes = inspect.signature(module_of(name).run).parameters if name != "all" else ()
+    if rest and "trainer_options" not in takes:
+        raise InputError(f"unrecognized arguments: {' '.join(rest)}")
+    return name, json_file, table, options, rest
+
+
+def main(argv=None):
+    """Parse, run the benchmark, write its result. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def write(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
 
     def save(result):
         if json_file:
@@ -161,30 +175,27 @@ def main(argv=None):
         if table:
             write(table, render(result))
 
-    takes = inspect.signature(module_of(name).run).parameters if name != "all" else ()
-    if rest and "trainer_options" not in takes:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if name == "all":
-        result = run_all(save)
-    else:
-        if reason := getattr(module_of(name), "unavailable", lambda: None)():
-            print(f"error: {reason}", file=sys.stderr)
-            return 2
-        try:
-            more = dict(trainer_options=rest) if rest else {}
-            if json_file and "previous" in takes:
-                more["previous"] = load(name, json_file)
-            result = run(name, save, **options, **more)
-        except InputError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            kept = (
-                f"; {json_file} has what was measured" if json_file and json_file.exists() else ""
-            )
-            print(f"interrupted{kept}", file=sys.stderr)
-            return 130
-    save(result)
+    try:
+        name, json_file, table, options, rest = parse(argv)
+        if name == "all":
+            result = run_all(save)
+        else:
+            reason = unavailable(name)
+            if reason:
+                raise InputError(reason)
+            if rest:
+                options["trainer_options"] = rest
+            if json_file and "previous" in inspect.signature(module_of(name).run).parameters:
+                options["previous"] = load(name, json_file)
+            result = run(name, save, **options)
+        save(result)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = f"; {json_file} has what was measured" if json_file and json_file.exists() else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        return 130
     if not json_file:
         print(json.dumps(result, indent=1))
     return 0

@@ -1,69 +1,59 @@
-"""What each piece of the recipe is worth: it is turned off, or on where the track goes without, one
-at a time.
+"""What each piece of the recipe is worth: it is turned off, or on where the track goes without,
+one at a time.
 
-    python -m benchmarks ablate --track laptop --seeds 5 --json ablate.json --table ablate.md
-    python -m benchmarks ablate --track laptop --only softcap smear --steps 80
+    ./run.sh benchmarks ablate --track laptop --seeds 5 --json ablate.json --table ablate.md
+    ./run.sh benchmarks ablate --track laptop --only softcap smear --steps 80
 
-Options other than those below are the trainer's own (./run.sh --help): --steps N shortens the whole
-schedule, --seed N is the first seed. The recipe as it comes (base) and each variant of it train
-from the same seeds on the same tokens, to the last step; the target only says where a line between
-validations crosses it. A round is one seed of every variant, in an order that rotates, so that a
-machine that drifts hits all alike; every variant is compared with the base of its own round. The
-clock is the trainer's: no start-up, no compiling, no validation.
+Options other than those below are the trainer's own (./run.sh train --help): --steps N shortens
+the whole schedule, --seed N is the first seed. The recipe as it comes (base) and each variant of it
+train from the same seeds on the same tokens, to the last step; the target only says where a line
+between validations crosses it. A round is one seed of every variant, in an order that rotates, so
+that a machine that drifts hits all alike; every variant is compared with the base of its own round.
+The clock is the trainer's: no start-up, no compiling, no validation.
 
 With --json, every finished run is in the file at once, and the same command goes on where it was
 cut short; more --seeds or other pieces may be added later. Runs on other settings, source or
 machine are refused, not mixed.
 """
 
-import dataclasses
 import datetime
 import difflib
 import gc
-import hashlib
 import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-import train_gpt as tg
 from base import InputError
+from benchmarks import subject
+from benchmarks.options import COUNT
+from benchmarks.report import document, number, say, spread, table
 from records.compare import APART
+from records.metrics import unit
 from records.runs import Point, Run
 from runtime.environment import describe_environment
 from runtime.log import Log
 from runtime.memory import free_memory, ran_out
-from runtime.signals import Requests
 
-BASE, CONFIDENCE = "base", 0.95
+BASE = "base"
+CONFIDENCE = 0.95
 # options of the trainer that have no meaning here: every run goes to its last step, and leaves
 # nothing but its numbers
-REFUSED = (
-    "--run-dir",
-    "--repeat",
-    "--max-time",
-    "--patience",
-    "--sample-tokens",
-    "--checkpoint-every",
-    "--keep-last",
-    "--keep-best",
-    "--resume",
-    "--max-restarts",
-    "--gpus",
+REFUSED = tuple(
+    "--run-dir --repeat --max-time --patience --sample-tokens --checkpoint-every --keep-last "
+    "--keep-best --resume --max-restarts --gpus".split()
 )
 
 
 class Piece(NamedTuple):
-    """Fields of Config without and with a piece: values, or functions of the Config that is to
-    be changed. on is empty where there is nothing sensible to turn on."""
+    """Fields of a configuration without and with a piece: values, or functions of the one that is
+    to be changed. on is empty where there is nothing sensible to turn on."""
 
     what: str
     off: dict
@@ -165,35 +155,29 @@ PIECES = {
 class Variant(NamedTuple):
     label: str
     what: str
-    fields: dict  # of Config, where it differs from the base
-    config: tg.Config
+    fields: dict  # of the configuration, where it differs from the base
+    config: subject.Settings
 
 
 def apply(c, fields):
-    return dataclasses.replace(
-        c, **{name: value(c) if callable(value) else value for name, value in fields.items()}
-    )
+    """The configuration with these values, or what functions make of it. Raises InputError."""
+    values = {name: value(c) if callable(value) else value for name, value in fields.items()}
+    return subject.change(c, **values)
 
 
 def differences(c, base):
-    return {
-        f.name: getattr(c, f.name)
-        for f in dataclasses.fields(c)
-        if getattr(c, f.name) != getattr(base, f.name)
-    }
+    return {name: x for name, x in c.fields.items() if x != base.fields[name]}
 
 
 def variant(base, name):
     """The piece turned off, or on where base goes without. Raises InputError, saying why, where
     neither can be done."""
     piece = PIECES[name]
-    for word, fields in (("without", piece.off), ("with", piece.on)):
+    for word, turned, fields in (("without", "off", piece.off), ("with", "on", piece.on)):
         try:
             changed = apply(base, fields)
         except InputError as e:
-            raise InputError(
-                f"{name}: cannot be turned {'off' if word == 'without' else 'on'} here: {e}"
-            ) from None
+            raise InputError(f"{name}: cannot be turned {turned} here: {e}") from None
         if changed != base:
             return Variant(f"{word} {name}", piece.what, differences(changed, base), changed)
     raise InputError(f"{name}: makes no difference to this configuration")
@@ -205,11 +189,11 @@ def choose(base, only):
     for name in only:
         if name not in PIECES:
             near = difflib.get_close_matches(name, PIECES, 1)
-            raise InputError(
-                f"--only {name}: no such piece; {f'did you mean {near[0]}? ' if near else ''}expected of "
-                f"{', '.join(PIECES)}"
-            )
-    chosen, left_out = {BASE: Variant(BASE, "the recipe as it comes", {}, base)}, {}
+            hint = f"did you mean {near[0]}? " if near else ""
+            expected = ", ".join(PIECES)
+            raise InputError(f"--only {name}: no such piece; {hint}expected of {expected}")
+    chosen = {BASE: Variant(BASE, "the recipe as it comes", {}, base)}
+    left_out = {}
     for name in dict.fromkeys(only or PIECES):
         try:
             chosen[name] = variant(base, name)
@@ -233,12 +217,12 @@ def mean_interval(values):
     """(mean, half the width of its 95% t-interval; None from fewer than two values)."""
     from scipy import stats
 
-    mean, n = math.fsum(values) / len(values), len(values)
+    n = len(values)
+    mean = math.fsum(values) / n
     if n < 2:
         return mean, None
-    return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * statistics.stdev(
-        values
-    ) / math.sqrt(n)
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    return mean, quantile * statistics.stdev(values) / math.sqrt(n)
 
 
 def difference(pairs):
@@ -247,19 +231,21 @@ def difference(pairs):
     if not pairs:
         return None
     mean, half = mean_interval([a - b for a, b in pairs])
-    return dict(
-        mean=mean,
-        low=None if half is None else mean - half,
-        high=None if half is None else mean + half,
-        n=len(pairs),
-    )
+    if half is None:
+        return dict(mean=mean, low=None, high=None, n=len(pairs))
+    return dict(mean=mean, low=mean - half, high=mean + half, n=len(pairs))
 
 
 def ratio(pairs):
     """The same of variant / base: the geometric mean, whose interval is a t-interval of the
     logarithms."""
     found = difference([(math.log(a), math.log(b)) for a, b in pairs])
-    return found and {k: math.exp(v) if k != "n" and v is not None else v for k, v in found.items()}
+    if found is None:
+        return None
+    for key in ("mean", "low", "high"):
+        if found[key] is not None:
+            found[key] = math.exp(found[key])
+    return found
 
 
 def time_to(run, metric, target):
@@ -269,65 +255,58 @@ def time_to(run, metric, target):
     return Run("", "stopwatch", val=points).time_to(target)
 
 
+def final(run, metric):
+    return run["val"][-1][metric]
+
+
 def summarise(runs, names, metric, target):
     """{name: what its runs say, beside those of the base with the same seeds}. A run that failed
     counts as one that did not reach the target; its loss is in no mean."""
-    by_seed = {name: {r["seed"]: r for r in runs if r["variant"] == name} for name in names}
-    ended = {
-        name: {seed: r for seed, r in rs.items() if "error" not in r}
-        for name, rs in by_seed.items()
-    }
+    base = {r["seed"]: r for r in runs if r["variant"] == BASE and "error" not in r}
     summary = {}
     for name in names:
-        mine, base = ended[name], ended[BASE]
-        if not by_seed[name]:
+        made = [r for r in runs if r["variant"] == name]
+        if not made:
             continue
-        both = sorted(mine.keys() & base.keys())
-        losses, ms = (
-            [r["val"][-1][metric] for r in mine.values()],
-            [r["ms_per_step"] for r in mine.values()],
-        )
-        row = summary[name] = dict(
-            runs=len(by_seed[name]),
-            failed=len(by_seed[name]) - len(mine),
+        mine = {r["seed"]: r for r in made if "error" not in r}
+        losses = [final(r, metric) for r in mine.values()]
+        ms = [r["ms_per_step"] for r in mine.values()]
+        row = dict(
+            runs=len(made),
+            failed=len(made) - len(mine),
             loss=statistics.fmean(losses) if losses else None,
             sd=statistics.stdev(losses) if len(losses) > 1 else None,
             ms_per_step=statistics.median(ms) if ms else None,
         )
         if target is not None:
-            times = {seed: time_to(r, metric, target) for seed, r in mine.items()}
-            there = [t for t in times.values() if t is not None]
-            row |= dict(
-                reached=len(there), time_to_target=statistics.fmean(there) if there else None
-            )
-        if name == BASE:
-            continue
-        row["difference"] = difference(
-            [(mine[s]["val"][-1][metric], base[s]["val"][-1][metric]) for s in both]
-        )
-        ratios = [mine[s]["ms_per_step"] / base[s]["ms_per_step"] for s in both]
-        row["step_ratio"] = (
-            dict(median=statistics.median(ratios), least=min(ratios), most=max(ratios))
-            if both
-            else None
-        )
-        if target is not None:
-            pairs = [(times[s], time_to(base[s], metric, target)) for s in both]
-            # a ratio over the seeds that made it would be one over the lucky ones
-            all_there = len(both) == len(by_seed[name]) and all(None not in pair for pair in pairs)
-            row["target_ratio"] = ratio(pairs) if all_there else None
+            times = [time_to(r, metric, target) for r in mine.values()]
+            there = [t for t in times if t is not None]
+            row["reached"] = len(there)
+            row["time_to_target"] = statistics.fmean(there) if there else None
+        if name != BASE:
+            both = [(mine[seed], base[seed]) for seed in sorted(mine.keys() & base.keys())]
+            row["difference"] = difference([(final(a, metric), final(b, metric)) for a, b in both])
+            row["step_ratio"] = spread(a["ms_per_step"] / b["ms_per_step"] for a, b in both)
+            if target is not None:
+                row["target_ratio"] = None
+                pairs = [(time_to(a, metric, target), time_to(b, metric, target)) for a, b in both]
+                # a ratio over the seeds that made it would be one over the lucky ones
+                if len(both) == len(made) and all(None not in pair for pair in pairs):
+                    row["target_ratio"] = ratio(pairs)
+        summary[name] = row
     return summary
 
 
 STATEMENT = """\
-Every run of a variant is compared with the base's of the same seed and round: the same tokens in the same order (unless
-the piece is that order), and the same first weights as far as the piece has none of its own. Differences: the mean of
-variant - base; above zero, the variant is worse. Time per step: the median of the rounds' ratios, in brackets the least
-and the most. Time to the target: the geometric mean of the ratios, given only where all runs of both reached it. The
-brackets behind means are 95% t-intervals over the seeds, of the differences and of the logarithms of the ratios: they
-say how far other seeds would move that mean on this machine and these data, if seeds scatter like a normal
-distribution, and nothing about other data, sizes or tuning. They are not corrected for the number of variants: of
-twenty that change nothing, one is expected to leave out zero."""
+Every run of a variant is compared with the base's of the same seed and round: the same tokens in
+the same order (unless the piece is that order), and the same first weights as far as the piece has
+none of its own. Differences: the mean of variant - base; above zero, the variant is worse. Time per
+step: the median of the rounds' ratios, in brackets the least and the most. Time to the target: the
+geometric mean of the ratios, given only where all runs of both reached it. The brackets behind
+means are 95% t-intervals over the seeds, of the differences and of the logarithms of the ratios:
+they say how far other seeds would move that mean on this machine and these data, if seeds scatter
+like a normal distribution, and nothing about other data, sizes or tuning. They are not corrected
+for the number of variants: of twenty that change nothing, one is expected to leave out zero."""
 
 
 # --- running
@@ -340,28 +319,11 @@ class Points(Log):
         super().__init__(folder, steps)
         self.val = []
 
-    def step(self, step, total, kind, loss, seconds, **more):
-        if kind == "val":
-            self.val.append(dict(step=step, train_time=seconds, val_loss=loss, **more))
+    def step(self, step, total, kind, loss, seconds):
+        pass
 
-
-def stages_of(c):
-    return [tg.stage_at(c, tg.progress_at(c, step)) for step in range(c.steps)]
-
-
-def own_code(model):
-    """Give a model a forward() of its own: torch.compile keeps graphs by code object, and
-    refuses more than a few."""
-    kind = type(model)
-    forward = types.FunctionType(
-        kind.forward.__code__.replace(),
-        kind.forward.__globals__,
-        "forward",
-        kind.forward.__defaults__,
-        kind.forward.__closure__,
-    )
-    forward.__kwdefaults__ = kind.forward.__kwdefaults__
-    model.__class__ = type(kind.__name__, (kind,), dict(forward=forward))
+    def validation(self, step, total, metrics, seconds):
+        self.val.append(dict(step=step, train_time=seconds, **metrics))
 
 
 class Bench:
@@ -369,19 +331,16 @@ class Bench:
     goes: the others are built anew for each run, with compiled code from the cache."""
 
     def __init__(self, variants, world, folder):
-        self.variants, self.world, self.folder, self.kept, self.bytes = (
-            variants,
-            world,
-            folder,
-            {},
-            0,
-        )
+        self.variants = variants
+        self.world = world
+        self.folder = folder
+        self.kept = {}
+        self.bytes = 0
         self.budget = (free_memory(world.device) or 4e9) / 4
 
     def build(self, c, log):
-        stages = stages_of(c)
-        trainer = tg.Trainer(c, self.world, tg.load_data(c, stages, self.world), stages, log)
-        own_code(trainer.model)
+        trainer = subject.Subject(c, self.world, log)
+        trainer.own_code()
         return trainer
 
     def passes(self, log):
@@ -389,13 +348,11 @@ class Bench:
         base's trainer chose them. On a GPU two thirds of its micro_tokens, so that other
         variants' weights have room beside."""
         base = self.variants[BASE].config
-        trainer = self.build(base, log)
-        rows = max(trainer.micro_rows.values())
+        choices = self.build(base, log).shared_choices()
+        rows = choices["rows"]
         if self.world.device.type == "cuda" and not base.micro_tokens:
             rows = max(1, rows * 2 // 3)
-        return dict(
-            micro_tokens=rows * base.row_len, recompute="on" if trainer.model.recompute else "off"
-        )
+        return dict(micro_tokens=rows * base.row_len, recompute=choices["recompute"])
 
     def trainer(self, name, log):
         if name in self.kept:
@@ -405,29 +362,25 @@ class Bench:
             torch.cuda.empty_cache()
         log.say(f"building {self.variants[name].label} ...")
         trainer = self.build(self.variants[name].config, log)
-        if trainer.compiled:
-            trainer.warm_up(log)
+        trainer.warm_up(log)
         size = 16 * trainer.params  # weights, what is below their last bit, moments
         if self.bytes + size <= self.budget:
-            self.kept[name], self.bytes = trainer, self.bytes + size
+            self.kept[name] = trainer
+            self.bytes += size
         return trainer
 
     def run(self, name, seed):
         """One run's row: validations, time, tokens; or an error. Returns (row, seconds spent on
         building)."""
-        row = dict(
-            variant=name,
-            seed=seed,
-            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
-        started, built = time.perf_counter(), 0.0
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        row = dict(variant=name, seed=seed, date=date)
+        started = time.perf_counter()
+        built = 0.0
         with Points(self.folder / f"{name}-{seed}", self.variants[name].config.steps) as log:
             try:
                 trainer = self.trainer(name, log)
                 built = time.perf_counter() - started
-                trainer.c = dataclasses.replace(trainer.c, seed=seed)
-                trainer.model.zero_grad(set_to_none=True)  # what a run that failed left
-                result = trainer.run(log, time.perf_counter(), Requests())
+                result = trainer.run(log, seed)
                 row |= dict(
                     val=log.val,
                     train_time_s=result["train_time_s"],
@@ -437,41 +390,27 @@ class Bench:
                     ms_per_step=1e3 * result["train_time_s"] / result["steps"],
                 )
             except (InputError, RuntimeError) as e:
-                if not (isinstance(e, InputError) or ran_out(e)):
+                if not isinstance(e, InputError) and not ran_out(e):
                     raise
                 row["error"] = " ".join(str(e).split())[:200]
         return row, built
 
 
-def source_hash():
-    """SHA-256 of what decides a run's numbers."""
-    files = [
-        tg.ROOT / "train_gpt.py",
-        *(p for d in ("kernels", "data", "runtime") for p in (tg.ROOT / d).glob("*.py")),
-    ]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()
-
-
 def settings_of(c, world):
     """What runs in one file must share, as it comes back from JSON."""
-    config = {
-        k: v
-        for k, v in dataclasses.asdict(c).items()
-        if k not in APART or k in ("micro_tokens", "recompute")
-    }
-    data = tg.load_data(c, stages_of(c), world).dataset.fingerprint
-    return json.loads(
-        json.dumps(
-            dict(
-                config=config,
-                fingerprint=data,
-                source=source_hash(),
-                torch=torch.__version__,
-                device=describe_environment(world.device)["device"],
-                threads=torch.get_num_threads(),
-            )
-        )
+    config = dict(c.fields)
+    for name in APART:
+        if name not in ("micro_tokens", "recompute"):
+            config.pop(name, None)
+    settings = dict(
+        config=config,
+        fingerprint=subject.open_data(c, world).dataset.fingerprint,
+        source=subject.source_hash(),
+        torch=torch.__version__,
+        device=describe_environment(world.device)["device"],
+        threads=torch.get_num_threads(),
     )
+    return json.loads(json.dumps(settings))
 
 
 def resume(previous, settings, variants):
@@ -480,128 +419,120 @@ def resume(previous, settings, variants):
     if not previous:
         return []
     advice = "give another file, or delete it"
-    was = previous.get("settings")
-    rows = previous.get("runs")
-    if (
-        not isinstance(was, dict)
-        or not isinstance(rows, list)
-        or not isinstance(previous.get("variants"), dict)
-    ):
+    kinds = dict(settings=dict, runs=list, variants=dict)
+    if not all(isinstance(previous.get(key), kind) for key, kind in kinds.items()):
         raise InputError(f"--json: the file holds no ablation; {advice}")
-    old, new = (
-        {**s.get("config", {}), **{k: v for k, v in s.items() if k != "config"}}
-        for s in (was, settings)
-    )
-    for key in sorted(old.keys() | new.keys()):
+    old = previous["settings"] | previous["settings"].get("config", {})
+    new = settings | settings["config"]
+    for key in sorted((old.keys() | new.keys()) - {"config"}):
         if old.get(key) != new.get(key):
-            found = (
-                "other source" if key == "source" else f"{key} {old.get(key)}, not {new.get(key)}"
-            )
+            found = f"{key} {old.get(key)}, not {new.get(key)}"
+            if key == "source":
+                found = "other source"
             raise InputError(f"--json: the file's runs were made with {found}; {advice}")
     for name, v in variants.items():
         there = previous["variants"].get(name)
         if there and there.get("fields") != json.loads(json.dumps(v.fields)):
             raise InputError(
-                f"--json: the file's runs {there.get('label')} had {there.get('fields')}, not {v.fields}; "
-                f"{advice}"
+                f"--json: the file's runs {there.get('label')} had {there.get('fields')}, not "
+                f"{v.fields}; {advice}"
             )
-    return [r for r in rows if "error" not in r]
+    return [r for r in previous["runs"] if "error" not in r]
+
+
+def refuse(options):
+    """Raises InputError for options of the trainer that have no meaning here."""
+    given = {option.split("=")[0] for option in options}
+    wrong = [option for option in REFUSED if option in given]
+    if wrong:
+        raise InputError(
+            f"{wrong[0]} is not for ablate: leave it out; --seeds N repeats, --json FILE keeps "
+            "results"
+        )
 
 
 def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result: None):
     """dict(track, metric, target, ..., variants={name: dict(label, what, fields)}, runs=[...],
     summary={name: ...}); save is given the same after every run; previous: such a result, to go
     on from."""
-
-    def say(message):
-        print(message, file=sys.stderr, flush=True)
-
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: expected 1 or more")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(
             "ablate runs in one process, on one device: expected to be started without torchrun"
         )
-    base = tg.parse_args(list(trainer_options))
-    given = {option.split("=")[0] for option in trainer_options}
-    if wrong := [option for option in REFUSED if option in given]:
-        raise InputError(
-            f"{wrong[0]} is not for ablate: leave it out; --seeds N repeats, --json FILE keeps results"
-        )
-    target, metric = base.target, base.target_metric
-    base = dataclasses.replace(base, target=None, checkpoint_every="off")
+    base = subject.parse(trainer_options)
+    refuse(trainer_options)
+    target = base.target
+    metric = base.target_metric
+    base = subject.change(base, target=None, checkpoint_every="off")
     variants, left_out = choose(base, only)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    world = tg.World(device=device)
+    world = subject.alone()
     say("preparing the data ...")
     settings = settings_of(base, world)
     runs = resume(previous, settings, variants)
-
     for name, reason in left_out.items():
         say(f"left out: {name}, which {reason}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(base.cache_dir) / "inductor"))
-    if device.type == "cpu":
-        tg.keep_freed_memory()
+    subject.prepare_caches(base)
 
-    names = list(variants)
     done = {(r["variant"], r["seed"]) for r in runs}
-    todo = [(name, base.seed + n) for n in range(seeds) for name in order(names, n)]
-    todo = [item for item in todo if item not in done]
+    todo = []
+    for n in range(seeds):
+        for name in order(list(variants), n):
+            if (name, base.seed + n) not in done:
+                todo.append((name, base.seed + n))
     if runs:
         say(f"going on: {len(runs)} runs are there, {len(todo)} to do")
-    if previous:  # what the file has beyond what was asked for stays in it
-        names += [name for name in previous["variants"] if name not in variants]
-    described = {
-        name: dict(label=v.label, what=v.what, fields=v.fields) for name, v in variants.items()
-    }
+    described = {}
+    for name, v in variants.items():
+        described[name] = dict(label=v.label, what=v.what, fields=v.fields)
+    previous = previous or dict(variants={})
     result = dict(
         track=base.track,
         metric=metric,
         target=target,
         steps=base.steps,
         settings=settings,
-        passes=(previous or {}).get("passes"),
+        passes=previous.get("passes"),
         left_out=left_out,
         runs=runs,
         statement=STATEMENT,
-        variants={name: described.get(name) or previous["variants"][name] for name in names},
+        # what the file has beyond what was asked for stays in it
+        variants=described | {n: v for n, v in previous["variants"].items() if n not in described},
     )
 
     def update():
-        result["summary"] = summarise(runs, names, metric, target)
+        result["summary"] = summarise(runs, list(result["variants"]), metric, target)
         save(result)
 
-    spent, building = [], []
+    spent = []
+    building = []
     with tempfile.TemporaryDirectory(prefix="ablate-") as folder:
         bench = Bench(variants, world, Path(folder))
         if todo:
             with Points(Path(folder, "passes"), 1) as log:
-                passes = result["passes"] = result["passes"] or bench.passes(log)
-            bench.variants = {
-                name: v._replace(config=dataclasses.replace(v.config, **passes))
-                for name, v in variants.items()
-            }
+                passes = result["passes"] or bench.passes(log)
+            result["passes"] = passes
+            for name, v in variants.items():
+                bench.variants[name] = v._replace(config=subject.change(v.config, **passes))
         for i, (name, seed) in enumerate(todo):
             started = time.perf_counter()
             row, built = bench.run(name, seed)
             spent.append(time.perf_counter() - started - built)
-            building += [built] if built > 0.1 else []
+            if built > 0.1:
+                building.append(built)
             runs.append(row)
             update()
-            later = todo[i + 1 :]
-            to_build = len({n for n, _ in later} - bench.kept.keys())
-            left = len(later) * statistics.fmean(spent) + to_build * statistics.fmean(
-                building or [0.0]
-            )
-            said = row.get("error") or (
-                f"{metric} {row['val'][-1][metric]:.4f}, {row['ms_per_step']:.2f} ms a step"
-            )
+            later = {n for n, _ in todo[i + 1 :]}
+            left = (len(todo) - i - 1) * statistics.fmean(spent)
+            left += len(later - bench.kept.keys()) * statistics.fmean(building or [0.0])
+            said = row.get("error")
+            if not said:
+                said = f"{metric} {final(row, metric):.4f}, {row['ms_per_step']:.2f} ms a step"
             say(
                 f"[{i + 1}/{len(todo)}] seed {seed}, {variants[name].label}: {said}; about "
                 f"{datetime.timedelta(seconds=round(left))} left"
             )
     update()
-    if not any("error" not in r for r in runs):
+    if all("error" in r for r in runs):
         raise InputError(f"every run failed, the first one with: {runs[0]['error']}")
     say(f"\n{render(result)}")
     return result
@@ -610,97 +541,91 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
 # --- the report
 
 
-def bracket(low, high, form):
-    return "" if low is None else f" [{low:{form}}, {high:{form}}]"
+def interval(x, form, sign=""):
+    """A mean with its interval, where it has one."""
+    if x is None:
+        return ""
+    mean = format(x["mean"], sign + form)
+    if x["low"] is None:
+        return mean
+    return f"{mean} [{x['low']:{sign}{form}}, {x['high']:{sign}{form}}]"
+
+
+def cells_of(name, row, v, target):
+    """A variant's line of the table."""
+    loss = number(row["loss"], ".4f")
+    if name == BASE and row["sd"] is not None:
+        loss += f" (sd {row['sd']:.4f})"
+    if row["failed"]:
+        loss += f" ({row['failed']} of {row['runs']} failed)"
+    cells = [v["label"], loss, interval(row.get("difference"), ".4f", "+")]
+    cells.append(number(row["ms_per_step"], ",.2f"))
+    s = row.get("step_ratio")
+    cells.append(f"{s['median']:.3f} [{s['least']:.3f}, {s['most']:.3f}]" if s else "")
+    if target is not None:
+        if not row["reached"]:
+            cells.append("not reached")
+        elif row["reached"] < row["runs"]:
+            cells.append(f"reached in {row['reached']} of {row['runs']}")
+        else:
+            cells.append(f"{row['time_to_target']:,.2f}")
+        missing = "" if name == BASE else "–"
+        cells.append(interval(row.get("target_ratio"), ".3f") or missing)
+    changed = ", ".join(f"{key}={shown(x)}" for key, x in v["fields"].items())
+    return [*cells, f"{v['what']} ({changed})" if changed else v["what"]]
 
 
 def shown(x):
-    return f"{x:.3g}" if isinstance(x, float) else x
+    """A field's value in the table."""
+    if isinstance(x, list | tuple):
+        return " ".join(map(str, x)) or "none"
+    if isinstance(x, float):
+        return f"{x:.3g}"
+    return x
 
 
 def render(result):
     """A row for each variant, worst loss first: what is lost without it, or won with it."""
-    metric, target, summary = result["metric"], result["target"], result["summary"]
-    seeds = sorted({r["seed"] for r in result["runs"]})
-    tokens = sorted({r["tokens"] for r in result["runs"] if "error" not in r})
-    unit = dict(val_loss="nats per token", val_bpb="bits per byte")[metric]
+    metric = result["metric"]
+    target = result["target"]
+    summary = result["summary"]
     where = result["settings"]
-    lines = [
-        f"# Ablation: {result['track']}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on {where['device']}",
-        "",
-        f"{result['steps']} steps, {' and '.join(f'{n:,}' for n in tokens)} tokens in every run, "
-        f"{metric} in {unit}"
-        + (f", target {target:g}" if target is not None else "")
-        + f"; torch {where['torch']}, {where['threads']} CPU threads.",
-        "",
-    ]
-    columns = ["", f"{metric} at the end", "difference", "ms/step", "ratio"]
-    columns += ["s to target", "ratio"] if target is not None else []
-    lines += ["| " + " | ".join(columns) + " | |", "|---" * (len(columns) + 1) + "|"]
+    seeds = {r["seed"] for r in result["runs"]}
+    tokens = sorted({r["tokens"] for r in result["runs"] if "error" not in r})
+    goal = "" if target is None else f", target {target:g}"
+    header = ["", f"{metric} at the end", "difference", "ms/step", "ratio"]
+    if target is not None:
+        header += ["s to target", "ratio"]
 
     def key(name):
         found = summary[name].get("difference")
         return name != BASE, -found["mean"] if found else -math.inf
 
+    rows = []
     for name in sorted(summary, key=key):
-        row, v = summary[name], result["variants"][name]
-        loss = "–" if row["loss"] is None else f"{row['loss']:.4f}"
-        loss += f" (sd {row['sd']:.4f})" if name == BASE and row["sd"] is not None else ""
-        loss += f" ({row['failed']} of {row['runs']} failed)" if row["failed"] else ""
-        d, s = row.get("difference"), row.get("step_ratio")
-        cells = [
-            v["label"],
-            loss,
-            f"{d['mean']:+.4f}{bracket(d['low'], d['high'], '+.4f')}" if d else "",
-            "–" if row["ms_per_step"] is None else f"{row['ms_per_step']:,.2f}",
-            f"{s['median']:.3f} [{s['least']:.3f}, {s['most']:.3f}]" if s else "",
-        ]
-        if target is not None:
-            r, some = row.get("target_ratio"), f"reached in {row['reached']} of {row['runs']}"
-            cells += [
-                ("not reached" if not row["reached"] else some)
-                if row["reached"] < row["runs"]
-                else f"{row['time_to_target']:,.2f}",
-                f"{r['mean']:.3f}{bracket(r['low'], r['high'], '.3f')}"
-                if r
-                else ""
-                if name == BASE
-                else "–",
-            ]
-        changed = ", ".join(
-            f"{k}={' '.join(map(str, x)) or 'none' if isinstance(x, list | tuple) else shown(x)}"
-            for k, x in v["fields"].items()
-        )
-        lines.append(
-            "| " + " | ".join(cells) + f" | {v['what']}{f' ({changed})' if changed else ''} |"
-        )
-    lines += ["", result["statement"]]
-    if len(seeds) < 2:
-        lines += ["", "**One seed has no interval: --seeds 3 or more.**"]
-    if result["left_out"]:
-        lines += [
-            "",
-            "Left out: "
-            + "; ".join(f"{name} {reason}" for name, reason in result["left_out"].items())
-            + ".",
-        ]
-    for row in result["runs"]:
-        if "error" in row:
-            lines += [
-                "",
-                f"Failed: {result['variants'][row['variant']]['label']}, seed {row['seed']}: {row['error']}",
-            ]
-    return "\n".join(lines) + "\n"
+        rows.append(cells_of(name, summary[name], result["variants"][name], target))
+    left_out = "; ".join(f"{name} {reason}" for name, reason in result["left_out"].items())
+    failed = []
+    for r in result["runs"]:
+        if "error" in r:
+            label = result["variants"][r["variant"]]["label"]
+            failed.append(f"Failed: {label}, seed {r['seed']}: {r['error']}")
+    return document(
+        f"# Ablation: {result['track']}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on "
+        f"{where['device']}",
+        f"{result['steps']} steps, {' and '.join(f'{n:,}' for n in tokens)} tokens in every run, "
+        f"{metric} in {unit(metric)}{goal}; torch {where['torch']}, {where['threads']} CPU threads.",
+        table([*header, ""], rows),
+        result["statement"],
+        "**One seed has no interval: --seeds 3 or more.**" if len(seeds) < 2 else "",
+        f"Left out: {left_out}." if left_out else "",
+        *failed,
+    )
 
 
 def add_arguments(parser):
     width = max(map(len, PIECES)) + 2
-    parser.epilog = "pieces:\n" + "\n".join(
-        f"  {name:{width}}{piece.what}" for name, piece in PIECES.items()
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=(), metavar="NAME", help="these pieces instead of all"
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="runs of every variant [3]"
-    )
+    lines = [f"  {name:{width}}{piece.what}" for name, piece in PIECES.items()]
+    parser.epilog = "\n".join(["pieces:", *lines])
+    parser.option("--only", str, (), "NAME", "these pieces instead of all", nargs="+")
+    parser.option("--seeds", COUNT, 3, "N", "runs of every variant")

@@ -1,28 +1,20 @@
 """Where a training step's time goes: a profiler's trace divided into parts, each instant to the
-first that has it.
+first part that has it.
 
 On a GPU:
-    forward, backward, guard, optimizer, other   a kernel launched from there runs (other: from
-    anywhere else)
-    communication                                nothing but NCCL runs: what is not hidden
-    data                                         a copy of the batch runs, or nothing while the host
-    waits for a batch
-    gaps                                         nothing runs
-The guard is what judges a step: sums of squares of all gradients, their report to the host.
-On a CPU the host is the device: communication is waiting for other ranks, other is the loop itself,
-gaps are none.
+    forward, backward, guard, optimizer   a kernel launched from there runs
+    other                                 a kernel launched from anywhere else runs
+    communication                         nothing but NCCL runs: what is not hidden
+    data                                  a copy of the batch runs, or nothing does while the host
+                                          waits for a batch
+    gaps                                  nothing runs
+Backward is what lies between a forward pass and what the trainer calls next. The guard is what
+judges a step: sums of squares of all gradients, their report to the host. On a CPU the host is the
+device: other is the loop itself, waiting for other ranks counts where it happens, and there are
+neither gaps nor communication.
 """
 
 import bisect
-import contextlib
-import types
-from unittest import mock
-
-import torch
-import torch.distributed as dist
-from torch.profiler import record_function
-
-from optim import shards
 
 HOST = ("forward", "backward", "guard", "optimizer")  # in these the main thread spends its time
 PARTS = (*HOST, "communication", "data", "gaps", "other")
@@ -31,31 +23,55 @@ MARK = "stopwatch:"  # before a part's name in the trace
 
 def covered(intervals, start, end):
     """Length of the union of (from, to) intervals inside [start, end]."""
-    total, at = 0.0, start
+    total = 0.0
+    at = start
     for a, b in sorted(intervals):
-        a, b = max(a, at), min(b, end)
+        a = max(a, at)
+        b = min(b, end)
         if b > a:
-            total, at = total + b - a, b
+            total += b - a
+            at = b
     return total
 
 
 def divide(layers, start, end):
-    """{part: intervals} -> {part: length}, instants in several going to the first; and the
-    length in none."""
-    taken, before, lengths = [], 0.0, {}
+    """{part: intervals} -> ({part: length}, the length in none).
+
+    What lies in several goes to the first.
+    """
+    taken = []
+    before = 0.0
+    lengths = {}
     for part, intervals in layers.items():
         taken = taken + intervals
         now = covered(taken, start, end)
-        lengths[part], before = now - before, now
+        lengths[part] = now - before
+        before = now
     return lengths, end - start - before
 
 
+def backward_spans(forward, guard):
+    """From the end of each forward pass to the begin of the next one, or of the guard."""
+    begins = sorted(a for a, _ in forward + guard)
+    spans = []
+    for _, end in forward:
+        after = bisect.bisect_left(begins, end)
+        if after < len(begins):
+            spans.append((end, begins[after]))
+    return spans
+
+
 def trace_parts(events, cuda):
-    """Events of a Chrome trace -> {part: microseconds} of the range MARK + "profiled"; they sum
-    to its length."""
-    ranges, launched, device = {part: [] for part in (*PARTS, "profiled")}, {}, []
+    """Events of a Chrome trace -> {part: microseconds} of the range MARK + "profiled".
+
+    They sum to its length.
+    """
+    ranges = {part: [] for part in (*PARTS, "profiled")}
+    launched = {}  # correlation id -> when the host launched it
+    device = []
     for e in events:
-        category, args = e.get("cat"), e.get("args", {})
+        category = e.get("cat")
+        args = e.get("args", {})
         if category == "user_annotation" and e["name"].startswith(MARK):
             ranges[e["name"][len(MARK) :]].append((e["ts"], e["ts"] + e["dur"]))
         elif category in ("cuda_runtime", "cuda_driver") and "correlation" in args:
@@ -63,59 +79,31 @@ def trace_parts(events, cuda):
         elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
             device.append(e)
     ((start, end),) = ranges.pop("profiled")
+    ranges["backward"] = backward_spans(ranges["forward"], ranges["guard"])
+    empty = dict.fromkeys(PARTS, 0.0)
     if not cuda:
-        layers = {part: ranges[part] for part in ("communication", "data", *HOST)}
+        layers = {part: ranges[part] for part in ("data", *HOST)}
         lengths, rest = divide(layers, start, end)
-        return {part: 0.0 for part in PARTS} | lengths | dict(other=rest)
+        return empty | lengths | dict(other=rest)
 
-    # whatever thread launched a kernel (backward has its own), the main thread was in one of these
+    # Whatever thread launched a kernel (backward has its own), the main thread was in one of these
     # meanwhile
-    host = sorted((*span, part) for part in (*HOST, "data") for span in ranges[part])
-    begins, ran = [a for a, _, _ in host], {part: [] for part in PARTS}
+    host = []
+    for part in (*HOST, "data"):
+        host += [(a, b, part) for a, b in ranges[part]]
+    host.sort()
+    begins = [a for a, _, _ in host]
+    ran = {part: [] for part in PARTS}
     for e in device:
         at = launched.get(e.get("args", {}).get("correlation"), e["ts"])
         i = bisect.bisect_right(begins, at) - 1
-        part = host[i][2] if i >= 0 and at <= host[i][1] else "other"
-        ran["communication" if "nccl" in e["name"].lower() else part].append(
-            (e["ts"], e["ts"] + e["dur"])
-        )
+        part = "other"
+        if "nccl" in e["name"].lower():
+            part = "communication"
+        elif i >= 0 and at <= host[i][1]:
+            part = host[i][2]
+        ran[part].append((e["ts"], e["ts"] + e["dur"]))
     layers = {part: ran[part] for part in (*HOST, "other", "communication")}
-    lengths, rest = divide(layers | dict(data=ran["data"] + ranges["data"]), start, end)
-    return {part: 0.0 for part in PARTS} | lengths | dict(gaps=rest)
-
-
-@contextlib.contextmanager
-def named_parts(trainer):
-    """Name the parts of a step for the profiler, by wrapping what the trainer calls."""
-
-    def named(part, function):
-        def call(*args, **kwargs):
-            with record_function(MARK + part):
-                return function(*args, **kwargs)
-
-        return call
-
-    def awaited(collective):
-        def call(*args, **kwargs):
-            work = named("communication", collective)(*args, **kwargs)
-            return work and types.SimpleNamespace(wait=named("communication", work.wait))
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-
-        def wrap(owner, name, wrapped):
-            stack.enter_context(mock.patch.object(owner, name, wrapped))
-
-        wrap(trainer, "forward", named("forward", trainer.forward))
-        wrap(torch.Tensor, "backward", named("backward", torch.Tensor.backward))
-        wrap(trainer.guard, "judge", named("guard", trainer.guard.judge))
-        wrap(trainer.optimizer, "step", named("optimizer", trainer.optimizer.step))
-        if trainer.world.device.type != "cuda":  # there, NCCL's kernels say so themselves
-            for owner, name in (
-                (shards, "reduce_scatter"),
-                (shards, "all_gather"),
-                (dist, "all_reduce"),
-            ):
-                wrap(owner, name, awaited(getattr(owner, name)))
-        yield
+    layers["data"] = ran["data"] + ranges["data"]
+    lengths, rest = divide(layers, start, end)
+    return empty | lengths | dict(gaps=rest)

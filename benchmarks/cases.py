@@ -577,12 +577,12 @@ def _(s):
     )
 
 
-def update(shape, inputs, work, call, torch_op=None):
-    """What the trainer compiles of kernels/updates.py on a GPU: call(the module, *inputs), with
+def update(file, shape, inputs, work, call, torch_op=None):
+    """What the trainer compiles of optim/ on a GPU: call(the module, *inputs), with
     the guard's ok last."""
 
     def plain(*_):
-        module = importlib.import_module("optim.updates")
+        module = importlib.import_module(f"optim.{file}")
         return lambda *tensors: call(module, *tensors)
 
     variants = {"eager": Variant(plain), "stopwatch": Variant(lambda *x: compiled(plain(*x)))}
@@ -619,6 +619,7 @@ def _(s):
         return lambda *_: optimizer.step()
 
     return update(
+        "adam",
         f"({s.vocab:,}, {s.width}) bf16 with fp32 masters, cautious decay",
         lambda draw: (
             draw(n),
@@ -628,7 +629,7 @@ def _(s):
             draw(n, dtype=FP32).square(),
         ),
         26 * n,
-        lambda updates, p, low, grad, m, v, ok: updates.adam_update(
+        lambda rules, p, low, grad, m, v, ok: rules.adam_update(
             p, low, grad, m, v, *hyper, shrink=shrink, ok=ok
         ),
         torch_adam,
@@ -640,6 +641,7 @@ def _(s):
     shape, n = (s.vocab, s.width), s.vocab * s.width
     *hyper, shrink = on_cpu(1e-3, 0.95, 1e-10, 1 - 0.95**10, 1e-4)
     return update(
+        "rows",
         f"({s.vocab:,}, {s.width}) bf16 with fp32 masters, cautious decay",
         lambda draw: (
             draw(*shape),
@@ -648,7 +650,7 @@ def _(s):
             draw(s.vocab, 1, dtype=FP32).square(),
         ),
         12 * n,
-        lambda updates, p, low, grad, v, ok: updates.row_update(
+        lambda rules, p, low, grad, v, ok: rules.row_update(
             p, low, grad, v, *hyper, shrink=shrink, ok=ok
         ),
     )
@@ -659,10 +661,11 @@ def _(s):
     k, rows, cols = matrices(s)[1]
     n, (momentum,) = k * rows * cols, on_cpu(0.95)
     return update(
+        "muon",
         f"{k} x ({rows:,}, {cols}) bf16",
         lambda draw: (draw(n), draw(n, dtype=FP32)),
         12 * n,
-        lambda updates, grad, m, ok: updates.nesterov(grad, m, momentum, ok),
+        lambda rules, grad, m, ok: rules.nesterov(grad, m, momentum, ok),
     )
 
 
@@ -670,10 +673,11 @@ def _(s):
 def _(s):
     shape = k, rows, cols = matrices(s)[1]
     return update(
+        "muon",
         f"{k} x ({rows:,}, {cols}) bf16",
         lambda draw: (draw(*shape, scale=rows**-0.5), draw(k, rows, 1, dtype=FP32).square_()),
         2 * k * rows * cols,
-        lambda updates, x, v, ok: updates.balance(x, v, 0.9, ok),
+        lambda rules, x, v, ok: rules.balance(x, v, 0.9, ok),
     )
 
 
@@ -687,10 +691,11 @@ def descend(s, balanced):
         return draw(*of), low_bits(draw, *of), draw(*of), *scale
 
     return update(
+        "masters",
         f"{k} x ({rows:,}, {cols}) bf16 with fp32 masters, cautious decay",
         inputs,
         10 * n,
-        lambda updates, p, low, x, *rest: updates.descend(
+        lambda rules, p, low, x, *rest: rules.descend(
             p, low, x, lr, shrink, *rest[:-1], ok=rest[-1]
         ),
     )
@@ -717,7 +722,7 @@ def _(s):
         return lambda *grads: torch.stack(torch._foreach_norm(grads, 2, dtype=FP32)).square()
 
     def ours(*_):
-        from optim.updates import gradient_report
+        from optim import gradient_report
 
         return lambda *grads: gradient_report(grads)
 

@@ -1,37 +1,35 @@
 """How long a track takes on a cluster that is not here: a model of its step. Nothing in it is
 measured unless given.
 
-    python -m benchmarks cluster --gpus 8 --nodes 1 python -m benchmarks cluster --from trainer.json
-    --dollars-per-gpu-hour 2.5     from `trainer --tokens ...`
+    ./run.sh benchmarks cluster --gpus 8 --nodes 1
+    ./run.sh benchmarks cluster --from trainer.json --dollars-per-gpu-hour 2.5
 
-Options other than those below are the trainer's own. For n ranks in nodes of k and a stage of R
-rows of row_len tokens:
+trainer.json is of `./run.sh benchmarks trainer --tokens ... --json trainer.json`. Options other
+than those below are the trainer's own. For n ranks in nodes of k and a stage of R rows of row_len
+tokens:
 
     step    = compute + idle + shared + fixed + communication
     compute = us_per_token * R * row_len / n
-    idle    = us_per_token * (ceil(R / n) - R / n) * row_len      rows are not cut: ranks without
-    one wait
-    shared  = shared_ms / k                                       the optimizer: a node's ranks
-    divide the parameters
-    fixed   = fixed_ms                                            launching, and what else every
-    rank does
-    communication = sum over collectives of (m - 1) / m * bytes / rate + latency, for m ranks in a
-    ring, as NCCL does it
+    idle    = us_per_token * (ceil(R / n) - R / n) * row_len
+              rows are not cut: ranks without one wait
+    shared  = shared_ms / k      the optimizer: a node's ranks divide the parameters
+    fixed   = fixed_ms           launching, and what else every rank does
+    communication = sum over collectives of (m - 1) / m * bytes / rate + latency,
+              for m ranks in a ring, as NCCL does it
     rate    = link inside a node, min(link, network) from each rank to its like on other nodes,
-              min(link, k * network)
-              in one ring over all
-    latency = 8.4 us + 3.4 us a hop inside a node + 9.6 us a hop between nodes (NCCL,
-    src/graph/tuning.cc, ring)
+              min(link, k * network) in one ring over all
+    latency = 8.4 us + 3.4 us a hop inside a node + 9.6 us a hop between nodes
+              (NCCL, src/graph/tuning.cc, ring)
 
-Collectives are those of a step of the trainer (runtime/shards.py). A sharded parameter's gradient
-is reduce-scattered inside each node, padded to k equal parts (of whole matrices for Muon), each
-part is all-reduced across nodes, and the weights are all-gathered inside each node; another's
-gradient is all-reduced over all ranks, as is the guard's report. An all-reduce is twice the bytes.
-Adam's count once in adam_every steps; while the head is the embedding as well, the one of its own
-has no gradient. Where nodes of k do not make n, the optimizer is divided by n, in one ring.
-Collectives begin when backward has ended, so that only updates can hide them: --overlap 0.5 hides
-half, for as long as they take; the default is none. Time to target is the track's steps; validation
-and start-up are not on its clock. Memory is taken to suffice.
+Collectives are those of a step of the trainer (optim/shards.py). A sharded parameter's gradient is
+reduce-scattered inside each node, padded to k equal parts (of whole matrices for Muon), each part
+is all-reduced across nodes, and the weights are all-gathered inside each node; another's gradient
+is all-reduced over all ranks, as is the guard's report. An all-reduce is twice the bytes. Adam's
+count once in adam_every steps; while the head is the embedding as well, the one of its own has no
+gradient. Where nodes of k do not make n, the optimizer is divided by n, in one ring. Collectives
+begin when backward has ended, so that only updates can hide them: --overlap 0.5 hides half, for as
+long as they take; the default is none. Time to target is the track's steps; validation and
+start-up are not on its clock. Memory is taken to suffice.
 
 Without a measurement: the public record (modded-nanogpt, one H100): 29 ms + 1.534 us a token,
 fitted to its logs at three batches. All 29 ms are shared: they are the optimizer and eight passes
@@ -40,19 +38,16 @@ stages on 8 H100s, as three sets of logs have them, within 3%. No run on several
 compared with it.
 """
 
-import argparse
 import collections
 import json
-import math
-import sys
 import typing
 from pathlib import Path
 
-import torch
-
-import train_gpt as tg
 from base import InputError
-from benchmarks.trainer import vocabulary
+from benchmarks import subject
+from benchmarks.options import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
+from benchmarks.report import document, say, table
+from benchmarks.synthetic import vocabulary
 
 
 class Cost(typing.NamedTuple):
@@ -76,24 +71,17 @@ class Links(typing.NamedTuple):
 class Collective(typing.NamedTuple):
     kind: str  # reduce_scatter, all_gather or all_reduce
     bytes: float  # of the whole
-    group: str = (
-        "all"  # who takes part: the ranks of a node, a rank and its like across nodes, or all
-    )
+    group: str = "all"  # the ranks of a node, a rank and its like "across" nodes, or all
     every: int = 1  # steps between two of them
 
 
 RECORD = Cost(
-    1.534,
-    29.0,
-    0.0,
-    "the public record on one H100 (11 layers x 768, FP8): 29 ms + 1.534 us per token",
+    us_per_token=1.534,
+    shared_ms=29.0,
+    fixed_ms=0.0,
+    source="the public record on one H100 (11 layers x 768, FP8): 29 ms + 1.534 us per token",
 )
 TERMS = ("compute", "idle", "shared", "fixed", "communication")
-
-
-def model_of(c, n_vocab):
-    with torch.device("meta"):
-        return tg.GPT(c, n_vocab, torch.bfloat16)
 
 
 def shards(n, node):
@@ -102,43 +90,25 @@ def shards(n, node):
     return node if n % node == 0 else n
 
 
-def has_gradient(name, c, tied):
-    """Whether this parameter of the model is used in a stage with the head tied or not."""
-    return (
-        not tied
-        if name == "embed"
-        else name != "scalars" or c.smear or bool(c.skip) or c.backout >= 0
-    )
-
-
-def collectives_of(c, model, n, node, tied=False):
+def collectives_of(c, parameters, n, node, tied=False):
     """What n ranks, in nodes of so many, exchange in a step of a stage with the head tied or
     not."""
-    k, out, reported = shards(n, node), [], 4  # the loss and three requests
-    for name, rule in tg.parameter_table(c).items():
-        p = dict(model.named_parameters())[name]
-        units = (
-            len(p)
-            if rule.optim == "muon"
-            else p[..., 0].numel()
-            if rule.optim == "row_adam"
-            else p.numel()
-        )
-        every = 1 if rule.optim == "muon" else c.adam_every
-        if not units or not has_gradient(name, c, tied):
+    k = shards(n, node)
+    found = []
+    reported = 4  # the loss and three requests
+    for p in parameters:
+        if not p.units or not subject.has_gradient(p.name, c, tied):
             continue
         reported += 1  # the sum of its gradient's squares
-        if rule.sharded and k > 1:
-            part = p.nbytes / units * -(-units // k)
-            out += [
-                Collective(kind, k * part, "node", every)
-                for kind in ("reduce_scatter", "all_gather")
-            ]
-            if n > k:
-                out.append(Collective("all_reduce", part, "across", every))
-        else:
-            out.append(Collective("all_reduce", p.nbytes, "all", every))
-    return out + [Collective("all_reduce", 4 * reported)]
+        if not p.sharded or k == 1:
+            found.append(Collective("all_reduce", p.bytes, "all", p.every))
+            continue
+        part = p.bytes / p.units * -(-p.units // k)
+        found.append(Collective("reduce_scatter", k * part, "node", p.every))
+        found.append(Collective("all_gather", k * part, "node", p.every))
+        if n > k:
+            found.append(Collective("all_reduce", part, "across", p.every))
+    return [*found, Collective("all_reduce", 4 * reported)]
 
 
 def times(collective):
@@ -149,7 +119,11 @@ def times(collective):
 def ranks_in(group, n, node):
     """How many ranks such a group has, and on how many nodes they are."""
     k = shards(n, node)
-    return dict(node=(k, -(-k // node)), across=(n // k, n // k), all=(n, -(-n // node)))[group]
+    if group == "node":
+        return k, -(-k // node)
+    if group == "across":
+        return n // k, n // k
+    return n, -(-n // node)
 
 
 def sent_bytes(collectives, n, node):
@@ -166,8 +140,10 @@ def communication_ms(collectives, n, links):
     total = 0.0
     for x in collectives:
         m, nodes = ranks_in(x.group, n, links.node)
-        cards = m // nodes  # that carry the ring from a node to the next
-        rate = links.link if nodes == 1 else min(links.link, cards * links.network)  # GB/s
+        rate = links.link  # GB/s
+        if nodes > 1:
+            cards = m // nodes  # that carry the ring from a node to the next
+            rate = min(rate, cards * links.network)
         hops_us = 3.4 * (m - nodes) + 9.6 * (nodes - 1)
         if m > 1:
             ms = times(x) * ((m - 1) / m * x.bytes / rate / 1e6 + hops_us / 1e3) + 8.4e-3
@@ -177,8 +153,10 @@ def communication_ms(collectives, n, links):
 
 def step_ms(rows, row_len, n, cost, collectives, links=Links(), overlap=0.0):
     """{term: ms} of a step; they sum to it."""
-    tokens, most = rows * row_len / n, -(-rows // n) * row_len
-    shared, wire = cost.shared_ms / shards(n, links.node), communication_ms(collectives, n, links)
+    tokens = rows * row_len / n  # of a rank, on average
+    most = -(-rows // n) * row_len
+    shared = cost.shared_ms / shards(n, links.node)
+    wire = communication_ms(collectives, n, links)
     return dict(
         compute=cost.us_per_token * tokens / 1e3,
         idle=cost.us_per_token * (most - tokens) / 1e3,
@@ -188,14 +166,11 @@ def step_ms(rows, row_len, n, cost, collectives, links=Links(), overlap=0.0):
     )
 
 
-def predict(c, model, n, cost, links, overlap=0.0, dollars=None):
+def predict(c, parameters, n, cost, links, overlap=0.0, dollars=None):
     """One line of the table: ms by stage and term, seconds to target, dollars, the largest term."""
-    schedule = collections.Counter(
-        tg.stage_at(c, tg.progress_at(c, step)) for step in range(c.steps)
-    )
     stages = []
-    for stage, steps in schedule.items():
-        collectives = collectives_of(c, model, n, links.node, stage.tied)
+    for stage, steps in collections.Counter(subject.schedule(c)).items():
+        collectives = collectives_of(c, parameters, n, links.node, stage.model.tied)
         terms = step_ms(stage.rows, c.row_len, n, cost, collectives, links, overlap)
         stages.append(
             dict(
@@ -208,6 +183,7 @@ def predict(c, model, n, cost, links, overlap=0.0, dollars=None):
         )
     seconds = {t: sum(s["steps"] * s["terms"][t] for s in stages) / 1e3 for t in TERMS}
     total = sum(seconds.values())
+    hours = total * n / 3600
     return dict(
         gpus=n,
         nodes=-(-n // links.node),
@@ -215,24 +191,26 @@ def predict(c, model, n, cost, links, overlap=0.0, dollars=None):
         seconds=total,
         seconds_by_term=seconds,
         dominates=max(seconds, key=seconds.get),
-        gpu_hours=total * n / 3600,
-        dollars=None if dollars is None else total * n / 3600 * dollars,
+        gpu_hours=hours,
+        dollars=None if dollars is None else hours * dollars,
         bytes=sum(s["steps"] * s["bytes"] for s in stages) / c.steps,
     )
 
 
 def cost_from(path, params):
-    """Cost from the JSON of `python -m benchmarks trainer --tokens A B ...` on one rank. Raises
+    """Cost from the JSON of `./run.sh benchmarks trainer --tokens A B ...` on one rank. Raises
     InputError."""
     try:
         result = json.loads(Path(path).read_text())
         result = result.get("results", {}).get("trainer", result)  # one of `all`
-        fit, world_size, measured = result["fit"], result["world_size"], result["params"]
+        fit = result["fit"]
+        world_size = result["world_size"]
+        measured = result["params"]
     except OSError as e:
         raise InputError(f"--from {path}: {e.strerror}") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(
-            f"--from {path}: expected the JSON of `python -m benchmarks trainer`"
+            f"--from {path}: expected the JSON of ./run.sh benchmarks trainer"
         ) from None
     if world_size != 1 or not fit:
         raise InputError(
@@ -246,9 +224,19 @@ def cost_from(path, params):
         )
     whole = max(0.0, fit["fixed_ms"])
     shared = min(fit["optimizer_ms"], whole)
-    return Cost(
-        fit["us_per_token"], shared, whole - shared, f"{path}: {result['device']}, one rank"
-    )
+    source = f"{path}: {result['device']}, one rank"
+    return Cost(fit["us_per_token"], shared, whole - shared, source)
+
+
+def cost_of(c, params, results, us_per_token):
+    """What there is to begin with: a measurement, a number given, or the public record's."""
+    if results:
+        return cost_from(results, params)
+    if us_per_token is not None:
+        return Cost(us_per_token, 0.0, 0.0, "given")
+    if (c.n_layer, c.n_embd, c.tokenizer) == (11, 768, "gpt2"):
+        return RECORD
+    raise InputError(f"no measurement of {c.track} as configured: give --from or --us-per-token")
 
 
 def run(
@@ -267,27 +255,21 @@ def run(
     """dict(track, cost, links, overlap, predicted=see predict(), table=[the same from 1 to 1,024
     GPUs])."""
     options = list(trainer_options)
-    c = tg.parse_args(options if "--track" in options else ["--track", "gpt2-small", *options])
-    model = model_of(c, vocabulary(c.data, c.tokenizer))
-    params = sum(p.numel() for p in model.parameters())
+    if "--track" not in options:
+        options = ["--track", "gpt2-small", *options]
+    c = subject.parse(options)
+    parameters = subject.parameters(c, vocabulary(c.data, c.tokenizer))
+    params = sum(p.count for p in parameters)
+    cost = cost_of(c, params, results, us_per_token)
     given = dict(us_per_token=us_per_token, shared_ms=shared_ms, fixed_ms=fixed_ms)
     given = {name: value for name, value in given.items() if value is not None}
-    if results:
-        cost = cost_from(results, params)
-    elif us_per_token is not None:
-        cost = Cost(us_per_token, 0.0, 0.0, "given")
-    elif (c.n_layer, c.n_embd, c.tokenizer) == (11, 768, "gpt2"):
-        cost = RECORD
-    else:
-        raise InputError(
-            f"no measurement of {c.track} as configured: give --from or --us-per-token"
-        )
     if given and cost.source != "given":
         given["source"] = f"{cost.source}; given: {', '.join(given)}"
-    cost, links = cost._replace(**given), Links(link, network, gpus)
+    cost = cost._replace(**given)
+    links = Links(link, network, gpus)
 
     def line(n):
-        return predict(c, model, n, cost, links, overlap, dollars_per_gpu_hour)
+        return predict(c, parameters, n, cost, links, overlap, dollars_per_gpu_hour)
 
     result = dict(
         track=c.track,
@@ -300,115 +282,64 @@ def run(
         predicted=line(gpus * nodes),
         table=[line(2**i) for i in range(11)],
     )
-    print(render(result), file=sys.stderr)
+    say(render(result))
     return result
 
 
 def render(result):
     """The prediction, then a line for each number of GPUs."""
-    p, cost, links = result["predicted"], result["cost"], result["links"]
+    p = result["predicted"]
+    cost = result["cost"]
+    links = result["links"]
     money = p["dollars"] is not None
-    lines = [
-        f"# {result['track']} on {p['gpus']} GPUs, {p['nodes']} node{'s' * (p['nodes'] > 1)}: a prediction",
-        "",
-        f"Cost: {cost['source']}. Per rank {cost['us_per_token']:.3f} us a token and {cost['fixed_ms']:.2f} ms, "
-        f"and {cost['shared_ms']:.2f} ms divided by the ranks of a node. Links: {links['link']:g} GB/s inside a "
-        f"node, {links['network']:g} GB/s a GPU between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a "
-        f"step and rank, {result['overlap']:.0%} of it hidden behind the updates.",
-        "",
-        f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU hours"
-        + (f", **${p['dollars']:,.2f}**" if money else "")
-        + f"; most of it is {p['dominates']}.",
-        "",
-        "| tokens a step | steps | ms | " + " | ".join(TERMS) + " |",
-        "|---|" + "---|" * (len(TERMS) + 2),
-    ]
+    dollars = f", **${p['dollars']:,.2f}**" if money else ""
+    stages = []
     for s in p["stages"]:
-        cells = " | ".join(f"{s['terms'][t]:.2f}" for t in TERMS)
-        lines.append(f"| {s['tokens']:,} | {s['steps']} | {s['ms']:.2f} | {cells} |")
-    lines += [
-        "",
-        f"| GPUs | nodes | ms by stage | s to target | GPU hours |{' $ |' * money} largest term |",
-        "|---|" + "---|" * (5 + money),
-    ]
+        terms = [f"{s['terms'][t]:.2f}" for t in TERMS]
+        stages.append([f"{s['tokens']:,}", s["steps"], f"{s['ms']:.2f}", *terms])
+    header = ["GPUs", "nodes", "ms by stage", "s to target", "GPU hours"] + ["$"] * money
+    rows = []
     for t in result["table"]:
-        stages, largest = ", ".join(f"{stage['ms']:.1f}" for stage in t["stages"]), t["dominates"]
-        lines.append(
-            f"| {t['gpus']:,} | {t['nodes']} | {stages} | {t['seconds']:,.1f} | {t['gpu_hours']:.2f} | "
-            + (f"{t['dollars']:,.2f} | " if money else "")
-            + f"{largest} {t['seconds_by_term'][largest] / t['seconds']:.0%} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def number(kind, ok, expected):
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (ok(value) and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
-        return value
-
-    return parse
+        largest = t["dominates"]
+        row = [f"{t['gpus']:,}", t["nodes"], ", ".join(f"{s['ms']:.1f}" for s in t["stages"])]
+        row += [f"{t['seconds']:,.1f}", f"{t['gpu_hours']:.2f}"]
+        if money:
+            row.append(f"{t['dollars']:,.2f}")
+        rows.append([*row, f"{largest} {t['seconds_by_term'][largest] / t['seconds']:.0%}"])
+    return document(
+        f"# {result['track']} on {p['gpus']} GPUs, {p['nodes']} node{'s' * (p['nodes'] > 1)}: "
+        "a prediction",
+        f"Cost: {cost['source']}. Per rank {cost['us_per_token']:.3f} us a token and "
+        f"{cost['fixed_ms']:.2f} ms, and {cost['shared_ms']:.2f} ms divided by the ranks of a "
+        f"node. Links: {links['link']:g} GB/s inside a node, {links['network']:g} GB/s a GPU "
+        f"between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a step and rank, "
+        f"{result['overlap']:.0%} of it hidden behind the updates.",
+        f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU "
+        f"hours{dollars}; most of it is {p['dominates']}.",
+        table(["tokens a step", "steps", "ms", *TERMS], stages),
+        table([*header, "largest term"], rows),
+    )
 
 
 def add_arguments(parser):
-    def add(name, kind, default, metavar, about, **more):
-        shown = "" if default is None else f" [{default:g}]"
-        parser.add_argument(
-            name, type=kind, default=default, metavar=metavar, help=about + shown, **more
-        )
-
-    whole = number(int, lambda x: x > 0, "a whole number above 0")
-    positive = number(float, lambda x: x > 0, "a number above 0")
-    least_zero = number(float, lambda x: x >= 0, "a number, 0 or more")
-    add("--gpus", whole, 8, "N", "in a node")
-    add("--nodes", whole, 1, "N", "of them")
-    add(
-        "--from",
-        Path,
-        None,
-        "FILE",
-        "JSON of `python -m benchmarks trainer --tokens ...` on one rank",
-        dest="results",
+    links = Links()
+    parser.option("--gpus", COUNT, 8, "N", "in a node")
+    parser.option("--nodes", COUNT, 1, "N", "of them")
+    about = "JSON of `./run.sh benchmarks trainer --tokens ...` on one rank"
+    parser.option("--from", Path, None, "FILE", about, dest="results")
+    about = "in its place: microseconds of forward and backward per token"
+    parser.option("--us-per-token", POSITIVE, None, "X", about)
+    about = "milliseconds of a step on one rank that a node's divide: the optimizer"
+    parser.option("--shared-ms", NOT_NEGATIVE, None, "X", about)
+    about = "milliseconds of a step that every rank has"
+    parser.option("--fixed-ms", NOT_NEGATIVE, None, "X", about)
+    about = (
+        "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, issue 326), A100 235 "
+        "(NCCL's tuning.cc); PCIe 4 x16 is below 32"
     )
-    add(
-        "--us-per-token",
-        positive,
-        None,
-        "X",
-        "in its place: microseconds of forward and backward per token",
-    )
-    add(
-        "--shared-ms",
-        least_zero,
-        None,
-        "X",
-        "milliseconds of a step on one rank that a node's divide: the optimizer",
-    )
-    add("--fixed-ms", least_zero, None, "X", "milliseconds of a step that every rank has")
-    add(
-        "--link",
-        positive,
-        Links().link,
-        "GB/S",
-        "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, "
-        "issue 326), A100 235 (NCCL's tuning.cc); PCIe 4 x16 is below 32",
-    )
-    add(
-        "--network",
-        positive,
-        Links().network,
-        "GB/S",
-        "network of each GPU between nodes: 400 Gb/s is 50",
-    )
-    add(
-        "--overlap",
-        number(float, lambda x: 0 <= x <= 1, "a fraction"),
-        0.0,
-        "F",
-        "fraction of communication hidden behind the updates",
-    )
-    add("--dollars-per-gpu-hour", positive, None, "X", "price")
+    parser.option("--link", POSITIVE, links.link, "GB/S", about)
+    about = "network of each GPU between nodes: 400 Gb/s is 50"
+    parser.option("--network", POSITIVE, links.network, "GB/S", about)
+    about = "fraction of communication hidden behind the updates"
+    parser.option("--overlap", FRACTION, 0.0, "F", about)
+    parser.option("--dollars-per-gpu-hour", POSITIVE, None, "X", "price")

@@ -1,7 +1,7 @@
-"""Every op in kernels/ on this GPU: time, bytes or FLOPs per second, share of the machine's rate;
-beside alternatives.
+"""Every op in kernels/ on this GPU, beside its alternatives: time, bytes or FLOPs per second, share
+of the machine's rate.
 
-    python -m benchmarks kernels [--only NAME ...] [--tokens N ...] [--json FILE] [--table FILE.md]
+    ./run.sh benchmarks kernels [--only NAME ...] [--tokens N ...] [--json FILE] [--table FILE.md]
 
 Shapes are those of gpt2-small. Forward, backward and both are timed as benchmarks/timing.py says,
 with inputs that want gradients, as in training. GB/s and TFLOP/s are of the least bytes or
@@ -14,7 +14,6 @@ hangs, or takes that process with it (an illegal memory access does) costs one l
 and the rest goes on in a new one.
 """
 
-import argparse
 import collections
 import time
 import typing
@@ -23,12 +22,13 @@ import torch
 
 from benchmarks.cases import BACKWARD, BOTH, CASES, FORWARD, GPT2_SMALL
 from benchmarks.measure import supervise
+from benchmarks.options import POSITIVE, value
+from benchmarks.report import document, table
 
 TOKENS = (GPT2_SMALL.tokens, 16384)
 
 
-# --------------------------------------------------------------------------------------------------
-# What an H200 should do
+# --- what an H200 should do
 
 
 class Target(typing.NamedTuple):
@@ -40,16 +40,24 @@ class Target(typing.NamedTuple):
     over: str = ""
 
     def __str__(self):
-        goal = dict(
-            share=f"at least {self.value:.0%} of the copy rate",
-            us=f"at most {self.value / 1e3:.1f} ms",
-            speedup=f"at least {self.value:g}x as fast as {self.over}",
-        )[self.measure]
-        return (
-            f"{self.case}, {self.direction}"
-            + f" ({self.variant})" * (self.variant != "stopwatch")
-            + f": {goal}"
-        )
+        if self.measure == "share":
+            goal = f"at least {self.value:.0%} of the copy rate"
+        elif self.measure == "us":
+            goal = f"at most {self.value / 1e3:.1f} ms"
+        else:
+            goal = f"at least {self.value:g}x as fast as {self.over}"
+        variant = f" ({self.variant})" if self.variant != "stopwatch" else ""
+        return f"{self.case}, {self.direction}{variant}: {goal}"
+
+    def shown(self, measured):
+        """A measured value as the table has it."""
+        if measured is None:
+            return "not measured"
+        if self.measure == "share":
+            return f"{measured:.1%}"
+        if self.measure == "us":
+            return f"{measured / 1e3:.2f} ms"
+        return f"{measured:.2f}x"
 
 
 TARGETS = (
@@ -68,24 +76,29 @@ TARGETS = (
 
 def judge(target, result):
     """(measured value or None, "met", "not met" or "not measured")."""
-    found = {
-        r["variant"]: r
-        for r in result["rows"]
-        if (r["case"], r["direction"], r["tokens"])
-        == (target.case, target.direction, GPT2_SMALL.tokens)
-    }
-    ours, other = found.get(target.variant), found.get(target.over)
+    found = {}
+    for r in result["rows"]:
+        at = (r["case"], r["direction"], r["tokens"])
+        if at == (target.case, target.direction, GPT2_SMALL.tokens):
+            found[r["variant"]] = r
+    ours = found.get(target.variant)
+    other = found.get(target.over)
     if "H200" not in result["device"] or not ours or (target.over and not other):
         return None, "not measured"
     if target.measure == "us":
-        value = ours["median_us"]
-        return value, "met" if value <= target.value else "not met"
-    value = ours["share"] if target.measure == "share" else other["median_us"] / ours["median_us"]
-    return value, "not measured" if value is None else "met" if value >= target.value else "not met"
+        measured = ours["median_us"]
+        met = measured <= target.value
+    else:
+        measured = ours["share"]
+        if target.measure == "speedup":
+            measured = other["median_us"] / ours["median_us"]
+        if measured is None:
+            return None, "not measured"
+        met = measured >= target.value
+    return measured, "met" if met else "not met"
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
+# --- the command
 
 
 def unavailable():
@@ -93,63 +106,37 @@ def unavailable():
     if not torch.cuda.is_available():
         return (
             "benchmark kernels needs a CUDA GPU and there is none here; without one, "
-            "`python -m benchmarks loader` and `python -m benchmarks resources` work"
+            "./run.sh benchmarks loader and ./run.sh benchmarks resources work"
         )
-
-
-def add_arguments(parser):
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        type=op_name,
-        default=(),
-        metavar="NAME",
-        help="these ops: " + ", ".join(sorted(ops())),
-    )
-    parser.add_argument(
-        "--tokens",
-        nargs="+",
-        type=token_count,
-        default=TOKENS,
-        metavar="N",
-        help=f"numbers of tokens (default: {' '.join(map(str, TOKENS))})",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=330,
-        help="no case is begun after this many (default: %(default)g)",
-    )
 
 
 def ops():
     """Names of ops, as --only takes them: what cases are called before the comma."""
-    return {name.split(",")[0] for name in CASES}
+    return sorted({name.split(",")[0] for name in CASES})
 
 
-def op_name(text):
-    if text not in ops() | set(CASES):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(sorted(ops()))}")
-    return text
-
-
-def token_count(text):
-    if not text.isdigit() or int(text) % 128 or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a multiple of 128")
-    return int(text)
+def add_arguments(parser):
+    names = ", ".join(ops())
+    one = value(str, lambda text: text in {*ops(), *CASES}, f"some of {names}")
+    parser.option("--only", one, (), "NAME", f"these ops: {names}", nargs="+")
+    count = value(int, lambda n: n > 0 and n % 128 == 0, "a multiple of 128")
+    shown = " ".join(map(str, TOKENS))
+    parser.add_argument(
+        "--tokens", type=count, nargs="+", default=TOKENS, metavar="N", help=f"[{shown}]"
+    )
+    parser.option("--seconds", POSITIVE, 330, "S", "no case is begun after this many")
 
 
 def run(only=(), tokens=TOKENS, seconds=330.0, save=lambda result: None):
     """dict(device, l2_bytes, memory_bytes, rates, rows, targets); save is given the same as it
     grows."""
     deadline = time.time() + seconds
-    plan = [
-        (name, n)
-        for n in tokens
-        for name, (_, per_token) in CASES.items()
-        if (per_token or n == tokens[0])
-        and (not only or name in only or name.split(",")[0] in only)
-    ]
+    plan = []
+    for n in tokens:
+        for name, (_, per_token) in CASES.items():
+            asked = not only or name in only or name.split(",")[0] in only
+            if asked and (per_token or n == tokens[0]):
+                plan.append((name, n))
     properties = torch.cuda.get_device_properties(0)
 
     def result(rows, rates):
@@ -161,141 +148,124 @@ def run(only=(), tokens=TOKENS, seconds=330.0, save=lambda result: None):
             memory_bytes=properties.total_memory,
             rates=rates,
             rows=rows,
+            targets=[],
         )
-        r["targets"] = [
-            dict(target=str(t), measured=value, verdict=verdict)
-            for t in TARGETS
-            for value, verdict in [judge(t, r)]
-        ]
+        for target in TARGETS:
+            measured, verdict = judge(target, r)
+            r["targets"].append(dict(target=str(target), measured=measured, verdict=verdict))
         return r
 
     return result(*supervise(plan, deadline, saw=lambda rows, rates: save(result(rows, rates))))
 
 
-LEGEND = """Above each column is the least that has to be moved or computed. A cell is the median in microseconds, the
-20th to the 80th percentile, what that makes of the least, and its share of the machine's rate; the fastest is bold.
-† launched call by call, not in a graph; ‡ another function, or no reference, to compare with. Made by
-`python -m benchmarks kernels`."""
+# --- the tables
+
+LEGEND = """\
+Above each column is the least that has to be moved or computed. A cell is the median in
+microseconds, the 20th to the 80th percentile, what that makes of the least, and its share of the
+machine's rate; the fastest is bold. † launched call by call, not in a graph; ‡ another function, or
+no reference, to compare with. Made by `./run.sh benchmarks kernels`."""
 
 
 def render(result):
     """The result as Markdown: targets, then tables for each op."""
     environment = result.get("environment", {})
-    made = [f"PyTorch {environment['torch']}"] if environment.get("torch") else []
-    made += [f"commit {environment['git_commit'][:10]}"] if environment.get("git_commit") else []
-    made += [environment["date"]] if environment.get("date") else []
-    lines = [
-        f"# Kernels on {result['device']}",
-        "",
-        ", ".join(made),
-        "",
-        f"Rates: {_rates(result['rates'][0]) if result['rates'] else 'not measured'}.",
-        "",
-        LEGEND,
-        "",
-        "## Targets on an H200",
-        "",
-        "| target | measured | |",
-        "|---|---|---|",
-    ]
+    made = []
+    if environment.get("torch"):
+        made.append(f"PyTorch {environment['torch']}")
+    if environment.get("git_commit"):
+        made.append(f"commit {environment['git_commit'][:10]}")
+    if environment.get("date"):
+        made.append(environment["date"])
+    rates = "not measured"
+    if result["rates"]:
+        rates = ", ".join(rate_of(name, x) for name, x in result["rates"][0].items())
+    targets = []
     for t, entry in zip(TARGETS, result["targets"]):
-        value = entry["measured"]
-        shown = (
-            "not measured"
-            if value is None
-            else dict(share=f"{value:.1%}", us=f"{value / 1e3:.2f} ms", speedup=f"{value:.2f}x")[
-                t.measure
-            ]
-        )
-        lines.append(f"| {entry['target']} | {shown} | {entry['verdict']} |")
+        targets.append([entry["target"], t.shown(entry["measured"]), entry["verdict"]])
     by_case = collections.defaultdict(list)
     for row in result["rows"]:
         by_case[row["case"]].append(row)
-    for name in sorted(by_case, key=[*CASES].index):
-        lines += ["", f"## {name}", "", *_table(by_case[name])]
-    return "\n".join(lines) + "\n"
-
-
-def _rates(rates):
-    return ", ".join(
-        f"{name} "
-        + (
-            "not measured"
-            if not value
-            else f"{value / 1e9:,.0f} GB/s"
-            if name == "copy"
-            else f"{value / 1e12:,.0f} TFLOP/s"
-        )
-        for name, value in rates.items()
+    tables = []
+    for name in CASES:
+        if name in by_case:
+            tables += [f"## {name}", *tables_of(by_case[name])]
+    return document(
+        f"# Kernels on {result['device']}",
+        ", ".join(made),
+        f"Rates: {rates}.",
+        LEGEND,
+        "## Targets on an H200",
+        table(["target", "measured", ""], targets),
+        *tables,
     )
 
 
-def _table(rows):
+def rate_of(name, x):
+    if not x:
+        return f"{name} not measured"
+    if name == "copy":
+        return f"{name} {x / 1e9:,.0f} GB/s"
+    return f"{name} {x / 1e12:,.0f} TFLOP/s"
+
+
+def tables_of(rows):
     """For each size a line for each variant and a column for each direction; below, what went
     wrong."""
     timed = [r for r in rows if "median_us" in r]
     variants = list(dict.fromkeys(r["variant"] for r in rows if r["variant"]))
     variants.sort(key=lambda v: not v.startswith("stopwatch"))
-    lines = [] if timed else ["not measured"]
+    blocks = []
     for shape in dict.fromkeys(r["shape"] for r in timed):
-        here = {(r["variant"], r["direction"]): r for r in timed if r["shape"] == shape}
-        directions = list(dict.fromkeys(direction for _, direction in here))
-        fastest = {
-            d: min(r["median_us"] for (_, e), r in here.items() if d == e) for d in directions
-        }
-        least = {
-            d: _amount(max((r for (_, e), r in here.items() if d == e), key=lambda r: r["work"]))
-            for d in directions
-        }
-        lines += [
-            "" if lines else None,
-            f"| {shape} | " + " | ".join(f"{d}, {least[d]}" for d in directions) + " |",
-            "|---|" + "---|" * len(directions),
-        ]
+        columns = collections.defaultdict(dict)  # direction -> variant -> row
+        for r in timed:
+            if r["shape"] == shape:
+                columns[r["direction"]][r["variant"]] = r
+        header = [shape]
+        for direction, cells in columns.items():
+            header.append(f"{direction}, {amount(max(cells.values(), key=lambda r: r['work']))}")
+        lines = []
         for v in variants:
-            lines.append(
-                f"| {v} | "
-                + " | ".join(_cell(here.get((v, d)), fastest[d]) for d in directions)
-                + " |"
-            )
+            lines.append([v, *(cell(cells, v) for cells in columns.values())])
+        blocks.append(table(header, lines))
     notes = []
     for r in rows:
         if "error" in r:
-            at = ", ".join(filter(None, [r["variant"], r["direction"], f"{r['tokens']:,} tokens"]))
-            notes.append(f"- {at}: {r['error']}")
-    return (
-        [line for line in lines if line is not None]
-        + [""] * bool(notes)
-        + list(dict.fromkeys(notes))
-    )
+            at = [r["variant"], r["direction"], f"{r['tokens']:,} tokens"]
+            notes.append(f"- {', '.join(filter(None, at))}: {r['error']}")
+    return [*(blocks or ["not measured"]), list(dict.fromkeys(notes))]
 
 
-def _amount(row):
-    return (
-        f"{row['work'] / 1e6:,.0f} MB"
-        if row["unit"] == "bytes"
-        else f"{row['work'] / 1e12:.3f} TFLOP"
-    )
+def amount(row):
+    """The least work of a row."""
+    if row["unit"] == "bytes":
+        return f"{row['work'] / 1e6:,.0f} MB"
+    return f"{row['work'] / 1e12:.3f} TFLOP"
 
 
-def _cell(row, fastest):
-    if row is None:
+def cell(cells, variant):
+    """A variant's cell in a column = {variant: row}."""
+    if variant not in cells:
         return "not measured"
-    per_second = (
-        f"{row['per_second'] / 1e9:,.0f} GB/s"
-        if row["unit"] == "bytes"
-        else f"{row['per_second'] / 1e12:,.0f} TFLOP/s"
-    )
-    mark = (" †" if row["method"] != "graph" else "") + (" ‡" if row["difference"] is None else "")
-    share = (
-        ""
-        if row["share"] is None
-        else f", {row['share']:.0%}" + (" of fp8" if row["rate"] == "fp8" else "")
-    )
-    bold = "**" if row["median_us"] == fastest else ""
-    spread = f"({_us(row['p20_us'])}–{_us(row['p80_us'])})"
-    return f"{bold}{_us(row['median_us'])}{bold} {spread}{mark}, {per_second}{share}"
+    row = cells[variant]
+    per_second = f"{row['per_second'] / 1e12:,.0f} TFLOP/s"
+    if row["unit"] == "bytes":
+        per_second = f"{row['per_second'] / 1e9:,.0f} GB/s"
+    marks = ""
+    if row["method"] != "graph":
+        marks += " †"
+    if row["difference"] is None:
+        marks += " ‡"
+    share = ""
+    if row["share"] is not None:
+        share = f", {row['share']:.0%}"
+        if row["rate"] == "fp8":
+            share += " of fp8"
+    median = us(row["median_us"])
+    if row["median_us"] == min(r["median_us"] for r in cells.values()):
+        median = f"**{median}**"
+    return f"{median} ({us(row['p20_us'])}–{us(row['p80_us'])}){marks}, {per_second}{share}"
 
 
-def _us(x):
+def us(x):
     return f"{x:,.1f}" if x < 1000 else f"{x:,.0f}"

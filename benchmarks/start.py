@@ -1,32 +1,31 @@
 """Time from the command to the end of the first step, by phase, with cold and with warm caches.
 
-    python -m benchmarks start                                     this machine's track
-    python -m benchmarks start --track gpt2-small --synthetic      with no FineWeb and no network
+    ./run.sh benchmarks start                                  this machine's track
+    ./run.sh benchmarks start --track gpt2-small --synthetic   with no data and no network
 
-Options other than those below are the trainer's own (./run.sh --help). The trainer runs twice in
-processes of its own
-on a fresh cache folder, which holds prepared data, compiled code and Triton's kernels: the first
-run finds it empty
-(cold), the second finds it filled (warm). Each stops after its first step. Functions of the trainer
-are timed from
-outside; what one spends in another that is timed counts there alone, so the phases sum to the
-    total:
+Options other than those below are the trainer's own (./run.sh train --help). The trainer runs
+twice in processes of its own on a fresh cache folder, which holds prepared data, compiled code and
+Triton's kernels: the first run finds it empty (cold), the second finds it filled (warm). Each
+stops after its first step. Functions of the trainer are timed from outside; what one spends in
+another that is timed counts there alone, so the phases sum to the total:
     interpreter     the process starts, Python is ready
-    imports         train_gpt and all that it imports; by package from a third run with python -X
-    importtime
+    imports         train_gpt and all that it imports; by package from a third run with
+                    python -X importtime
     arguments       options, the track, looking for GPUs
     data            text into tokens, or the download; opening the loaders
     kernels         choosing and probing the ops
     model           building it, drawing its weights, the optimizer's state
     probe           measuring what the machine can do, describing it
-    graph ...       compiling and running forward and backward of a stage, the optimizer's kernels,
-    validation
+    graph ...       compiling and running forward and backward of a stage, the optimizer's
+                    kernels, validation
     log             writing down what is about to run
     first step      its batch, and the step
     other           everything between
-What the system itself keeps of files in memory is warm both times. On several GPUs one is measured.
+What the system itself keeps of files in memory is warm both times. On several GPUs one is
+measured.
 """
 
+import importlib
 import json
 import os
 import re
@@ -37,6 +36,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.options import COUNT
+from benchmarks.process import execute
+from benchmarks.report import document, number, say, table
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -44,13 +47,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Phases:
-    """Seconds by phase, each phase without those inside it, in the order in which they first
-    began."""
+    """Seconds by phase, without those of phases inside it, in the order of their begin."""
 
     def __init__(self, now=time.monotonic):
-        self.now, self.seconds, self.stack, self.since = now, {}, ["other"], now()
+        self.now = now
+        self.seconds = {}
+        self.stack = ["other"]
+        self.since = now()
 
     def switch(self):
+        """Book the time since the last switch to the innermost phase."""
         now = self.now()
         phase = self.stack[-1]
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.since
@@ -78,64 +84,45 @@ def trace(result, spawned, argv, synthetic):
     """Train to the end of the first step, then write {phase: seconds} to the file `result`; the
     exit status."""
     phases = Phases()
-    phases.seconds["interpreter"], phases.since = phases.since - spawned, phases.since
-    tg = phases.timed(lambda: __import__("train_gpt"), "imports")()
+    phases.seconds["interpreter"] = phases.since - spawned
+    subject = phases.timed(importlib.import_module, "imports")("benchmarks.subject")
     import torch
 
     def wait():
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
-    def wrap(owner, name, phase):
-        setattr(owner, name, phases.timed(getattr(owner, name), phase, wait))
-
     training = []  # not empty once that has begun
 
-    def run(*args):
-        training.append(True)
-        return trainer_run(*args)
+    def begin(function):
+        def call(*args):
+            training.append(True)
+            return function(*args)
 
-    def step(optimizer, *args):
-        optimizer_step(optimizer, *args)
-        if training:
-            wait()
-            phases.switch()
-            aside = Path(f"{result}.aside")
-            aside.write_text(json.dumps(phases.seconds))
-            aside.replace(result)
-            raise SystemExit(130)  # as a signal would: nobody needs the rest
+        return call
 
-    def during(what):
-        return lambda *args: "first step" if training else what(*args)
+    def end_after(function):
+        def call(*args):
+            function(*args)
+            if training:
+                wait()
+                phases.switch()
+                aside = Path(f"{result}.aside")
+                aside.write_text(json.dumps(phases.seconds))
+                aside.replace(result)
+                raise SystemExit(130)  # as a signal would: nobody needs the rest
 
-    def graph(trainer, batch, step, stage, progress):
-        targets = f", {stage.n_targets} targets" if stage.n_targets > 1 else ""
-        return f"graph of {stage.rows * trainer.c.row_len:,} tokens{targets}{', tied' * stage.tied}"
+        return call
 
     if synthetic:
-        from benchmarks.trainer import synthetic as make
-        from runtime import corpus
+        from benchmarks.synthetic import synthetic as opener
 
-        corpus.open_dataset = make
-    trainer_run, optimizer_step = tg.Trainer.run, tg.Optimizer.step
-    tg.Trainer.run, tg.Optimizer.step = run, step
-    for owner, name, phase in (
-        (tg, "parse_args", "arguments"),
-        (tg, "load_data", "data"),
-        (tg, "choose_ops", "kernels"),
-        (tg.Trainer, "__init__", "model"),
-        (tg.GPT, "init_weights", "model"),
-        (tg.Optimizer, "reset", "model"),
-        (tg, "describe_environment", "probe"),
-        (tg, "machine_probe", "probe"),
-        (tg.Trainer, "describe", "log"),
-        (tg.Trainer, "run", "first step"),
-        (tg.Trainer, "accumulate", during(graph)),
-        (tg.Optimizer, "step", during(lambda *_: "graph of the optimizer")),
-        (tg, "evaluate", "graph of validation"),
-    ):
-        wrap(owner, name, phase)
-    return tg.main(argv)
+        subject.use_data(opener)
+    for (owner, name), around in {subject.TRAINING: begin, subject.STEP_ENDS: end_after}.items():
+        setattr(owner, name, around(getattr(owner, name)))
+    for owner, name, phase in subject.phases(graphs=lambda: not training):
+        setattr(owner, name, phases.timed(getattr(owner, name), phase, wait))
+    return subject.main(argv)
 
 
 # --- here
@@ -143,42 +130,15 @@ def trace(result, spawned, argv, synthetic):
 
 def start(argv, cache, synthetic):
     """{phase: seconds} of one start with this cache folder."""
-    from base import InputError
-
-    run_dir = tempfile.TemporaryDirectory()
-    result = Path(run_dir.name) / "phases.json"
     # Triton's kernels and Inductor's code would else be in folders that outlive the cold run
-    env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | dict(
-        TRITON_CACHE_DIR=str(Path(cache) / "triton"), PYTHONPATH=str(ROOT)
-    )
-    argv = [*argv, "--cache-dir", str(cache), "--run-dir", f"{run_dir.name}/run", "--repeat", "1"]
-    with run_dir:
-        spawned = time.monotonic()
-        child = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.start",
-                str(result),
-                str(spawned),
-                str(int(synthetic)),
-                *argv,
-            ],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        said = []
-        for line in child.stderr:
-            said.append(line.strip())
-            print(line, end="", file=sys.stderr)
-        child.wait()
-        if not result.exists():
-            error = next((line for line in reversed(said) if line), "it said nothing")
-            raise InputError(
-                f"the trainer ended with status {child.returncode} before its first step: "
-                f"{error.removeprefix('error: ')}"
-            )
+    env = os.environ | dict(TRITON_CACHE_DIR=str(Path(cache) / "triton"), PYTHONPATH=str(ROOT))
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "phases.json"
+        command = [sys.executable, "-m", "benchmarks.start", result, time.monotonic()]
+        command += [int(synthetic), *argv, "--cache-dir", cache, "--run-dir", f"{folder}/run"]
+        what = "before its first step the trainer"
+        execute(what, [*command, "--repeat", 1], None, f"{folder}/log", env, ok=(130,), every=0)
         return json.loads(result.read_text())
 
 
@@ -200,10 +160,6 @@ def run(repeats=1, synthetic_data=False, trainer_options=(), save=lambda result:
     phases are medians."""
     import torch
 
-    from base import InputError
-
-    if repeats < 1:
-        raise InputError(f"--repeats {repeats}: expected 1 or more")
     options = list(trainer_options)
     if torch.cuda.device_count() > 1 and "--gpus" not in options:
         options += ["--gpus", "1"]
@@ -211,68 +167,47 @@ def run(repeats=1, synthetic_data=False, trainer_options=(), save=lambda result:
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
             for state, phases in runs.items():
-                print(f"--- {state}", file=sys.stderr, flush=True)
+                say(f"--- {state}")
                 phases.append(start(options, cache, synthetic_data))
-                print(
-                    f"{state}: {sum(phases[-1].values()):.2f} s to the end of the first step",
-                    file=sys.stderr,
-                )
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import train_gpt"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    result = dict(
-        options=options,
-        totals={state: [sum(p.values()) for p in all] for state, all in runs.items()},
-        imports=imports(done.stderr),
-    )
-    for state, all in runs.items():
-        names = dict.fromkeys(name for phases in all for name in phases)
-        result[state] = {n: statistics.median(p.get(n, 0.0) for p in all) for n in names}
-    print(f"\n{render(result)}", file=sys.stderr)
+                say(f"{state}: {sum(phases[-1].values()):.2f} s to the end of the first step")
+    command = [sys.executable, "-X", "importtime", "-c", "import train_gpt"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    totals = {state: [sum(p.values()) for p in starts] for state, starts in runs.items()}
+    result = dict(options=options, totals=totals, imports=imports(done.stderr))
+    for state, starts in runs.items():
+        result[state] = {}
+        for phases in starts:
+            for name in phases:
+                seconds = [p.get(name, 0.0) for p in starts]
+                result[state][name] = statistics.median(seconds)
+    say(f"\n{render(result)}")
     return result
 
 
 def render(result):
     """A line for each phase, cold beside warm."""
-
-    def cell(state, phase):
-        return f"{result[state][phase]:.2f}" if phase in result[state] else "–"
-
-    names = list(dict.fromkeys([*result["cold"], *result["warm"]]))
-    names = [n for n in names if n != "other"] + ["other"]
-    cold, warm = (result["totals"][state] for state in ("cold", "warm"))
-    lines = [
+    cold = result["cold"]
+    warm = result["warm"]
+    names = [name for name in cold | warm if name != "other"]
+    rows = []
+    for name in [*names, "other"]:
+        rows.append([name, number(cold.get(name), ".2f"), number(warm.get(name), ".2f")])
+    totals = [statistics.median(result["totals"][state]) for state in ("cold", "warm")]
+    rows.append(["**total**", *(f"**{total:.2f}**" for total in totals)])
+    slowest = ", ".join(f"{name} {seconds:.2f}" for name, seconds in result["imports"])
+    return document(
         f"# Start-up: ./run.sh {' '.join(result['options'])}".rstrip(),
-        "",
-        f"Seconds from the command to the end of the first step, {len(cold)} of each (medians).",
-        "",
-        "| phase | cold | warm |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {n} | {cell('cold', n)} | {cell('warm', n)} |" for n in names]
-    lines += [
-        f"| **total** | **{statistics.median(cold):.2f}** | **{statistics.median(warm):.2f}** |",
-        "",
-        "Imports by package, s of their own (slowed by being watched): "
-        + ", ".join(f"{name} {seconds:.2f}" for name, seconds in result["imports"])
-        + ".",
-    ]
-    return "\n".join(lines) + "\n"
+        f"Seconds from the command to the end of the first step, {len(result['totals']['cold'])} "
+        "of each (medians).",
+        table(["phase", "cold", "warm"], rows),
+        f"Imports by package, s of their own (slowed by being watched): {slowest}.",
+    )
 
 
 def add_arguments(parser):
-    parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="cold and warm pairs, for medians [1]"
-    )
-    parser.add_argument(
-        "--synthetic",
-        dest="synthetic_data",
-        action="store_true",
-        help="random tokens in place of the track's data",
-    )
+    parser.option("--repeats", COUNT, 1, "N", "cold and warm pairs, for medians")
+    about = "random tokens in place of the track's data"
+    parser.flag("--synthetic", about, dest="synthetic_data")
 
 
 if __name__ == "__main__":  # the trainer's process

@@ -1,7 +1,6 @@
 """benchmarks/ablate.py: its table, its statistics against scipy's, real runs that are cut short
 and gone on with."""
 
-import dataclasses
 import json
 import math
 import random
@@ -15,7 +14,7 @@ from scipy import stats
 
 import train_gpt as tg
 from base import InputError
-from benchmarks import ablate
+from benchmarks import ablate, subject
 from benchmarks.__main__ import main
 
 LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
@@ -26,7 +25,7 @@ LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
 
 @pytest.mark.parametrize("track", ["laptop", "gpt2-small"])
 def test_every_piece_changes_its_track_or_says_why(track):
-    base = tg.parse_args(["--track", track])
+    base = subject.parse(["--track", track])
     chosen, left_out = ablate.choose(base, ())
     assert list(chosen)[0] == "base" and set(chosen) - {"base"} | set(left_out) == set(
         ablate.PIECES
@@ -37,7 +36,7 @@ def test_every_piece_changes_its_track_or_says_why(track):
         for reason in left_out.values()
     )
     for name, v in list(chosen.items())[1:]:
-        assert v.fields and v.config == dataclasses.replace(base, **v.fields) != base
+        assert v.fields and v.config == subject.change(base, **v.fields) != base
         piece = ablate.PIECES[name]
         assert v.label == (
             f"without {name}" if ablate.apply(base, piece.off) != base else f"with {name}"
@@ -45,13 +44,13 @@ def test_every_piece_changes_its_track_or_says_why(track):
         assert v.fields.keys() <= (piece.off if v.label.startswith("without") else piece.on).keys()
 
         def tokens(c):
-            return sum(stage.rows * c.row_len for stage in ablate.stages_of(c))
+            return sum(stage.rows * c.row_len for stage in subject.schedule(c))
 
         assert tokens(v.config) == tokens(base)  # what makes their losses comparable
 
 
 def test_a_piece_is_turned_off_where_it_is_on():
-    base = tg.Config()
+    base = subject.configure()
     for name, piece in ablate.PIECES.items():
         if piece.on and ablate.apply(base, piece.on) != ablate.apply(base, piece.off):
             on = ablate.apply(base, piece.on)
@@ -60,7 +59,7 @@ def test_a_piece_is_turned_off_where_it_is_on():
 
 
 def test_names_that_do_not_work_are_refused():
-    base = tg.Config()
+    base = subject.configure()
     with pytest.raises(
         InputError,
         match="--only softcp: no such piece; did you mean softcap[?] expected of softcap, ",
@@ -72,7 +71,7 @@ def test_names_that_do_not_work_are_refused():
         InputError, match="--only document-growth: makes no difference to this configuration"
     ):
         ablate.choose(base, ["document-growth"])
-    odd = tg.Config(n_head=1)
+    odd = subject.configure(n_head=1)
     with pytest.raises(
         InputError, match="--only paired-heads: cannot be turned on here: --paired-layers"
     ):
@@ -356,7 +355,7 @@ def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys)
         main([*command, "--text", str(other)]) == 2
         and "were made with fingerprint" in capsys.readouterr().err
     )
-    monkeypatch.setattr(ablate, "source_hash", lambda: "another")
+    monkeypatch.setattr(subject, "source_hash", lambda: "another")
     assert main(command) == 2 and "were made with other source" in capsys.readouterr().err
     assert out.read_bytes() == before and not made_runs
 
@@ -369,7 +368,7 @@ def test_a_run_here_is_the_trainers_own(small, tmp_path):
     for name, fields in (("base", {}), ("softcap", dict(softcap=()))):
         rows = []
         tg.train(
-            dataclasses.replace(c, seed=1, target=None, run_dir=str(tmp_path / name), **fields),
+            tg.changed(c, seed=1, target=None, run_dir=str(tmp_path / name), **fields),
             report=rows.append,
         )
         mine = next(r for r in result["runs"] if (r["variant"], r["seed"]) == (name, 1))
@@ -378,18 +377,14 @@ def test_a_run_here_is_the_trainers_own(small, tmp_path):
 
 def test_a_variant_that_fails_is_reported_and_the_others_go_on(small, monkeypatch, capsys):
     folder, c, args = small
-    real = tg.Trainer.run
+    real = tg.run_once
 
-    def run(trainer, *rest, **more):
-        assert all(
-            p.grad is None for p in trainer.model.parameters()
-        )  # also where a run failed before
-        if not trainer.c.softcap:
-            trainer.model.lm_head.grad = torch.full_like(trainer.model.lm_head, math.nan)
+    def run_once(setup, *rest):
+        if not setup.config.model.softcap:
             raise InputError("step 2: the training loss is nan")
-        return real(trainer, *rest, **more)
+        return real(setup, *rest)
 
-    monkeypatch.setattr(tg.Trainer, "run", run)
+    monkeypatch.setattr(tg, "run_once", run_once)
     result = ablate.run(only=["softcap"], seeds=2, trainer_options=args)
     assert result["runs"][1]["error"] == "step 2: the training loss is nan"
     assert result["summary"]["softcap"]["failed"] == 2
@@ -398,7 +393,7 @@ def test_a_variant_that_fails_is_reported_and_the_others_go_on(small, monkeypatc
         "base"
     ] * 2  # it is tried again
     monkeypatch.setattr(
-        tg.Trainer, "run", lambda *a, **k: (_ for _ in ()).throw(InputError("no luck"))
+        tg, "run_once", lambda *a, **k: (_ for _ in ()).throw(InputError("no luck"))
     )
     with pytest.raises(InputError, match="every run failed, the first one with: no luck"):
         ablate.run(only=["softcap"], seeds=1, trainer_options=args)

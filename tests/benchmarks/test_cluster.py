@@ -1,25 +1,26 @@
 """benchmarks/cluster.py: sums, volumes, the public record's stages, measured costs, limits of
 scaling, bad input."""
 
-import dataclasses
 import json
 import types
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import tiny_model
+from helpers import model_fields
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train_gpt as tg
 from base import InputError
-from benchmarks import cluster
+from benchmarks import cluster, subject
 from benchmarks.__main__ import main
 from benchmarks.cluster import RECORD, TERMS, Collective, Cost, Links, communication_ms, step_ms
-from optim import shards
+from models import gpt
+from optim import Optimizer, gradient_report, shards
+from runtime.guard import Guard
+from runtime.machine import World
 
-GPT2_SMALL = tg.parse_args(["--track", "gpt2-small"])
+GPT2_SMALL = subject.parse(["--track", "gpt2-small"])
 
 # modded-nanogpt: bytes of an Adam step (every second one), then of a Muon step (every one)
 RECORD_VOLUMES = [
@@ -164,15 +165,19 @@ def exchanged(monkeypatch):
 )
 def test_volumes_are_those_of_the_trainer(n, node, fields, exchanged):
     """All that a rank exchanges in as many steps as there are between Adam's updates, counted."""
-    c, model = tiny_model(
-        70, dtype=torch.bfloat16, **dict(value_embed_layers=(0,), n_gram=1) | fields
+    fields = model_fields(value_embed_layers=(0,), n_gram=1) | fields
+    c = subject.configure(
+        row_len=24, val_row_len=24, batch_tokens=(24,), max_doc_len=(24,), **fields
     )
+    model = gpt.Model(c.config.model, 70, 24, torch.bfloat16)
+    model.init_weights(0)
     local, groups = (
         (node, ("node", "across")) if n % node == 0 else (n, (None, None))
     )  # as join_world() has it
-    world = tg.World(n - 1, n, torch.device("cpu"), local, *groups)
-    optimizer = tg.Optimizer(model, tg.parameter_table(c), world, adam_every=c.adam_every)
-    guard, stage = tg.Guard(world.device, tg.gradient_report), tg.stage_at(c, 0.0)
+    world = World(n - 1, n, torch.device("cpu"), local, *groups)
+    optimizer = Optimizer(model, model.update_rules(c.config.optim), world)
+    guard = Guard(world.device, gradient_report)
+    stage = subject.schedule(c)[0].model
     x, cu = torch.randint(70, (1, c.row_len)), torch.tensor([0, c.row_len], dtype=torch.int32)
     for step in range(c.adam_every):
         model(x, x, cu, stage).backward()
@@ -180,7 +185,7 @@ def test_volumes_are_those_of_the_trainer(n, node, fields, exchanged):
             step, torch.zeros(()), {name: p.grad for name, p in model.named_parameters()}, (0, 0, 0)
         )
         optimizer.step(0.0, 0.9)  # whatever it judges: nothing is summed here
-    expected = cluster.collectives_of(c, cluster.model_of(c, 70), n, node, stage.tied)
+    expected = cluster.collectives_of(c, subject.parameters(c, 70), n, node, stage.tied)
     for x in expected:
         count = c.adam_every // x.every
         group = x.group if n % node == 0 or x.group != "node" else "all"
@@ -193,7 +198,7 @@ def test_volumes_are_those_of_the_trainer(n, node, fields, exchanged):
 def test_several_nodes_send_the_same_inside_and_a_part_between():
     """Per rank: what one node would send, and twice (N - 1) / N of its eighth to its like on the
     others."""
-    model, one = cluster.model_of(GPT2_SMALL, 50257), {}
+    model, one = subject.parameters(GPT2_SMALL, 50257), {}
     for n in (8, 16, 64):
         volumes = cluster.collectives_of(GPT2_SMALL, model, n, 8)
         one[n] = {
@@ -209,8 +214,8 @@ def test_several_nodes_send_the_same_inside_and_a_part_between():
 
 
 def test_stages_with_a_tied_head_exchange_less():
-    c = dataclasses.replace(GPT2_SMALL, tied=0.5, adam_every=1)
-    line = cluster.predict(c, cluster.model_of(c, 50257), 8, RECORD, Links())
+    c = subject.change(GPT2_SMALL, tied=0.5, adam_every=1)
+    line = cluster.predict(c, subject.parameters(c, 50257), 8, RECORD, Links())
     tied, untied = line["stages"][0], line["stages"][-1]
     assert untied["bytes"] - tied["bytes"] == pytest.approx(2 * 7 / 8 * 50304 * 768 * 2)
     assert tied["terms"]["communication"] < untied["terms"]["communication"]
@@ -254,11 +259,11 @@ def test_the_tracks_table(capsys, tmp_path):
 
 
 def measured(tmp_path, **fields):
-    model = cluster.model_of(GPT2_SMALL, 50257)
+    model = subject.parameters(GPT2_SMALL, 50257)
     result = (
         dict(
             world_size=1,
-            params=sum(p.numel() for p in model.parameters()),
+            params=sum(p.count for p in model),
             device="a GPU",
             stages=[1, 2],
             fit=dict(fixed_ms=10.0, us_per_token=2.0, optimizer_ms=6.0),
@@ -305,7 +310,7 @@ def test_files_that_are_no_result_are_refused(tmp_path, text, capsys):
     assert main(["cluster", "--from", str(path)]) == 2
     assert (
         capsys.readouterr().err
-        == f"error: --from {path}: expected the JSON of `python -m benchmarks trainer`\n"
+        == f"error: --from {path}: expected the JSON of ./run.sh benchmarks trainer\n"
     )
     with pytest.raises(InputError, match="No such file"):
         cluster.run(results=tmp_path / "missing.json")
@@ -332,6 +337,6 @@ def test_no_numbers_are_made_up():
     ],
 )
 def test_numbers_that_are_none_are_refused(option, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["cluster", *option])
-    assert "expected" in capsys.readouterr().err
+    assert main(["cluster", *option]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {' '.join(option)}: expected ") and said.count("\n") == 1

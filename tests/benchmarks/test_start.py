@@ -5,11 +5,12 @@ import json
 import time
 
 import pytest
+import torch
 from helpers import options, tiny, write_text
 
-from base import InputError
-from benchmarks import start
+from benchmarks import start, subject
 from benchmarks.__main__ import main
+from runtime import machine
 
 
 class Now:
@@ -111,12 +112,6 @@ def test_cold_and_warm(tmp_path, capsys):
 
 def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
     """The trainer's process, run here, with torch.compile handing back what it is given."""
-    from unittest import mock
-
-    import torch
-
-    import train_gpt as tg
-
     c = tiny(
         write_text(tmp_path / "text.txt"),
         tmp_path,
@@ -125,31 +120,15 @@ def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
         mtp=(2, 1),
         tied=0.5,
     )
-    for owner, names in (
-        (
-            tg,
-            (
-                "parse_args",
-                "load_data",
-                "choose_ops",
-                "describe_environment",
-                "machine_probe",
-                "evaluate",
-                "keep_freed_memory",
-            ),
-        ),
-        (tg.Trainer, ("__init__", "describe", "accumulate", "run")),
-        (tg.GPT, ("init_weights",)),
-        (tg.Optimizer, ("reset", "step")),
-    ):
-        for name in names:  # put back what trace() replaces
-            monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(tg, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(tg, "can_compile", lambda say: True)
+    wrapped = [(owner, name) for owner, name, _ in subject.phases(bool)]
+    for owner, name in [*wrapped, subject.TRAINING, subject.STEP_ENDS]:
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # puts back what trace() replaces
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(machine, "can_compile", lambda say: True)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *args, **kwargs: f(*args, **kwargs))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     result = tmp_path / "phases.json"
-    with mock.patch.object(torch, "compile", lambda function, **_: function):
-        assert start.trace(str(result), time.monotonic(), options(c), synthetic=False) == 130
+    assert start.trace(str(result), time.monotonic(), options(c), synthetic=False) == 130
     phases = json.loads(result.read_text())
     assert {
         "graph of 256 tokens, 2 targets, tied",
@@ -165,7 +144,7 @@ def test_a_trainer_that_fails_says_why(tmp_path, capsys):
     assert main(["start", "--n-head", "3"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        "error: the trainer ended with status 2 before its first step: --n-embd 128: expected a"
+        "error: before its first step the trainer ended with status 2: --n-embd 128: expected a"
     )
-    with pytest.raises(InputError, match="--repeats 0: expected 1 or more"):
-        start.run(repeats=0)
+    assert main(["start", "--repeats", "0"]) == 2
+    assert "error: --repeats 0: expected 1 or more" in capsys.readouterr().err

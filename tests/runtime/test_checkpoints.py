@@ -36,7 +36,6 @@ from runtime.checkpoint import (
 from safetensors import safe_open
 
 from base import InputError
-from benchmarks import checkpoint as benchmark
 from runtime import checkpoint
 
 ROOT = Path(checkpoint.__file__).resolve().parent.parent
@@ -947,70 +946,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.fcntl, "flock", fail)
     check(save(tmp_path, 1, 2), 2)
-
-
-# --- benchmarks/checkpoint.py
-
-
-def tiny_training(tmp_path, monkeypatch):
-    """Options that make the benchmark's training part short."""
-    from helpers import (
-        options,
-        tiny,
-        write_text,
-    )  # here: this file is also run as a program, in processes to be killed
-
-    monkeypatch.setattr(benchmark, "STEPS", 6)
-    monkeypatch.setattr(benchmark, "EVERY", 2)
-    c = tiny(
-        write_text(tmp_path / "words.txt", 4000),
-        tmp_path,
-        run_dir="",
-        sample_tokens=0,
-        checkpoint_every="10m",
-    )
-    return options(c)
-
-
-def test_the_benchmark(tmp_path, monkeypatch):
-    small = tiny_training(tmp_path, monkeypatch)
-    result = benchmark.run(megabytes=2, folder=tmp_path / "new", repeats=2, trainer_options=small)
-    t = result["training"]
-    assert len(t["pairs"]) == 2 and t["bytes"] > 10_000
-    prices = [(p["with_checkpoints"] - p["without"]) / 2 for p in t["pairs"]]
-    assert t["seconds_per_checkpoint"] == sorted(prices)
-    assert t["share_at_default"] == pytest.approx(sum(prices) / 2 / 600)
-    assert f"{t['share_at_default']:.2%} of the time" in benchmark.render(result)
-    r = result["store"]
-    assert json.loads(json.dumps(result)) == result and os.listdir(tmp_path / "new") == []
-    assert (
-        r["tensor_bytes"] == 256 * 1024 * 8 + 4096 < r["bytes_on_disk"] < r["tensor_bytes"] + 2000
-    )
-    assert (
-        set(r["seconds"]) == {"copy", "floor", "write", "read", "load"}
-        and min(r["seconds"].values()) > 0
-    )
-    assert f"| load a checkpoint | {r['seconds']['load']:.3f} |" in benchmark.render(result)
-    slow = benchmark.load
-    monkeypatch.setattr(benchmark, "load", lambda path: (time.sleep(0.2), slow(path))[1])
-    r = benchmark.run(megabytes=2, folder=tmp_path, repeats=1, trainer_options=small)["store"]
-    assert r["seconds"]["load"] > 0.2 > r["seconds"]["write"] and r["load_over_read"] > 10
-
-
-def test_the_benchmark_refuses_in_one_line(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(benchmark, "training", lambda *_: pytest.fail("started"))
-    with monkeypatch.context() as m:
-        m.setattr(checkpoint, "sync", lambda _: os.stat(tmp_path / "none"))
-        with pytest.raises(InputError, match="could not be written, see above"):
-            benchmark.run(megabytes=1, folder=tmp_path)
-    for options in (
-        dict(megabytes=0),
-        dict(repeats=0),
-        dict(folder=tmp_path / "file", megabytes=1),
-    ):
-        with pytest.raises(InputError, match="expected 1 or more|choose one on a disk"):
-            benchmark.run(**options)
 
 
 if __name__ == "__main__":

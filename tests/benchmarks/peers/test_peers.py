@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 
 import data
 import runtime.corpus
-import train_gpt as tg
 from base import InputError
-from benchmarks import modded, peers
+from benchmarks import peers, process, subject
 from benchmarks.__main__ import main
+from benchmarks.peers import common, modded
+from benchmarks.peers import nanochat as chat
+from benchmarks.peers import nanogpt as gpt
 from records.runs import Point
 
 LOGITS = (
@@ -245,9 +247,9 @@ def around(tmp_path, monkeypatch):
     """A folder with a text, our trainer's double and a record of what was called."""
     write_text(tmp_path / "text.txt")
     (tmp_path / "ours.py").write_text(OURS)
-    monkeypatch.setattr(peers, "TRAINER", tmp_path / "ours.py")
-    monkeypatch.setattr(peers.NanoGPT, "modules", ("torch", "numpy"))
-    monkeypatch.setattr(peers.Nanochat, "modules", ("torch", "pyarrow", "rustbpe", "wandb"))
+    monkeypatch.setattr(common, "TRAINER", tmp_path / "ours.py")
+    monkeypatch.setattr(gpt.Checkout, "modules", ("torch", "numpy"))
+    monkeypatch.setattr(chat.Checkout, "modules", ("torch", "pyarrow", "rustbpe", "wandb"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     return tmp_path
 
@@ -256,10 +258,10 @@ def around(tmp_path, monkeypatch):
 def quick(around, monkeypatch):
     """The same without starting torch: nanoGPT's loss is 5."""
     found = dict(loss=5.0, steps=35, params=804096, val_units=9726, val_targets=9725)
-    monkeypatch.setattr(peers.NanoGPT, "evaluate", lambda self, task: found)
-    monkeypatch.setattr(peers.NanoGPT, "modules", ())
-    monkeypatch.setattr(peers.Nanochat, "modules", ("pyarrow", "rustbpe", "wandb"))
-    monkeypatch.setattr(peers, "SHAPE_TURNS", 1)
+    monkeypatch.setattr(gpt.Checkout, "evaluate", lambda self, task: found)
+    monkeypatch.setattr(gpt.Checkout, "modules", ())
+    monkeypatch.setattr(chat.Checkout, "modules", ("pyarrow", "rustbpe", "wandb"))
+    monkeypatch.setattr(gpt, "SHAPE_TURNS", 1)
     monkeypatch.setenv("NO_TORCH", "1")
     return around
 
@@ -442,7 +444,7 @@ def test_nanochat_and_ours(around):
     )
     assert result["torch"] == dict(ours=torch.__version__, nanochat=torch.__version__)
     # all of the text in full rows; what it trains on, not as neighbours
-    train = list(peers.pieces(text[: -len(val)], tokenizer(False), 64))
+    train = list(chat.pieces(text[: -len(val)], tokenizer(False), 64))
     assert "".join(fed(around)["val"]) == val and fed(around)["train"] != train
     assert sorted(fed(around)["train"]) == sorted(train)
     places = list(map(train.index, fed(around)["train"]))
@@ -458,7 +460,7 @@ def stdlib(around, monkeypatch):
     library.mkdir()
     for i in range(6):
         write_text(library / f"{i}.py", 4000, seed=i)
-    monkeypatch.setattr(peers.Nanochat, "modules", ("pyarrow", "rustbpe", "wandb"))
+    monkeypatch.setattr(chat.Checkout, "modules", ("pyarrow", "rustbpe", "wandb"))
     real = data.open_dataset
     monkeypatch.setattr(
         runtime.corpus,
@@ -537,7 +539,7 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
         any(p.read_text().startswith(text) for p in stdlib.iterdir()) for text in train
     )
     assert "".join(fed(around)["val"]) == "".join(texts) and len("".join(texts).encode()) == n_bytes
-    expected = [piece for text in train for piece in peers.pieces(text, tokenizer(True), 256)]
+    expected = [piece for text in train for piece in chat.pieces(text, tokenizer(True), 256)]
     assert sorted(fed(around)["train"]) == sorted(expected) and fed(around)["train"] != expected
     assert result["text"] == dict(
         name="Python's standard library",
@@ -562,7 +564,7 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
     assert first["time_to_loss_s"] == pytest.approx(1.75)
     assert result["target"] == 1.5 and result["metric"] == "val_bpb"
     text = table.read_text()
-    assert text in capsys.readouterr().err and "| | bits/byte |" in text
+    assert text in capsys.readouterr().err and "|  | bits/byte |" in text
     assert "nanochat in bfloat16, ours in bfloat16." in text
     assert f"The track's target is 1.5: nanochat ended {row['loss'] - 1.5:.4f} above it." in text
 
@@ -573,9 +575,9 @@ def split_at(ids, eot):
 
 
 def test_laptop_says_where_nanochat_ended(around, stdlib, monkeypatch):
-    monkeypatch.setattr(peers.Peer, "available", lambda self: dict(missing=[], torch="2"))
+    monkeypatch.setattr(common.Peer, "available", lambda self: dict(missing=[], torch="2"))
     found = dict(loss=1.53, steps=40, params=1, val_units=1, val_targets=1)
-    monkeypatch.setattr(peers.Nanochat, "evaluate", lambda self, task: found)
+    monkeypatch.setattr(chat.Checkout, "evaluate", lambda self, task: found)
     monkeypatch.setenv("OURS_MISSES", "1")
     result = peers.run(
         laptop=True, nanochat=nanochat(around / "checkout"), scale=10, trainer_options=SMALL
@@ -592,7 +594,8 @@ def test_laptop_says_where_nanochat_ended(around, stdlib, monkeypatch):
 
 
 def test_laptop_is_the_tracks_shape():
-    c, flags = tg.parse_args(["--track", "laptop", "--target", "1.4"]), peers.LAPTOP
+    c = subject.parse(["--track", "laptop-deep"])
+    flags = chat.LAPTOP
     assert (c.n_layer, c.n_embd, c.n_embd // c.n_head, c.row_len, c.batch_tokens, c.val_tokens) == (
         flags["depth"],
         flags["depth"] * flags["aspect-ratio"],
@@ -602,10 +605,10 @@ def test_laptop_is_the_tracks_shape():
         flags["eval-tokens"],
     )
     assert flags["device-batch-size"] * flags["max-seq-len"] == flags["total-batch-size"]
-    easier = tg.parse_args(["--track", "shakespeare-char", "--text", "x", "--target", "1.89"])
+    easier = subject.parse(["--track", "shakespeare-char-cpu", "--text", "x"])
     for track in (c, easier):
-        assert track.val_row_len == peers.LONGER * track.row_len
-    assert easier.row_len == peers.SHAKESPEARE["max-seq-len"]
+        assert track.val_row_len == chat.LONGER * track.row_len
+    assert easier.row_len == chat.SHAKESPEARE["max-seq-len"]
 
 
 def test_a_missing_package_skips_that_peer_only(quick, monkeypatch, capsys):
@@ -717,9 +720,9 @@ def test_ratios_of_medians():
 
 def test_a_training_that_never_improves_has_no_checkpoint(around, monkeypatch):
     monkeypatch.setenv("NO_TORCH", "1")
-    peer = peers.NanoGPT(nanogpt(around / "checkout"), sys.executable, 50)
+    peer = gpt.Checkout(nanogpt(around / "checkout"), sys.executable, 50)
     with pytest.raises(InputError, match="nanogpt: training left no checkpoint"):
-        peer.train(peers.TextFile(around / "text.txt", around), around / "work")
+        peer.train(common.TextFile(around / "text.txt", around), around / "work")
 
 
 def test_a_failure_keeps_the_rounds_before_it(quick, monkeypatch):
@@ -764,15 +767,16 @@ def test_a_failure_keeps_the_rounds_before_it(quick, monkeypatch):
             "--nanogpt CHECKOUT --text missing.txt",
             "--text missing.txt: No such file or directory; expected a file of text",
         ),
-        ("--modded . --laptop", "--modded runs by itself"),
+        ("--modded . --laptop", "--modded .: has no train_gpt.py"),
         (
             "--nanochat CHAT --laptop",
-            "--laptop compares with nanochat, on Python's standard library: leave out --nanogpt",
+            "--laptop compares with nanochat, on Python's standard library: leave out --text and",
         ),
         (
             "--nanogpt CHECKOUT --nanochat-options depth=3",
             "--nanochat-options: expected --nanochat PATH, too",
         ),
+        ("--nanogpt CHECKOUT --laptop", "--laptop: expected --nanochat PATH, too"),
         (
             "--nanochat CHAT --nanochat-options width=3",
             "--nanochat-options width=3: expected NAME=VALUE with an option of",
@@ -798,7 +802,7 @@ def test_a_failure_keeps_the_rounds_before_it(quick, monkeypatch):
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(around, monkeypatch, capsys, wrong, message):
-    monkeypatch.setattr(peers, "execute", lambda *_, **__: pytest.fail("ran something"))
+    monkeypatch.setattr(common, "execute", lambda *_, **__: pytest.fail("ran something"))
     monkeypatch.chdir(around)
     (around / "short.txt").write_text("x" * 19_999)
     (around / "latin.txt").write_bytes("ä".encode("latin-1") * 30_000)
@@ -821,7 +825,7 @@ def test_bad_input_is_refused_before_anything_runs(around, monkeypatch, capsys, 
             "--nanochat CHAT",
             "--text FILE is missing: expected what all are to train on, or --laptop",
         ),
-        ("--nanochat CHAT --laptop --nanogpt GPT", "leave out --nanogpt and --text"),
+        ("--nanochat CHAT --laptop --nanogpt GPT", "leave out --text and other peers"),
         (
             "--nanochat CHAT --laptop --tokenizer bytes",
             "expected our trainer on stdlib with --tokenizer bpe:N and "
@@ -836,7 +840,7 @@ def test_bad_input_is_refused_before_anything_runs(around, monkeypatch, capsys, 
     ],
 )
 def test_bad_input_for_laptop(around, monkeypatch, capsys, wrong, message):
-    monkeypatch.setattr(peers, "execute", lambda *_, **__: pytest.fail("ran something"))
+    monkeypatch.setattr(common, "execute", lambda *_, **__: pytest.fail("ran something"))
     wrong = wrong.replace("CHAT", str(nanochat(around / "chat"))).replace(
         "GPT", str(nanogpt(around / "gpt"))
     )
@@ -851,7 +855,7 @@ def test_bad_input_for_laptop(around, monkeypatch, capsys, wrong, message):
 )
 def test_pieces_are_whole_characters_and_all_of_the_text(text, size, pairs):
     text = text.encode(errors="replace").decode()
-    parts = list(peers.pieces(text, tokenizer(pairs), size))
+    parts = list(chat.pieces(text, tokenizer(pairs), size))
     lengths = [len(tokenizer(pairs).encode(part)) for part in parts]
     assert "".join(parts) == text and all(0 < n <= size for n in lengths)
     assert all(
@@ -861,7 +865,7 @@ def test_pieces_are_whole_characters_and_all_of_the_text(text, size, pairs):
 
 @given(st.integers(1, 200), st.integers(1, 70))
 def test_windows_lose_nothing(n, length):
-    rows = peers.windows(range(n), length)
+    rows = common.windows(range(n), length)
     assert rows.shape == (math.ceil(n / length), length)
     assert rows.flatten().tolist() == [*range(n)] + [-1] * (-n % length)
 
@@ -869,27 +873,25 @@ def test_windows_lose_nothing(n, length):
 def test_the_split_is_nanogpts(tmp_path):
     text = "".join(chr(97 + i % 26) for i in range(30_007))
     (tmp_path / "text.txt").write_text(text)
-    assert peers.our_split(tmp_path / "text.txt") == peers.split(text)[1] == text[27_006:]
+    assert common.our_split(tmp_path / "text.txt") == common.split(text)[1] == text[27_006:]
 
 
 def test_our_trainer_takes_the_options(tmp_path):
     text = write_text(tmp_path / "text.txt")
-    task = peers.TextFile(text, tmp_path)
-    c = tg.parse_args(
-        [str(a) for a in peers.our_options(task, 1.9, ["--n-head", "2", "--no-compile"])]
-    )
+    task = common.TextFile(text, tmp_path)
+    c = subject.parse(common.our_options(task, 1.9, ["--n-head", "2", "--no-compile"]))
     assert (c.track, c.text, c.target, c.target_metric, c.n_head) == (
-        "shakespeare-char",
+        "shakespeare-char-cpu",
         str(text),
         1.9,
         "val_loss",
         2,
     )
     assert c.tokenizer == "chars" and not c.compile
-    c = tg.parse_args(
+    c = subject.parse(
         [
             str(a)
-            for a in peers.our_shape(text, ["--no-compile", "--n-layer", "9"], "--dtype", "float32")
+            for a in gpt.our_shape(text, ["--no-compile", "--n-layer", "9"], "--dtype", "float32")
         ]
     )
     assert (c.n_layer, c.n_embd, c.n_head, c.mlp_ratio, c.row_len, c.batch_tokens) == (
@@ -910,7 +912,7 @@ def test_our_trainer_takes_the_options(tmp_path):
 
 
 def test_a_command_that_is_interrupted_leaves_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(peers, "say", lambda line: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(process, "say", lambda line: (_ for _ in ()).throw(KeyboardInterrupt))
     child = "import time\nprint('begun', flush=True)\ntime.sleep(60)"
     started = []
     popen = subprocess.Popen
@@ -918,14 +920,14 @@ def test_a_command_that_is_interrupted_leaves_no_process(tmp_path, monkeypatch):
         subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
     )
     with pytest.raises(KeyboardInterrupt):
-        peers.execute(
+        process.execute(
             "child", [sys.executable, "-c", child], tmp_path, tmp_path / "log", None, every=0
         )
     assert started[0].poll() is not None
 
 
 def test_commit(tmp_path):
-    peer = peers.NanoGPT(nanogpt(tmp_path / "checkout"), sys.executable, 1)
+    peer = gpt.Checkout(nanogpt(tmp_path / "checkout"), sys.executable, 1)
     assert peer.commit() is None
     if shutil.which("git"):
         git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=n", "-c", "user.email=e"]
@@ -936,7 +938,7 @@ def test_commit(tmp_path):
         "eval_interval" in a for a in peer.command()
     )  # as in its README
     with pytest.raises(InputError, match="has no train.py"):
-        peers.NanoGPT(tmp_path, sys.executable, 1)
+        gpt.Checkout(tmp_path, sys.executable, 1)
 
 
 # --- modded-nanogpt
@@ -1060,7 +1062,7 @@ def hopper(tmp_path, monkeypatch):
     monkeypatch.setattr(modded, "LAUNCH", ("launch.py",))
     monkeypatch.setattr(modded, "usable_gpus", lambda asked=0: (2, "NVIDIA H100"))
     (tmp_path / "ours.py").write_text(OURS_MODDED)
-    monkeypatch.setattr(peers, "TRAINER", tmp_path / "ours.py")
+    monkeypatch.setattr(common, "TRAINER", tmp_path / "ours.py")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
 
@@ -1391,11 +1393,11 @@ def test_a_round_that_misses_the_loss_leaves_no_ratio():
 def test_gpus_are_those_we_were_given(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert (
-        modded.gpu_environment(X="1")["CUDA_VISIBLE_DEVICES"] == "3"
-        and modded.gpu_environment(X="1")["X"] == "1"
+        common.environment(gpus=True, X="1")["CUDA_VISIBLE_DEVICES"] == "3"
+        and common.environment(gpus=True, X="1")["X"] == "1"
     )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "CUDA_VISIBLE_DEVICES" not in modded.gpu_environment()  # empty would hide all
+    assert "CUDA_VISIBLE_DEVICES" not in common.environment(gpus=True)  # empty would hide all
 
 
 def test_loss_between_validations():
@@ -1408,6 +1410,6 @@ def test_loss_between_validations():
 @settings(deadline=None, max_examples=20)
 @given(st.integers(10**6, 10**9))
 def test_as_many_tokens_as_steps_can_make(tokens):
-    c = tg.parse_args(["--track", "gpt2-small"])
-    mine = sum(modded.step_tokens(modded.of_length(c, modded.steps_for(c, tokens))[1])[0])
+    c = subject.parse(["--track", "gpt2-small"])
+    mine = sum(subject.step_tokens(modded.of_length(c, modded.steps_for(c, tokens))[1]))
     assert abs(mine - tokens) <= max(131_072, 0.5 * 393_216 + 262_144)

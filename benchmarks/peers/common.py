@@ -1,0 +1,315 @@
+"""What comparisons with other people's programs share: their checkout, our trainer, the text.
+
+A peer is a file beside this one with a class Checkout(Peer); `answer` is for the few functions of
+that file that need the peer's own packages, and so run in an interpreter of its own.
+"""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from base import InputError
+from benchmarks.process import execute
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINER = ROOT / "train_gpt.py"
+WARM = 10  # first steps that the median time of a step leaves out
+LEAST_TEXT = 20_000  # characters: less does not fill our first batch
+
+
+# --- in a process of the peer's interpreter, in the copy of its checkout
+
+
+def answer(functions):
+    """Print what the function named on the command line returns, as JSON; for `ask`."""
+    print(json.dumps(functions[sys.argv[1]](*sys.argv[2:])))
+
+
+def importable(*names):
+    """dict(torch=its version, missing=[what import said of each package that cannot be used])."""
+    missing = []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as e:  # a package that is there may fail in ways of its own
+            said = " ".join(str(e).split())[:120]
+            missing.append(f"{name} ({type(e).__name__}: {said})")
+    return dict(missing=missing, torch=getattr(sys.modules.get("torch"), "__version__", None))
+
+
+def windows(ids, length):
+    """Ids as (n, length) int64, the last row filled up with -1."""
+    import torch
+
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    return torch.nn.functional.pad(ids, (0, -len(ids) % length), value=-1).view(-1, length)
+
+
+def total_loss(model, inputs, targets):
+    """Summed nats over the targets (n, T) int64 that are not -1, which a peer's mean leaves out."""
+    import torch
+
+    nats = 0.0
+    rows = max(1, 2**14 // inputs.shape[1])
+    for i in range(0, len(inputs), rows):
+        y = targets[i : i + rows]
+        with torch.no_grad():
+            out = model(inputs[i : i + rows], y)
+        mean = out[1] if isinstance(out, tuple) else out
+        nats += mean.item() * (y >= 0).sum().item()
+        print(f"evaluated {i + len(y)} of {len(inputs)} windows")
+    return nats
+
+
+# --- here
+
+
+def fail(message):
+    raise InputError(message)
+
+
+def environment(gpus=False, **more):
+    """Environment of every process: no caches that outlive it, and no GPU unless asked for."""
+    env = dict(os.environ)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "RANK", "WORLD_SIZE"):
+        env.pop(name, None)
+    if not gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    return env | dict(PYTHONUTF8="1", PYTHONUNBUFFERED="1") | more
+
+
+def read_times(path):
+    """(Run, its median ms per step without the first WARM) of a log or a run's folder."""
+    from records.read import read_runs
+
+    run = read_runs(path)[-1]
+    seconds = [p.seconds for p in run.train if p.seconds is not None]
+    steps = [1e3 * (b - a) for a, b in zip(seconds, seconds[1:]) if b > a]
+    if not steps:
+        return run, None
+    return run, statistics.median(steps[WARM:] or steps)
+
+
+class Peer:
+    """One peer: its checkout, copied into a folder, and how to run it there."""
+
+    name = ""
+    about = ""  # for --help
+    needs = ()  # files of a checkout
+    modules = ()  # packages
+    left_behind = ()  # what is not copied of a checkout
+    own_options = ()  # arguments of its constructor that are options of the command
+    own_data = None  # why it takes no --text, where it brings its data itself
+    compiled = False  # whether starting again would be faster than the first start
+    unclocked = 1  # first steps that its clock leaves out
+
+    def __init__(self, checkout, python, scale):
+        self.checkout = Path(checkout)
+        self.python = python
+        self.scale = scale
+        missing = [name for name in self.needs if not (self.checkout / name).is_file()]
+        if missing:
+            fail(
+                f"--{self.name} {checkout}: has no {missing[0]}: expected a checkout of {self.name}"
+            )
+
+    @staticmethod
+    def add_arguments(parser):
+        """Its options, those of own_options."""
+
+    def commit(self):
+        """Of the checkout; None where git cannot tell."""
+        if not (self.checkout / ".git").exists():
+            return None
+        command = ["git", "-C", self.checkout, "rev-parse", "HEAD"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() or None
+
+    def copy(self, folder):
+        """Begin anew in this folder, with a copy of the checkout and empty caches."""
+        self.folder = Path(folder)
+        self.copied = self.folder / "copy"
+        ignore = shutil.ignore_patterns(".git", "__pycache__", *self.left_behind)
+        shutil.copytree(self.checkout, self.copied, ignore=ignore)
+        self.env = self.environment(TORCHINDUCTOR_CACHE_DIR=str(self.folder / "inductor"))
+
+    def environment(self, **more):
+        return environment(**more)
+
+    def run(self, what, *args, log="log.txt"):
+        """Its interpreter with these arguments, in the copy; returns seconds."""
+        command = [self.python, *args]
+        return execute(f"{self.name}: {what}", command, self.copied, self.folder / log, self.env)
+
+    def ask(self, function, *args):
+        """A function of the peer's file, in its interpreter; returns its dict."""
+        path = [str(ROOT), os.environ.get("PYTHONPATH")]
+        env = self.env | dict(PYTHONPATH=os.pathsep.join(filter(None, path)))
+        log = self.folder / f"{function}.txt"
+        command = [self.python, "-m", type(self).__module__, function, *args]
+        execute(f"{self.name}: {function}", command, self.copied, log, env)
+        lines = log.read_text(encoding="utf-8").splitlines()
+        return json.loads([line for line in lines if line.startswith("{")][-1])
+
+    def available(self):
+        """What --python has: dict(missing, torch)."""
+        with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+            self.copy(folder)
+            return self.ask("importable", *self.modules)
+
+    def task(self, text, trainer_options, folder):
+        """What all are to train on, prepared in this folder."""
+        return TextFile(text, folder)
+
+    def equal_shape(self, task, options):
+        """A comparison of step times at one shape, turn by turn, where the peer has one."""
+        return None
+
+    def train(self, task, folder):
+        """Prepare the text, train, evaluate: one run's numbers."""
+        self.copy(folder)
+        started = time.perf_counter()
+        self.prepare(task)
+        prepared = time.perf_counter() - started
+        process = self.run("training", *self.command())
+        found = self.evaluate(task)
+
+        run, ms = read_times(self.folder / "log.txt")
+        there = [p for p in run.val if p.step == found["steps"]]
+        if not there or there[-1].seconds is None:
+            fail(
+                f"{self.name}: its log has no validation with a time at step {found['steps']}, "
+                "its checkpoint's"
+            )
+        clock = there[-1].seconds
+        left_out = min(self.unclocked, found["steps"])
+        return found | dict(
+            train_time_s=clock,
+            process_s=process,
+            prepare_s=prepared,
+            ms_per_step=ms,
+            all_steps_s=clock + left_out * (ms or 0.0) / 1e3,
+            own_metric=run.metric,
+            own_estimate=there[-1].loss,
+            own_estimates={p.step: p.loss for p in run.val},
+        )
+
+
+class TextFile:
+    """The task on a text, a file of one's own: nats per character, on track shakespeare-char."""
+
+    metric = "val_loss"
+    unit = "character"
+    target = None
+    tokens = 256  # of nanochat's tokenizer, without special ones
+
+    def __init__(self, text, folder):
+        """Raises InputError for text that cannot be used; folder: to work in."""
+        try:
+            self.text = Path(text).read_text(encoding="utf-8")
+        except OSError as e:
+            fail(f"--text {text}: {e.strerror}; expected a file of text")
+        except UnicodeDecodeError:
+            fail(f"--text {text}: not UTF-8; expected a file of text")
+        if len(self.text) < LEAST_TEXT:
+            fail(f"--text {text}: {len(self.text):,} characters; expected {LEAST_TEXT:,} or more")
+        self.name = Path(text).name
+        self.path = Path(folder) / self.name
+        # line ends as nanoGPT makes them, for all
+        self.path.write_text(self.text, encoding="utf-8", newline="\n")
+        train, val = split(self.text)
+        self.train = [train]
+        self.val = [val]
+
+    def options_for(self, loss):
+        """Our trainer's: of the tracks on such text, the easiest whose target is no higher."""
+        from tracks import load_track
+
+        track = "shakespeare-char"
+        for easier in ("shakespeare-char-ngrams", "shakespeare-char-cpu"):
+            if load_track(easier)["target"] <= loss:
+                track = easier
+        return ["--track", track, "--text", self.path]
+
+    def our_validation(self):
+        """(characters our trainer validates on, whether they are those of the peers)"""
+        own = our_split(self.path)
+        return len(own), own == self.val[0]
+
+
+def split(text):
+    """(train, validation) as nanoGPT divides: the last tenth of the characters is validation."""
+    at = int(len(text) * 0.9)
+    return text[:at], text[at:]
+
+
+def our_split(path):
+    """The text of our validation split, as our trainer prepares it."""
+    import numpy as np
+
+    from data import DataConfig, open_dataset, read_shard
+
+    with tempfile.TemporaryDirectory(prefix="peers-") as cache:
+        config = DataConfig(data="text", text=str(path), tokenizer="chars")
+        dataset = open_dataset(config, Path(cache))
+        ids = np.concatenate([read_shard(path) for path in dataset.val])
+        return dataset.tokenizer.decode(ids)
+
+
+def size_of(texts, unit):
+    """Bytes or characters of all texts."""
+    if unit == "byte":
+        return sum(len(text.encode()) for text in texts)
+    return sum(map(len, texts))
+
+
+def our_options(task, loss, trainer_options):
+    """What train_gpt.py is given to reach this loss; it draws no sample, as the peers do not."""
+    goal = ["--target", f"{loss:.6f}", "--sample-tokens", 0]
+    return [*trainer_options, *task.options_for(loss), *goal]
+
+
+def our_trainer(what, options, folder, gpus=False):
+    """Our trainer in a process of its own; returns (the run's folder, seconds of the process)."""
+    run_dir = Path(folder) / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    command = [sys.executable, TRAINER, *options, "--run-dir", run_dir, "--repeat", 1]
+    log = Path(folder) / "log.txt"
+    what = f"our trainer, {what}"
+    return run_dir, execute(what, command, folder, log, environment(gpus), ok=(0, 3))
+
+
+def ours(what, options, folder):
+    """What matters of a run of our trainer with the cache in this folder."""
+    options = [*options, "--cache-dir", Path(folder) / "cache"]
+    run_dir, process = our_trainer(what, options, folder)
+    result = json.loads((run_dir / "result.json").read_text())
+    run, ms = read_times(run_dir)
+    target = result["target"]
+    keys = ("target", "reached", "steps", "params", "train_time_s", "cold_start_s")
+    return {key: result[key] for key in keys} | dict(
+        loss=result[result["target_metric"]],
+        time_to_loss_s=None if target is None else run.time_to(target),
+        all_steps_s=result["train_time_s"],
+        process_s=process,
+        ms_per_step=ms,
+        dtype=run.environment.get("dtype"),
+    )
+
+
+def whole(name, text, least):
+    """The number that an option of a peer's was given. Raises InputError."""
+    if not re.fullmatch(r"\d{1,9}", str(text), re.ASCII) or int(text) < least:
+        fail(f"{name}={text}: expected a number of {least} or more")
+    return int(text)

@@ -1,0 +1,323 @@
+"""What is measured: all that benchmarks know of the trainer, in one place.
+
+A configuration is a Settings here, read by the names of options. A stage of the schedule has rows
+and .model, which has windows, max_doc_len, n_targets, tied and n_sampled. Steps are numbered from
+1.
+"""
+
+import os
+import time
+import types
+import typing
+from pathlib import Path
+
+import torch
+from torch.profiler import record_function
+
+import train_gpt as tg
+from base import InputError
+from benchmarks.breakdown import MARK
+from models import load_template
+from models.gpt import Model
+from optim import Optimizer
+from records.source import pack_source
+from runtime import corpus
+from runtime.launch import join_world
+from runtime.machine import World, keep_freed_memory
+from runtime.options import flat
+from runtime.signals import Requests
+
+ROOT = tg.ROOT
+BY_STAGE = ("max_doc_len", "short_window", "long_window", "stage_lr", "mtp", "sampled_softmax")
+
+
+# --- configurations and their schedules
+
+
+class Settings:
+    """A trainer's configuration; every option is an attribute, whatever part has it."""
+
+    def __init__(self, config):
+        self.config = config
+        self.fields = flat(config)
+
+    def __getattr__(self, name):
+        if name == "fields" or name not in self.fields:
+            raise AttributeError(name)
+        return self.fields[name]
+
+    def __eq__(self, other):
+        return self.config == other.config
+
+
+def parse(options):
+    """The Settings that ./run.sh makes of these options. Raises InputError."""
+    return Settings(tg.parse_args([str(option) for option in options]))
+
+
+def configure(**fields):
+    """The Settings of some options; the others have their defaults. Raises InputError."""
+    return Settings(tg.configure(**fields))
+
+
+def change(c, **fields):
+    """The Settings with other values of these options. Raises InputError."""
+    return Settings(tg.changed(c.config, **fields))
+
+
+def schedule(c):
+    """The stage of every step."""
+    return [tg.stage_at(c.config, step) for step in range(1, c.steps + 1)]
+
+
+def step_tokens(c):
+    """Tokens of every step, on all ranks together."""
+    return [stage.rows * c.row_len for stage in schedule(c)]
+
+
+def at_end(c, batch_tokens):
+    """The Settings that all the time do what c does at its end, in such batches."""
+    last = schedule(c)[-1]
+    fields = {name: getattr(c, name)[-1:] for name in BY_STAGE}
+    fields |= dict(batch_tokens=batch_tokens, steps=len(batch_tokens), extension=0)
+    return change(c, tied=float(last.model.tied), **fields)
+
+
+# --- what the parameters are, without weights
+
+
+class Parameter(typing.NamedTuple):
+    name: str
+    count: int  # of elements
+    bytes: int
+    units: int  # that are shared out among ranks: matrices, rows or elements
+    sharded: bool
+    every: int  # steps between its updates
+
+
+def parameters(c, n_vocab):
+    """[Parameter, ...] of the model in bf16, in the order in which the optimizer takes them."""
+    max_len = max(c.row_len, c.val_row_len)
+    template = load_template(c.template)
+    with torch.device("meta"):
+        model = template.Model(c.config.model, n_vocab, max_len, torch.bfloat16, None)
+    tensors = dict(model.named_parameters())
+    found = []
+    for name, rule in model.update_rules(c.config.optim).items():
+        p = tensors[name].data
+        units = len(rule.parts(p)) if p.numel() else 0
+        found.append(Parameter(name, p.numel(), p.nbytes, units, rule.sharded, rule.every))
+    return found
+
+
+def has_gradient(name, c, tied):
+    """Whether a parameter is used in a stage with the head tied or not."""
+    if name == "embed":
+        return not tied
+    if name == "scalars":
+        return c.smear or bool(c.skip) or c.backout >= 0
+    return True
+
+
+# --- where it runs
+
+
+def prepare_caches(c):
+    """Have compiled code kept where the trainer keeps it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(c.cache_dir) / "inductor"))
+
+
+def join():
+    """This process's part of the machine, or of what torchrun started; see World."""
+    return join_world(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def alone():
+    """The first GPU, or the CPU, with no other ranks."""
+    if torch.cuda.is_available():
+        return World(device=torch.device("cuda", 0))
+    return World()
+
+
+def open_data(c, world=None, stages=None, opener=None):
+    """The corpus with its loaders.
+
+    stages: of every batch, where they are not the schedule's; opener: what opens the corpus, in
+    place of data.open_dataset.
+    """
+
+    def stage_of(step):
+        return stages[step - 1] if stages else tg.stage_at(c.config, step)
+
+    return corpus.load_data(c.config, stage_of, world or World(), opener)
+
+
+def source_hash():
+    """SHA-256 of all source that decides a run's numbers."""
+    return pack_source(ROOT).digest
+
+
+# --- a trainer
+
+
+class Subject:
+    """A trainer for one configuration, built once; for whole runs, or step by step."""
+
+    def __init__(self, c, world, log, data=None):
+        """log: Log, or anything with say(); data: of open_data(), opened here if not given."""
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        self.c = c
+        self.world = world
+        self.setup = tg.set_up(c.config, world, data or open_data(c, world), log)
+        self.model = self.setup.model
+        self.params = sum(p.numel() for p in self.model.parameters())
+        self.compiled = self.setup.forward is not self.model
+        self.environment = self.setup.environment
+        self.peak = self.setup.peak  # FLOP/s of all ranks
+        self.at = 1  # the step of the schedule that is taken again and again
+
+    def warm_up(self, log):
+        """Compile what is compiled."""
+        if self.compiled:
+            log.say("compiling ...")
+            tg.warm_up(self.setup)
+
+    # whole runs
+
+    def run(self, log, seed=None, checkpoints=None, every="off"):
+        """Train from a seed to the last step; returns the result as a dict.
+
+        checkpoints: Checkpoints to write to, one every so many steps, or such a time.
+        """
+        seed = self.c.seed if seed is None else seed
+        self.setup.config = change(self.c, seed=seed, checkpoint_every=every).config
+        return tg.run_once(self.setup, log, Requests(), checkpoints, None, time.perf_counter())
+
+    def shared_choices(self):
+        """dict(rows of a micro-batch, at most, recompute) as fitted to the memory."""
+        rows = max(self.setup.micro_rows.values())
+        return dict(rows=rows, recompute="on" if self.model.recompute else "off")
+
+    def own_code(self):
+        """Give the model a forward() of its own: torch.compile keeps graphs by code object, and
+        refuses more than a few."""
+        kind = type(self.model)
+        old = kind.forward
+        forward = types.FunctionType(
+            old.__code__.replace(), old.__globals__, "forward", old.__defaults__, old.__closure__
+        )
+        forward.__kwdefaults__ = old.__kwdefaults__
+        self.model.__class__ = type(kind.__name__, (kind,), dict(forward=forward))
+
+    # step by step
+
+    def begin(self):
+        """Draw weights (products of zeros take less power and time), empty the optimizer; from now
+        on a profiler sees forward passes by name."""
+        self.model.init_weights(self.c.seed)
+        self.setup.optimizer.reset()
+        forward = self.setup.forward
+
+        def named(*args):
+            with record_function(f"{MARK}forward"):
+                return forward(*args)
+
+        self.setup.forward = named
+
+    def passes(self, stage):
+        """Micro-batches of a step on each rank."""
+        rows = self.setup.micro_rows[stage] * self.world.size
+        return -(-stage.rows // rows)
+
+    def batches(self, stages):
+        """This rank's micro-batches for each of these stages, one after the other."""
+        loader = self.setup.data.train
+        for step, stage in enumerate(stages, start=1):
+            rows = self.setup.micro_rows[stage]
+            yield list(loader.micro_batches(step, self.world.rank, self.world.size, rows))
+
+    def enter(self, step):
+        """Make ready for the stage of this step of the schedule."""
+        setup = self.setup
+        self.at = step
+        before = setup.stages[max(step - 1, 1)].model
+        self.model.enter(tg.progress_at(self.c.config.schedule, step))
+        if setup.stages[step].model != before:
+            successors = self.model.successors(before, setup.stages[step].model)
+            setup.optimizer.copy(successors)
+        setup.guard.reset()
+
+    def step(self, batch, number):
+        """Forward, backward, guard, update, as in training; number: 1 after enter().
+
+        Raises InputError for a step that does not count.
+        """
+        setup = self.setup
+        progress = tg.progress_at(self.c.config.schedule, self.at)
+        loss = tg.backward(setup, self.at, batch)
+        with record_function(f"{MARK}guard"):
+            ok = setup.guard.judge(number, loss, setup.optimizer.gradients())
+        with record_function(f"{MARK}optimizer"):
+            lr_scale = tg.lr_scale(self.c.config.schedule, progress)
+            setup.optimizer.step(lr_scale, tg.muon_momentum(progress), ok)
+        self.model.after_step()
+        for report in setup.guard.reports(number):
+            if report.complaint:
+                raise InputError(
+                    f"{report.complaint}: expected steps that count; lower --muon-lr and --adam-lr"
+                )
+
+    def flops(self, stage):
+        """Of a token."""
+        return self.model.flops_per_token(stage.model)
+
+
+# --- a start of the trainer, phase by phase
+
+
+def phases(graphs):
+    """[(owner, attribute, phase)]: the functions that a start of the trainer spends its time in.
+
+    phase: a name, or a function of the arguments that makes one. graphs(): whether training has
+    not begun, so that a call is there to compile.
+    """
+
+    def during(what):
+        return lambda *args: what(*args) if graphs() else "first step"
+
+    def graph(setup, step, batch):
+        stage = setup.stages[step]
+        tokens = stage.rows * setup.config.data.row_len
+        targets = f", {stage.model.n_targets} targets" if stage.model.n_targets > 1 else ""
+        tied = ", tied" if stage.model.tied else ""
+        return f"graph of {tokens:,} tokens{targets}{tied}"
+
+    return [
+        (tg, "parse_args", "arguments"),
+        (tg, "load_data", "data"),
+        (tg, "choose_ops", "kernels"),
+        (tg, "set_up", "model"),
+        (Model, "init_weights", "model"),
+        (Optimizer, "reset", "model"),
+        (tg, "describe_environment", "probe"),
+        (tg, "machine_probe", "probe"),
+        (tg, "announce", "log"),
+        (tg, "train_to_the_end", "first step"),
+        (tg, "backward", during(graph)),
+        (Optimizer, "step", during(lambda *_: "graph of the optimizer")),
+        (tg, "evaluate", "graph of validation"),
+    ]
+
+
+TRAINING = (tg, "train_to_the_end")  # training begins when it is called
+STEP_ENDS = (Optimizer, "step")  # a step is over when it returns
+
+
+def use_data(opener):
+    """Have this process's trainer open its corpus with opener, in place of data.open_dataset."""
+    corpus.open_dataset = opener
+
+
+def main(argv):
+    return tg.main(argv)
