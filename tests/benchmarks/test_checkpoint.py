@@ -5,9 +5,9 @@ import os
 import time
 
 import pytest
-import runtime.checkpoints
 from helpers import options, tiny, write_text
 
+import runtime.checkpoints
 from base import InputError
 from benchmarks import checkpoint as benchmark
 from benchmarks.__main__ import main
