@@ -264,6 +264,27 @@ class Config(Options):
         )
 
 
+class Layer(typing.NamedTuple):
+    """The weights of one block."""
+
+    number: int
+    w_qkvo: torch.Tensor | None  # (4 C, C): Q, K, V and O; None for a layer without attention
+    w_out_gate: torch.Tensor | None  # (H, GATE_INPUTS): of the heads' outputs
+    value_embed: tuple | None  # table (V, C) and gate (H, GATE_INPUTS) of the token's second values
+    w_up: torch.Tensor  # (mlp_ratio C, C)
+    w_down: torch.Tensor  # (mlp_ratio C, C), transposed
+
+
+class Batch(typing.NamedTuple):
+    """What every block sees."""
+
+    inputs: torch.Tensor  # (B, T) int64
+    starts: torch.Tensor  # (B, T) bool: where documents begin
+    cu_seqlens: torch.Tensor  # (n,) int32
+    stage: Stage
+    x0: torch.Tensor  # (B, T, C): what the residual stream begins with
+
+
 class Model(nn.Module):
     """The transformer; models/__init__.py says what its methods are for."""
 
@@ -372,11 +393,7 @@ class Model(nn.Module):
         c = self.c
         ops = self.ops
         starts = document_starts(inputs, cu_seqlens)  # (B, T)
-        attn = dict(zip(c.attn_layers, self.attn_bank.view(-1, 4 * c.n_embd, c.n_embd).unbind(0)))
-        attn_gates = dict(zip(c.attn_layers, self.attn_gates.unbind(0)))
-        mlp = self.mlp_bank.unbind(0)
-        values = zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))
-        value_embeds = dict(zip(c.value_embed_layers, values))
+        layers = self.layers()
         smear, skip, backout = self.scalars.unbind(0)
 
         # Tokens, and the n-grams that end at them
@@ -384,48 +401,77 @@ class Model(nn.Module):
         if c.tied:
             x = ops.rms_norm(x)  # to the size of the n-grams' embeddings
         x = ops.rms_norm(x + self.embed_ngrams(inputs, starts))
+
         # Smear: a gated share of the token before
-        for w_gate in self.smear_gate.unbind(0):
+        for w_gate in self.smear_gate.unbind(0):  # one, or none where it is off
             share = smear * gate(x, w_gate[None])  # (B, T, 1)
             x = x + share * previous(x, starts[..., None], torch.zeros_like(x))
 
-        x0 = x
-        outputs = []
-
-        def block(i, x, skipped):
-            x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
-            if i in attn:
-                value_embed = value_embeds.get(i)
-                y = self.attention(
-                    i, x, inputs, starts, cu_seqlens, stage, attn[i], value_embed, attn_gates.get(i)
-                )
-            else:
-                y = skip * skipped  # an earlier layer's output in place of attention
-            h, x = ops.add_rms_norm(x, y)
-            return x + self.mlps[i](h, *mlp[2 * i : 2 * i + 2])
-
-        for i in range(c.n_layer):
-            skipped = None if i in attn else outputs[c.skip[0]]
-            x = self.keep_less(block, i, x, skipped)
+        batch = Batch(inputs, starts, cu_seqlens, stage, x)
+        outputs = []  # of each block: (B, T, C)
+        for layer in layers:
+            # A layer without attention gets an earlier one's output in its place
+            instead = None
+            if layer.w_qkvo is None:
+                instead = skip, outputs[c.skip[0]]
+            x = self.keep_less(self.block, layer, x, batch, instead)
             outputs.append(x)
+
         # Backout: what an earlier layer has said is taken out before the head
         if c.backout >= 0:
             x = x + backout * outputs[c.backout]
         return ops.rms_norm(x)
 
-    def attention(self, i, x, inputs, starts, cu_seqlens, stage, weights, value_embed, w_out_gate):
-        """Attention of layer i on x: (B, T, C) -> (B, T, C).
+    def layers(self):
+        """A Layer for each block: its slices of the banks."""
+        c = self.c
+        attn = self.attn_bank.view(-1, 4 * c.n_embd, c.n_embd).unbind(0)
+        attn = dict(zip(c.attn_layers, attn))
+        out_gates = dict(zip(c.attn_layers, self.attn_gates.unbind(0)))  # {} where they are off
+        mlp = self.mlp_bank.unbind(0)
+        values = zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))
+        values = dict(zip(c.value_embed_layers, values))
+        layers = []
+        for i in range(c.n_layer):
+            layers.append(
+                Layer(
+                    number=i,
+                    w_qkvo=attn.get(i),
+                    w_out_gate=out_gates.get(i),
+                    value_embed=values.get(i),
+                    w_up=mlp[2 * i],
+                    w_down=mlp[2 * i + 1],
+                )
+            )
+        return layers
 
-        weights: (4 C, C), of Q, K, V and O; value_embed: None, or (table (V, C), gate (H,
-        GATE_INPUTS)); w_out_gate: (H, GATE_INPUTS) or None.
+    def block(self, layer, x, batch, instead=None):
+        """One block on the residual stream x: (B, T, C) -> (B, T, C).
+
+        instead: (weight, (B, T, C)) for a layer without attention.
         """
+        # The stream, and again some of what it began with
+        i = layer.number
+        x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * batch.x0
+        if instead is None:
+            y = self.attention(layer, x, batch)
+        else:
+            weight, skipped = instead
+            y = weight * skipped
+        h, x = self.ops.add_rms_norm(x, y)  # x + y, and that normalised
+        return x + self.mlps[i](h, layer.w_up, layer.w_down)
+
+    def attention(self, layer, x, batch):
+        """x: (B, T, C) -> (B, T, C)."""
         c = self.c
         ops = self.ops
-        B, T = inputs.shape
+        i = layer.number
+        starts = batch.starts
+        B, T = batch.inputs.shape
         H = c.n_head
         D = c.head_dim
         h = ops.rms_norm(x)
-        w_qkv, w_o = weights.split([3 * c.n_embd, c.n_embd])
+        w_qkv, w_o = layer.w_qkvo.split([3 * c.n_embd, c.n_embd])
 
         # Paired heads: heads h and h + H / 2 take turns in time, so that each query sees both
         # heads' keys. Q, K, V of the first half of the heads come first, then those of the second:
@@ -440,26 +486,26 @@ class Model(nn.Module):
         # Key offset: what stands still of a key is its predecessor's, so that a query finds what
         # came after a token
         if c.key_offset and c.sees_far(i) and not pair:
-            still = torch.arange(D, device=x.device) % (D // 2) >= D // 4
+            still = torch.arange(D, device=x.device) % (D // 2) >= D // 4  # (D,)
             k = torch.where(still, previous(k, starts[..., None, None], k), k)
 
         # Value embedding: a second embedding of the token joins its values, gated by head
-        if value_embed is not None:
-            table, w_gate = value_embed
-            ve = gate(h, w_gate)[..., None] * embedding(inputs, table).view(B, T, H, D)
+        if layer.value_embed is not None:
+            table, w_gate = layer.value_embed
+            ve = gate(h, w_gate)[..., None] * embedding(batch.inputs, table).view(B, T, H, D)
             v = v + ve.view(v.shape)
 
         y = ops.attention(
             q,
             k,
             v,
-            cu_seqlens=n * cu_seqlens,
-            max_seqlen=n * stage.max_doc_len,
-            window=n * stage.windows[i],
-            scale=stage.attn_scale,
-        )
-        if w_out_gate is not None:
-            y = gate(h, w_out_gate)[..., None] * y.reshape(B, T, H, D)
+            cu_seqlens=n * batch.cu_seqlens,
+            max_seqlen=n * batch.stage.max_doc_len,
+            window=n * batch.stage.windows[i],
+            scale=batch.stage.attn_scale,
+        )  # (B, n T, H / n, D)
+        if layer.w_out_gate is not None:
+            y = gate(h, layer.w_out_gate)[..., None] * y.reshape(B, T, H, D)
         return F.linear(y.reshape(B, T, c.n_embd), w_o)
 
     def embed_ngrams(self, inputs, starts):
