@@ -652,6 +652,15 @@ def test_borders_of_a_row_with_more_documents_than_slots():
     assert sorted(set(few.cu_seqlens.tolist())) == [0, 3, 6, 9, 12, 15, 18, 20]
 
 
+def test_borders_are_those_of_the_steps_own_limit():
+    loader = Corpus([40] * 20).loader(
+        row_len=16, rows=1, max_doc_len=lambda step: [16, 4, 8][step - 1], max_docs=1
+    )
+    for step, borders in (1, [0, 16]), (2, [0, 4, 8, 12, 16]), (3, [0, 8, 16]):
+        (micro,) = loader.micro_batches(step)
+        assert sorted(set(micro.cu_seqlens.tolist())) == borders
+
+
 def test_padding_rows_are_divided_too():
     """No document longer than max_doc_len reaches the attention, not even one of padding."""
     corpus = Corpus([10] * 4)
