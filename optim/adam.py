@@ -9,7 +9,7 @@ import typing
 
 import torch
 
-from .masters import average, choose, join, store
+from .masters import average, choose, decay, join, store
 from .rule import Rule
 
 
@@ -23,13 +23,12 @@ def adam_update(
     Powers taken in here would be taken for every element: measured with Inductor on a CPU, twice
     the time.
     """
-    g, master = grad.float(), join(p, companion)
+    g = grad.float()
+    master = join(p, companion)
     average(m, beta1, (1 - beta1) * g, ok)
     average(v, beta2, (1 - beta2) * g * g, ok)
     step = lr * (m / correction1) / ((v / correction2).sqrt() + eps)
-    decayed = (
-        master if shrink is None else torch.where(step * master > 0, master * (1 - shrink), master)
-    )
+    decayed = decay(master, step, shrink)
     store(p, companion, choose(ok, decayed - step, master))
 
 

@@ -16,11 +16,14 @@ def gradient_report(grads):
         return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square().sum()
 
     def total(g):
-        rest = g.numel() % 1024
-        rows, rest = g.split((len(g) - rest, rest))
-        # not of nothing: with sizes unknown while compiling, that was not finite on a GPU (PyTorch
-        # 2.11)
-        parts = [squares(x) for x in (rows.view(-1, 1024), rest) if x.numel()]
-        return sum(parts, g.new_zeros((), dtype=torch.float32))
+        left = g.numel() % 1024
+        rows, rest = g.split((len(g) - left, left))
+        result = g.new_zeros((), dtype=torch.float32)
+        for x in rows.view(-1, 1024), rest:
+            # Not of nothing: with sizes unknown while compiling, that was not finite on a GPU
+            # (PyTorch 2.11)
+            if x.numel():
+                result = result + squares(x)
+        return result
 
     return torch.stack([total(g.reshape(-1)) for g in grads])

@@ -32,8 +32,10 @@ import torch
 
 
 def split(master):
-    """fp32 -> p bf16, low int16. Beyond bf16's largest value p is infinite, as rounding has it;
-    all NaN become one."""
+    """fp32 -> p bf16, low int16.
+
+    Beyond bf16's largest value p is infinite, as rounding has it. All NaN become one.
+    """
     bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32))
     rounded = (bits + 0x8000) & -0x10000
     return rounded.view(torch.float32).to(torch.bfloat16), (bits - rounded).to(torch.int16)
@@ -70,9 +72,13 @@ def new_companion(p):
 
 
 def choose(ok, new, old):
-    """new if ok, else old, to the bit; arithmetic would not do: 0 * nan is nan, and -0 + 0 is
-    not -0."""
-    return new if ok is None or ok is True else torch.where(ok, new, old)
+    """new if ok, else old, to the bit.
+
+    Arithmetic would not do: 0 * nan is nan, and -0 + 0 is not -0.
+    """
+    if ok is None or ok is True:
+        return new
+    return torch.where(ok, new, old)
 
 
 def average(x, beta, new, ok):
@@ -90,11 +96,15 @@ def descend(p, companion, update, lr, shrink=None, scale=None, ok=None):
     shrink: None is none. scale: of the update, from balance or row_scale; the others are then
     matrices too.
     """
-    master, update = join(p, companion), update.float()
-    decayed = (
-        master
-        if shrink is None
-        else torch.where(update * master > 0, master * (1 - shrink), master)
-    )
+    master = join(p, companion)
+    update = update.float()
+    decayed = decay(master, update, shrink)
     step = update * (lr if scale is None else lr * scale)
     store(p, companion, choose(ok, decayed - step, master))
+
+
+def decay(master, step, shrink):
+    """The weights after cautious decay, for a step that is going to be taken off them."""
+    if shrink is None:
+        return master
+    return torch.where(step * master > 0, master * (1 - shrink), master)

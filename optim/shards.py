@@ -24,12 +24,14 @@ class Shard:
     """
 
     def __init__(self, whole, world, sharded=True):
-        self.whole, self.world = whole, world
+        self.whole = whole
+        self.world = world
         self.ranks = world.local_size if sharded else 1
-        self.n = -(-len(whole) // self.ranks)
-        self.start = (
-            min(world.rank % world.local_size * self.n, len(whole)) if self.ranks > 1 else 0
-        )
+        self.n = -(-len(whole) // self.ranks)  # rows of a part
+        self.start = 0
+        if self.ranks > 1:
+            place = world.rank % world.local_size  # among the ranks of this machine
+            self.start = min(place * self.n, len(whole))
         self.own = whole[self.start : self.start + self.n]
 
     def reduce(self, grad):
@@ -56,10 +58,12 @@ class Shard:
         if self.ranks == 1:
             return lambda: None
         n = self.n * self.ranks
-        out = self.whole if len(self.whole) == n else self.own.new_empty(n, *self.own.shape[1:])
-        work = all_gather(
-            out, padded(self.own.clone(), self.n), group=self.world.node, async_op=True
-        )
+        # Right into the weights, unless the parts have padding
+        out = self.whole
+        if len(out) != n:
+            out = self.own.new_empty(n, *self.own.shape[1:])
+        own = padded(self.own.clone(), self.n)
+        work = all_gather(out, own, group=self.world.node, async_op=True)
 
         def finish():
             work.wait()
@@ -79,4 +83,6 @@ class Shard:
 
 def padded(x, n):
     """With zeros to length n along dim 0."""
-    return x if len(x) == n else torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])])
+    if len(x) == n:
+        return x
+    return torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])])
