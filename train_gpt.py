@@ -395,7 +395,7 @@ def train_to_the_end(setup, session):
                 break
             if session.saves():
                 session.save()
-    session.end()
+        session.end()  # stops the clock before the prefetcher's thread is waited for
 
     # The weights as they are saved do not depend on the stage in which training ended
     optimizer.copy(model.successors(setup.stages[before].model, None))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import ROOT
 from scipy.stats import ttest_1samp
@@ -703,6 +703,7 @@ def test_a_name_without_letters(add, tmp_path, name):
         refused(result, tmp_path / "records", "expected some letters or digits")
 
 
+@settings(max_examples=50)
 @given(st.text(max_size=200))
 def test_slugs_are_safe_folder_names(name):
     slug = slugify(name)
