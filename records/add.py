@@ -101,7 +101,9 @@ nothing is added."""
 def run(args):
     """Make the record, print its folder. Returns 0; raises InputError, and then nothing has
     changed."""
-    runs = [load_run(folder) for path in args.runs for folder in run_folders(path)]
+    runs = []
+    for path in args.runs:
+        runs += [load_run(folder) for folder in run_folders(path)]
     runs.sort(key=lambda r: r.seed)
     same_but_seeds(runs)
     if not args.allow_dirty:

@@ -2,8 +2,10 @@
 
 import bisect
 import dataclasses
+import itertools
 import math
 import statistics
+import string
 from collections import Counter
 from pathlib import Path
 
@@ -69,6 +71,8 @@ def check_run(args):
     target = the_target(runs) if args.target is None else args.target
     if not math.isfinite(target):
         raise InputError(f"--target {target}: expected a finite number")
+
+    # Only runs that came to their end count; of one recipe, each once, from the source they name
     left_out = [r for r in runs if not usable(r)]
     runs = [r for r in runs if usable(r)]
     if not runs:
@@ -76,6 +80,7 @@ def check_run(args):
     same_recipe(runs)
     proved = proofs(runs)
 
+    # The runs, and what to know about them
     metric = runs[0].metric
     early = [r for r in runs if r.stopped_early]
     losses, step, looks = losses_to_test(runs)
@@ -98,6 +103,7 @@ def check_run(args):
     for line in proved:
         print(line)
 
+    # The test, the clock, the verdict
     test = t_test(losses, target, looks)
     numbers = f"n {len(losses)}, mean {test.mean:.5f}"
     if test.sd is not None:
@@ -121,13 +127,9 @@ def check_rows(runs, losses, step):
         head.insert(3, f"at step {step}")
     rows = [head]
     for r, loss in zip(runs, losses):
-        row = [
-            r.where,
-            f"{r.steps}/{r.total_steps or '?'}",
-            f"{r.final_loss:.5f}",
-            "-" if r.time_s is None else f"{r.time_s:.3f}",
-            "stopped early" if r.stopped_early else "",
-        ]
+        time = "-" if r.time_s is None else f"{r.time_s:.3f}"
+        early = "stopped early" if r.stopped_early else ""
+        row = [r.where, f"{r.steps}/{r.total_steps or '?'}", f"{r.final_loss:.5f}", time, early]
         if step is not None:
             row.insert(3, f"{loss:.5f}")
         rows.append(row)
@@ -142,7 +144,9 @@ def proofs(runs):
     for r in runs:
         if r.dialect != "stopwatch":
             continue
-        folder = Path(r.path) if Path(r.path).is_dir() else Path(r.path).parent
+        folder = Path(r.path)  # of the run, or that its log lies in
+        if not folder.is_dir():
+            folder = folder.parent
         if not r.sources:
             lines.append(
                 f"note: {r.where} names no archive of its source: logs of before 2026-12 begin "
@@ -383,7 +387,7 @@ def compare(groups):
             if len(out) < len(runs):
                 line += "; left out of the means"
             warnings.append(line)
-    everyone = [r for runs in kept.values() for r in runs]
+    everyone = list(itertools.chain.from_iterable(kept.values()))
     warnings += notes(everyone)
 
     loss, levels = losses_of_interest(everyone)
@@ -395,7 +399,10 @@ def compare(groups):
 
     # On unlike machines also by what their matrix products were measured to do
     if len({(r.hardware, r.world_size) for r in everyone}) > 1:
-        unknown = [label for label, runs in kept.items() if not all(r.matmul_rate for r in runs)]
+        unknown = []
+        for label, runs in kept.items():
+            if not all(r.matmul_rate for r in runs):
+                unknown.append(label)
         if unknown:
             warnings.append(
                 f"{unknown[0]} has no measured matmul rate, so there is no comparison per unit of "
@@ -406,7 +413,9 @@ def compare(groups):
                 s["speedup_per_matmul_rate"] = ratio(
                     first["matmul_flops_to_loss"], s["matmul_flops_to_loss"]
                 )
-    listed = [dict(group=label, **as_dict(r)) for label, runs in groups.items() for r in runs]
+    listed = []
+    for label, runs in groups.items():
+        listed += [dict(group=label, **as_dict(r)) for r in runs]
     return dict(runs=listed, groups=summaries, loss=loss, warnings=warnings)
 
 
@@ -415,7 +424,8 @@ def losses_of_interest(runs):
     losses on the way there, the last being it."""
     if len({r.metric for r in runs}) > 1 or not all(r.val for r in runs):
         return None, []
-    loss = max(min(p.loss for p in r.val) for r in runs)  # the lowest that every run reached
+    lowest = [min(p.loss for p in r.val) for r in runs]
+    loss = max(lowest)  # which every run reached
     targets = {r.target for r in runs}
     if len(targets) == 1:
         target = targets.pop()
@@ -435,9 +445,14 @@ def losses_on_the_way(runs, end):
     start = min(firsts)
     if not end < start < math.inf:
         return []
+
+    # About six of them, a round step apart: 1, 2 or 5 times a power of ten
     rough = (start - end) / 6
     power = 10 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+    for factor in (1, 2, 5, 10):
+        step = power * factor
+        if step >= rough:
+            break
     multiples = range(math.floor(start / step), math.floor(end / step), -1)
     levels = [round(k * step, 10) for k in multiples]
     return [level for level in levels if end < level <= start]
@@ -446,6 +461,7 @@ def losses_on_the_way(runs, end):
 def summary(label, runs, levels):
     """Numbers of one group; lists have an entry for each run that has the number. levels:
     losses, the last being the one to which the speed-up is."""
+    # When each level was reached, of the runs that came there
     time_to = []
     for level in levels:
         times = [r.time_to(level) for r in runs]
@@ -454,6 +470,8 @@ def summary(label, runs, levels):
     times_to_loss = time_to[-1]["times_s"] if time_to else []
     if len(times_to_loss) < len(runs):  # not all got there
         times_to_loss = []
+
+    # The same time in FLOPs that the machine could have done meanwhile
     rates = [r.matmul_rate for r in runs]
     flops = []
     if all(rates):
@@ -499,7 +517,9 @@ def report(result):
     """The comparison as text."""
     groups = result["groups"]
     loss = result["loss"]
-    names = [chr(ord("A") + i) if i < 26 else f"#{i + 1}" for i in range(len(groups))]
+    # The groups by letter
+    letters = string.ascii_uppercase
+    names = [*letters[: len(groups)], *(f"#{i + 1}" for i in range(len(letters), len(groups)))]
     columns = []
     for name, g in zip(names, groups):
         runs = f"{g['n']} run" if g["n"] == 1 else f"{g['n']} runs"
@@ -527,9 +547,10 @@ def report(result):
         label = "speed-up, whole run, at any loss"
         rows.append([label, "1", *(times(g["time_ratio"]) for g in others)])
     if others and "speedup_per_matmul_rate" in groups[0]:
-        work = [[flops / 1e15 for flops in g["matmul_flops_to_loss"]] for g in groups]
-        label = "time to it x matmul rate, PFLOP"
-        rows.append([label, *(spread(values, ".4g") for values in work)])
+        row = ["time to it x matmul rate, PFLOP"]
+        for g in groups:
+            row.append(spread([flops / 1e15 for flops in g["matmul_flops_to_loss"]], ".4g"))
+        rows.append(row)
         label = "speed-up per unit of matmul rate"
         rows.append([label, "1", *(times(g["speedup_per_matmul_rate"]) for g in others)])
 
@@ -573,8 +594,11 @@ def times(r):
 
 def as_dict(run):
     """A Run for JSON, without its training points."""
-    flat = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name != "train"}
-    return flat | dict(val=[p._asdict() for p in run.val], stopped_early=run.stopped_early)
+    flat = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+    del flat["train"]
+    flat["val"] = [p._asdict() for p in run.val]
+    flat["stopped_early"] = run.stopped_early
+    return flat
 
 
 # --------------------------------------------------------------------------------------------------
@@ -583,14 +607,19 @@ def as_dict(run):
 
 def gather(paths):
     """Runs of all paths, each once. Raises InputError."""
-    runs = {r.where: r for path in paths for r in read_runs(path)}
+    runs = {}
+    for path in paths:
+        for r in read_runs(path):
+            runs[r.where] = r
     return list(runs.values())
 
 
 def notes(runs):
     """The notes of all runs, each once, with the number of runs that have it."""
     lines = []
-    found = Counter(note for r in runs for note in dict.fromkeys(r.notes))
+    found = Counter()
+    for r in runs:
+        found.update(dict.fromkeys(r.notes, 1))
     for note, count in found.items():
         lines.append(f"{note} ({count} runs)" if count > 1 else note)
     return lines

@@ -96,7 +96,10 @@ def run(args):
         )
     else:  # lr-0.02 has no ending
         files = [args.output.with_name(args.output.name + kind) for kind in (".png", ".svg")]
-    figure = draw([(path, r) for path in args.runs for r in read_runs(path)])
+    runs = []
+    for path in args.runs:
+        runs += [(path, r) for r in read_runs(path)]
+    figure = draw(runs)
     for file in files:
         save(figure, file)
         print(file)
@@ -173,12 +176,11 @@ def draw(runs):
     if len(metrics) > 1:
         found = ", ".join(f"{metric} in {path}" for metric, path in metrics.items())
         raise InputError(f"expected runs that measure the same, found {found}; plot them apart")
-    empty = [path for path, r in runs if not any(math.isfinite(p.loss) for p in r.val)]
-    if empty or not runs:
-        raise InputError(
-            f"{empty[0] if empty else 'no runs'}: expected a run with a validation loss; there is "
-            "nothing to draw"
-        )
+    for path, r in runs:
+        if not any(math.isfinite(p.loss) for p in r.val):
+            raise InputError(
+                f"{path}: expected a run with a validation loss; there is nothing to draw"
+            )
     (metric,) = metrics
     lines = group(runs)
     targets = sorted({r.target for _, r in runs if r.target is not None})
@@ -200,7 +202,9 @@ def draw(runs):
                 f"{runs[0][0]}: expected validations with their time or tokens, at steps that all "
                 "seeds have; there is nothing to draw"
             )
-        losses = [p.loss for _, r in runs for p in r.val if math.isfinite(p.loss)]
+        losses = []
+        for _, r in runs:
+            losses += [p.loss for p in r.val if math.isfinite(p.loss)]
         low = min(losses + targets)
         high = max(values + targets)
         margin = 0.06 * (high - low) or 0.1
@@ -217,8 +221,11 @@ def panel(ax, lines, targets, x, title):
     label_ends."""
     from matplotlib.ticker import EngFormatter
 
-    drawn = [(i, line, line.points(x)) for i, line in enumerate(lines)]
-    drawn = [(i, line, points) for i, line, points in drawn if points]
+    drawn = []
+    for i, line in enumerate(lines):
+        points = line.points(x)
+        if points:
+            drawn.append((i, line, points))
     size, x_unit = (1, "")
     if x == "seconds":
         longest = max((points[-1][0] for _, _, points in drawn), default=0)
