@@ -1,5 +1,6 @@
 """data/sources, data/config.py and data/dataset.py: a source is one file, found by its name."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -71,6 +72,17 @@ def test_a_metric_of_bytes_needs_a_text(tmp_path, counting):
         open_data(config, tmp_path, **stages, need_bytes=True)
 
 
+def test_val_bytes_are_those_of_the_targets(tmp_path):
+    """All but the first token, which is end-of-text: in UTF-8, the last tenth of the file."""
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 900 + "y" * 97 + "é\n", encoding="utf-8")
+    config = DataConfig(data="text", text=str(path), tokenizer="chars", row_len=64)
+    stages = dict(batch_rows=lambda step: 2, max_doc_len=lambda step: 64)
+    assert open_data(config, tmp_path / "cache", **stages).val_bytes == 100
+    config = dataclasses.replace(config, val_tokens=98)
+    assert open_data(config, tmp_path / "cache", **stages).val_bytes == 99
+
+
 def test_names_and_what_each_source_says():
     assert sources.names() == ["fineweb10B", "stdlib", "text"]
     found = {name: sources.find(name) for name in sources.names()}
@@ -131,6 +143,21 @@ def test_fineweb_is_what_it_says(tmp_path, monkeypatch):
     assert (dataset.n_vocab, dataset.eot) == (50257, 50256)
     assert dataset.fingerprint == ("kjj0/fineweb10B-gpt2@889765ea1f903759787add96995d81171b632d0c")
     assert dataset.tokenizer == "GPT-2's"
+
+
+def test_downloads_lie_where_the_trainer_looks(monkeypatch, capsys):
+    asked = []
+
+    def download(folder, train_shards, verify=False):
+        asked.append((folder, train_shards, verify))
+        return ["a"] * train_shards, ["b"]
+
+    monkeypatch.setattr(fineweb10B, "download", download)
+    assert main(["download", "fineweb10B"]) == 0
+    cache = Path(tg.parse_args([]).run.cache_dir) / "data"
+    open_dataset(DataConfig(data="fineweb10B"), cache)
+    assert asked == [(ROOT / ".cache/data/fineweb10B", 9, False)] * 2
+    assert "9 training shards and 1 validation shard are ready" in capsys.readouterr().out
 
 
 @pytest.fixture

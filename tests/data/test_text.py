@@ -268,6 +268,23 @@ def test_vocabulary_is_learned_from_train_alone_but_has_every_character(tmp_path
     assert b"cat" in tokens and b"zq" not in tokens and b"\xc2\xa7" not in tokens
 
 
+def test_a_vocabulary_is_learned_from_so_much_text_and_no_more(tmp_path, monkeypatch):
+    """But characters from all of it."""
+    monkeypatch.setattr(prepare, "BPE_BYTES", 3000)
+    monkeypatch.setattr(prepare, "read_blocks", partial(read_blocks, block=100))
+    path = put(tmp_path / "a.txt", "the cat sat\n" * 300 + "zqzq zqzq\n" * 300)
+    tokens = prepare_text(path, "bpe:400", tmp_path / "cache")[2].tokens
+    assert b"cat" in tokens and b"zq" not in tokens
+    assert b"z" in tokens and prepare_text(path, "chars", tmp_path / "cache")[2].n_vocab == 11
+
+
+def test_a_document_of_many_blocks_has_one_end_of_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "read_blocks", partial(read_blocks, block=100))
+    got = prepared(put(tmp_path / "a.txt", LINES), tmp_path / "cache")
+    cut = int(len(LINES) * 0.9)
+    assert got == {"train": [LINES[:cut]], "val": [LINES[cut:]]}
+
+
 # folders
 
 
