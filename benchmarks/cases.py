@@ -196,28 +196,6 @@ def _(s):
     B = s.tokens // T
 
     def inputs(draw):
-        qkv = draw(
-            B, T, 3 * s.heads, s.head_dim
-        )  # q and k are slices of the projection, as in the model
-        angles = torch.rand(T, s.head_dim // 2, device=draw.device, generator=draw.generator) * 6.28
-        return (*qkv.split(s.heads, dim=2)[:2], angles.cos().to(BF16), angles.sin().to(BF16))
-
-    e = 2 * B * T * s.heads * s.head_dim
-    return Case(
-        f"2 x ({B}, {T:,}, {s.heads}, {s.head_dim}) bf16, slices of q, k and v",
-        inputs,
-        beside("qk_norm_rope", "qk_norm_rope"),
-        three(4 * e, 6 * e),
-        leaves=(0, 1),
-    )
-
-
-@case("qkv_norm_rope")
-def _(s):
-    T = min(s.tokens, s.row_len)
-    B = s.tokens // T
-
-    def inputs(draw):
         angles = torch.rand(T, s.head_dim // 2, device=draw.device, generator=draw.generator) * 6.28
         return draw(B, T, 3 * s.heads, s.head_dim), angles.cos().to(BF16), angles.sin().to(BF16)
 
@@ -225,7 +203,7 @@ def _(s):
     return Case(
         f"({B}, {T:,}, {3 * s.heads}, {s.head_dim}) bf16",
         inputs,
-        beside("qk_norm_rope", "qkv_norm_rope"),
+        beside("qk_norm_rope", "qk_norm_rope"),
         three(4 * e, 8 * e),
         leaves=(0,),
     )

@@ -11,7 +11,7 @@ from .embedding import embedding
 from .fp8 import fp8_linear
 from .mlp import linear_relu2, relu2_mlp
 from .polar_express import polar_express
-from .qk_norm_rope import qkv_norm_rope
+from .qk_norm_rope import qk_norm_rope
 from .rms_norm import add_rms_norm, rms_norm
 from .symmetric_matmul import symmetric_matmul
 
@@ -25,7 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_relu2",
     "polar_express",
-    "qkv_norm_rope",
+    "qk_norm_rope",
     "relu2_mlp",
     "rms_norm",
     "softcap_cross_entropy",

@@ -2,6 +2,8 @@
 
     y_i = table[index_i];   dtable_r = sum of dy_i over all i with index_i = r
 
+Bytes, at e an element: forward 2 e n C for n indices, backward e n C and e R C.
+
 On a CPU Inductor adds rows up with atomics, in whatever order threads come to them: two runs differ
 in their last bits, so a resumed one would. Here each row of the table belongs to one thread, which
 finds its indices by a sort. That is also faster: 8,192 rows of width 256 in bf16 into a table of
@@ -13,11 +15,23 @@ import torch
 import torch.nn.functional as F
 
 
+def embedding_gradient_reference(index: torch.Tensor, dy: torch.Tensor, rows: int) -> torch.Tensor:
+    """dy: (..., C) -> (rows, C) in the same dtype."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    C = dy.size(-1)
+    index = index.reshape(-1, 1)
+    sums = torch.zeros(rows, C, dtype=wide)
+    return sums.scatter_add_(0, index.expand(-1, C), dy.reshape(-1, C).to(wide)).to(dy.dtype)
+
+
 def embedding(index, table):
-    """index: (...) int64, table: (R, C) float -> (..., C)."""
-    return (
-        _Embedding.apply(index, table) if table.device.type == "cpu" else F.embedding(index, table)
-    )
+    """index: (...) int64, table: (R, C) float -> (..., C).
+
+    Raises IndexError for an index outside 0..R-1 (on a GPU: what F.embedding does).
+    """
+    if table.device.type == "cpu":
+        return _Embedding.apply(index, table)
+    return F.embedding(index, table)
 
 
 class _Embedding(torch.autograd.Function):
@@ -29,20 +43,13 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # an op's first call imports the compiler, half a second that a run without one need not
+        # An op's first call imports the compiler, half a second that a run without one need not
         # wait for
-        sum_rows = (
-            embedding_gradient if torch.compiler.is_compiling() else embedding_gradient_reference
-        )
+        if torch.compiler.is_compiling():
+            sum_rows = embedding_gradient
+        else:
+            sum_rows = embedding_gradient_reference
         return None, sum_rows(ctx.saved_tensors[0], dy, ctx.rows)
-
-
-def embedding_gradient_reference(index: torch.Tensor, dy: torch.Tensor, rows: int) -> torch.Tensor:
-    """dy: (..., C) -> (rows, C) in the same dtype."""
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    index, C = index.reshape(-1, 1), dy.size(-1)
-    sums = torch.zeros(rows, C, dtype=wide)
-    return sums.scatter_add_(0, index.expand(-1, C), dy.reshape(-1, C).to(wide)).to(dy.dtype)
 
 
 embedding_gradient = torch.library.custom_op(

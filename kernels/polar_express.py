@@ -1,21 +1,24 @@
-"""Orthogonalisation of a batch of matrices: the polar factor U V^T of G = U S V^T, by five matrix
-polynomials.
+"""The polar factors U V^T of a batch of matrices G = U S V^T, by five matrix polynomials.
 
     X <- G / (1.02 |G|_F);   five times: A = X X^T,  X <- a X + (b A + c A A) X
 
+FLOPs for m x n, m <= n: 5 (4 m^2 n + 2 m^3); symmetric products at half price save
+5 (m^2 n + m^3). There are only products, so bf16 is enough. Singular values above 1e-3 of the norm
+end between 0.85 and 1.15, which is all Muon needs; smaller ones grow up to a thousandfold. The norm
+is not fused into anything: on a CPU it is 1 to 2% of the time.
+
+It is plain PyTorch on every device, hence its own reference, but for the symmetric products.
+
 Source: Polar Express (Amsel, Persson, Musco, Gower, arXiv:2505.16932), used inside Muon (Jordan et
-al., 2024). FLOPs for m x n, m <= n: 5 (4 m^2 n + 2 m^3); symmetric products at half price save 5
-(m^2 n + m^3). Only products, so bf16 is enough. Singular values above 1e-3 of the norm end between
-0.85 and 1.15, which is all Muon needs; smaller ones grow up to a thousandfold. The norm is not
-fused into anything: on a CPU it is 1 to 2% of the time.
+al., 2024).
 """
 
 import torch
 
 from .symmetric_matmul import as_batch, symmetric_matmul_reference
 
-# Optimal for 5 steps on singular values in [1e-3, 1], loosened (safety 2e-2, cushion 2) for bf16
-# rounding.
+# a, b, c of each step: optimal for 5 steps on singular values in [1e-3, 1], loosened for the
+# rounding of bf16 (safety 2e-2, cushion 2)
 COEFFICIENTS = [
     (8.1566, -22.4833, 15.8788),
     (4.0429, -2.8089, 0.5000),
@@ -26,20 +29,20 @@ COEFFICIENTS = [
 
 
 def polar_express(G, steps=5, symmetric=symmetric_matmul_reference):
-    """G: (..., m, n), any float dtype -> approximate polar factor, same shape and dtype. All-zero
-    matrices stay zero.
+    """G: (..., m, n), any float dtype -> approximate polar factor, same shape and dtype.
 
     symmetric: what computes the symmetric products, symmetric_matmul_reference or symmetric_matmul,
-    whose kernel does half the work on a GPU. They are of the smaller side: for a tall matrix A =
-    X^T X, X <- a X + X (b A + c A A). The sums ride on the products (baddbmm), so there is nothing
-    for torch.compile to fuse: measured on 2 CPU cores at (16, 256, 256) and (8, 1024, 256) in bf16,
-    eager takes 0.85 of the compiled time of the form written out.
+    whose kernel does half the work on a GPU. All-zero matrices stay zero.
     """
+    # The products are of the smaller side: A = X^T X and X <- a X + X (b A + c A A) for a tall one
     tall = G.size(-2) > G.size(-1)
-    X = as_batch(G)
+    X = as_batch(G)  # (batch, m, n)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in COEFFICIENTS[:steps]:
-        A = symmetric(X.mT if tall else X)  # (batch, m, m) with m the smaller side
+        A = symmetric(X.mT if tall else X)  # (batch, m, m), m the smaller side
         B = symmetric(A, A, alpha=c, beta=b)
+        # The sum rides on the product, so that torch.compile finds nothing to fuse: on 2 CPU cores,
+        # at (16, 256, 256) and (8, 1024, 256) in bf16, this takes 0.85 of the compiled time of the
+        # form written out
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X.view(G.shape)

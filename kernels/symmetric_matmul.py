@@ -1,17 +1,18 @@
-"""Products of matrices that are symmetric, for about half the work: tiles above the diagonal are
-not computed.
+"""Symmetric products of matrices for about half the work: no tiles above the diagonal.
 
     alpha X X^T + beta C,    X: (..., m, k),  C symmetric: (..., m, m)
 
-X^T X is symmetric_matmul(X.mT), and b A + c A A of a symmetric A is symmetric_matmul(A, A, alpha=c,
-beta=b). FLOPs per matrix with tiles of t rows: m (m + t) k, where a full product has 2 m^2 k.
-Minimum bytes for elements of e: e (m k + m^2), with C another e m^2 / 2.
+X^T X is symmetric_matmul(X.mT), and b A + c A A of a symmetric A is
+symmetric_matmul(A, A, alpha=c, beta=b). FLOPs per matrix with tiles of t rows: m (m + t) k, where a
+full product has 2 m^2 k. Minimum bytes at e an element: e (m k + m^2), with C another e m^2 / 2.
 
 One program per tile, all matrices of a batch in one launch. A tile below the diagonal is stored
 twice, as it is and transposed, and one on the diagonal is given its lower half's mirror image, so
-the result is symmetric bit for bit. Sums in fp32, one rounding. Used by the optimizer only: no
-autograd. Source: mirrored tiles as in modded-nanogpt (whose programs above the diagonal start and
-leave) and QuACK's gemm_symmetric; the triangular grid is ours.
+the result is symmetric bit for bit. Sums are in fp32 and rounded once. Only the optimizer uses it,
+so it has no gradient.
+
+Source: mirrored tiles as in modded-nanogpt (whose programs above the diagonal start and leave) and
+QuACK's gemm_symmetric; the triangular grid is ours.
 """
 
 import torch
@@ -19,27 +20,25 @@ import torch
 from .launch import cast, dot, for_chip, runs_triton, tl, triton
 from .op import Op, declare
 
-# chip -> rows of a tile, bytes of a row of X at a time, warps, stages; modded-nanogpt's for k = 768
+# Chip -> rows of a tile, bytes of a row of X at a time, warps, stages; modded-nanogpt's for k = 768
 TILES = {80: (128, 128, 8, 4)}
 
 
 def symmetric_matmul_reference(X, C=None, *, alpha=1.0, beta=0.0):
-    """The formula in PyTorch; symmetric up to rounding."""
+    """symmetric_matmul in plain PyTorch; symmetric up to rounding."""
     if C is None:
         product = X @ X.mT
         return product if alpha == 1 else alpha * product
-    return torch.baddbmm(as_batch(C), as_batch(X), as_batch(X).mT, beta=beta, alpha=alpha).view(
-        C.shape
-    )
+    X = as_batch(X)
+    return torch.baddbmm(as_batch(C), X, X.mT, beta=beta, alpha=alpha).view(C.shape)
 
 
 def symmetric_matmul(X, C=None, *, alpha=1.0, beta=0.0):
-    """X: (..., m, k) fp32, bf16 or fp16, any strides; C: None or (..., m, m), symmetric (only its
-    lower half counts).
+    """alpha X X^T + beta C: (..., m, m) in X's dtype, contiguous.
 
-    Returns alpha X X^T + beta C: (..., m, m) in X's dtype, contiguous; by the kernel symmetric bit
-    for bit, by the reference up to rounding. As with torch.baddbmm, beta 0 means no C. Raises
-    ValueError for a C that does not fit.
+    X: (..., m, k) fp32, bf16 or fp16, any strides. C: None or (..., m, m), symmetric; only its
+    lower half counts. As with torch.baddbmm, beta 0 means no C. The kernel's result is symmetric
+    bit for bit, the reference's up to rounding. Raises ValueError for a C that does not fit.
     """
     if C is not None and (C.shape != (*X.shape[:-1], X.size(-2)) or C.dtype != X.dtype):
         raise ValueError(
@@ -54,28 +53,31 @@ def as_batch(X):
     return X.flatten(0, -3) if X.dim() > 2 else X[None]
 
 
+# --- kernels
+
+
 @triton.jit
 def triangle(i, n):
     """The i-th tile on or below the diagonal of n x n tiles -> its row, its column. Integers only.
 
-    The first row with the last one, the second with the last but one, and so on fill a rectangle n
-    + 1 wide, if n is even; if it is odd, a row of no tiles comes before the first, and the width is
-    n.
+    The first row with the last one, the second with the last but one, and so on fill a rectangle
+    n + 1 wide, if n is even; if it is odd, a row of no tiles comes before the first, and the width
+    is n.
     """
     odd = n % 2
     pair = i // (n + 1 - odd)
     place = i % (n + 1 - odd)
     short = pair + 1 - odd  # tiles in the shorter row of the pair
-    return tl.where(place < short, short - 1, n - 1 - pair), tl.where(
-        place < short, place, place - short
-    )
+    row = tl.where(place < short, short - 1, n - 1 - pair)
+    col = tl.where(place < short, place, place - short)
+    return row, col
 
 
 @triton.jit
 def symmetric_matmul_kernel(
-    X,
-    C,
-    out,
+    X,  # (batch, M, K), any strides
+    C,  # (batch, M, M), any strides, with ADD
+    out,  # (batch, M, M), contiguous
     M,
     K,
     alpha,
@@ -96,8 +98,10 @@ def symmetric_matmul_kernel(
     tile_row, tile_col = triangle(tl.program_id(0) % per_matrix, tiles)
     row = tile_row * TILE + tl.arange(0, TILE)
     col = tile_col * TILE + tl.arange(0, TILE)
-    row64, col64 = row.to(tl.int64), col.to(tl.int64)
+    row64 = row.to(tl.int64)
+    col64 = col.to(tl.int64)
 
+    # The product of the tile's rows of X with the rows that its columns stand for
     k = tl.arange(0, BLOCK_K)
     step = tl.cast(stride_xk, tl.int64)
     x = X + matrix * stride_xb + row64[:, None] * stride_xm + k * step  # (TILE, BLOCK_K) both
@@ -111,6 +115,7 @@ def symmetric_matmul_kernel(
         x += BLOCK_K * step
         y += BLOCK_K * step
 
+    # The tile, and its mirror image above the diagonal
     inside = (row < M)[:, None] & (col < M)
     acc *= alpha
     if ADD:
@@ -131,24 +136,32 @@ def launch_symmetric_matmul(X, C, alpha, beta):
     out = X.new_empty(batch, M, M)
     rows, k_bytes, warps, stages = for_chip(TILES, X)
     tiles = triton.cdiv(M, rows)
+    stride_cb, stride_cm, stride_cn = (0, 0, 0) if C is None else C.stride()
     if out.numel():
         symmetric_matmul_kernel[batch * tiles * (tiles + 1) // 2,](
-            X,
-            C,
-            out,
-            M,
-            K,
-            alpha,
-            beta,
-            *X.stride(),
-            *(C.stride() if C is not None else (0, 0, 0)),
-            rows,
-            k_bytes // X.element_size(),
-            C is not None,
+            X=X,
+            C=C,
+            out=out,
+            M=M,
+            K=K,
+            alpha=alpha,
+            beta=beta,
+            stride_xb=X.stride(0),
+            stride_xm=X.stride(1),
+            stride_xk=X.stride(2),
+            stride_cb=stride_cb,
+            stride_cm=stride_cm,
+            stride_cn=stride_cn,
+            TILE=rows,
+            BLOCK_K=k_bytes // X.element_size(),
+            ADD=C is not None,
             num_warps=warps,
             num_stages=stages,
         )
     return out
+
+
+# --- ops
 
 
 @torch.library.custom_op("stopwatch::symmetric_matmul", mutates_args=())

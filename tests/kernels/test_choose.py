@@ -25,7 +25,7 @@ def test_a_cpu_gets_pytorch():
     assert references.linear_cross_entropy is OPS["linear_cross_entropy"].reference
     assert all(
         getattr(ops, name) is getattr(references, name)
-        for name in ("rms_norm", "relu2_mlp", "qkv_norm_rope")
+        for name in ("rms_norm", "relu2_mlp", "qk_norm_rope")
     )
 
 
@@ -96,7 +96,7 @@ def test_auto_takes_triton_where_it_was_measured_to_be_faster(monkeypatch, here)
     """On Hopper, and there all but the norms."""
     monkeypatch.setattr(choose, "chip", lambda x: here)
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
-    taken = {"qkv_norm_rope", "relu2_mlp", "linear_cross_entropy", "symmetric_matmul"}
+    taken = {"qk_norm_rope", "relu2_mlp", "linear_cross_entropy", "symmetric_matmul"}
     found = choose.automatic(torch.device("cuda"), torch.bfloat16)
     assert set(found) == (taken if here == 90 else set())
 
@@ -185,5 +185,5 @@ def test_fp8_that_does_not_work(monkeypatch, wrong):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_op_passes_its_probe(dtype):
     for name in OPS:
-        for head_dim in (64, 128) if name == "qkv_norm_rope" else (64,):
+        for head_dim in (64, 128) if name == "qk_norm_rope" else (64,):
             assert choose.probe(name, OPS[name].triton, DEVICE, dtype, head_dim) is None
