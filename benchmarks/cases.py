@@ -281,7 +281,7 @@ def _(s):
 
     def launched(config, dtype):
         def make(logits, _):
-            from kernels.cross_entropy import launch_cross_entropy
+            from kernels.cross_entropy_kernels import launch_cross_entropy
 
             scale = torch.full((), SCALE, device=logits.device) if dtype != BF16 else None
 
@@ -336,9 +336,9 @@ def _(s):
 @case("linear_cross_entropy")
 def _(s):
     product, std = 2 * s.tokens * s.width * s.vocab, 2 * s.width**-0.5
-    variants = beside("cross_entropy", "linear_cross_entropy", cap=CAP)
+    variants = beside("linear_cross_entropy", "linear_cross_entropy", cap=CAP)
     variants["stopwatch, fp8"] = Variant(
-        ours("cross_entropy", "fp8_linear_cross_entropy", cap=CAP),
+        ours("linear_cross_entropy", "fp8_linear_cross_entropy", cap=CAP),
         {INFERENCE: "bf16", BOTH: "fp8"},
         tolerance=0.1,
     )
@@ -377,7 +377,7 @@ def _(s):
 def _(s):
     def fp8(x, *_):
         """Quantising x and the weights included, as in every micro-batch."""
-        from kernels.mlp import FP8ReLU2MLP
+        from kernels.fp8_mlp import FP8ReLU2MLP
 
         return FP8ReLU2MLP().to(x.device)
 
@@ -408,11 +408,11 @@ def fp8_linear(s, n):
         lambda draw: (draw(s.tokens, s.width), draw(n, s.width, scale=std)),
         {
             "bf16": Variant(lambda *_: F.linear),
-            "stopwatch": Variant(ours("fp8", "fp8_linear", **scales), mixed, tolerance=0.1),
+            "stopwatch": Variant(ours("fp8_linear", "fp8_linear", **scales), mixed, tolerance=0.1),
             "stopwatch, fp8 backward": Variant(
-                ours("fp8", "fp8_linear", **scales, fp8_backward=True), "fp8", tolerance=0.1
+                ours("fp8_linear", "fp8_linear", **scales, fp8_backward=True), "fp8", tolerance=0.1
             ),
-            "stopwatch, dynamic": Variant(ours("fp8", "fp8_linear"), mixed, tolerance=0.1),
+            "stopwatch, dynamic": Variant(ours("fp8_linear", "fp8_linear"), mixed, tolerance=0.1),
         },
         three(product, 2 * product),
         leaves=(0, 1),
@@ -435,7 +435,7 @@ def quantize(s, transpose):
     return Case(
         f"({s.tokens:,}, {s.width}) bf16 to e4m3",
         lambda draw: (draw(s.tokens, s.width), torch.full((), 6 / 448, device=draw.device)),
-        beside("fp8", "quantize", transpose=transpose),
+        beside("quantize", "quantize", transpose=transpose),
         {FORWARD: (3 + transpose) * s.tokens * s.width},
     )
 
@@ -461,7 +461,7 @@ def _(s):
         {
             "eager": Variant(eager),
             "torch.compile": Variant(lambda *_: compiled(eager())),
-            "stopwatch": Variant(ours("fp8", "transpose_copy")),
+            "stopwatch": Variant(ours("quantize", "transpose_copy")),
         },
         {FORWARD: 2 * s.tokens * s.vocab},
         peak_bytes=6 * s.tokens * s.vocab,

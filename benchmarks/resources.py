@@ -67,7 +67,7 @@ def _():
 
 @case("relu2_mlp")
 def _():
-    from kernels import mlp as op
+    from kernels import mlp_kernels as op
 
     x, w, post = meta(TOKENS, WIDTH), meta(2, HIDDEN, WIDTH)[1], meta(TOKENS, HIDDEN)
     op.launch_linear_relu2(x, w)
@@ -76,7 +76,7 @@ def _():
 
 @case("relu2_mlp, rows not of 16 bytes")
 def _():
-    from kernels import mlp as op
+    from kernels import mlp_kernels as op
 
     x, w, post = meta(TOKENS, 100), meta(300, 100), meta(TOKENS, 300)
     op.launch_linear_relu2(x, w)
@@ -85,7 +85,7 @@ def _():
 
 @case("fp8_relu2_mlp", oldest=89)
 def _():
-    from kernels import mlp as op
+    from kernels import mlp_kernels as op
 
     x, w = (meta(n, WIDTH, dtype=torch.float8_e4m3fn) for n in (TOKENS, HIDDEN))
     scale = meta(dtype=torch.float32)
@@ -107,7 +107,7 @@ def _():
     "fp8: quantize x; head gradient with transposed copy; head weight with both and amax", oldest=89
 )
 def _():
-    from kernels import fp8 as op
+    from kernels import quantize as op
 
     scale = meta(dtype=torch.float32)
     op.launch_quantize(meta(TOKENS, WIDTH), scale, op.E4M3, False, False)
@@ -117,7 +117,7 @@ def _():
 
 @case("fp8: transpose_copy of logit gradients, amax of x", oldest=89)
 def _():
-    from kernels import fp8 as op
+    from kernels import quantize as op
 
     op.launch_transpose(meta(TOKENS, VOCAB, dtype=op.E5M2))
     op.launch_amax(meta(TOKENS, WIDTH))
@@ -134,7 +134,7 @@ def _():
 
 
 def cross_entropy(gradient, cap=(23.0, 5.0, 7.5), targets=1, config=None, sampled=0):
-    from kernels import cross_entropy as op
+    from kernels import cross_entropy_kernels as op
 
     logits, y = meta(TOKENS, sampled or VOCAB), meta(TOKENS, targets, dtype=torch.int64)
     weights = meta(targets, dtype=torch.float32) if targets > 1 else None
@@ -190,7 +190,7 @@ def _():
 
 @case("cross_entropy: scaling by the upstream gradient")
 def _():
-    from kernels import cross_entropy as op
+    from kernels import cross_entropy_kernels as op
 
     op.launch_scale(meta(VOCAB, WIDTH), meta(dtype=torch.float32), 1 / TOKENS)
 

@@ -6,9 +6,10 @@ you need from here, or take from choose_ops() the forms that are fast on a machi
 
 from .attention import attention
 from .choose import Ops, choose_ops
-from .cross_entropy import linear_cross_entropy, softcap_cross_entropy
+from .cross_entropy import softcap_cross_entropy
 from .embedding import embedding
-from .fp8 import fp8_linear
+from .fp8_linear import fp8_linear
+from .linear_cross_entropy import linear_cross_entropy
 from .mlp import linear_relu2, relu2_mlp
 from .polar_express import polar_express
 from .qk_norm_rope import qk_norm_rope

@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DEVICE
 
 from kernels import choose, choose_ops
-from kernels.mlp import FP8ReLU2MLP
+from kernels.fp8_mlp import FP8ReLU2MLP
 from kernels.op import OPS
 from kernels.rms_norm import rms_norm_reference
 

@@ -1,30 +1,34 @@
 """kernels/cross_entropy.py against the formula in float64 and in the same dtype."""
 
+import importlib
 import math
 
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_eager, poisoned_memory
 
-from kernels import cross_entropy as module
-from kernels import fp8 as fp8_module
+from kernels import cross_entropy, cross_entropy_kernels
+from kernels import quantize as quantize_module
 from kernels.cross_entropy import (
-    _linear_cross_entropy,
-    _linear_cross_entropy_backward,
-    _scale_gradient,
     _softcap_cross_entropy,
     cross_entropy_in_pytorch,
-    linear_cross_entropy,
-    linear_cross_entropy_in_pytorch,
-    linear_cross_entropy_reference,
-    sample_vocabulary,
+    scale_gradient,
     sigmoid_cap,
     softcap_cross_entropy,
     softcap_cross_entropy_reference,
 )
-from kernels.fp8 import E4M3, E5M2
 from kernels.launch import runs_triton
+from kernels.linear_cross_entropy import (
+    _linear_cross_entropy,
+    _linear_cross_entropy_backward,
+    linear_cross_entropy,
+    linear_cross_entropy_in_pytorch,
+    linear_cross_entropy_reference,
+)
+from kernels.quantize import E4M3, E5M2
+from kernels.sampled_softmax import sample_vocabulary
 
+linear_module = importlib.import_module("kernels.linear_cross_entropy")
 RECORD = (23.0, 5.0, 7.5)
 CAPS = [None, RECORD, 15.0, (400.0, 0.0, 100.0)]  # 15.0: tanh; the last one needs the maximum
 LINEAR = [linear_cross_entropy, linear_cross_entropy_in_pytorch]
@@ -465,7 +469,7 @@ def test_offsets_beyond_int32():
     loss, gradient = loss_and_gradient(softcap_cross_entropy, near, targets, cap=RECORD)
     assert softcap_cross_entropy(far.requires_grad_(), targets, cap=RECORD).item() == loss.item()
     if runs_triton(near):
-        module.launch_cross_entropy(
+        cross_entropy_kernels.launch_cross_entropy(
             far.detach(), targets, None, None, RECORD, -100, 1.0, far.detach()
         )
         assert torch.equal(far, gradient)
@@ -591,7 +595,9 @@ def test_gradients_in_e5m2(dtype, K):
     targets[4], targets[5, K - 1] = -100, -100
     scale = torch.tensor(2.0**-14, device=DEVICE)
     gradient = torch.empty(20, 1000, dtype=E5M2, device=DEVICE)
-    module.launch_cross_entropy(logits, targets, None, None, RECORD, -100, 0.25, gradient, scale)
+    cross_entropy_kernels.launch_cross_entropy(
+        logits, targets, None, None, RECORD, -100, 0.25, gradient, scale
+    )
     _, exact = loss_and_gradient(formula, logits.double(), targets, RECORD)
     exact *= 0.25 / scale.double()
     slack = 0.01 if APPROXIMATE else 1e-4
@@ -605,7 +611,7 @@ def test_gradients_in_e5m2(dtype, K):
 def test_e5m2_saturates():
     logits, targets = draw(3, 41)
     gradient = torch.empty(3, 41, dtype=E5M2, device=DEVICE)
-    module.launch_cross_entropy(
+    cross_entropy_kernels.launch_cross_entropy(
         logits, targets, None, None, None, -100, 1.0, gradient, torch.tensor(1e-9, device=DEVICE)
     )
     assert gradient.float().abs().max() == 57344 and gradient.float()[0, 0] == -57344
@@ -630,7 +636,7 @@ def test_resident_kernel(V, config, gradient_dtype):
     weights = torch.tensor([1.0, 0.5, 0.25], device=DEVICE)
     scale = torch.tensor(2.0**-12, device=DEVICE) if gradient_dtype == E5M2 else None
     gradient = torch.empty(300, V, dtype=gradient_dtype, device=DEVICE)
-    losses = module.launch_cross_entropy(
+    losses = cross_entropy_kernels.launch_cross_entropy(
         logits, targets, weights, None, RECORD, -100, 1.0, gradient, scale, config
     )
     exact, exact_gradient = loss_and_gradient(
@@ -838,7 +844,7 @@ def test_registration_is_sound(cap, K):
 
 
 def test_registration_of_the_scaling_is_sound():
-    torch.library.opcheck(_scale_gradient, (draw(3, 48)[0], torch.tensor(2.0, device=DEVICE), 0.5))
+    torch.library.opcheck(scale_gradient, (draw(3, 48)[0], torch.tensor(2.0, device=DEVICE), 0.5))
 
 
 FP8_CHECKS = (
@@ -903,7 +909,7 @@ def test_without_triton_the_same_numbers(monkeypatch, cap):
     targets[2], targets[3, 1] = -100, -100
     options = dict(cap=cap, target_weights=torch.tensor([1.0, 0.5], device=DEVICE), grad_scale=0.5)
     kernels = loss_and_gradient(softcap_cross_entropy, logits, targets, **options)
-    for m in (module, fp8_module):
+    for m in (cross_entropy, linear_module, quantize_module):
         monkeypatch.setattr(m, "runs_triton", lambda x: False)
     check(softcap_cross_entropy, logits, targets, cap, target_weights=options["target_weights"])
     for a, b in zip(kernels, loss_and_gradient(softcap_cross_entropy, logits, targets, **options)):
@@ -914,7 +920,7 @@ def test_without_triton_the_same_numbers(monkeypatch, cap):
 def test_linear_without_triton_the_same_numbers(monkeypatch, fp8):
     h, w, targets = draw_linear(16, 32, 48, torch.bfloat16)
     kernels = linear_gradients(h, w, targets, 2.0, fp8=fp8)
-    for m in (module, fp8_module):
+    for m in (cross_entropy, linear_module, quantize_module):
         monkeypatch.setattr(m, "runs_triton", lambda x: False)
     for a, b in zip(kernels, linear_gradients(h, w, targets, 2.0, fp8=fp8)):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-2)

@@ -1,4 +1,4 @@
-"""kernels/fp8.py: quantising is PyTorch's cast bit by bit; the linear layer against its formula
+"""kernels/quantize.py and fp8_linear.py: quantising is PyTorch's cast bit by bit; the linear layer against its formula
 and against float64."""
 
 import pytest
@@ -13,21 +13,23 @@ from kernel_checks import (
     to_double,
 )
 
-from kernels import fp8 as module
-from kernels.fp8 import (
-    E4M3,
-    E5M2,
+from kernels import quantize as module
+from kernels.fp8_linear import (
     DelayedScale,
-    _amax,
     _fp8_linear,
     _fp8_matmul,
+    fp8_linear,
+    fp8_linear_reference,
+    fp8_matmul,
+)
+from kernels.quantize import (
+    E4M3,
+    E5M2,
+    _amax,
     _quantize,
     _transpose_copy,
     amax,
     dynamic_scale,
-    fp8_linear,
-    fp8_linear_reference,
-    fp8_matmul,
     quantize,
     quantize_and_amax,
     quantize_reference,

@@ -12,20 +12,19 @@ from kernel_checks import (
     poisoned_memory,
 )
 
-from kernels import mlp as module
-from kernels.fp8 import quantize_reference
+from kernels import fp8_mlp, mlp
+from kernels import mlp_kernels as module
+from kernels.fp8_mlp import _fp8_relu2_mlp, fp8_relu2_mlp, fp8_relu2_mlp_reference
 from kernels.mlp import (
-    _fp8_relu2_mlp,
     _linear_relu2,
     _relu2_mlp,
     _relu2_mlp_backward,
-    fp8_relu2_mlp,
-    fp8_relu2_mlp_reference,
     linear_relu2,
     linear_relu2_reference,
     relu2_mlp,
     relu2_mlp_reference,
 )
+from kernels.quantize import quantize_reference
 
 SHAPES = [
     (0, 96, 384),
@@ -208,7 +207,8 @@ def test_without_triton_the_same_numbers(monkeypatch):
     kernels = [
         outputs_and_gradients(fn, inputs[:n]) for fn, n in ((linear_relu2, 2), (relu2_mlp, 3))
     ]
-    monkeypatch.setattr(module, "runs_triton", lambda x: False)
+    for m in (mlp, fp8_mlp):
+        monkeypatch.setattr(m, "runs_triton", lambda x: False)
     assert_as_exact_as_eager(linear_relu2, linear_relu2_reference, inputs[:2])
     assert_as_exact_as_eager(relu2_mlp, relu2_mlp_reference, inputs)
     plain = [outputs_and_gradients(fn, inputs[:n]) for fn, n in ((linear_relu2, 2), (relu2_mlp, 3))]
@@ -340,7 +340,8 @@ def test_fp8_without_triton_and_compiled_the_same_numbers(monkeypatch):
     inputs = [x, up, down]
     kernels = outputs_and_gradients(f, inputs)
     compiled = outputs_and_gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), inputs)
-    monkeypatch.setattr(module, "runs_triton", lambda x: False)
+    for m in (mlp, fp8_mlp):
+        monkeypatch.setattr(m, "runs_triton", lambda x: False)
     for a, b, c in zip(kernels, compiled, outputs_and_gradients(f, inputs)):
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(a, c, rtol=2**-5, atol=2**-7 * c.abs().max().item())

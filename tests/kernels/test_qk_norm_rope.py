@@ -222,9 +222,7 @@ def test_offsets_beyond_int32(dim):
     for a, b in zip(module.launch_forward(x, x, cos, sin, 1e-6), expected):
         assert torch.equal(a, b)
     dx, dv, expected, copied = (torch.zeros_like(near) for _ in range(4))
-    module.launch_backward(
-        near, near, near, near, near, cos, sin, 1e-6, expected, expected, copied
-    )
+    module.launch_backward(near, near, near, near, near, cos, sin, 1e-6, expected, expected, copied)
     dx, dv = far(dx), far(dv)
     module.launch_backward(x, x, x, x, x, cos, sin, 1e-6, dx, dx, dv)
     assert torch.equal(dx, expected) and torch.equal(dv, near) and torch.equal(copied, near)
