@@ -214,7 +214,7 @@ def packings(draw):
     return [[b - a for a, b in zip(row, row[1:])] for row in borders]
 
 
-@settings(deadline=None, max_examples=80, database=None)
+@settings(deadline=None, max_examples=50, database=None)
 @given(packings(), st.one_of(st.integers(0, 75), st.just(HUGE)), st.integers(0, 9))
 def test_any_packing_any_window(rows, window, seed):
     """Documents, rows and the future are invisible, all else in the window is seen, and weights
@@ -581,7 +581,7 @@ def test_compiled_blocks_that_rows_do_not_fill(T, window):
 
 
 def test_every_backend_any_packing_any_window(backend):
-    @settings(deadline=None, max_examples=8 if backend == "flex" else 25, database=None)
+    @settings(deadline=None, max_examples=4 if backend == "flex" else 15, database=None)
     @given(packings(), st.one_of(st.integers(0, 75), st.just(HUGE)), st.integers(0, 9))
     def check(rows, window, seed):
         if backend == "flex":
@@ -627,7 +627,7 @@ def test_every_backend_takes_slices_of_a_projection_and_strided_gradients(backen
         )
 
 
-@settings(deadline=None, max_examples=60, database=None)
+@settings(deadline=None, max_examples=30, database=None)
 @given(packings(), st.one_of(st.integers(0, 75), st.just(HUGE)), st.sampled_from([1, 8, 16]))
 def test_flex_is_told_which_blocks_to_skip(rows, window, block):
     """Blocks it is given are those somebody sees; those it need not mask, those in which all see

@@ -183,7 +183,7 @@ def test_fp8_that_does_not_work(monkeypatch, wrong):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_op_passes_its_probe(dtype):
-    for name in OPS:
-        for head_dim in (64, 128) if name == "qk_norm_rope" else (64,):
-            assert choose.probe(name, OPS[name].triton, DEVICE, dtype, head_dim) is None
+def test_wide_heads_pass_their_probe(dtype):
+    """Those of 64, and all other ops, have passed it in the tests above."""
+    triton = OPS["qk_norm_rope"].triton
+    assert choose.probe("qk_norm_rope", triton, DEVICE, dtype, head_dim=128) is None

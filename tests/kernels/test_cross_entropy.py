@@ -121,14 +121,14 @@ def check(fn, logits, targets, cap, **kwargs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @caps
-@pytest.mark.parametrize("N, V", [(0, 41), (1, 41), (3, 41), (3, 1000), (3, 50257), (1, 50304)])
+@pytest.mark.parametrize("N, V", [(0, 41), (1, 41), (3, 1000), (2, 50257), (1, 50304)])
 def test_loss_and_gradient(N, V, cap, dtype):
     check(softcap_cross_entropy, *draw(N, V, dtype), cap)
 
 
 @pytest.mark.parametrize("V", [41, 1000])
 def test_many_rows(V):
-    check(softcap_cross_entropy, *draw(199, V, torch.bfloat16), RECORD)
+    check(softcap_cross_entropy, *draw(40, V, torch.bfloat16), RECORD)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,7 +142,7 @@ def test_in_pytorch(N, V, cap, dtype):
 @caps
 def test_bf16_logits_are_only_rounded_once(cap):
     """From bf16 logits on, the loss is computed in fp32: 1e-6 of it, where bf16 would lose 1e-3."""
-    logits, targets = draw(20, 1000, torch.bfloat16)
+    logits, targets = draw(6, 1000, torch.bfloat16)
     exact = formula(logits.double(), targets, cap).item()
     for fn in FUNCTIONS:
         assert fn(logits, targets, cap=cap).item() == pytest.approx(exact, rel=1e-6)
@@ -215,7 +215,7 @@ def test_input_stays_as_it_was(fn):
 
 
 def test_two_runs_agree_bit_by_bit():
-    logits, targets = draw(20, 1000, torch.bfloat16, K=2)
+    logits, targets = draw(6, 1000, torch.bfloat16, K=2)
     for a, b in zip(
         *(loss_and_gradient(softcap_cross_entropy, logits, targets, cap=RECORD) for _ in range(2))
     ):
@@ -261,8 +261,7 @@ def test_nothing_to_count_gives_zero(fn, cap, N):
 
 @functions
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("K", [1, 2, 3])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("K, weighted", [(1, True), (2, False), (3, True)])
 def test_several_targets_in_a_row(fn, K, dtype, weighted):
     """Ignored here and there, a row of them all, and the same token twice in a row."""
     logits, targets = draw(6, 41, dtype, K=K)
@@ -591,10 +590,10 @@ def test_without_gradients_none_is_computed():
 def test_gradients_in_e5m2(dtype, K):
     """Within half a step of e5m2 (2 bits of mantissa, subnormals of 2^-16), in units of the
     scale."""
-    logits, targets = draw(20, 1000, dtype, K=K)
+    logits, targets = draw(8, 1000, dtype, K=K)
     targets[4], targets[5, K - 1] = -100, -100
     scale = torch.tensor(2.0**-14, device=DEVICE)
-    gradient = torch.empty(20, 1000, dtype=E5M2, device=DEVICE)
+    gradient = torch.empty(8, 1000, dtype=E5M2, device=DEVICE)
     cross_entropy_kernels.launch_cross_entropy(
         logits, targets, None, None, RECORD, -100, 0.25, gradient, scale
     )
@@ -662,7 +661,7 @@ def draw_linear(N, C, V, dtype=torch.float32, K=None):
 @linear
 @pytest.mark.parametrize("dtype", DTYPES)
 @caps
-@pytest.mark.parametrize("N, C, V", [(0, 24, 41), (1, 24, 41), (33, 24, 41), (3, 16, 1000)])
+@pytest.mark.parametrize("N, C, V", [(0, 24, 41), (1, 24, 41), (9, 24, 41), (3, 16, 1000)])
 def test_linear_is_as_exact_as_eager(N, C, V, cap, dtype, fn):
     h, w, targets = draw_linear(N, C, V, dtype)
     targets[2:3] = -100
@@ -676,7 +675,7 @@ def test_linear_is_as_exact_as_eager(N, C, V, cap, dtype, fn):
 
 @linear
 def test_linear_with_several_targets_in_strided_memory(fn):
-    h, w, targets = draw_linear(20, 24, 82, K=3)
+    h, w, targets = draw_linear(10, 24, 82, K=3)
     targets[3:9, 1] = targets[5] = -100
     options = dict(cap=RECORD, target_weights=torch.tensor([1.0, 0.5, 0.25], device=DEVICE))
     for h_, w_ in (

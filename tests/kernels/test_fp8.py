@@ -1,5 +1,5 @@
-"""kernels/quantize.py and fp8_linear.py: quantising is PyTorch's cast bit by bit; the linear layer against its formula
-and against float64."""
+"""kernels/quantize.py and fp8_linear.py: quantising is PyTorch's cast bit by bit; the linear
+layer against its formula and against float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""kernels/qk_norm_rope.py: forward and backward against float64 and eager PyTorch, in all layouts."""
+"""kernels/qk_norm_rope.py: forward and backward against float64 and eager, in all layouts."""
 
 import importlib
 
