@@ -30,7 +30,7 @@ from base.options import (
 )
 from data.loader import IGNORE
 from kernels import choose_ops, embedding
-from kernels.cross_entropy import sample_vocabulary
+from kernels.sampled_softmax import sample_vocabulary
 from optim import Adam, Muon, RowAdam
 
 from .parts import (
@@ -481,7 +481,7 @@ class Model(nn.Module):
         if pair:
             w_qkv = w_qkv.view(3, 2, -1, c.n_embd).transpose(0, 1).flatten(0, 2)
         qkv = F.linear(h, w_qkv).view(B, n * T, 3 * H // n, D)
-        q, k, v = ops.qkv_norm_rope(qkv, self.cos, self.sin)  # (B, n T, H / n, D) each
+        q, k, v = ops.qk_norm_rope(qkv, self.cos, self.sin)  # (B, n T, H / n, D) each
 
         # Key offset: what stands still of a key is its predecessor's, so that a query finds what
         # came after a token

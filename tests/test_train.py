@@ -17,7 +17,7 @@ import train_gpt as tg
 from base import InputError
 from data import ShardWriter
 from kernels import launch
-from kernels.mlp import FP8ReLU2MLP
+from kernels.fp8_mlp import FP8ReLU2MLP
 from models import gpt
 from records.source import files_in, header_line, pack_source
 from runtime import machine
