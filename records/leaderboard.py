@@ -133,6 +133,7 @@ def render(records):
             parts.append(f"## {track}: {target:g} {unit(metric)}")
         before = (track, metric, target)
         devices = sorted({r["environment"]["device"] for r in rows})
+        # A table for each kind of machine: times elsewhere are other times
         lines = [
             "| | training time | record | date | loss | n | p | steps | tokens | commit |",
             "|---|---|---|---|---|---|---|---|---|---|",
@@ -270,6 +271,7 @@ def chart(records):
         draw_public(ax)
         draw_ours(ax, records)
 
+        # Times as people say them, on a logarithmic scale
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         ax.yaxis.set_major_locator(FixedLocator([t for t in TICKS if low <= t <= high]))
@@ -299,7 +301,7 @@ def draw_ours(ax, records):
             reached[key] = sorted(met, key=lambda r: (r["date"], -r["time_mean_s"]))
     for i, ((track, _, target, hardware), rows) in enumerate(reached.items()):
         times = [r["time_mean_s"] for r in rows]
-        best = [min(times[: n + 1]) for n in range(len(times))]
+        best = [min(times[: n + 1]) for n in range(len(times))]  # up to each date
         color = COLORS[i % len(COLORS)]
         label = f"{track} to {target:g}\n{hardware}: {duration(best[-1])}"
         steps(ax, days(rows), best, label, color, linewidth=1.8)

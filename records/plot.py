@@ -117,6 +117,7 @@ class Member(NamedTuple):
 def group(runs):
     """[(path as given, Run), ...] -> [Line, ...]. Where the log has no configuration, runs of
     the same length that were given as one path are taken to differ in the seed alone."""
+    # Runs that agree in all of this are one line
     groups = {}
     for path, r in runs:
         home = Path(r.path).resolve().parent
@@ -226,11 +227,13 @@ def panel(ax, lines, targets, x, title):
         points = line.points(x)
         if points:
             drawn.append((i, line, points))
-    size, x_unit = (1, "")
+    size = 1
+    x_unit = ""
     if x == "seconds":
         longest = max((points[-1][0] for _, _, points in drawn), default=0)
         size, x_unit = time_unit(longest)
 
+    # Each line: its mean, a band, and the ends of those that went on
     ax.ends = []
     for i, line, points in drawn:
         color = COLORS[i % len(COLORS)]
@@ -247,6 +250,7 @@ def panel(ax, lines, targets, x, title):
         label = "\n".join(textwrap.wrap(line.label, 26))
         ax.ends.append((xs[-1], mean[-1], label, color))
 
+    # Axes, and targets across both panels
     ax.set_xlim(left=0)
     ax.set_xlabel(f"{title} ({x_unit})" if x_unit else title)
     if x == "tokens":

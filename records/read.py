@@ -41,6 +41,7 @@ def read_runs(path, warn=lambda line: print(line, file=sys.stderr)):
             return read_run_folder(path.parent)
         return read_log(path)
 
+    # A folder to be searched: what is no log in it is counted, and said once at the end
     runs = []
     skipped = []
     found = find_runs(path)
@@ -97,6 +98,7 @@ def read_run_folder(folder):
     if (folder / "log.txt").is_file():
         log = read_log(folder / "log.txt")[-1]
 
+    # What ran: config.json says it, or the header of the log
     run = Run(str(folder), "stopwatch", name=folder.name)
     if log and not isinstance(header.get("config"), dict):
         header = dict(config=log.config, environment=log.environment, data=log.data)
@@ -107,6 +109,7 @@ def read_run_folder(folder):
         run.notes = log.notes
         run.sources = log.sources
 
+    # The losses: with all their digits in the metrics, with four in the log
     metrics = [folder / name for name in ("metrics.jsonl", "metrics.jsonl.bz2")]
     metrics = [path for path in metrics if path.is_file()]
     if metrics:
@@ -180,10 +183,12 @@ def add_result(run, result, path):
             f"{path}:1: not the result of a run: expected steps, train_time_s and {run.metric} "
             "as numbers"
         )
+    # Its last validation is in every result
     run.finished = True
     run.final_loss = loss
     run.time_s = seconds
     run.steps = steps
+    # What it ran for, on what; fields that it lacks are as they were
     run.target = number(result.get("target"))
     for field, key, kind in (
         ("track", "track", text),

@@ -604,6 +604,20 @@ def test_our_run_folder_without_one_of_its_files(tmp_path, gone):
     assert run.val[-1].loss == 1.4 and run.time_s == 2.5
 
 
+def test_what_a_result_says_wins(tmp_path):
+    """A run may have been resumed with another target, or on another machine."""
+    folder = our_run(tmp_path / "run")
+    result = json.loads((folder / "result.json").read_text())
+    said = dict(target=1.45, device="Another CPU", world_size=3, tokens=7, train_time_s=9.5)
+    write(folder / "result.json", json.dumps(result | said))
+    (run,) = read_runs(folder)
+    found = (run.target, run.hardware, run.world_size, run.tokens, run.time_s)
+    assert found == (1.45, "Another CPU", 3, 7, 9.5)
+    write(folder / "result.json", json.dumps(result | dict(target=None, device=None)))
+    (run,) = read_runs(folder)
+    assert (run.target, run.hardware) == (None, "AMD EPYC")
+
+
 def test_early_stop_and_kill(tmp_path):
     (early,) = read_runs(our_run(tmp_path / "early", losses=[(0.5, 3.0, 1.45)]))
     assert (early.steps, early.finished, early.stopped_early) == (10, True, True)
