@@ -214,6 +214,16 @@ def test_record_of_three_seeds(add, tmp_path):
         )
 
 
+def test_a_record_has_the_date_of_its_last_run(add, tmp_path):
+    dates = ("2026-03-05T00:00:00+00:00", "2026-03-07T00:00:00+00:00", "2026-03-06T00:00:00+00:00")
+    runs = [
+        make_run(tmp_path / f"r{i}", i, environment=dict(date=date)) for i, date in enumerate(dates)
+    ]
+    assert add(*runs)[1] == f"{tmp_path / 'records/toy/2026-03-07_a-name'}\n"
+    summary = json.loads((tmp_path / "records/toy/2026-03-07_a-name/summary.json").read_text())
+    assert summary["date"] == "2026-03-07"
+
+
 def test_one_seed_has_no_spread(add, tmp_path):
     assert add(make_run(tmp_path / "r"))[0] == 0
     s = json.loads((tmp_path / "records/toy/2026-03-04_a-name/summary.json").read_text())
