@@ -614,7 +614,8 @@ def render(result):
         f"# Ablation: {result['track']}, {len(seeds)} seed{'s' * (len(seeds) > 1)} on "
         f"{where['device']}",
         f"{result['steps']} steps, {' and '.join(f'{n:,}' for n in tokens)} tokens in every run, "
-        f"{metric} in {unit(metric)}{goal}; torch {where['torch']}, {where['threads']} CPU threads.",
+        f"{metric} in {unit(metric)}{goal}; torch {where['torch']}, {where['threads']} CPU "
+        "threads.",
         table([*header, ""], rows),
         result["statement"],
         "**One seed has no interval: --seeds 3 or more.**" if len(seeds) < 2 else "",

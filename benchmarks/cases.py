@@ -16,9 +16,14 @@ import torch.nn.functional as F
 
 from data.loader import default_max_docs
 
-BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
+BF16 = torch.bfloat16
+FP32 = torch.float32
+INT32 = torch.int32
 CAP = (23.0, 5.0, 7.5)
-FORWARD, BACKWARD, BOTH, INFERENCE = "forward", "backward", "forward+backward", "inference"
+FORWARD = "forward"
+BACKWARD = "backward"
+BOTH = "forward+backward"
+INFERENCE = "inference"
 
 
 class Size(typing.NamedTuple):
@@ -39,18 +44,18 @@ GPT2_SMALL = Size(49152, 768, 3072, 50304, 6, 128, 11, 16384, 2048, (640, 1408))
 
 @dataclasses.dataclass
 class Variant:
-    """make(*inputs of the first set) -> the function that is timed; imports belong in it, so
-    that one that fails is this variant's error alone."""
+    """One way of computing a case.
+
+    make(*inputs of the first set) returns the function that is timed; imports belong in it, so that
+    one that fails is this variant's error alone.
+    """
 
     make: typing.Callable
-    rate: str | dict = (
-        # what its share is of: copy, bf16 or fp8; {direction: rate} where mixed; empty: the usual
-        ""
-    )
+    # what its share is of: copy, bf16 or fp8; {direction: rate} where mixed; empty: the usual
+    rate: str | dict = ""
     work: dict = dataclasses.field(default_factory=dict)  # where it differs from the case's
-    tolerance: float = (
-        0.02  # |result - reference| / |reference|; None: another function, not compared
-    )
+    # |result - reference| / |reference|; None: another function, not compared
+    tolerance: float | None = 0.02
     graph: bool = True  # can be captured
     restore: typing.Callable = list  # results -> what they stand for, to be compared
 
@@ -67,16 +72,15 @@ class Case:
     leaves: tuple = ()  # which inputs get gradients; none: forward only
     unit: str = "bytes"
     mutates: bool = False  # results are the inputs as it leaves them, too
-    peak_bytes: float = (
-        0  # memory that the hungriest variant takes, where it is many times the inputs
-    )
+    peak_bytes: float = 0  # of the hungriest variant, where that is many times the inputs
 
 
 class Draw:
     """Random tensors on a device, others in each call."""
 
     def __init__(self, device, seed=0):
-        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *shape, dtype=BF16, scale=1.0):
         drawn = FP32 if dtype.itemsize == 1 else dtype
@@ -296,7 +300,8 @@ def _(s):
 
         return make
 
-    logits, SCALE = s.tokens * s.vocab, 2.0**-15
+    logits = s.tokens * s.vocab
+    SCALE = 2.0**-15
     configs = (
         ("two-pass", 8192, 16),
         ("two-pass", 4096, 16),
@@ -322,7 +327,8 @@ def _(s):
     }
     for name, v in variants.items():
         if name.endswith("e5m2"):
-            v.work, v.tolerance = {FORWARD: 3 * logits}, 0.1
+            v.work = {FORWARD: 3 * logits}
+            v.tolerance = 0.1
             v.restore = lambda results: [results[0], results[1].float().mul_(SCALE)]
     return Case(
         f"({s.tokens:,}, {s.vocab:,}) bf16",
@@ -335,7 +341,8 @@ def _(s):
 
 @case("linear_cross_entropy")
 def _(s):
-    product, std = 2 * s.tokens * s.width * s.vocab, 2 * s.width**-0.5
+    product = 2 * s.tokens * s.width * s.vocab
+    std = 2 * s.width**-0.5
     variants = beside("linear_cross_entropy", "linear_cross_entropy", cap=CAP)
     variants["stopwatch, fp8"] = Variant(
         ours("linear_cross_entropy", "fp8_linear_cross_entropy", cap=CAP),
@@ -381,7 +388,8 @@ def _(s):
 
         return FP8ReLU2MLP().to(x.device)
 
-    product, std = 2 * s.tokens * s.width * s.hidden, s.width**-0.5
+    product = 2 * s.tokens * s.width * s.hidden
+    std = s.width**-0.5
     mixed = {FORWARD: "fp8", BACKWARD: "bf16"}
     return Case(
         f"({s.tokens:,}, {s.width}), 2 x ({s.hidden:,}, {s.width}) bf16",
@@ -399,9 +407,8 @@ def _(s):
 def fp8_linear(s, n):
     product = 2 * s.tokens * s.width * n
     std = s.width**-0.5
-    scales = dict(
-        x_scale=6 / 448, w_scale=6 * std / 448, grad_scale=6 / 57344
-    )  # what is drawn stays below 6 sigma
+    # what is drawn stays below 6 sigma
+    scales = dict(x_scale=6 / 448, w_scale=6 * std / 448, grad_scale=6 / 57344)
     mixed = {FORWARD: "fp8", BACKWARD: "bf16"}
     return Case(
         f"({s.tokens:,}, {s.width}) x ({n:,}, {s.width}) bf16",
@@ -477,7 +484,8 @@ def matrices(s):
 
 
 def symmetric(n, m, k, add):
-    name, flops = "symmetric_matmul", n * m * (m + 1) * k  # the lower triangle's
+    name = "symmetric_matmul"
+    flops = n * m * (m + 1) * k  # the lower triangle's
     options = dict(alpha=-2.8, beta=4.0) if add else {}
     variants = dict(
         cuBLAS=Variant(ours(name, f"{name}_reference", **options)),
@@ -485,9 +493,8 @@ def symmetric(n, m, k, add):
     )
 
     def inputs(draw):
-        X = (
-            draw(n, k, m).mT if m < k else draw(n, m, k)
-        )  # the MLP's matrices are tall, and taken as their transposes
+        # the MLP's matrices are tall, and taken as their transposes
+        X = draw(n, k, m).mT if m < k else draw(n, m, k)
         return (X @ X.mT / k**0.5,) * 2 if add else (X,)
 
     return Case(f"{n} x ({m:,}, {k:,}) bf16", inputs, variants, {FORWARD: flops}, unit="FLOPs")
@@ -556,8 +563,8 @@ def _(s):
 
 
 def update(file, shape, inputs, work, call, torch_op=None):
-    """What the trainer compiles of optim/ on a GPU: call(the module, *inputs), with
-    the guard's ok last."""
+    """What the trainer compiles of optim/ on a GPU: call(the file as a module, *inputs), with the
+    guard's ok last."""
 
     def plain(*_):
         module = importlib.import_module(f"optim.{file}")
@@ -616,7 +623,8 @@ def _(s):
 
 @case("row_update", per_token=False)
 def _(s):
-    shape, n = (s.vocab, s.width), s.vocab * s.width
+    shape = (s.vocab, s.width)
+    n = s.vocab * s.width
     *hyper, shrink = on_cpu(1e-3, 0.95, 1e-10, 1 - 0.95**10, 1e-4)
     return update(
         "rows",
@@ -637,7 +645,8 @@ def _(s):
 @case("nesterov", per_token=False)
 def _(s):
     k, rows, cols = matrices(s)[1]
-    n, (momentum,) = k * rows * cols, on_cpu(0.95)
+    n = k * rows * cols
+    (momentum,) = on_cpu(0.95)
     return update(
         "muon",
         f"{k} x ({rows:,}, {cols}) bf16",
@@ -661,7 +670,8 @@ def _(s):
 
 def descend(s, balanced):
     shape = k, rows, cols = matrices(s)[1]
-    n, (lr, shrink) = k * rows * cols, on_cpu(1e-3, 1e-4)
+    n = k * rows * cols
+    (lr, shrink) = on_cpu(1e-3, 1e-4)
 
     def inputs(draw):
         of = shape if balanced else (n,)
@@ -723,36 +733,35 @@ def _(s):
 
 def documents(s):
     """Lengths of documents with FineWeb's spread, cut at max_doc_len and at the ends of rows."""
-    r, lengths = random.Random(0), []
+    r = random.Random(0)
+    lengths = []
     row = min(s.tokens, s.row_len)
     for _ in range(s.tokens // row):
         left = row
         while left:
-            lengths.append(
-                min(left, s.max_doc_len, max(1, int(s.max_doc_len * 0.2 * math.exp(r.gauss(0, 1)))))
-            )
+            drawn = int(s.max_doc_len * 0.2 * math.exp(r.gauss(0, 1)))
+            lengths.append(min(left, s.max_doc_len, max(1, drawn)))
             left -= lengths[-1]
     return lengths
 
 
 def attention(s, window):
     T = min(s.tokens, s.row_len)
-    B, H, D = s.tokens // T, s.heads, s.head_dim
+    B = s.tokens // T
+    H = s.heads
+    D = s.head_dim
     lengths = documents(s)
     pairs = sum(min(i, window) + 1 for n in lengths for i in range(n))
     scale = 1.36 * D**-0.5
 
     def inputs(draw):
         starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(INT32)
-        slots = (
-            B * (default_max_docs(T) + -(-T // s.max_doc_len)) + 1
-        )  # padded as by the loader: what a kernel
-        padding = max(
-            0, slots - len(starts)
-        )  # starts for documents that are not there is part of its time
-        return *(draw(B, T, H, D) for _ in range(3)), F.pad(
-            starts, (0, padding), value=s.tokens
-        ).to(draw.device)
+        # Padded as by the loader: what a kernel starts for documents that are not there is part of
+        # its time
+        slots = B * (default_max_docs(T) + -(-T // s.max_doc_len)) + 1
+        padding = max(0, slots - len(starts))
+        starts = F.pad(starts, (0, padding), value=s.tokens).to(draw.device)
+        return draw(B, T, H, D), draw(B, T, H, D), draw(B, T, H, D), starts
 
     def backend(name):
         def make(*_):

@@ -48,7 +48,8 @@ ABOUT = dict(
 
 def tensors_of(megabytes):
     """{name: CPU tensor} of about so many MB in random bits, which no file system can compress."""
-    rows, columns = 256, 1024
+    rows = 256
+    columns = 1024
     tensors = {}
     for i in range(max(1, round(megabytes * 1e6 / 8 / (rows * columns)))):  # 8 bytes an element
         bits = [torch.randint(-(2**15), 2**15, (rows, columns), dtype=torch.int16) for _ in "12"]

@@ -81,6 +81,7 @@ RECORD = Cost(
     fixed_ms=0.0,
     source="the public record on one H100 (11 layers x 768, FP8): 29 ms + 1.534 us per token",
 )
+LINKS = Links()
 TERMS = ("compute", "idle", "shared", "fixed", "communication")
 
 
@@ -151,7 +152,7 @@ def communication_ms(collectives, n, links):
     return total
 
 
-def step_ms(rows, row_len, n, cost, collectives, links=Links(), overlap=0.0):
+def step_ms(rows, row_len, n, cost, collectives, links=LINKS, overlap=0.0):
     """{term: ms} of a step; they sum to it."""
     tokens = rows * row_len / n  # of a rank, on average
     most = -(-rows // n) * row_len
@@ -246,8 +247,8 @@ def run(
     us_per_token=None,
     shared_ms=None,
     fixed_ms=None,
-    link=Links().link,
-    network=Links().network,
+    link=LINKS.link,
+    network=LINKS.network,
     overlap=0.0,
     dollars_per_gpu_hour=None,
     trainer_options=(),
@@ -322,7 +323,6 @@ def render(result):
 
 
 def add_arguments(parser):
-    links = Links()
     parser.option("--gpus", COUNT, 8, "N", "in a node")
     parser.option("--nodes", COUNT, 1, "N", "of them")
     about = "JSON of `./run.sh benchmarks trainer --tokens ...` on one rank"
@@ -337,9 +337,9 @@ def add_arguments(parser):
         "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, issue 326), A100 235 "
         "(NCCL's tuning.cc); PCIe 4 x16 is below 32"
     )
-    parser.option("--link", POSITIVE, links.link, "GB/S", about)
+    parser.option("--link", POSITIVE, LINKS.link, "GB/S", about)
     about = "network of each GPU between nodes: 400 Gb/s is 50"
-    parser.option("--network", POSITIVE, links.network, "GB/S", about)
+    parser.option("--network", POSITIVE, LINKS.network, "GB/S", about)
     about = "fraction of communication hidden behind the updates"
     parser.option("--overlap", FRACTION, 0.0, "F", about)
     parser.option("--dollars-per-gpu-hour", POSITIVE, None, "X", "price")

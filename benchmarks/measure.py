@@ -13,13 +13,15 @@ import gc
 import math
 import multiprocessing
 import os
-import sys
 import time
 
 import torch
 
 from benchmarks import timing
 from benchmarks.cases import BF16, BOTH, CASES, FORWARD, GPT2_SMALL, INFERENCE, Draw
+from benchmarks.report import say
+
+PROCESSES = 16  # at most, one after the other
 
 
 class Lost(Exception):
@@ -58,8 +60,28 @@ def one_line(e):
     return f"{type(e).__name__}: {' '.join(str(e).split())}"[:240].rstrip(": ")
 
 
+def failure(case, tokens, error, direction=None, variant=None):
+    """The row of what was not measured."""
+    return dict(case=case, tokens=tokens, direction=direction, variant=variant, error=error)
+
+
+# --- one case
+
+
 def tensors(x):
-    return [t for t in (x if isinstance(x, (tuple, list)) else [x]) if isinstance(t, torch.Tensor)]
+    """The tensors of what a function returned."""
+    if not isinstance(x, tuple | list):
+        x = [x]
+    return [t for t in x if isinstance(t, torch.Tensor)]
+
+
+def with_gradient(outputs):
+    return [y for y in tensors(outputs) if y.requires_grad]
+
+
+def backward(case, outputs, inputs, upstream, retain):
+    leaves = [inputs[i] for i in case.leaves]
+    return torch.autograd.grad(outputs, leaves, upstream, retain_graph=retain)
 
 
 def results_of(case, fn, inputs, upstream, draw):
@@ -70,25 +92,14 @@ def results_of(case, fn, inputs, upstream, draw):
     """
     if case.mutates:
         inputs = [x.clone() for x in inputs]
-    outputs, gradients = tensors(fn(*inputs)), ()
+    results = tensors(fn(*inputs))
     if case.leaves:
-        upstream += [draw.like(y) for y in with_gradient(outputs)[len(upstream) :]]
-        gradients = backward(case, with_gradient(outputs), inputs, upstream, retain=False)
-    return [
-        x.detach()
-        for x in (*outputs, *gradients, *(inputs if case.mutates else ()))
-        if x.is_floating_point() and x.numel()
-    ]
-
-
-def backward(case, outputs, inputs, upstream, retain):
-    return torch.autograd.grad(
-        outputs, [inputs[i] for i in case.leaves], upstream, retain_graph=retain
-    )
-
-
-def with_gradient(outputs):
-    return [y for y in tensors(outputs) if y.requires_grad]
+        outputs = with_gradient(results)
+        upstream += [draw.like(y) for y in outputs[len(upstream) :]]
+        results += backward(case, outputs, inputs, upstream, retain=False)
+    if case.mutates:
+        results += inputs
+    return [x.detach() for x in results if x.is_floating_point() and x.numel()]
 
 
 def compare(results, reference, tolerance):
@@ -99,7 +110,8 @@ def compare(results, reference, tolerance):
     worst = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
     if not worst <= tolerance:
         raise ValueError(
-            f"wrong: result {errors.index(worst)} is {worst:.2g} off the reference, {tolerance:g} allowed"
+            f"wrong: result {errors.index(worst)} is {worst:.2g} off the reference, "
+            f"{tolerance:g} allowed"
         )
     return worst
 
@@ -108,33 +120,31 @@ class Measurement:
     """One case on one machine: rows collects what was measured and what went wrong."""
 
     def __init__(self, name, case, tokens, machine, tell, broken, launched):
-        self.name, self.case, self.tokens, self.machine = name, case, tokens, machine
-        self.tell, self.broken, self.launched = tell, broken, launched
-        self.rows, self.fns, self.difference = [], {}, {}
+        self.name = name
+        self.case = case
+        self.tokens = tokens
+        self.machine = machine
+        self.tell = tell
+        self.broken = broken
+        self.launched = launched
+        self.rows = []
+        self.fns = {}  # variant -> its function, where it is right
+        self.difference = {}  # variant -> its relative error
         self.draw = Draw(machine.device)
+
+        # As many sets of inputs as no cache can hold
         self.sets = [case.inputs(self.draw)]
-        bytes_per_set = sum(
-            {x.data_ptr(): x.numel() * x.element_size() for x in self.sets[0]}.values()
-        )
-        self.sets += [
-            case.inputs(self.draw)
-            for _ in range(timing.sets_needed(bytes_per_set, machine.cache_bytes) - 1)
-        ]
+        sizes = {x.data_ptr(): x.numel() * x.element_size() for x in self.sets[0]}
+        sets = timing.sets_needed(sum(sizes.values()), machine.cache_bytes)
+        for _ in range(sets - 1):
+            self.sets.append(case.inputs(self.draw))
         self.upstream = [[] for _ in self.sets]
         for inputs in self.sets:
             for i in case.leaves:
                 inputs[i].requires_grad_()
 
     def failed(self, variant, direction, e):
-        self.rows.append(
-            dict(
-                case=self.name,
-                tokens=self.tokens,
-                direction=direction,
-                variant=variant,
-                error=one_line(e),
-            )
-        )
+        self.rows.append(failure(self.name, self.tokens, one_line(e), direction, variant))
 
     def attempt(self, variant, direction, what, fn, *args):
         """fn(*args), or None and a row that says why not."""
@@ -151,7 +161,8 @@ class Measurement:
 
     def compare(self):
         """Make every variant and hold it against the reference; fns has those that are right."""
-        case, self.reference = self.case, None
+        case = self.case
+        self.reference = None
 
         def prepare(variant, v):
             fn = v.make(*self.sets[0])
@@ -164,23 +175,22 @@ class Measurement:
 
         with torch.set_grad_enabled(bool(case.leaves)):
             for variant, v in case.variants.items():
-                fn = (
-                    None
-                    if variant in self.broken
-                    else self.attempt(variant, None, "comparing", prepare, variant, v)
-                )
-                if fn is not None:
-                    self.fns[variant] = fn
+                if variant not in self.broken:
+                    fn = self.attempt(variant, None, "comparing", prepare, variant, v)
+                    if fn is not None:
+                        self.fns[variant] = fn
         del self.reference
         for upstream in self.upstream[1:]:
             upstream += [self.draw.like(dy) for dy in self.upstream[0]]
         self.machine.clean()
 
     def sampler(self, variant, direction, pool):
-        v, clock = self.case.variants[variant], self.machine.clock
+        """What times a variant: a graph of calls, or the calls where they cannot be captured."""
+        v = self.case.variants[variant]
         call = call_of(self.case, self.fns[variant], self.sets, self.upstream, direction)
-        s = timing.Sampler(call, len(self.sets), clock)
-        if v.graph and pool and variant not in self.launched and not timing.synchronizes(call):
+        s = timing.Sampler(call, len(self.sets), self.machine.clock)
+        captured = v.graph and pool and variant not in self.launched
+        if captured and not timing.synchronizes(call):
             self.tell(variant, f"capturing {direction}")
             try:
                 s.capture(pool)
@@ -190,22 +200,18 @@ class Measurement:
         return s
 
     def time(self, direction):
-        pool = torch.cuda.graph_pool_handle() if self.machine.graphs else None
+        """A row for each variant that is right, in one direction."""
+        machine = self.machine
+        pool = torch.cuda.graph_pool_handle() if machine.graphs else None
+        samplers = {}
         with torch.set_grad_enabled(bool(self.case.leaves) and direction != INFERENCE):
-            samplers = {
-                v: self.attempt(v, direction, direction, self.sampler, v, direction, pool)
-                for v in self.fns
-            }
-            samplers = {v: s for v, s in samplers.items() if s is not None}
-            timed = self.attempt(
-                None,
-                direction,
-                direction,
-                timing.interleaved,
-                samplers,
-                self.machine.clock,
-                self.machine.seconds,
-            )
+            for variant in self.fns:
+                args = (self.sampler, variant, direction, pool)
+                s = self.attempt(variant, direction, direction, *args)
+                if s is not None:
+                    samplers[variant] = s
+            args = (timing.interleaved, samplers, machine.clock, machine.seconds)
+            timed = self.attempt(None, direction, direction, *args)
         samples, errors = timed or ({}, {})
         for variant, e in errors.items():
             self.failed(variant, direction, e)
@@ -213,11 +219,14 @@ class Measurement:
             self.rows.append(self.row(variant, direction, timing.summary(times), samplers[variant]))
 
     def row(self, variant, direction, times, sampler):
-        case, v = self.case, self.case.variants[variant]
+        case = self.case
+        v = case.variants[variant]
         work = v.work.get(direction, case.work[direction])
         rate = v.rate or ("copy" if case.unit == "bytes" else "bf16")
-        rate = rate.get(direction) if isinstance(rate, dict) else rate
-        per_second, of = work / times["median_us"] * 1e6, self.machine.rates.get(rate)
+        if isinstance(rate, dict):
+            rate = rate.get(direction)
+        per_second = work / times["median_us"] * 1e6
+        most = self.machine.rates.get(rate)
         return dict(
             case=self.name,
             shape=case.shape,
@@ -232,15 +241,15 @@ class Measurement:
             work=work,
             per_second=per_second,
             rate=rate,
-            share=per_second / of if of else None,
+            share=per_second / most if most else None,
         )
 
 
 def measure(name, case, tokens, machine, tell=lambda variant, what: None, broken=(), launched=()):
-    """All variants of a case in all directions -> rows. broken: variants to leave out; launched:
-    not to be captured.
+    """All variants of a case in all directions -> rows.
 
-    tell(variant, what) is called before anything that may not return. Raises Lost and Uncaptured.
+    broken: variants to leave out; launched: not to be captured; tell(variant, what): called before
+    anything that may not return. Raises Lost and Uncaptured.
     """
     begin = time.perf_counter()
     m = Measurement(name, case, tokens, machine, tell, broken, launched)
@@ -248,7 +257,7 @@ def measure(name, case, tokens, machine, tell=lambda variant, what: None, broken
     for direction in case.work:
         m.time(direction)
         machine.clean()
-    print(f"{name}, {tokens:,} tokens: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    say(f"{name}, {tokens:,} tokens: {time.perf_counter() - begin:.1f} s")
     return m.rows
 
 
@@ -260,10 +269,13 @@ def call_of(case, fn, sets, upstream, direction):
         return lambda i: fn(*plain[i])
     if direction == FORWARD:
         return lambda i: fn(*sets[i])
+
+    def both(i):
+        outputs = with_gradient(fn(*sets[i]))
+        return backward(case, outputs, sets[i], upstream[i], retain=False)
+
     if direction == BOTH:
-        return lambda i: backward(
-            case, with_gradient(fn(*sets[i])), sets[i], upstream[i], retain=False
-        )
+        return both
     outputs = [with_gradient(fn(*inputs)) for inputs in sets]
     return lambda i: backward(case, outputs[i], sets[i], upstream[i], retain=True)
 
@@ -282,10 +294,10 @@ def measured_rates(machine, n=8192, elements=2**30):
     """{"copy": bytes/s, "bf16": FLOP/s, "fp8": FLOP/s} of a copy and of n x n products; None for
     what fails.
 
-    Under the clock that the ops are under. records.machine_probe, in the trainer, takes the host's
-    and so measures less.
+    Under the clock that the ops are under; runtime.environment.machine_probe, in the trainer, takes
+    the host's and so measures less.
     """
-    draw, rates = Draw(machine.device), {}
+    draw = Draw(machine.device)
 
     def copy():
         x = draw(elements if machine.memory_bytes > 16e9 else elements // 4)
@@ -293,16 +305,18 @@ def measured_rates(machine, n=8192, elements=2**30):
         return lambda i: y.copy_(x), 2 * x.numel() * x.element_size()
 
     def bf16():
-        a, b = draw(n, n), draw(n, n)
+        a = draw(n, n)
+        b = draw(n, n)
         return lambda i: a @ b, 2 * n**3
 
     def fp8():
-        a, b = (draw(n, n, dtype=torch.float8_e4m3fn) for _ in range(2))
+        a = draw(n, n, dtype=torch.float8_e4m3fn)
+        b = draw(n, n, dtype=torch.float8_e4m3fn)
+        options = dict(out_dtype=BF16, use_fast_accum=True)
         one = torch.ones((), device=machine.device)
-        return lambda i: torch._scaled_mm(
-            a, b.t(), one, one, out_dtype=BF16, use_fast_accum=True
-        ), 2 * n**3
+        return lambda i: torch._scaled_mm(a, b.t(), one, one, **options), 2 * n**3
 
+    rates = {}
     for name, make in dict(copy=copy, bf16=bf16, fp8=fp8).items():
         try:
             call, work = make()
@@ -312,9 +326,9 @@ def measured_rates(machine, n=8192, elements=2**30):
                 raise failed[name]
             rates[name] = work / timing.summary(samples[name])["median_us"] * 1e6
         except Exception as e:
-            print(f"rate of {name}: {one_line(e)}", file=sys.stderr)
+            say(f"rate of {name}: {one_line(e)}")
             rates[name] = None
-        call = sampler = None
+        call = sampler = None  # their tensors are large
         machine.clean()
     return rates
 
@@ -331,38 +345,36 @@ def try_a_graph(machine):
         raise Uncaptured(one_line(e)) from None
 
 
-# --------------------------------------------------------------------------------------------------
-# The process that works and the one that watches
+# --- the process that works and the one that watches
 
 
 def work(plan, broken, launched, graphs, deadline, connection):
     """The process that works: measure [(name, tokens), ...] on the GPU; what happens goes into
     the connection."""
+    send = connection.send
     try:
-        connection.send(
-            dict(kind="at", item=None, variant=None, what="measuring the machine's rates")
-        )
+        send(dict(kind="at", item=None, variant=None, what="measuring the machine's rates"))
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one
         from torch._functorch import config as functorch_config
 
         # compiled backward passes are run many times over
         functorch_config.donated_buffer = False
         machine = Machine(
-            torch.device("cuda"),
-            timing.CudaClock(),
-            torch.cuda.get_device_properties(0).L2_cache_size,
-            torch.cuda.mem_get_info()[0],
-            graphs,
+            device=torch.device("cuda"),
+            clock=timing.CudaClock(),
+            cache_bytes=torch.cuda.get_device_properties(0).L2_cache_size,
+            memory_bytes=torch.cuda.mem_get_info()[0],
+            graphs=graphs,
         )
         machine.rates = measured_rates(machine)
         if graphs:
             try_a_graph(machine)
-        connection.send(dict(kind="rates", rates=machine.rates))
-        work_off(plan, broken, launched, machine, deadline, connection.send)
-        connection.send(dict(kind="rates", rates=measured_rates(machine)))  # again, to see a drift
-        connection.send(dict(kind="end"))
+        send(dict(kind="rates", rates=machine.rates))
+        work_off(plan, broken, launched, machine, deadline, send)
+        send(dict(kind="rates", rates=measured_rates(machine)))  # again, to see a drift
+        send(dict(kind="end"))
     except (Lost, Uncaptured) as e:
-        connection.send(dict(kind=type(e).__name__.lower(), error=str(e)))
+        send(dict(kind=type(e).__name__.lower(), error=str(e)))
         connection.close()
         os._exit(1)  # leaving in order would wait for the device
 
@@ -381,24 +393,18 @@ def work_off(plan, broken, launched, machine, deadline, send, size=GPT2_SMALL):
         try:
             tell(None, "building")
             torch._dynamo.reset()
-            case, fitting = fit(CASES[name][0], size._replace(tokens=tokens), machine.memory_bytes)
-            rows = measure(
-                name, case, fitting, machine, tell, broken.get(name, ()), launched.get(name, ())
-            )
+            build, _ = CASES[name]
+            case, fitting = fit(build, size._replace(tokens=tokens), machine.memory_bytes)
+            left_out = broken.get(name, ())
+            rows = measure(name, case, fitting, machine, tell, left_out, launched.get(name, ()))
             if fitting != tokens:
-                rows.append(
-                    dict(
-                        case=name,
-                        tokens=tokens,
-                        direction=None,
-                        variant=None,
-                        error=f"too many for {machine.memory_bytes / 1e9:.0f} GB: measured with {fitting:,}",
-                    )
-                )
+                memory = f"{machine.memory_bytes / 1e9:.0f} GB"
+                error = f"too many for {memory}: measured with {fitting:,}"
+                rows.append(failure(name, tokens, error))
         except (Lost, Uncaptured):
             raise
         except Exception as e:
-            rows = [dict(case=name, tokens=tokens, direction=None, variant=None, error=one_line(e))]
+            rows = [failure(name, tokens, one_line(e))]
         case = None
         send(dict(kind="rows", item=(name, tokens), rows=rows))
         machine.clean()
@@ -408,82 +414,89 @@ def work_off(plan, broken, launched, machine, deadline, send, size=GPT2_SMALL):
 def supervise(
     plan, deadline, *, worker=work, start="spawn", silence=75.0, saw=lambda rows, rates: None
 ):
-    """Have the plan worked off in a process of its own, in another one where that dies or hangs ->
-    (rows, rates).
+    """Have the plan worked off in a process of its own, in another one where that dies or hangs.
 
-    silence: seconds without a sign of life after which it counts as hanging. saw(rows, rates):
-    called on news.
+    silence: seconds without a sign of life after which it counts as hanging; saw(rows, rates):
+    called on news. Returns (rows, rates).
     """
     context = multiprocessing.get_context(start)  # CUDA does not survive a fork
-    rows, rates, left, graphs = [], [], list(plan), True
-    broken, launched = (
-        collections.defaultdict(set),
-        collections.defaultdict(set),
-    )  # names of cases -> variants
+    rows = []
+    rates = []
+    left = list(plan)
+    graphs = True
+    broken = collections.defaultdict(set)  # name of a case -> variants to leave out
+    launched = collections.defaultdict(set)  # the same, not to be captured
     reason = "out of time"
-    for _ in range(16):  # processes
+
+    def news(message):
+        if message["kind"] == "rates":
+            rates.append(message["rates"])
+        elif message["kind"] == "rows":
+            rows.extend(message["rows"])
+            left.remove(message["item"])
+            saw(rows, rates)
+
+    for _ in range(PROCESSES):
         if not left or time.time() > deadline:
             break
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(
-            target=worker, args=(left[:], dict(broken), dict(launched), graphs, deadline, sender)
-        )
-        process.start()
-        sender.close()
-        at, message = dict(item=None, variant=None, what="starting"), {}
-        reason = "out of time"
-        try:
-            while message.get("kind") not in ("end", "lost", "uncaptured"):
-                patience = min(silence, deadline + 30 - time.time())
-                if patience < 0 or not receiver.poll(patience):
-                    reason = f"no answer in {silence:g} s" if patience == silence else "out of time"
-                    break
-                message = receiver.recv()
-                if message["kind"] == "at":
-                    at = message
-                elif message["kind"] == "rates":
-                    rates.append(message["rates"])
-                elif message["kind"] == "rows":
-                    rows += message["rows"]
-                    left.remove(message["item"])
-                    saw(rows, rates)
-                else:
-                    reason = message.get("error", "out of time")
-        except (EOFError, OSError):
-            process.join(5)
-            reason = f"the process died, exit status {process.exitcode}"
-        finally:
-            process.join(5 if message.get("kind") == "end" else 0)
-            process.kill()
-            process.join()
-        if message.get("kind") == "end":
+        args = (left[:], dict(broken), dict(launched), graphs, deadline)
+        ended, at, reason = watch(context, worker, args, deadline, silence, news)
+        if ended == "end":
             break
-        item, variant = at["item"], at["variant"]
-        print(f"{item or 'start'}, {variant}, {at['what']}: {reason}", file=sys.stderr)
-        if message.get("kind") == "uncaptured" and item:
+        item = at["item"]
+        variant = at["variant"]
+        say(f"{item or 'start'}, {variant}, {at['what']}: {reason}")
+        if ended == "uncaptured" and item:
             launched[item[0]].add(variant)
-        elif message.get("kind") == "uncaptured" and graphs:
+        elif ended == "uncaptured" and graphs:
             graphs = False
         elif item is None:
             break
         else:
-            rows.append(
-                dict(
-                    case=item[0],
-                    tokens=item[1],
-                    direction=None,
-                    variant=variant,
-                    error=f"{at['what']}: {reason}",
-                )
-            )
+            rows.append(failure(*item, f"{at['what']}: {reason}", variant=variant))
             if variant is None:
                 left.remove(item)
             else:
                 broken[item[0]].add(variant)
             saw(rows, rates)
-    rows += [
-        dict(case=name, tokens=tokens, direction=None, variant=None, error=f"not run: {reason}")
-        for name, tokens in left
-    ]
+    rows += [failure(name, tokens, f"not run: {reason}") for name, tokens in left]
     saw(rows, rates)
     return rows, rates
+
+
+def watch(context, worker, args, deadline, silence, news):
+    """One process that works, to its end; news(message) is called for what it sends.
+
+    Returns (the kind of its last message, or None where it died or went silent, what it was at,
+    the reason of its end).
+    """
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=worker, args=(*args, sender))
+    process.start()
+    sender.close()
+    at = dict(item=None, variant=None, what="starting")
+    ended = None
+    reason = "out of time"
+    try:
+        while ended is None:
+            patience = min(silence, deadline + 30 - time.time())
+            if patience < 0 or not receiver.poll(patience):
+                if patience == silence:
+                    reason = f"no answer in {silence:g} s"
+                break
+            message = receiver.recv()
+            if message["kind"] == "at":
+                at = message
+            elif message["kind"] in ("end", "lost", "uncaptured"):
+                ended = message["kind"]
+                reason = message.get("error", reason)
+            else:
+                news(message)
+    except (EOFError, OSError):
+        process.join(5)
+        reason = f"the process died, exit status {process.exitcode}"
+    finally:
+        process.join(5 if ended == "end" else 0)
+        process.kill()
+        process.join()
+    return ended, at, reason

@@ -1,9 +1,8 @@
 """What every Triton kernel takes of a chip: registers, spilled bytes, shared memory, and which
 instructions it uses.
 
-    python -m benchmarks resources              print the table as JSON, and say what differs from
-    the committed one python -m benchmarks resources --write      write
-    benchmarks/results/kernel_resources.{json,md}
+    ./run.sh benchmarks resources           the table, and what differs from the committed one
+    ./run.sh benchmarks resources --write   replace benchmarks/results/kernel_resources.{json,md}
 
 Needs no GPU. Kernels are compiled through their real launchers, from meta tensors with the shapes
 of the tracks, for A100 (sm_80), L40S and 4090 (sm_89), H100 and H200 (sm_90a), B200 (sm_100a), and
@@ -13,25 +12,27 @@ assembled by Triton's ptxas.
 import collections
 import importlib
 import json
-import pathlib
 import re
 import subprocess
-import sys
 import tempfile
 import types
+from pathlib import Path
 
 import torch
 
+from benchmarks import report
+from benchmarks.report import document, say
 from kernels import launch
 
 ARCH = {80: "sm_80", 89: "sm_89", 90: "sm_90a", 100: "sm_100a"}
-SHARED_LIMIT = {
-    80: 163 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-}  # bytes a block can have
-TOKENS, WIDTH, HIDDEN, VOCAB = 49152, 768, 3072, 50304  # gpt2-small, last stage
+# bytes of shared memory that a block can have
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+COMMITTED = Path(__file__).parent / "results/kernel_resources.json"
+# gpt2-small's shapes, in its last stage
+TOKENS = 49152
+WIDTH = 768
+HIDDEN = 3072
+VOCAB = 50304
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -51,7 +52,8 @@ def case(name, oldest=80):
 def _():
     op = importlib.import_module("kernels.rms_norm")
 
-    x, rstd = meta(TOKENS, WIDTH), meta(TOKENS, dtype=torch.float32)
+    x = meta(TOKENS, WIDTH)
+    rstd = meta(TOKENS, dtype=torch.float32)
     op.launch_forward(x, None, None, 1e-6)
     op.launch_backward(x, None, x, None, rstd)
 
@@ -60,7 +62,9 @@ def _():
 def _():
     op = importlib.import_module("kernels.rms_norm")
 
-    x, w, rstd = meta(TOKENS, WIDTH), meta(WIDTH), meta(TOKENS, dtype=torch.float32)
+    x = meta(TOKENS, WIDTH)
+    w = meta(WIDTH)
+    rstd = meta(TOKENS, dtype=torch.float32)
     op.launch_forward(x, x, w, 1e-6)
     op.launch_backward(x, x, x, w, rstd)
 
@@ -69,7 +73,9 @@ def _():
 def _():
     from kernels import mlp_kernels as op
 
-    x, w, post = meta(TOKENS, WIDTH), meta(2, HIDDEN, WIDTH)[1], meta(TOKENS, HIDDEN)
+    x = meta(TOKENS, WIDTH)
+    w = meta(2, HIDDEN, WIDTH)[1]
+    post = meta(TOKENS, HIDDEN)
     op.launch_linear_relu2(x, w)
     op.launch_linear_relu2(x, w, post)
 
@@ -78,7 +84,9 @@ def _():
 def _():
     from kernels import mlp_kernels as op
 
-    x, w, post = meta(TOKENS, 100), meta(300, 100), meta(TOKENS, 300)
+    x = meta(TOKENS, 100)
+    w = meta(300, 100)
+    post = meta(TOKENS, 300)
     op.launch_linear_relu2(x, w)
     op.launch_linear_relu2(x, w, post)
 
@@ -96,8 +104,10 @@ def _():
 def _():
     op = importlib.import_module("kernels.qk_norm_rope")
 
-    H, D = 6, 128
-    qkv, cos = meta(3, TOKENS // 3, 3 * H, D), meta(TOKENS // 3, 1, D // 2)
+    H = 6
+    D = 128
+    qkv = meta(3, TOKENS // 3, 3 * H, D)
+    cos = meta(TOKENS // 3, 1, D // 2)
     q, k, v = qkv.split(H, dim=2)
     dq, dk = op.launch_forward(q, k, cos, cos, 1e-6)
     op.launch_backward(dq, dk, dq, q, k, cos, cos, 1e-6, *torch.empty_like(qkv).split(H, dim=2))
@@ -127,7 +137,8 @@ def _():
 def _():
     from kernels.symmetric_matmul import launch_symmetric_matmul
 
-    square, tall = meta(48, WIDTH, WIDTH), meta(24, HIDDEN, WIDTH)
+    square = meta(48, WIDTH, WIDTH)
+    tall = meta(24, HIDDEN, WIDTH)
     launch_symmetric_matmul(square, None, 1.0, 0.0)
     launch_symmetric_matmul(square, square, 0.5, -2.7)
     launch_symmetric_matmul(tall.mT, None, 1.0, 0.0)
@@ -136,7 +147,8 @@ def _():
 def cross_entropy(gradient, cap=(23.0, 5.0, 7.5), targets=1, config=None, sampled=0):
     from kernels import cross_entropy_kernels as op
 
-    logits, y = meta(TOKENS, sampled or VOCAB), meta(TOKENS, targets, dtype=torch.int64)
+    logits = meta(TOKENS, sampled or VOCAB)
+    y = meta(TOKENS, targets, dtype=torch.int64)
     weights = meta(targets, dtype=torch.float32) if targets > 1 else None
     dlogits = None if gradient is None else meta(*logits.shape, dtype=gradient)
     fp8_scale = meta(dtype=torch.float32) if gradient == torch.float8_e5m2 else None
@@ -203,7 +215,8 @@ class offline:
     collects them."""
 
     def __init__(self, capability):
-        self.capability, self.compiled = capability, []
+        self.capability = capability
+        self.compiled = []
 
     def __enter__(self):
         from triton.backends.compiler import GPUTarget
@@ -217,8 +230,10 @@ class offline:
             get_current_stream=lambda device=None: 0,
             get_active_torch_device=lambda: torch.device("cpu"),
         )
-        self.driver, self.active = driver, driver._active
-        self.jit, self.run = JITFunction, JITFunction.run
+        self.driver = driver
+        self.active = driver._active
+        self.jit = JITFunction
+        self.run = JITFunction.run
         driver.set_active(stub)
 
         def run(fn, *args, grid, warmup=False, **kwargs):
@@ -238,27 +253,17 @@ def measure(kernel, capability):
     """Assemble a compiled kernel; returns its row of the table."""
     import triton
 
-    bin = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
     ptx = kernel.asm["ptx"]
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas /= "ptxas" if capability < 100 else "ptxas-blackwell"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
         f.write(ptx)
         f.flush()
-        assembled = subprocess.run(
-            [
-                bin / ("ptxas" if capability < 100 else "ptxas-blackwell"),
-                "-v",
-                f"-arch={ARCH[capability]}",
-                f.name,
-                "-o",
-                "/dev/null",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        command = [ptxas, "-v", f"-arch={ARCH[capability]}", f.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
     def number(pattern):
-        return sum(map(int, re.findall(pattern, assembled.stderr)))
+        return sum(map(int, re.findall(pattern, said)))
 
     return dict(
         kernel=kernel.metadata.name,
@@ -279,22 +284,21 @@ def table(capability):
     assert not launch.INTERPRETED, "TRITON_INTERPRET=1 leaves nothing to compile; unset it"
     rows = []
     for name, (oldest, launch_case) in CASES.items():
-        if capability >= oldest:
-            with offline(capability) as compiled:
-                launch_case()
-            seen = collections.Counter()
-            for kernel in compiled:
-                row = measure(kernel, capability)
-                seen[row["kernel"]] += 1
-                if seen[row["kernel"]] > 1:
-                    row["kernel"] += f" #{seen[row['kernel']]}"
-                rows.append(dict(case=name) | row)
+        if capability < oldest:
+            continue
+        with offline(capability) as compiled:
+            launch_case()
+        seen = collections.Counter()
+        for kernel in compiled:
+            row = measure(kernel, capability)
+            seen[row["kernel"]] += 1
+            if seen[row["kernel"]] > 1:
+                row["kernel"] += f" #{seen[row['kernel']]}"
+            rows.append(dict(case=name) | row)
     return rows
 
 
 # --- the committed table
-
-COMMITTED = pathlib.Path(__file__).parent / "results/kernel_resources.json"
 
 
 def worse(rows, committed):
@@ -307,53 +311,50 @@ def worse(rows, committed):
         name = f"{row['case']}: {row['kernel']} on {row['arch']}"
         if old is None:
             lines.append(f"{name}: not in the table")
+            continue
         for what in ("registers", "spilled", "shared"):
-            if old and row[what] > old[what]:
+            if row[what] > old[what]:
                 lines.append(f"{name}: {row[what]} {what}, {old[what]} in the table")
     return lines
 
 
+def cell(row):
+    """What a kernel takes of one chip, in the table."""
+    parts = [f"{row['registers']} r"]
+    if row["shared"]:
+        parts.append(f"{row['shared'] / 1024:.1f} KB")
+    if row["spilled"]:
+        parts.append(f"{row['spilled']} B spilled")
+    parts.append(f"{row['warps']} w")
+    marks = dict(wgmma="W", tcgen05="5", bulk_copies="B")
+    uses = "".join(mark for what, mark in marks.items() if row[what])
+    if uses:
+        parts.append(f"**{uses}**")
+    return ", ".join(parts)
+
+
 def render(result):
     """The table in Markdown: a line for each kernel, a column for each chip."""
-    lines = [
-        "# What each kernel takes of a chip",
-        "",
-        f"Compiled for the shapes of `gpt2-small` by Triton {result['triton']} and its ptxas; nothing here was run. "
-        "Registers per thread, shared memory of a block, bytes spilled if any, warps; **W** wgmma, **5** tcgen05, "
-        "**B** bulk tensor copies. Made by `python -m benchmarks resources --write`.",
-        "",
-        "| op | kernel | " + " | ".join(ARCH.values()) + " |",
-        "|---|---|" + "---|" * len(ARCH),
-    ]
     cells = collections.defaultdict(dict)
     for r in result["rows"]:
-        uses = "".join(
-            mark
-            for mark, what in (("W", "wgmma"), ("5", "tcgen05"), ("B", "bulk_copies"))
-            if r[what]
-        )
-        cells[r["case"], r["kernel"]][r["arch"]] = ", ".join(
-            filter(
-                None,
-                (
-                    f"{r['registers']} r",
-                    f"{r['shared'] / 1024:.1f} KB" if r["shared"] else "",
-                    f"{r['spilled']} B spilled" if r["spilled"] else "",
-                    f"{r['warps']} w",
-                    f"**{uses}**" if uses else "",
-                ),
-            )
-        )
+        cells[r["case"], r["kernel"]][r["arch"]] = cell(r)
+    rows = []
     for (name, kernel), row in cells.items():
-        lines.append(
-            f"| {name} | `{kernel}` | " + " | ".join(row.get(a, "–") for a in ARCH.values()) + " |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([name, f"`{kernel}`", *(row.get(arch, "–") for arch in ARCH.values())])
+    return document(
+        "# What each kernel takes of a chip",
+        f"Compiled for the shapes of `gpt2-small` by Triton {result['triton']} and its ptxas; "
+        "nothing here was run. Registers per thread, shared memory of a block, bytes spilled if "
+        "any, warps; **W** wgmma, **5** tcgen05, **B** bulk tensor copies. Made by "
+        "`./run.sh benchmarks resources --write`.",
+        report.table(["op", "kernel", *ARCH.values()], rows),
+    )
 
 
 def add_arguments(parser):
-    parser.add_argument("--write", action="store_true", help="replace the committed table")
-    parser.add_argument("--chip", type=int, choices=ARCH, help="this one only (default: all)")
+    parser.flag("--write", "replace the committed table")
+    about = "this one only, 80, 89, 90 or 100; all by default"
+    parser.add_argument("--chip", type=int, choices=ARCH, help=about)
 
 
 def run(write=False, chip=None):
@@ -362,17 +363,16 @@ def run(write=False, chip=None):
 
     rows = []
     for capability in [chip] if chip else ARCH:
-        print(f"compiling {len(CASES)} cases for {ARCH[capability]} ...", file=sys.stderr)
+        say(f"compiling {len(CASES)} cases for {ARCH[capability]} ...")
         rows += table(capability)
     result = dict(triton=triton.__version__, rows=rows)
     if write:
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        text = f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n'
         COMMITTED.parent.mkdir(exist_ok=True)
-        COMMITTED.write_text(
-            '{"triton": "%s", "rows": [\n%s\n]}\n'
-            % (triton.__version__, ",\n".join(json.dumps(r) for r in rows))
-        )
+        COMMITTED.write_text(text)
         COMMITTED.with_suffix(".md").write_text(render(result))
     elif COMMITTED.exists():
         for line in worse(rows, json.loads(COMMITTED.read_text())["rows"]):
-            print(line, file=sys.stderr)
+            say(line)
     return result

@@ -105,7 +105,8 @@ class Sampler:
 
     def __init__(self, call, sets, clock):
         """call(i) works on the i-th set of inputs."""
-        self.calls, self.method = calls_needed(estimate(call, clock), sets), "launches"
+        self.calls = calls_needed(estimate(call, clock), sets)
+        self.method = "launches"
         self.run = lambda: rotate(call, sets, self.calls)
 
     def capture(self, pool):
@@ -122,7 +123,8 @@ class Sampler:
             graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"
         ):
             self.run()
-        self.run, self.method = graph.replay, "graph"
+        self.run = graph.replay
+        self.method = "graph"
 
 
 def synchronizes(call):
@@ -145,14 +147,17 @@ def interleaved(samplers, clock, seconds=0.5, least=5, most=30):
 
     A sampler that raises is left out from then on.
     """
-    samples, failed = {name: [] for name in samplers}, {}
-    rounds, done = least, -1  # the first round warms up, and shows how long one takes
+    samples = {name: [] for name in samplers}
+    failed = {}
+    rounds = least
+    done = -1  # the first round warms up, and shows how long one takes
     while done < rounds:
         names = [name for name in samplers if name not in failed]
         shift = done % len(names) if names else 0
         clock.wait()
         clock.backlog()
-        marks, begin = {}, clock.mark()
+        marks = {}
+        begin = clock.mark()
         for name in names[shift:] + names[:shift]:
             start = clock.mark()
             try:

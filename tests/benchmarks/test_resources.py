@@ -1,7 +1,8 @@
 """Every Triton kernel compiles for every chip, spills nothing on Hopper, fits, and takes no more
 than it did.
 
-Compiling needs Triton outside its interpreter, hence the processes.
+Compiling needs Triton outside its interpreter, hence the processes. It takes half a minute a chip,
+so that chips other than Hopper are for those who change a kernel: ./run.sh test -m slow.
 """
 
 import json
@@ -17,7 +18,13 @@ from benchmarks.resources import ARCH, CASES, COMMITTED, SHARED_LIMIT, render, w
 MATRIX_KERNELS = ("linear_relu2", "symmetric_matmul")  # kernels whose time is matrix products
 
 
-@pytest.fixture(scope="module", params=ARCH, ids=ARCH.values())
+CHIPS = [
+    pytest.param(chip, id=name, marks=[] if chip == 90 else pytest.mark.slow)
+    for chip, name in ARCH.items()
+]
+
+
+@pytest.fixture(scope="module", params=CHIPS)
 def rows(request, tmp_path_factory):
     pytest.importorskip("triton")
     env = os.environ | {
@@ -58,7 +65,7 @@ def test_matrix_kernels_use_the_tensor_cores_of_their_chip(rows):
 
 
 def test_nothing_got_worse(rows):
-    """If a change is worth it, run `python -m benchmarks resources --write` and commit the table
+    """If a change is worth it, run `./run.sh benchmarks resources --write` and commit it
     with it."""
     _, result = rows
     committed = json.loads(COMMITTED.read_text())

@@ -177,7 +177,7 @@ def test_synthetic_tokens(tmp_path):
     assert again.train[0].stat().st_mtime_ns == before
     assert vocabulary("stdlib", "bpe:4096") == 4096 and vocabulary("text", "bytes") == 257
     with pytest.raises(InputError, match="val_loss"):
-        dataset.tokenizer
+        _ = dataset.tokenizer
 
 
 # --- real steps
@@ -190,6 +190,8 @@ def tiny_options(tmp_path, monkeypatch):
     )  # run() sets it; back to what it was
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
     monkeypatch.setattr(subject, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(trainer, "WARM", 1)
+    monkeypatch.setattr(trainer, "PROFILED", 1)
     return options(
         tiny(write_text(tmp_path / "text.txt"), tmp_path, batch_tokens=(256, 512), sample_tokens=0)
     )
@@ -197,6 +199,9 @@ def tiny_options(tmp_path, monkeypatch):
 
 def test_a_schedules_stages(tiny_options, capsys):
     saved = []
+    c = subject.parse(tiny_options)
+    stages = subject.schedule(c)
+    model = Model(c.config.model, 257, 64)
     result = trainer.run(
         steps=2, trainer_options=tiny_options, save=lambda r: saved.append(len(r["stages"]))
     )
@@ -216,6 +221,9 @@ def test_a_schedules_stages(tiny_options, capsys):
             > 0
         )
         assert s["parts"]["communication"] == s["parts"]["gaps"] == 0 and s["passes"] == 1
+        stage = next(x for x in stages if x.rows * 32 == s["tokens"])
+        done = s["tokens_per_s"] * model.flops_per_token(stage.model)
+        assert s["peak_share"] == pytest.approx(done / result["peak_flops"])
         assert 0 < s["peak_share"] < 1 and s["peak_memory_bytes"] > 1e8
     assert result["fit"]["us_per_token"] is not None and json.loads(json.dumps(result)) == result
     text = trainer.render(result)
@@ -276,8 +284,8 @@ def test_every_kind_of_stage_is_entered_and_run(tiny_options, monkeypatch):
             "512",
         ],
     )
-    # 4 steps are 2 groups of 3; with 3 groups to warm up, one before and three in the profile
-    n = 3 * (3 + 2 + 1 + 3)
+    # 4 steps are 2 groups of 3; with one group to warm up, one before and one in the profile
+    n = 3 * (1 + 2 + 1 + 1)
     assert (
         seen
         == [(True, 2, [1.0, 0.5], 16, 256)] * n

@@ -1,7 +1,5 @@
-"""benchmarks/peers.py against two checkouts of a few lines that behave like nanoGPT and
-nanochat, and a trainer that behaves like ours: what is run in which order, what is read from it,
-and what happens when it cannot be run, on a text and on track laptop. The same for
-modded-nanogpt's stand-in, which prints such a log without a GPU."""
+"""benchmarks/peers: nanoGPT and nanochat against doubles of a few lines, on a text and on track
+laptop: what runs in which order, what is read from it, and what happens when it cannot run."""
 
 import dataclasses
 import itertools
@@ -13,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
 import pytest
 import torch
+from doubles import STAND_INS, calls, checkout
 from helpers import write_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,231 +21,18 @@ from hypothesis import strategies as st
 import data
 import runtime.corpus
 from base import InputError
-from benchmarks import peers, process, subject
+from benchmarks import peers, subject
 from benchmarks.__main__ import main
-from benchmarks.peers import common, modded
+from benchmarks.peers import common
 from benchmarks.peers import nanochat as chat
 from benchmarks.peers import nanogpt as gpt
-from records.runs import Point
-
-LOGITS = (
-    "((3 * x[..., None] + 5 * torch.arange({n})) % 7).float()"  # of what follows x: a bigram model
-)
-
-MODEL = f"""
-import torch
-class GPTConfig:
-    def __init__(self, **kw): self.__dict__.update(kw)
-class GPT(torch.nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.c, self.w = c, torch.nn.Parameter(torch.zeros(1000))
-    def forward(self, x, y):
-        assert not self.training and x.shape[1] == self.c.block_size and x.min() >= 0
-        logits = {LOGITS.format(n="self.c.vocab_size")} + 0 * self.w[0]
-        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
-"""
-
-PREPARE = """
-import os, numpy as np
-here = os.path.dirname(__file__)
-text = open(os.path.join(here, "input.txt")).read()
-ids = np.array(list(map(sorted(set(text)).index, text)), dtype=np.uint16)
-ids[int(len(ids) * 0.9):].tofile(os.path.join(here, "val.bin"))
-"""
-
-CALLED = """
-import os, sys
-with open(os.environ["CALLS"], "a") as f:
-    f.write(f"{name} {' '.join(sys.argv[1:])} gpu={os.environ['CUDA_VISIBLE_DEVICES']!r}\\n")
-"""
-
-# 40 ms a step, 900 where it validates or begins; as in nanoGPT, a checkpoint is only kept when
-# validation improves
-TRAIN = (
-    "name = 'nanogpt'"
-    + CALLED
-    + """
-options = dict(a[2:].split("=") for a in sys.argv[1:] if a.startswith("--"))
-steps, every, step = int(options["max_iters"]), int(options.get("eval_interval", 250)), 0
-print(f"Overriding: max_iters = {steps}")
-for step in range(steps + 1):
-    if step % every == 0:
-        print(f"step {step}: train loss 2.0000, val loss {3 - step / 100 if step < steps else 9:.4f}")
-    if options["compile"] == "True" and os.environ.get("NO_COMPILER"):
-        raise RuntimeError("no compiler")
-    print(f"iter {step}: loss 2.0000, time {900 if step % every == 0 else 40:.2f}ms, mfu 0.01%")
-if every < 1000 and not os.environ.get("NO_TORCH"):
-    import torch
-    os.makedirs("out-shakespeare-char")
-    args = dict(block_size=int(options["block_size"]), vocab_size=30)
-    torch.save(dict(model=dict(w=torch.ones(1000)), model_args=args, iter_num=steps - every),
-               "out-shakespeare-char/ckpt.pt")
-"""
-)
-
-DATASET = """
-import json, os
-DATA_DIR = os.path.join(os.environ["NANOCHAT_BASE_DIR"], "data")
-def documents(split):
-    name = sorted(os.listdir(DATA_DIR))[-1 if split == "val" else 0]
-    return json.load(open(os.path.join(DATA_DIR, name)))["text"]
-"""
-
-# a byte's id is not the byte; with more than 265 ids, two bytes that are the same are one token,
-# too
-TOKENIZER = """
-import os, re
-path = os.path.join(os.environ.get("NANOCHAT_BASE_DIR", ""), "vocab-size")
-class Tokenizer:
-    def __init__(self, pairs): self.pattern = re.compile(rb"(?s)(.)\\1|." if pairs else b"(?s).")
-    def encode(self, text):
-        return [1 + t[0] + 256 * (len(t) > 1) for t in (m[0] for m in self.pattern.finditer(text.encode()))]
-    def decode(self, ids):
-        return b"".join(bytes([(i - 1) % 256]) * (1 + (i > 256)) for i in ids).decode(errors="replace")
-    def get_bos_token_id(self): return 0
-def get_tokenizer(): return Tokenizer(int(open(path).read()) > 265)
-"""
-
-TOK_TRAIN = (
-    CALLED.replace("{name}", "tok_train").lstrip()
-    + """
-from nanochat.dataset import documents
-from nanochat.tokenizer import path
-options = dict(a[2:].split("=") for a in sys.argv[1:])
-assert max(map(len, documents("train"))) <= int(options["doc-cap"]) and len(documents("train")) < 9  # whole documents
-open(path, "w").write(options["vocab-size"])
-"""
-)
-
-CHECKPOINTS = f"""
-import json, os, torch
-from nanochat.tokenizer import get_tokenizer
-class Model(torch.nn.Module):
-    def __init__(self, uniform_at): super().__init__(); self.uniform_at = uniform_at
-    def forward(self, x, y):
-        assert (x[:, 0] == 0).all() and x.min() >= 0
-        logits = {LOGITS.format(n=600)} * (x.shape[1] != self.uniform_at)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
-def build_model(folder, step, device, phase):
-    meta = json.load(open(os.path.join(folder, f"meta_{{step:06d}}.json")))
-    return Model(int(os.environ.get("UNIFORM_AT", 0))).eval(), get_tokenizer(), meta
-"""
-
-BASE_TRAIN = (
-    "name = 'nanochat'"
-    + CALLED
-    + """
-import argparse, json
-from nanochat.dataset import documents
-from nanochat.tokenizer import get_tokenizer
-parser = argparse.ArgumentParser()
-for name in ("--device-type", "--depth", "--aspect-ratio", "--head-dim", "--window-pattern", "--max-seq-len",
-             "--device-batch-size", "--total-batch-size", "--num-iterations", "--eval-every", "--eval-tokens",
-             "--core-metric-every", "--sample-every", "--model-tag", "--matrix-lr"):
-    parser.add_argument(name)
-options = vars(parser.parse_args())
-steps, every, length = (int(options[name]) for name in ("num_iterations", "eval_every", "max_seq_len"))
-fed = {split: documents(split) for split in ("train", "val")}
-for split, texts in fed.items():  # what its loader likes: full rows
-    sizes = [len(get_tokenizer().encode(text)) for text in texts]
-    assert max(sizes) <= length and sum(n < length - 3 for n in sizes) < 9
-with open(os.environ["CALLS"] + ".fed", "w") as f:
-    json.dump(fed, f)
-if dtype := os.environ.get("NANOCHAT_DTYPE"):
-    print(f"COMPUTE_DTYPE: torch.{dtype} (set via NANOCHAT_DTYPE={dtype})")
-seconds = 0.0
-for step in range(steps + 1):
-    if step % every == 0 or step == steps:
-        print(f"Step {step:05d} | Validation bpb: {4 - step / 100:.6f}")
-    if step < steps:
-        ms = 30000 if step == 0 else 50
-        seconds += ms / 1000 * (step > 10)
-        print(f"step {step:05d}/{steps:05d} ({100 * step / steps:.2f}%) | loss: 2.0 | lrm: 1.00 | dt: {ms:.2f}ms | "
-              f"tok/sec: 1 | bf16_mfu: 0.00 | epoch: 1 pq: 0 rg: 0 | total time: {seconds / 60:.2f}m")
-folder = os.path.join(os.environ["NANOCHAT_BASE_DIR"], "base_checkpoints", options["model_tag"])
-os.makedirs(folder)
-json.dump(dict(model_config=dict(sequence_len=length)), open(os.path.join(folder, f"meta_{steps:06d}.json"), "w"))
-"""
-)
-
-# our trainer: 100 ms a step, in float32 200; of its validations the last but one is 3 times as far
-# from the target
-OURS = (
-    "name = 'ours'"
-    + CALLED
-    + """
-import json, pathlib
-def option(name, default=None):
-    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
-cache, run = pathlib.Path(option("--cache-dir")), pathlib.Path(option("--run-dir"))
-if os.environ.get("OURS_FAILS"):
-    sys.exit(print("error: --text FILE: has no text in it", file=sys.stderr) or 2)
-cold = not cache.exists()
-cache.mkdir(exist_ok=True), run.mkdir()
-steps, target, reached = int(option("--steps", 20)), float(option("--target", 0)), not os.environ.get("OURS_MISSES")
-(run / "config.json").write_text(json.dumps(dict(environment=dict(dtype="bfloat16"), config=dict(steps=steps))))
-ms = 200 if option("--dtype") == "float32" else 100
-warm = 1.0 if "--value-embed-layers" in sys.argv else 0.0  # what the first 10 steps of a short run take more
-lines = [dict(step=s, train_loss=2.0, train_time=s * ms / 1000 + warm * min(s, 10)) for s in range(1, steps + 1)]
-metric = "val_bpb" if option("--track") == "laptop" else "val_loss"
-loss = target - 0.01 if reached else 9.0
-lines += [{"step": s, metric: x, "train_time": s * ms / 1000} for s, x in ((steps // 2, target + 0.03), (steps, loss))]
-(run / "metrics.jsonl").write_text("\\n".join(map(json.dumps, lines)))
-(run / "result.json").write_text(json.dumps({metric: loss} | dict(
-    target_metric=metric, target=target, reached=reached, steps=steps, params=500, train_time_s=steps * ms / 1000,
-    cold_start_s=60 if cold else 5)))
-sys.exit(0 if reached else 3)
-"""
-)
-
-
-def write_files(folder, files):
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content)
-    return folder
-
-
-def nanogpt(folder):
-    return write_files(
-        folder,
-        {
-            "train.py": TRAIN,
-            "model.py": MODEL,
-            "configurator.py": "",
-            "README.md": "",
-            "config/train_shakespeare_char.py": "",
-            "data/shakespeare_char/prepare.py": PREPARE,
-        },
-    )
-
-
-def nanochat(folder):
-    return write_files(
-        folder,
-        {
-            "nanochat/__init__.py": "",
-            "nanochat/dataset.py": DATASET,
-            "nanochat/checkpoint_manager.py": CHECKPOINTS,
-            "nanochat/tokenizer.py": TOKENIZER,
-            "scripts/tok_train.py": TOK_TRAIN,
-            "scripts/base_train.py": BASE_TRAIN,
-            "rustbpe.py": "",
-            "wandb.py": "",
-            "pyarrow/__init__.py": "class Table:\n    from_pydict = staticmethod(lambda columns: columns)\n",
-            "pyarrow/parquet.py": "import json\ndef write_table(table, path, row_group_size):\n"
-            "    json.dump(table, open(path, 'w'))\n",
-        },
-    )
 
 
 @pytest.fixture
 def around(tmp_path, monkeypatch):
     """A folder with a text, our trainer's double and a record of what was called."""
     write_text(tmp_path / "text.txt")
-    (tmp_path / "ours.py").write_text(OURS)
-    monkeypatch.setattr(common, "TRAINER", tmp_path / "ours.py")
+    monkeypatch.setattr(common, "TRAINER", STAND_INS / "ours.py")
     monkeypatch.setattr(gpt.Checkout, "modules", ("torch", "numpy"))
     monkeypatch.setattr(chat.Checkout, "modules", ("torch", "pyarrow", "rustbpe", "wandb"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
@@ -266,10 +51,6 @@ def quick(around, monkeypatch):
     return around
 
 
-def calls(folder):
-    return (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
-
-
 def bigram_loss(inputs, targets, n):
     """Mean nats of the fakes' model, one by one."""
 
@@ -283,8 +64,10 @@ def bigram_loss(inputs, targets, n):
 
 
 def test_nanogpt_and_ours_in_turns(around, capsys):
-    checkout, out, table = nanogpt(around / "checkout"), around / "out.json", around / "table.md"
-    before = {p: p.read_bytes() for p in checkout.rglob("*") if p.is_file()}
+    there = checkout("nanogpt", around / "checkout")
+    out = around / "out.json"
+    table = around / "table.md"
+    before = {p: p.read_bytes() for p in there.rglob("*") if p.is_file()}
     text = (around / "text.txt").read_text()
     (around / "text.txt").write_bytes(
         text.replace("\n", "\r\n").encode()
@@ -294,11 +77,9 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
             [
                 "peers",
                 "--nanogpt",
-                str(checkout),
+                str(there),
                 "--text",
                 str(around / "text.txt"),
-                "--rounds",
-                "2",
                 "--scale",
                 "50",
                 "--n-layer",
@@ -313,7 +94,7 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
     )
     result = json.loads(out.read_text())
     assert {
-        p: p.read_bytes() for p in checkout.rglob("*") if p.is_file()
+        p: p.read_bytes() for p in there.rglob("*") if p.is_file()
     } == before  # the checkout is only read
 
     # everything in the order of the rounds, without GPUs
@@ -323,10 +104,11 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
         + (" shape" if "--value-embed-layers" in line or "eval_iters=1 " in line else "")
         for line in made
     ]
-    assert kinds == 2 * (["nanogpt", "ours", "ours"] + 4 * ["nanogpt shape", "ours shape"])
+    assert kinds == ["nanogpt", "ours", "ours"] + 4 * ["nanogpt shape", "ours shape"]
     assert all(line.endswith("gpu=''") for line in made)
     assert (
-        "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=40 --lr_decay_iters=40"
+        "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=40 "
+        "--lr_decay_iters=40"
         in made[0]
         and "--eval_interval=5" in made[0]
     )
@@ -368,7 +150,7 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
 
     shape = result["equal_shape"]
     assert {way: len(ms) for way, ms in shape["ms"].items()} == dict.fromkeys(
-        ("nanoGPT", "ours", "nanoGPT, --compile=True", "ours, float32"), 4
+        ("nanoGPT", "ours", "nanoGPT, --compile=True", "ours, float32"), 2
     )
     assert shape["median_ms"] == pytest.approx(
         {"nanoGPT": 40, "ours": 100, "nanoGPT, --compile=True": 40, "ours, float32": 200}
@@ -380,7 +162,7 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
         and "| ours, float32 | 200.00 |" in err
         and "training 0.7 (0.8 by a line" in err
     )
-    assert "not a measurement" in err and "`--n-layer 3`" in err and "round 2 of 2" in err
+    assert "not a measurement" in err and "`--n-layer 3`" in err and "round 1 of 1" in err
 
 
 def fed(folder):
@@ -401,7 +183,8 @@ def byte_loss(texts, length, pairs=False):
 
 def tokenizer(pairs):
     namespace = {}
-    exec(TOKENIZER, namespace)
+    source = (STAND_INS / "nanochat/nanochat/tokenizer.py").read_text()
+    exec(source, namespace)
     return namespace["Tokenizer"](pairs)
 
 
@@ -410,7 +193,9 @@ def test_nanochat_and_ours(around):
         around / "text.txt"
     ).read_text() + "Wörter, größer, über; " * 50  # in the validation split
     (around / "text.txt").write_text(text)
-    result = peers.run(around / "text.txt", nanochat=nanochat(around / "checkout"), scale=10)
+    result = peers.run(
+        around / "text.txt", nanochat=checkout("nanochat", around / "checkout"), scale=10
+    )
     there, val = result["peers"]["nanochat"], text[int(len(text) * 0.9) :]
     row, size = there["rounds"][0]["peer"], len(val.encode())
     losses = {str(length): byte_loss([val], length)[0] / len(val) for length in (64, 256)}
@@ -476,7 +261,9 @@ SMALL = "--tokenizer bpe:300 --batch-tokens 256 --val-tokens 1000".split()  # of
 
 
 def test_laptop(around, stdlib, monkeypatch, capsys):
-    checkout, out, table = nanochat(around / "checkout"), around / "out.json", around / "table.md"
+    there = checkout("nanochat", around / "checkout")
+    out = around / "out.json"
+    table = around / "table.md"
     monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
     monkeypatch.setenv("UNIFORM_AT", "1024")  # which is better than what its double predicts
     assert (
@@ -484,7 +271,7 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
             [
                 "peers",
                 "--nanochat",
-                str(checkout),
+                str(there),
                 "--laptop",
                 "--scale",
                 "10",
@@ -580,7 +367,10 @@ def test_laptop_says_where_nanochat_ended(around, stdlib, monkeypatch):
     monkeypatch.setattr(chat.Checkout, "evaluate", lambda self, task: found)
     monkeypatch.setenv("OURS_MISSES", "1")
     result = peers.run(
-        laptop=True, nanochat=nanochat(around / "checkout"), scale=10, trainer_options=SMALL
+        laptop=True,
+        nanochat=checkout("nanochat", around / "checkout"),
+        scale=10,
+        trainer_options=SMALL,
     )
     assert "--target 1.530000" in calls(around)[-1] and "(not reached)" in peers.render(result)
     assert set(result["peers"]["nanochat"]["ratios"].values()) == {None}
@@ -612,10 +402,15 @@ def test_laptop_is_the_tracks_shape():
 
 
 def test_a_missing_package_skips_that_peer_only(quick, monkeypatch, capsys):
-    (nanochat(quick / "chat") / "rustbpe.py").unlink()
+    # whether or not it is installed here
+    missing = "raise ModuleNotFoundError(\"No module named 'rustbpe'\")\n"
+    (checkout("nanochat", quick / "chat") / "rustbpe.py").write_text(missing)
     monkeypatch.setenv("NO_COMPILER", "1")  # and a way of running the shape that fails is left out
     result = peers.run(
-        quick / "text.txt", nanogpt=nanogpt(quick / "gpt"), nanochat=quick / "chat", scale=50
+        quick / "text.txt",
+        nanogpt=checkout("nanogpt", quick / "gpt"),
+        nanochat=quick / "chat",
+        scale=50,
     )
     reason = result["peers"]["nanochat"]["skipped"]
     assert reason == (
@@ -666,7 +461,7 @@ def test_a_missing_package_skips_that_peer_only(quick, monkeypatch, capsys):
     ],
 )
 def test_what_fails_says_why(quick, monkeypatch, capsys, break_it, message):
-    break_it(nanogpt(quick / "checkout"), monkeypatch.setenv)
+    break_it(checkout("nanogpt", quick / "checkout"), monkeypatch.setenv)
     assert (
         main(
             [
@@ -687,7 +482,9 @@ def test_what_fails_says_why(quick, monkeypatch, capsys, break_it, message):
 
 def test_a_loss_that_we_miss_has_no_ratio(quick, monkeypatch):
     monkeypatch.setenv("OURS_MISSES", "1")
-    result = peers.run(quick / "text.txt", nanogpt=nanogpt(quick / "checkout"), scale=50)
+    result = peers.run(
+        quick / "text.txt", nanogpt=checkout("nanogpt", quick / "checkout"), scale=50
+    )
     assert result["peers"]["nanogpt"]["ratios"] == dict.fromkeys(
         ("training", "interpolated", "first", "again")
     )
@@ -720,7 +517,7 @@ def test_ratios_of_medians():
 
 def test_a_training_that_never_improves_has_no_checkpoint(around, monkeypatch):
     monkeypatch.setenv("NO_TORCH", "1")
-    peer = gpt.Checkout(nanogpt(around / "checkout"), sys.executable, 50)
+    peer = gpt.Checkout(checkout("nanogpt", around / "checkout"), sys.executable, 50)
     with pytest.raises(InputError, match="nanogpt: training left no checkpoint"):
         peer.train(common.TextFile(around / "text.txt", around), around / "work")
 
@@ -736,7 +533,7 @@ def test_a_failure_keeps_the_rounds_before_it(quick, monkeypatch):
     monkeypatch.setattr(peers, "one_round", once)
     result = peers.run(
         quick / "text.txt",
-        nanogpt=nanogpt(quick / "checkout"),
+        nanogpt=checkout("nanogpt", quick / "checkout"),
         rounds=3,
         scale=50,
         save=saved.append,
@@ -807,8 +604,8 @@ def test_bad_input_is_refused_before_anything_runs(around, monkeypatch, capsys, 
     (around / "short.txt").write_text("x" * 19_999)
     (around / "latin.txt").write_bytes("ä".encode("latin-1") * 30_000)
     for name, path in (
-        ("CHECKOUT", nanogpt(around / "checkout")),
-        ("CHAT", nanochat(around / "chat")),
+        ("CHECKOUT", checkout("nanogpt", around / "checkout")),
+        ("CHAT", checkout("nanochat", around / "chat")),
         ("SHORT", around / "short.txt"),
         ("LATIN", around / "latin.txt"),
     ):
@@ -841,13 +638,14 @@ def test_bad_input_is_refused_before_anything_runs(around, monkeypatch, capsys, 
 )
 def test_bad_input_for_laptop(around, monkeypatch, capsys, wrong, message):
     monkeypatch.setattr(common, "execute", lambda *_, **__: pytest.fail("ran something"))
-    wrong = wrong.replace("CHAT", str(nanochat(around / "chat"))).replace(
-        "GPT", str(nanogpt(around / "gpt"))
+    wrong = wrong.replace("CHAT", str(checkout("nanochat", around / "chat"))).replace(
+        "GPT", str(checkout("nanogpt", around / "gpt"))
     )
     assert main(["peers", *wrong.split()]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1] and not calls(around)
 
 
+@settings(max_examples=40)
 @given(
     st.text(alphabet="aabbé ñ中\U0001f642\n", max_size=300) | st.text(max_size=300),
     st.integers(4, 70),
@@ -911,23 +709,8 @@ def test_our_trainer_takes_the_options(tmp_path):
     assert c.dtype == "float32" and c.value_embed_layers == () and c.n_gram == 1
 
 
-def test_a_command_that_is_interrupted_leaves_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "say", lambda line: (_ for _ in ()).throw(KeyboardInterrupt))
-    child = "import time\nprint('begun', flush=True)\ntime.sleep(60)"
-    started = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
-    )
-    with pytest.raises(KeyboardInterrupt):
-        process.execute(
-            "child", [sys.executable, "-c", child], tmp_path, tmp_path / "log", None, every=0
-        )
-    assert started[0].poll() is not None
-
-
 def test_commit(tmp_path):
-    peer = gpt.Checkout(nanogpt(tmp_path / "checkout"), sys.executable, 1)
+    peer = gpt.Checkout(checkout("nanogpt", tmp_path / "checkout"), sys.executable, 1)
     assert peer.commit() is None
     if shutil.which("git"):
         git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=n", "-c", "user.email=e"]
@@ -941,475 +724,30 @@ def test_commit(tmp_path):
         gpt.Checkout(tmp_path, sys.executable, 1)
 
 
-# --- modded-nanogpt
-
-# the settings as modded-nanogpt writes them, with few steps; its kernels and its GPU are left out
-MODDED = """
-import os, sys
-from dataclasses import dataclass
-with open(sys.argv[0]) as f:
-    code = f.read()
-from kernels import get_kernel
-
-def block():
-    flash = get_kernel('kernels-community/flash-attn3', version=1).flash_attn_interface
-
-@dataclass(slots=True)
-class Hyperparameters:
-    data_path = os.environ.get("DATA_PATH", ".")
-    train_files: str = os.path.join(data_path, "data/fineweb10B/fineweb_train_*.bin")
-    val_tokens: int = 10485760 # fixed
-    num_scheduled_iterations: int = 9  # number of steps
-    num_extension_iterations: int = 1
-    run_id: str = "abc"
-    val_loss_every: int = 3  # every how many steps
-
-args = Hyperparameters()
-
-class TrainingStage:
-    def __init__(self, **kw): self.__dict__.update(kw)
-
-TRAINING_STAGES = [
-    TrainingStage(duration=1/3, train_max_seq_len=896, batch_size=8 * 2048 * 8, window_sizes=(1, 3), lr_mul=1.0),
-    TrainingStage(duration=1/3, train_max_seq_len=2048, batch_size=16 * 2048 * 8, window_sizes=(3, 7), lr_mul=1.52),
-    TrainingStage(duration=1/3, train_max_seq_len=2048, batch_size=24 * 2048 * 8, window_sizes=(5, 11), lr_mul=1.73),
-    TrainingStage(train_max_seq_len=2048, batch_size=24 * 2048 * 8, window_sizes=(6, 13), lr_mul=1.0),
-]
-import glob, json
-with open(os.environ["CALLS"], "a") as f:
-    shards = sorted(map(os.path.basename, glob.glob(args.train_files)))
-    f.write(f"modded {' '.join(sys.argv)} gpu={os.environ.get('CUDA_VISIBLE_DEVICES')!r} {' '.join(shards)}\\n")
-rounds = len([c for c in open(os.environ["CALLS"]) if c.startswith("modded")])
-if os.environ.get("MODDED_FAILS") and rounds == int(os.environ["MODDED_FAILS"]):
-    raise RuntimeError("CUDA error: out of luck")
-sched, total = args.num_scheduled_iterations, args.num_scheduled_iterations + args.num_extension_iterations
-os.makedirs("logs", exist_ok=True)
-out = open(f"logs/{args.run_id}.txt", "w")
-def print0(s):
-    print(s), print(s, file=out, flush=True)
-print0(code)
-print0("=" * 100)
-print0("|   0  NVIDIA H100 80GB HBM3          On  |")
-print0("=" * 100)
-ms = 0.0
-for step in range(total + 1):
-    if step == total or step % args.val_loss_every == 0:
-        print0(f"step:{step}/{total} val_loss:{10 - 0.5 * step:.4f} train_time:{ms:.0f}ms step_avg:1.00ms")
-    if step == total:
-        break
-    stage = TRAINING_STAGES[min(3, 3 * step // sched)]
-    ms += stage.batch_size * rounds * (0.002 if stage.lr_mul == 1.0 else 0.001)  # 2 us a token, or 1
-    print0(f"step:{step + 1}/{total} train_time:{max(0, ms - 50):.0f}ms step_avg:1.00ms")  # the host is ahead
-print0("peak memory allocated: 30220 MiB reserved: 38672 MiB")
-"""
-
-# ours: 500 ns a token; loss 10 - step / 4 after thirds of a short run; 10 - step / 120 in a long
-# one, until the target
-OURS_MODDED = (
-    "name = 'ours'"
-    + CALLED.replace("['CUDA_VISIBLE_DEVICES']", ".get('CUDA_VISIBLE_DEVICES')")
-    + """
-import json, pathlib
-def option(name):
-    return sys.argv[len(sys.argv) - sys.argv[::-1].index(name)]  # the last one counts
-run, steps, target = pathlib.Path(option("--run-dir")), int(option("--steps")), float(option("--target"))
-run.mkdir()
-sizes, lines, seconds, reached = [131072, 262144, 393216], [], 0.0, False
-for step in range(1, steps + 1):
-    seconds += 5e-7 * sizes[(step - 1) * 3 // steps]
-    loss = 10 - step / (4000 if os.environ.get("OURS_MISSES") else 4 if steps < 100 else 120)
-    if step == steps or step % (max(1, steps // 3) if steps < 100 else int(option("--eval-every"))) == 0:
-        lines.append(dict(step=step, val_loss=loss, train_time=seconds))
-        reached = loss <= target
-        if reached: break
-config = dict(track="gpt2-small", steps=steps, target=target)
-(run / "config.json").write_text(json.dumps(dict(environment=dict(dtype="bfloat16"), config=config)))
-(run / "metrics.jsonl").write_text("\\n".join(map(json.dumps, lines)))
-(run / "result.json").write_text(json.dumps(dict(val_loss=loss, target=target, reached=reached, steps=step,
-                                                 train_time_s=seconds)))
-sys.exit(0 if reached else 3)
-"""
-)
-
-LAUNCHER = """
-import runpy, sys
-assert sys.argv[1] == "--nproc_per_node=2", sys.argv
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-MODDED_TOKENS = 3 * 131072 + 3 * 262144 + 4 * 393216
+def test_what_others_start_knows_nothing_of_us(monkeypatch):
+    """A process of torchrun's, a cache of ours or a GPU would be another comparison."""
+    for name in ("RANK", "WORLD_SIZE", "TORCHINDUCTOR_CACHE_DIR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+    env = common.environment(X="2")
+    assert env["CUDA_VISIBLE_DEVICES"] == "" and env["X"] == "2"
+    assert not {"RANK", "WORLD_SIZE", "TORCHINDUCTOR_CACHE_DIR"} & env.keys()
 
 
-@pytest.fixture
-def hopper(tmp_path, monkeypatch):
-    """A checkout of modded-nanogpt's double, ours, two Hopper GPUs and shards that suffice."""
-    write_files(
-        tmp_path / "checkout",
-        {
-            "train_gpt.py": MODDED,
-            "triton_kernels.py": "",
-            "launch.py": LAUNCHER,
-            "records/big.txt": "",
-            "data/x.py": "",
-            "data/fineweb10B/fineweb_train_000099.bin": "",
-            "torch.py": "__version__ = '2.10'",
-            "triton.py": "",
-            "tiktoken.py": "def get_encoding(name): pass\n",
-            "kernels.py": "import types\ndef get_kernel(name, version):\n"
-            "    return types.SimpleNamespace(flash_attn_interface=None)\n",
-        },
-    )
-    monkeypatch.setattr(modded, "LAUNCH", ("launch.py",))
-    monkeypatch.setattr(modded, "usable_gpus", lambda asked=0: (2, "NVIDIA H100"))
-    (tmp_path / "ours.py").write_text(OURS_MODDED)
-    monkeypatch.setattr(common, "TRAINER", tmp_path / "ours.py")
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-
-    def open_dataset(config, cache):
-        assert config.data == "fineweb10B"
-        folder = tmp_path / "shards"
-        if not folder.exists():
-            for split, sizes in (("train", [2_000_000, 1_400_000]), ("val", [1000])):
-                with data.ShardWriter(folder, split, shard_tokens=2_000_000) as writer:
-                    writer.write(np.zeros(sum(sizes), dtype=np.uint16))
-        train, val = (sorted(folder.glob(f"{split}_*.bin")) for split in ("train", "val"))
-        return data.Dataset(
-            config.data, train[: config.train_shards], val, 50257, 50256, "f", folder
-        )
-
-    monkeypatch.setattr(data, "open_dataset", open_dataset)
-    return tmp_path
-
-
-def test_modded_and_ours_in_turns(hopper, capsys):
-    out, table = hopper / "out.json", hopper / "out.md"
-    before = {p: p.read_bytes() for p in (hopper / "checkout").rglob("*") if p.is_file()}
-    assert (
-        main(
-            [
-                "peers",
-                "--modded",
-                str(hopper / "checkout"),
-                "--rounds",
-                "2",
-                "--muon-lr",
-                "0.02",
-                "--steps",
-                "2600",
-                "--extension",
-                "0",
-                "--json",
-                str(out),
-                "--table",
-                str(table),
-            ]
-        )
-        == 0
-    )
-    assert {p: p.read_bytes() for p in (hopper / "checkout").rglob("*") if p.is_file()} == before
-    result = json.loads(out.read_text())
-    assert result["recipe"]["tokens"] == MODDED_TOKENS and result["gpus"] == 2
-    assert [(s["start"], s["end"], s["tokens"]) for s in result["recipe"]["stages"]] == [
-        (0, 3, 131072),
-        (3, 6, 262144),
-        (6, 9, 393216),
-        (9, 10, 393216),
-    ]
-    assert result["recipe"]["stages"][1]["windows"] == [384, 896] and result["recipe"]["kernel"][
-        1
-    ] == dict(version=1)
-
-    made = calls(hopper)
-    assert [line.split()[0] for line in made] == ["modded", "ours", "ours"] * 2
-    # exactly our shards, under its names; the GPUs that we were given
-    assert all(
-        line.endswith("train_gpt.py gpu='0,1' fineweb_train_000000.bin fineweb_train_000001.bin")
-        for line in made[::3]
-    )
-    assert (
-        "--gpus 2 --steps 11 --extension 0 --eval-every 250 --target 0" in made[1]
-        and "--muon-lr 0.02" in made[1]
-    )
-    assert "--steps 2600 --extension 0 --eval-every 250 --target 5.000000" in made[2] and made[
-        2
-    ].endswith("gpu='0,1'")
-
-    first, second = result["rounds"]
-    # 2 us a token in the first stage and the extension, else 1; the second round takes twice as
-    # long
-    seconds = (2 * 3 * 131072 + 3 * 262144 + 3 * 393216 + 2 * 393216) / 1e6
-    assert first["peer"]["train_time_s"] == pytest.approx(seconds, abs=1e-3)
-    assert second["peer"]["train_time_s"] == pytest.approx(2 * seconds, abs=2e-3)
-    assert (
-        first["peer"]["tokens"] == MODDED_TOKENS
-        and first["peer"]["loss"] == 5.0
-        and first["peer"]["steps"] == 10
-    )
-    assert [s["us_per_token"] for s in first["peer"]["stages"]] == pytest.approx(
-        [2, 1, 1, 2], abs=0.01
-    )
-    assert first["peer"]["stages"][1]["ms_per_step"] == pytest.approx(262.144, abs=1)
-    # ours has 4, 4 and 3 steps in its stages, and validates after 3, 6, 9 and 11
-    assert first["equal"]["steps"] == 11 and first["equal"]["tokens"] == MODDED_TOKENS
-    assert first["equal"]["loss"] == pytest.approx(7.25)
-    assert [s["us_per_token"] for s in first["equal"]["stages"]] == [
-        pytest.approx(0.5),
-        None,
-        pytest.approx(0.5),
-    ]
-    assert first["to_loss"]["steps"] == 750 and first["to_loss"]["loss"] == 3.75
-    # 5.0 lies at step 600, between 500 and 750; all in the first of three stages of 867 steps
-    assert first["to_loss"]["time_to_its_loss"] == pytest.approx(600 * 131072 * 5e-7)
-    summary = result["summary"]
-    assert [s["tokens"] for s in summary["stages"]] == [131072, 262144, 393216, 393216]
-    assert summary["stages"][0]["ratio"] == pytest.approx(dict(median=6, least=4, most=8), rel=0.01)
-    assert summary["stages"][1]["ratio"] is None
-    assert summary["stages"][2]["ratio"]["median"] == pytest.approx(3, rel=0.01)
-    assert (
-        summary["loss_difference"] == dict(median=2.25, least=2.25, most=2.25)
-        and summary["reached"] == 2
-    )
-    ours = first["to_loss"]["time_to_its_loss"]
-    assert summary["to_its_loss"] == pytest.approx(
-        dict(median=1.5 * seconds / ours, least=seconds / ours, most=2 * seconds / ours), rel=1e-3
-    )
-    text = table.read_text()
-    assert (
-        text in capsys.readouterr().err
-        and "+2.2500 from its own" in text
-        and "`--muon-lr 0.02 --" in text
-    )
-    assert "| 2 | 3–6 | 262,144 | 1.5" in text and f"| {MODDED_TOKENS:,} | 5.0000 | " in text
-
-
-def test_modded_with_fewer_steps_is_no_measurement(hopper):
-    source = MODDED.replace("iterations: int = 9", "iterations: int = 90").replace(
-        "every: int = 3", "every: int = 30"
-    )
-    (hopper / "checkout/train_gpt.py").write_text(source)
-    result = peers.run(
-        modded=hopper / "checkout",
-        scale=10,
-        trainer_options=["--steps", "2600", "--extension", "20"],
-    )
-    assert result["recipe"]["steps"] == 10 and result["recipe"]["eval_every"] == 3
-    assert (hopper / "checkout/train_gpt.py").read_text() == source
-    assert "--steps 260 --extension 2 --eval-every 25 --target 5.000000" in calls(hopper)[2]
-    assert "not a measurement" in peers.render(result)
-    (hopper / "checkout/train_gpt.py").write_text(
-        source + "\nclass Other:\n    val_loss_every: int = 5\n"
-    )
-    with pytest.raises(
-        InputError, match="--scale: val_loss_every is set 2 times .* expected once: take commit"
-    ):
-        peers.run(modded=hopper / "checkout", scale=10)
-
-
-def test_with_as_many_steps_one_run_of_ours_serves_for_both(hopper):
-    result = peers.run(
-        modded=hopper / "checkout", trainer_options=["--steps", "11", "--extension", "0"]
-    )
-    assert [line.split()[0] for line in calls(hopper)] == [
-        "modded",
-        "ours",
-    ] and "--target 0" in calls(hopper)[1]
-    assert result["rounds"][0]["equal"] == result["rounds"][0]["to_loss"]
-    assert result["summary"]["to_its_loss"] is None  # 7.25 is not 5
-
-
-def test_modded_losses_that_we_miss_and_rounds_that_fail(hopper, monkeypatch):
-    monkeypatch.setenv("OURS_MISSES", "1")
-    monkeypatch.setenv("MODDED_FAILS", "2")
-    saved = []
-    result = peers.run(
-        modded=hopper / "checkout", rounds=3, save=lambda r: saved.append(json.dumps(r))
-    )
-    assert len(result["rounds"]) == len(saved) == 1 and result["summary"]["to_its_loss"] is None
-    assert (
-        result["stopped"]
-        == "modded: training ended with status 1: RuntimeError: CUDA error: out of luck"
-    )
-    text = peers.render(result)
-    assert (
-        "(not reached)" in text
-        and "it takes – times our training time (reached in 0 of 1 rounds)" in text
-    )
-    assert "Stopped: modded: training" in text
-    monkeypatch.setenv("MODDED_FAILS", "3")  # in the first round of all
-    with pytest.raises(InputError, match="out of luck"):
-        peers.run(modded=hopper / "checkout")
+def test_a_peer_is_found_by_its_file():
+    assert peers.names() == ["modded", "nanochat", "nanogpt"]
+    for name in peers.names():
+        assert peers.module_of(name).Checkout.name == name
 
 
 @pytest.mark.parametrize(
-    "options, breaks, message",
+    "loss, track",
     [
-        ("", dict(), None),
-        ("--text x", {}, "--modded runs by itself, on GPUs and FineWeb: leave out --text"),
-        ("--python no-such-python", {}, "--python no-such-python: no such program"),
-        ("--rounds 0", {}, "--rounds 0: expected 1 or more"),
-        ("--data stdlib", {}, "expected our trainer on fineweb10B with --val-tokens 10485760"),
-        (
-            "--val-tokens 1048576",
-            {},
-            "expected our trainer on fineweb10B with --val-tokens 10485760",
-        ),
-        (
-            "--train-shards 1",
-            {},
-            "--train-shards 1: 2,000,000 tokens; modded-nanogpt needs 2 shards or more",
-        ),
-        ("", {"train_gpt.py": None}, "has no train_gpt.py: expected a checkout of modded"),
-        (
-            "",
-            {"train_gpt.py": "x ="},
-            "its steps, stages or kernel are not written as expected: take commit f411b3d3",
-        ),
-        (
-            "",
-            {"train_gpt.py": MODDED.replace("window_sizes=(1, 3), ", "")},
-            "are not written as expected",
-        ),
-        (
-            "",
-            {"train_gpt.py": MODDED.replace("duration=1/3", "duration=1/2")},
-            "are not written as expected",
-        ),
-        (
-            "",
-            {"train_gpt.py": MODDED.replace("8 * 2048", "open('x')")},
-            "are not written as expected",
-        ),
-        (
-            "",
-            {"triton_kernels.py": 'x = f(\n    cuda_include_dirs=["/no/such/include/"],\n)'},
-            "CUDA's headers in /no/such/include/, which is not there: install the CUDA toolkit",
-        ),
-        (
-            "",
-            {"kernels.py": None, "torch.py": "raise OSError('libcudart')"},
-            "lacks torch (OSError: libcudart); kernels (ModuleNotFoundError: No module named 'kernels')",
-        ),
-        (
-            "",
-            {
-                "kernels.py": "def get_kernel(name, version):\n    raise OSError('We could not connect to the Hub')\n"
-            },
-            "lacks FlashAttention 3, kernels-community/flash-attn3 on the Hugging Face hub (OSError: We could not connect to "
-            "the Hub), which is downloaded when it is first used: the network is needed once",
-        ),
+        (2.0, "shakespeare-char-cpu"),
+        (1.7, "shakespeare-char-ngrams"),
+        (1.5, "shakespeare-char"),
+        (1.1, "shakespeare-char"),
     ],
 )
-def test_modded_is_refused_before_it_trains(hopper, capsys, options, breaks, message):
-    for name, content in breaks.items():
-        if content is None:
-            (hopper / "checkout" / name).unlink()
-        else:
-            (hopper / "checkout" / name).write_text(content)
-    status = main(["peers", "--modded", str(hopper / "checkout"), *options.split()])
-    last = capsys.readouterr().err.splitlines()[-1]
-    if message:
-        assert (
-            status == 2 and last.startswith("error: --") and message in last and not calls(hopper)
-        )
-    else:
-        assert status == 0
-
-
-@pytest.mark.parametrize(
-    "gpus, asked, expected",
-    [
-        ([], 0, "found no CUDA GPU"),
-        ([("NVIDIA GeForce RTX 4090", (8, 9))], 0, "found NVIDIA GeForce RTX 4090 (8.9)"),
-        (
-            [("NVIDIA H100", (9, 0)), ("NVIDIA B200", (10, 0))],
-            0,
-            "found NVIDIA B200 (10.0), NVIDIA H100 (9.0)",
-        ),
-        (
-            [("NVIDIA H100", (9, 0))] * 4,
-            3,
-            "--gpus 3: modded-nanogpt runs on 1, 2, 4 or 8 GPUs, and here are 4",
-        ),
-        ([("NVIDIA H100", (9, 0))] * 4, 8, "and here are 4"),
-        ([("NVIDIA H100", (9, 0))] * 4, 2, (2, "NVIDIA H100")),
-        ([("NVIDIA H200", (9, 0))] * 7, 0, (4, "NVIDIA H200")),
-    ],
-)
-def test_modded_needs_hopper(monkeypatch, gpus, asked, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: gpus[i][0])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i][1])
-    if isinstance(expected, tuple):
-        assert modded.usable_gpus(asked) == expected
-    else:
-        with pytest.raises(InputError) as e:
-            modded.usable_gpus(asked)
-        assert expected in str(e.value)
-
-
-def test_times_of_a_stage_are_from_validations_inside_it():
-    labels, tokens = [0] * 4 + [1] * 6, [10] * 4 + [30] * 6
-    val = [
-        Point(s, None, t, 1.0)
-        for s, t in ((0, 0.0), (2, 2e-5), (4, 4e-5), (5, 1.0), (6, 2.0), (10, 2.0 + 3.6e-4))
-    ]
-    first, second = modded.stage_times(val, tokens, labels)
-    assert first == pytest.approx(dict(tokens=10, us_per_token=1.0, ms_per_step=0.01))
-    assert second["us_per_token"] == pytest.approx(1e6 * (2.0 + 3.2e-4) / 180, rel=1e-6)
-    first, second = modded.stage_times(
-        val[:1] + val[3:4], tokens, labels
-    )  # from step 0 to 5: in neither
-    assert first["us_per_token"] is second["us_per_token"] is None
-    first, second = modded.stage_times(
-        val[2:3], tokens, labels
-    )  # ours has no validation before the first step
-    assert first["us_per_token"] == pytest.approx(1.0) and second["ms_per_step"] is None
-
-
-def test_a_round_that_misses_the_loss_leaves_no_ratio():
-    def side(**more):
-        return (
-            dict(loss=3.0, train_time_s=4.0, process_s=8.0, time_to_its_loss=2.0, stages=[]) | more
-        )
-
-    rounds = [
-        dict(peer=side(train_time_s=8.0), equal=side(loss=3.5), to_loss=side(time_to_its_loss=t))
-        for t in (2.0, 4.0)
-    ]
-    got = modded.summarise(rounds)
-    assert (
-        got["to_its_loss"] == dict(median=3.0, least=2.0, most=4.0)
-        and got["reached"] == 2
-        and got["process"]
-    )
-    assert got["equal_tokens_time"]["median"] == 2.0 and got["loss_difference"]["median"] == 0.5
-    rounds[1]["to_loss"]["time_to_its_loss"] = None
-    got = modded.summarise(rounds)
-    assert got["to_its_loss"] is None and got["process"] is None and got["reached"] == 1
-
-
-def test_gpus_are_those_we_were_given(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert (
-        common.environment(gpus=True, X="1")["CUDA_VISIBLE_DEVICES"] == "3"
-        and common.environment(gpus=True, X="1")["X"] == "1"
-    )
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "CUDA_VISIBLE_DEVICES" not in common.environment(gpus=True)  # empty would hide all
-
-
-def test_loss_between_validations():
-    curve = [(0, 0.0, 10.0), (100, 1.0, 6.0), (200, 2.0, 5.0)]
-    assert [modded.loss_at(curve, n) for n in (0, 50, 100, 175, 200)] == [10, 8, 6, 5.25, 5]
-    assert modded.loss_at(curve, 201) is None and modded.loss_at(curve[1:], 99) is None
-    assert modded.loss_at(curve[1:2], 100) == 6.0
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.integers(10**6, 10**9))
-def test_as_many_tokens_as_steps_can_make(tokens):
-    c = subject.parse(["--track", "gpt2-small"])
-    mine = sum(subject.step_tokens(modded.of_length(c, modded.steps_for(c, tokens))[1]))
-    assert abs(mine - tokens) <= max(131_072, 0.5 * 393_216 + 262_144)
+def test_the_track_is_the_easiest_that_reaches_the_loss(tmp_path, loss, track):
+    task = common.TextFile(write_text(tmp_path / "text.txt"), tmp_path)
+    assert subject.parse(common.our_options(task, loss, [])).track == track

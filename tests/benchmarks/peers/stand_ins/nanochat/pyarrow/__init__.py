@@ -1,0 +1,2 @@
+class Table:
+    from_pydict = staticmethod(lambda columns: columns)
