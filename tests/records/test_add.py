@@ -224,6 +224,18 @@ def test_a_record_has_the_date_of_its_last_run(add, tmp_path):
     assert summary["date"] == "2026-03-07"
 
 
+def test_what_a_machine_was_measured_to_do_may_differ(add, tmp_path, capsys):
+    runs = []
+    for seed, rate in enumerate((1e12, 1.1e12)):
+        environment = dict(probe=dict(matmul=dict(bfloat16=rate), copy=rate / 100))
+        runs.append(make_run(tmp_path / f"r{seed}", seed, environment=environment))
+    assert add(*runs)[0] == 0
+    folder = tmp_path / "records/toy/2026-03-04_a-name"
+    assert json.loads((folder / "summary.json").read_text())["machine_probe"]["copy"] == 1e10
+    assert main(capsys, "plot", *runs, "-o", tmp_path / "x.svg")[0] == 0
+    assert "(n=2)" in (tmp_path / "x.svg").read_text()  # one line, of two runs
+
+
 def test_one_seed_has_no_spread(add, tmp_path):
     assert add(make_run(tmp_path / "r"))[0] == 0
     s = json.loads((tmp_path / "records/toy/2026-03-04_a-name/summary.json").read_text())
