@@ -551,8 +551,7 @@ def test_every_backend_is_as_exact_as_eager(backend, window):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of the path that CPUs take")
-@pytest.mark.parametrize("T, window", [(48, 20), (256, 100)])
-def test_compiled_blocks_that_rows_do_not_fill(T, window):
+def test_compiled_blocks_that_rows_do_not_fill(T=48, window=20):
     """Padding queries have to see something, or their softmax is NaN, and NaN times zero is in
     the gradient of v."""
     torch._dynamo.reset()

@@ -427,6 +427,17 @@ def test_caps_of_every_height(fn, a):
     check(fn, logits, targets, (a, 1.0, 10.0))
 
 
+def test_a_cap_that_needs_the_maximum_for_the_size_of_the_vocabulary():
+    """exp(79) is in fp32's range, 50,304 of them are not."""
+    logits, targets = draw(2, 50304, size=30.0)
+    logits[0] = 1e4
+    loss, _ = check(softcap_cross_entropy, logits, targets, (158.0, 1.0, 10.0))
+    assert loss.isfinite()
+    needs = cross_entropy_kernels.needs_maximum
+    assert needs([158.0, 0.0, 1.0], 50304) and not needs([158.0, 0.0, 1.0], 2)
+    assert not needs([23.0, 5.0, 7.5], 50304) and needs(None, 2)
+
+
 @functions
 def test_logits_of_minus_infinity(fn):
     """Tokens that are ruled out, the first 5000 among them."""

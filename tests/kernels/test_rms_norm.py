@@ -64,6 +64,20 @@ def test_large_small_and_zero_rows():
     assert not rms_norm(x)[2].any()
 
 
+@pytest.mark.parametrize("small", [2.0**-9, 2.0**-12])
+def test_a_gradient_of_w_that_cancels_between_programs(small):
+    """Partial sums of 1 + small and of -1, whose difference bf16 would round away."""
+    x = torch.ones(8, 1024, dtype=torch.bfloat16, device=DEVICE)
+    w = torch.ones(1024, dtype=torch.bfloat16, device=DEVICE)
+    dy = torch.zeros_like(x)
+    dy[0] = 1
+    dy[1] = small
+    dy[4] = -1  # four rows of 1,024 make a program
+    assert module.rows_per_program(1024) == 4
+    _, _, dw = outputs_and_gradients(lambda x, w: rms_norm(x, w, 0.0), [x, w], [dy])
+    assert dw.tolist() == [small] * 1024
+
+
 def test_eps_is_inside_the_root():
     x = torch.full((1, 4), 3.0, device=DEVICE)
     torch.testing.assert_close(rms_norm(x, eps=16.0), torch.full_like(x, 3 / 5))

@@ -1,44 +1,49 @@
 """Whole trainings with every op by Triton, in its interpreter where there is no GPU, and with
 every op by PyTorch."""
 
-import dataclasses
-
 import pytest
 import torch
 from helpers import EVERYTHING, tiny, train_losses, write_text
 from kernel_checks import DEVICE
 
 import train_gpt as tg
+from kernels import choose
+
+ONE_LAYER = dict(n_layer=1, value_embed_layers=(0,))
 
 
 @pytest.mark.parametrize(
     "dtype, steps, allowed, fields",
-    [("float32", 50, 1e-3, {}), ("bfloat16", 10, 0.02, {}), ("float32", 6, 1e-3, EVERYTHING)],
+    [
+        ("float32", 8, 1e-3, ONE_LAYER),
+        ("bfloat16", 3, 0.02, ONE_LAYER),
+        ("float32", 3, 1e-3, EVERYTHING),  # a step in each of its stages
+    ],
     ids=["float32", "bfloat16", "everything"],
 )
-def test_losses_with_kernels_are_those_without(tmp_path, dtype, steps, allowed, fields):
+def test_losses_with_kernels_are_those_without(
+    tmp_path, monkeypatch, dtype, steps, allowed, fields
+):
     """Pairs bring the kernels rows of twice the length, several next tokens bring them several
     targets."""
-    c = tiny(
-        write_text(tmp_path / "words.txt"),
-        tmp_path,
-        **dict(n_layer=1, value_embed_layers=(0,))
-        | fields
-        | dict(
-            batch_tokens=(64,),
+    # test_choose.py has the probes; here they would take longer than the steps
+    monkeypatch.setattr(choose, "probe", lambda *args, **kwargs: None)
+    text = write_text(tmp_path / "words.txt")
+    losses = {}
+    for kernels in ("reference", "all"):
+        run = dict(
+            batch_tokens=(32,),
             steps=steps,
             eval_every=steps,
             val_tokens=64,
             dtype=dtype,
             sample_tokens=0,
-        ),
-    )
-    losses = {}
-    for kernels in ("reference", "all"):
-        c = dataclasses.replace(c, kernels=(kernels,), run_dir=str(tmp_path / kernels))
-        result = tg.train(c, tg.World(device=DEVICE))
+            kernels=(kernels,),
+            run_dir=str(tmp_path / kernels),
+        )
+        result = tg.train(tiny(text, tmp_path, **fields | run), tg.World(device=DEVICE))
         losses[kernels] = torch.tensor(train_losses(tmp_path / kernels) + [result["val_loss"]])
-    if not fields:
-        assert losses["reference"][-1] < losses["reference"][0] - 1  # it has learnt something
+    if steps == 8:
+        assert losses["reference"][-1] < losses["reference"][0] - 0.3  # it has learnt something
     difference = (losses["all"] - losses["reference"]).abs().max()
     assert difference < allowed, difference
