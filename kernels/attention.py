@@ -8,27 +8,25 @@ whatever the machine offers; every backend means the same by `window`, and tests
 Backends
     flash_attn_3  the flash-attn 3 package. Hopper.
     flash_attn_4  the flash-attn-4 package, whose kernels are compiled when they are first used.
-                  Hopper, Blackwell. By
-                  its own functions: PyTorch up to 2.13 can switch its varlen attention over to it,
-                  but expects fewer
-                  results than they return by now.
+                  Hopper, Blackwell. By its own functions: PyTorch up to 2.13 can switch its varlen
+                  attention over to it, but expects fewer results than they return by now.
     varlen        torch.nn.attention.varlen: FlashAttention 2 as built into PyTorch. CUDA.
     flash_attn    the flash-attn 2 package. CUDA.
     flex          torch's flex_attention, Triton kernels that skip the 128 x 128 blocks nobody sees.
-                  CUDA; on a CPU
-                  PyTorch has only its forward.
+                  CUDA; on a CPU PyTorch has only its forward.
     sdpa          torch's scaled_dot_product_attention on the blocks of blockwise, told by a mask.
-    Any device.
+                  Any device.
     blockwise     plain PyTorch, any device: queries in blocks of about `window` look at their own
-                  and the previous
-                  block, so the score matrix is T x 2 window, not T x T. The reference for all
-                  others.
-Memory beyond inputs and outputs, in elements, S = min(2 window, T): blockwise B H T S scores, twice
-as fp32 and as
-weights; sdpa B T S for the mask (on CUDA also as a bias in the inputs' dtype); flex B (T / 128)^2;
-the others none.
-All can be traced into one graph by torch.compile: documents may change from call to call, shapes
-and windows not.
+                  and the previous block, so the score matrix is T x 2 window, not T x T. The
+                  reference for all others.
+
+FLOPs: 4 D for each query, head and token that it sees, 2.5 times as many in the backward. Memory
+beyond inputs and outputs, in elements, S = min(2 window, T): blockwise B H T S scores, twice as
+fp32 and as weights; sdpa B T S for the mask (on CUDA also as a bias in the inputs' dtype); flex
+B (T / 128)^2; the others none. All can be traced into one graph by torch.compile: documents may
+change from call to call, shapes and windows not.
+
+Source: FlashAttention (arXiv:2205.14135); sliding windows as in Longformer (arXiv:2004.05150).
 """
 
 import functools
@@ -41,11 +39,13 @@ import torch.nn.functional as F
 
 
 def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockwise"):
-    """q, k, v: (B, T, H, D), B rows of T packed tokens -> (B, T, H, D).
+    """q, k, v: (B, T, H, D), B rows of T packed tokens, of one dtype -> (B, T, H, D).
 
     cu_seqlens: (n + 1,) int32, where documents start in the B * T flattened tokens; every row's
-    start is among them; padded at the end with B * T. max_seqlen: longest document; window: tokens
-    before the query that it may see.
+        start is among them; padded at the end with B * T.
+    max_seqlen: the longest document, or a bound of it.
+    window: tokens before the query that it may see.
+    backend: one of BACKENDS; choose_backend finds the fastest. Raises ValueError for another.
     """
     if backend not in BACKENDS:
         raise ValueError(
@@ -55,13 +55,12 @@ def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockw
     window = min(window, longest - 1)
     if backend in OF_ROWS:
         return OF_ROWS[backend](q, k, v, cu_seqlens, window, scale)
-    flat = [
-        x.flatten(0, 1) for x in (q, k, v)
-    ]  # (B T, H, D), a view also of a slice of a projection
-    left = (
-        -1 if window == longest - 1 else window
-    )  # no limit: FlashAttention's plain causal kernels are the faster
-    return OF_TOKENS[backend](*flat, cu_seqlens, longest, left, scale).unflatten(0, q.shape[:2])
+    # (B T, H, D), a view also of a slice of a projection
+    q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
+    # -1 is no limit, for which FlashAttention has plain causal kernels, which are faster
+    left = -1 if window == longest - 1 else window
+    y = OF_TOKENS[backend](q_, k_, v_, cu_seqlens, longest, left, scale)
+    return y.unflatten(0, q.shape[:2])
 
 
 # --- FlashAttention: (B T, H, D); window left, as in all its versions: that many tokens before the
@@ -121,7 +120,8 @@ def _flash_attn_4_forward(
 
 @_flash_attn_4_forward.register_fake
 def _(q, k, v, cu_seqlens, max_seqlen, left, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+    logsumexp = q.new_empty(q.shape[1::-1], dtype=torch.float32)
+    return q.new_empty(q.shape), logsumexp
 
 
 @torch.library.custom_op("stopwatch::flash_attn_4_backward", mutates_args=())
@@ -170,9 +170,8 @@ def _flash_attn_4_save(ctx, inputs, output):
 
 
 def _flash_attn_4_gradients(ctx, dy, _):
-    return *_flash_attn_4_backward(dy, *ctx.saved_tensors, ctx.max_seqlen, ctx.left, ctx.scale), *[
-        None
-    ] * 4
+    dq, dk, dv = _flash_attn_4_backward(dy, *ctx.saved_tensors, ctx.max_seqlen, ctx.left, ctx.scale)
+    return dq, dk, dv, None, None, None, None
 
 
 _flash_attn_4_forward.register_autograd(_flash_attn_4_gradients, setup_context=_flash_attn_4_save)
@@ -207,8 +206,8 @@ def _flash_attn(q, k, v, cu_seqlens, max_seqlen, left, scale):
 
 
 def first_seen(cu_seqlens, B, T, window):
-    """(B, T) int32: the first position of the row that each token sees. It sees all from there
-    to itself."""
+    """(B, T) int32: the first position of its row that each token sees. It sees all from there to
+    itself."""
     i = torch.arange(B * T, device=cu_seqlens.device, dtype=torch.int32)
     start = cu_seqlens[torch.bucketize(i, cu_seqlens, right=True) - 1]
     return (torch.maximum(start, i - window) - i // T * T).clamp(min=0).view(B, T)
@@ -218,11 +217,11 @@ FLEX_BLOCK = 128
 
 
 def flex(q, k, v, cu_seqlens, window, scale):
-    """Its block mask is made here, from T / 128 numbers a row and no T x T mask, so that it can be
-    part of any graph.
+    """torch's flex_attention.
 
-    The layers of a compiled model that have the same window share one: to the compiler it is a
-    common subexpression.
+    Its block mask is made here, from T / 128 numbers a row and no T x T mask, so that it can be
+    part of any graph. The layers of a compiled model that have the same window share one: to the
+    compiler it is a common subexpression.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -263,28 +262,28 @@ def _compiled_flex():
 
 
 def blockwise_attention(q, k, v, cu_seqlens, window, scale, attend=None):
-    """The reference. attend: what computes a block, _softmax_attend if not given."""
+    """The reference, in plain PyTorch. attend: what computes a block, _softmax_attend if not
+    given."""
     attend = attend or _softmax_attend
     B, T, H, D = q.shape
     first = first_seen(cu_seqlens, B, T, window)
     if 2 * window >= T:  # two blocks would be the whole row
         i = torch.arange(T, device=q.device, dtype=torch.int32)
-        return attend(
-            q, k, v, (i >= first[:, :, None]) & (i <= i[:, None]), scale
-        )  # mask (B, T, T)
+        mask = (i >= first[:, :, None]) & (i <= i[:, None])  # (B, T, T)
+        return attend(q, k, v, mask, scale)
 
+    # n blocks of b queries
     b = max(16, window)
     n = -(-T // b)
     pad = n * b - T
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
-        # padding sees padding; not by F.pad, whose tail PyTorch 2.13's Inductor leaves unwritten
+        # Padding sees padding. Not by F.pad, whose tail PyTorch 2.13's Inductor leaves unwritten
         # here
         first = torch.cat([first, first.new_full((len(first), pad), T)], dim=1)
 
-    def with_previous(
-        x,
-    ):  # (B, n * b, H, D) -> (B * n, 2 b, H, D): each block behind the one before it
+    def with_previous(x):
+        """(B, n * b, H, D) -> (B * n, 2 b, H, D): each block behind the one before it."""
         x = x.unflatten(1, (n, b))
         previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         return torch.cat([previous, x], dim=2).flatten(0, 1)
@@ -308,11 +307,11 @@ def _softmax_attend(q, k, v, mask, scale):
 def _sdpa_attend(q, k, v, mask, scale):
     """The same by torch's fused kernels."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale).transpose(
-        1, 2
-    )
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale)
+    return y.transpose(1, 2)
 
 
+# Those that take (B T, H, D), and those that take (B, T, H, D)
 OF_TOKENS = dict(
     flash_attn_3=_flash_attn_3, flash_attn_4=_flash_attn_4, varlen=_varlen, flash_attn=_flash_attn
 )
@@ -329,10 +328,10 @@ BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference
 
 def choose_backend(device, dtype, head_dim, forced=None):
     """Name of the fastest backend that works here, found by running them forward and backward and
-    comparing.
+    comparing; on a CPU it is blockwise.
 
     forced, or the environment variable ATTENTION_BACKEND: use this one; ValueError if it does not
-    work. A CPU gets blockwise.
+    work.
     """
     device = torch.device(device)
     forced = forced or os.environ.get("ATTENTION_BACKEND")
@@ -342,7 +341,11 @@ def choose_backend(device, dtype, head_dim, forced=None):
         )
     if not forced and device.type != "cuda":
         return "blockwise"
-    for backend in [forced] if forced else _candidates(torch.cuda.get_device_capability(device)[0]):
+    if forced:
+        candidates = [forced]
+    else:
+        candidates = _candidates(torch.cuda.get_device_capability(device)[0])
+    for backend in candidates:
         error = _probe(backend, device, dtype, head_dim)
         if error is None:
             return backend
@@ -368,8 +371,11 @@ def _probe(backend, device, dtype, head_dim):
             return str(e)
         if "window_size" not in inspect.signature(varlen_attn).parameters:
             return "this PyTorch's varlen_attn has no window_size"
-    if backend == "flash_attn_4":  # its compiler's, for arguments that are not given
+    if backend == "flash_attn_4":
+        # its compiler's, for arguments that are not given
         warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")
+
+    # Documents of 100 and 156 tokens, with a window inside of them and with one that is no limit
     g = torch.Generator(device="cpu").manual_seed(0)
     q, k, v, dy = (
         torch.randn(1, 256, 2, head_dim, generator=g).to(device, dtype) for _ in range(4)
@@ -378,7 +384,7 @@ def _probe(backend, device, dtype, head_dim):
     results = []
     for b in (backend, "blockwise"):
         results.append([])
-        for window in (40, 155):  # the second is no limit
+        for window in (40, 155):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             try:
                 y = attention(
@@ -393,7 +399,6 @@ def _probe(backend, device, dtype, head_dim):
             except Exception as e:
                 return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     # torch's max, which keeps a NaN, not Python's, which may lose it
-    worst = (
-        torch.stack([(a.float() - r.float()).abs().max() for a, r in zip(*results)]).max().item()
-    )
+    differences = [(a.float() - r.float()).abs().max() for a, r in zip(*results)]
+    worst = torch.stack(differences).max().item()
     return None if worst < 0.1 else f"differs from the reference by {worst:.2g}"
