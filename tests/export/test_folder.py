@@ -1,4 +1,4 @@
-"""records/export.py: every element comes back bit for bit, under names from which the model can
+"""export/folder.py: every element comes back bit for bit, under names from which the model can
 be built again."""
 
 import json
