@@ -1,0 +1,389 @@
+"""Parameters shared out over ranks and machines, without processes: ranks are threads, and the
+collectives are those of PyTorch's documentation at their worst."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import PIECES
+from optim_helpers import (
+    ADAMS,
+    RULES,
+    SHAPES,
+    Parameters,
+    accumulate,
+    assert_equal,
+    give,
+    gradients,
+    master_of,
+    optimizer_of,
+    rules,
+    summed,
+    weights,
+)
+
+from models import gpt
+from optim import Adam, OptimConfig, RowAdam, shards
+from optim import tensors as optimizer_tensors
+from runtime.machine import World
+
+# --- Who owns what
+
+
+def world_of(rank, size, local=None):
+    """A World of size / local machines with so many ranks each; its groups are tuples of ranks."""
+    device = torch.device("cpu")
+    if local in (None, size):
+        return World(rank, size, device, size)
+    first = rank - rank % local
+    node = tuple(range(first, first + local))
+    across = tuple(range(rank % local, size, local))
+    return World(rank, size, device, local, node, across)
+
+
+@pytest.mark.parametrize("world_size", range(1, 10))
+def test_parts_of_all_ranks_make_up_every_parameter(world_size):
+    """In order, nothing twice, nothing missing, padded parts equally long; each rank holds only
+    its state."""
+    model = Parameters()
+    optimizers = []
+    for rank in range(world_size):
+        optimizers.append(optimizer_of(model, rules(normuon=True), world_of(rank, world_size)))
+    for name, p in model.named_parameters():
+        rule = RULES[name]
+        whole = p.detach()
+        if isinstance(rule, Adam):
+            whole = whole.flatten()
+        elif isinstance(rule, RowAdam):
+            whole = whole.flatten(0, -2)
+        parts = [o.shards[name].own for o in optimizers]
+        for part, o in zip(parts, optimizers):
+            state = o.state[name]
+            if isinstance(rule, RowAdam):
+                assert "m" not in state
+            else:
+                assert state["m"].shape == part.shape
+            if isinstance(rule, Adam):
+                assert state["v"].shape == part.shape
+            else:
+                assert len(state["v"]) == len(part)
+        if not rule.sharded:
+            assert all(torch.equal(part, whole) for part in parts)
+            continue
+
+        # Random numbers: in order and once each. The parts are views of the weights
+        assert torch.equal(torch.cat(parts), whole)
+        behind = 0
+        for part in parts:
+            if len(part):
+                assert part.data_ptr() == p.data_ptr() + behind * p.element_size()
+            behind += part.numel()
+        (n,) = {o.shards[name].n for o in optimizers}
+        assert len(whole) <= n * world_size < len(whole) + world_size
+        assert all(len(part) <= n for part in parts)
+
+
+def test_machines_share_out_alike():
+    """Ranks in the same place of their machines have the same parts."""
+    model = Parameters()
+    for rank in range(6):
+        there = optimizer_of(model, world=world_of(rank, 6, 3))
+        alone = optimizer_of(model, world=world_of(rank % 3, 3))
+        for name in SHAPES:
+            ours = there.shards[name].own
+            theirs = alone.shards[name].own
+            assert ours.data_ptr() == theirs.data_ptr(), name
+            assert len(ours) == len(theirs), name
+
+
+# --- Ranks as threads
+
+
+class Ranks:
+    """Ranks as threads, with torch.distributed's collectives as its documentation has them, at
+    their worst.
+
+    A collective's result is NaN until wait(); its input must not change before; all ranks must call
+    the same ones in the same order with the same sizes. Groups are tuples of ranks.
+    """
+
+    def __init__(self, size, local=None):
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.thread = threading.local()
+        self.worlds = [world_of(rank, size, local) for rank in range(size)]
+        self.slots = [None] * size
+        self.calls = []  # (collective, members of the group, elements) of each, of the first rank
+
+    def run(self, fn):
+        """fn(rank) on all ranks at once; returns their results, or raises what the first of them
+        raised."""
+
+        def body(rank):
+            self.thread.rank = rank
+            try:
+                return fn(rank)
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            futures = [pool.submit(body, rank) for rank in range(self.size)]
+        errors = [e for e in (f.exception() for f in futures) if e]
+        for e in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise e
+        return [f.result() for f in futures]
+
+    def exchange(self, what, x, group):
+        """(x of everyone in the group, by rank; this rank's place in it)."""
+        rank = self.thread.rank
+        group = group or tuple(range(self.size))
+        assert rank in group
+        self.slots[rank] = (what, x.shape, x.dtype, len(group)), x.detach().clone()
+        self.barrier.wait()
+        tags, values = zip(*self.slots)
+        if rank == 0:
+            self.calls.append((what, len(group), x.numel()))
+        self.barrier.wait()
+        assert len(set(tags)) == 1, f"ranks call different collectives: {tags}"
+        return [values[member] for member in group], group.index(rank)
+
+    def start(self, x, out, result, async_op):
+        """The work of a collective that reads x and will write result to out."""
+        copy = x.detach().clone()
+        in_place = x is out
+        assert x.is_contiguous()
+        assert out.is_contiguous()
+        assert out.shape == result.shape
+        assert out.dtype == x.dtype
+        out.fill_(float("nan"))
+
+        class Work:
+            def wait(self):
+                untouched = in_place or torch.equal(x, copy)
+                assert untouched, "the input of a running collective was overwritten"
+                out.copy_(result)
+
+        return Work() if async_op else Work().wait()
+
+    def reduce_scatter(self, out, x, group=None, async_op=False):
+        values, place = self.exchange("reduce_scatter", x, group)
+        assert len(x) == len(out) * len(values)
+        result = sum(values)
+        if len(result):
+            result = result.chunk(len(values))[place]
+        return self.start(x, out, result, async_op)
+
+    def all_gather(self, out, x, group=None, async_op=False):
+        values, _ = self.exchange("all_gather", x, group)
+        assert len(out) == len(x) * len(values)
+        return self.start(x, out, torch.cat(values), async_op)
+
+    def all_reduce(self, x, group=None, async_op=False):
+        values, _ = self.exchange("all_reduce", x, group)
+        return self.start(x, x, sum(values), async_op)
+
+
+@pytest.fixture
+def ranks(request, monkeypatch):
+    """param: how many ranks, or (how many, how many on a machine)."""
+    ranks = Ranks(*(request.param if isinstance(request.param, tuple) else [request.param]))
+    monkeypatch.setattr(shards, "reduce_scatter", ranks.reduce_scatter)
+    monkeypatch.setattr(shards, "all_gather", ranks.all_gather)
+    monkeypatch.setattr(torch.distributed, "all_reduce", ranks.all_reduce)
+    return ranks
+
+
+def rank_gradients(step, world_size):
+    return [gradients(100 * step + rank) for rank in range(world_size)]
+
+
+# --- Steps
+
+
+def assert_close_to_alone(found, expected, dtype):
+    """Weights of many ranks and of one."""
+    for name, w in found.items():
+        if dtype == torch.float32 or name in ADAMS:
+            torch.testing.assert_close(w, expected[name], atol=1e-5, rtol=1e-5)
+        else:  # products of other batch sizes round differently in bf16
+            torch.testing.assert_close(w, expected[name], atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "ranks", [2, 3, 5, 7, (4, 2), (6, 3), (6, 2), (3, 1)], indirect=True, ids=str
+)
+def test_many_ranks_do_what_one_does(ranks, dtype):
+    """Four steps: all ranks end with the same bits: the weights of one rank with the summed
+    gradients."""
+    models = [Parameters(dtype=dtype) for _ in range(ranks.size)]
+    optimizers = [optimizer_of(m, world=world) for m, world in zip(models, ranks.worlds)]
+    alone = Parameters(dtype=dtype)
+    reference = optimizer_of(alone)
+    for step in range(4):
+        grads = rank_gradients(step, ranks.size)
+        give(alone, summed(grads))
+        reference.step(0.7, 0.9)
+
+        def on_rank(rank):
+            give(models[rank], grads[rank])
+            optimizers[rank].step(0.7, 0.9)
+
+        ranks.run(on_rank)
+        assert all(p.grad is None for m in models for p in m.parameters())
+        for m in models[1:]:
+            assert_equal(weights(m), weights(models[0]))
+        assert_close_to_alone(weights(models[0]), weights(alone), dtype)
+
+    n = len(SHAPES)
+    local = ranks.worlds[0].local_size
+    if local == 1:
+        expected = n  # nothing is shared out: everything is summed over the machines
+    else:
+        expected = 2 * n - 1  # a reduce and a gather each, no gather of what is whole
+        if local < ranks.size:
+            expected += n - 1  # and across machines
+    assert len(ranks.calls) == 4 * expected
+
+
+@pytest.mark.parametrize("ranks", [(8, 4)], indirect=True, ids=str)
+def test_between_machines_go_parts_only(ranks):
+    """The links between machines carry a quarter of each gradient, and no weights."""
+    models = [Parameters() for _ in range(ranks.size)]
+    optimizers = [optimizer_of(m, world=world) for m, world in zip(models, ranks.worlds)]
+
+    def on_rank(rank):
+        give(models[rank], gradients(rank))
+        optimizers[rank].step(0.7, 0.9)
+
+    ranks.run(on_rank)
+    across = sum(n for _, members, n in ranks.calls if members == 2)
+    everywhere = [n for _, members, n in ranks.calls if members == 8]
+    assert everywhere == [5]  # the scalars
+    padded = 0  # elements of what is shared out, with the padding
+    for name, shard in optimizers[0].shards.items():
+        if RULES[name].sharded:
+            padded += 4 * shard.n * shard.whole[0].numel()
+    assert 4 * across == padded
+
+
+def model_step(model, optimizer, rows, n_tokens):
+    """One step on rows (B, T + 1) of one document each."""
+    cu_seqlens = torch.arange(0, 32 * len(rows) + 1, 32, dtype=torch.int32)
+    stage = model.c.stage(0.0, 32)
+    loss = model(rows[:, :-1], rows[:, 1:], cu_seqlens, stage) / n_tokens
+    loss.backward()
+    optimizer.step(0.1, 0.85)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("ranks", [3, (4, 2)], indirect=True, ids=str)
+def test_many_ranks_train_the_model(ranks, every):
+    """GPT's own parameters and rules, each rank with its row of the batch, as one rank with all
+    rows."""
+    size = ranks.size
+    c = gpt.Config(**PIECES | dict(n_embd=32, n_gram=2, ngram_rows=100))
+    optim = OptimConfig(normuon=True, row_moments=True, adam_every=every)
+    tokens = torch.randint(65, (size, 33), generator=torch.Generator().manual_seed(0))
+
+    def fresh(world=None):
+        model = gpt.Model(c, 65, 32)
+        model.init_weights(0)
+        return model, optimizer_of(model, model.update_rules(optim), world)
+
+    model, optimizer = fresh()
+    many = [fresh(world) for world in ranks.worlds]
+    for _ in range(2):
+        model_step(model, optimizer, tokens, 32 * size)
+        ranks.run(lambda rank: model_step(*many[rank], tokens[rank : rank + 1], 32 * size))
+    first = weights(many[0][0])
+    for other, _ in many[1:]:
+        assert_equal(weights(other), first)
+    for name, w in weights(model).items():
+        if w.numel():
+            # A step is 5e-4 or more; where a gradient is rounding only, Adam makes a whole step
+            # of that
+            off = (w - first[name]).abs()
+            assert off.median() < 1e-4, name
+            assert off.quantile(0.99) < 1e-3, name
+
+
+@pytest.mark.parametrize("ranks", [4, (4, 2)], indirect=True, ids=str)
+def test_masters_of_all_ranks_are_those_of_one(ranks):
+    """bf16: each rank keeps the exact masters of its part only; together they are the single
+    rank's."""
+    names = [n for n, rule in RULES.items() if isinstance(rule, Adam) and rule.sharded]
+    shapes = {name: SHAPES[name] for name in names}
+    table = {name: RULES[name] for name in names}
+    models = [Parameters(shapes, torch.bfloat16) for _ in range(4)]
+    optimizers = [optimizer_of(m, table, world) for m, world in zip(models, ranks.worlds)]
+    alone = Parameters(shapes, torch.bfloat16)
+    reference = optimizer_of(alone, table)
+    for step in range(3):
+        grads = rank_gradients(step, 4)
+        give(alone, summed(grads))
+        reference.step(1.0, 0.9)
+
+        def on_rank(rank):
+            give(models[rank], grads[rank])
+            optimizers[rank].step(1.0, 0.9)
+
+        ranks.run(on_rank)
+    machine = optimizers[: ranks.worlds[0].local_size]
+    for name in shapes:
+        together = torch.cat([master_of(o, name) for o in machine])
+        torch.testing.assert_close(together, master_of(reference, name), atol=1e-6, rtol=1e-6)
+
+
+# --- State in and out
+
+
+@pytest.mark.parametrize("ranks", [2, 3, (4, 2)], indirect=True, ids=str)
+def test_state_of_many_ranks_is_that_of_one_and_loads_on_any_number(ranks):
+    """A rank without rows of a parameter is no trouble."""
+    table = rules(every=2)
+
+    def fresh(seed):
+        """(models, optimizers) of all ranks, and of one alone."""
+        models = [Parameters(seed=seed) for _ in range(ranks.size)]
+        optimizers = [optimizer_of(m, table, world) for m, world in zip(models, ranks.worlds)]
+        alone = Parameters(seed=seed)
+        return models, optimizers, alone, optimizer_of(alone, table)
+
+    def steps(numbers, models, optimizers, alone, reference):
+        for k in numbers:
+            grads = rank_gradients(k, ranks.size)
+            accumulate(alone, summed(grads))
+            reference.step(0.7, 0.9)
+
+            def on_rank(rank):
+                accumulate(models[rank], grads[rank])
+                optimizers[rank].step(0.7, 0.9)
+
+            ranks.run(on_rank)
+
+    trained = fresh(seed=0)
+    steps(range(4), *trained)
+    models, optimizers, _, reference = trained
+    gathered = ranks.run(lambda rank: optimizer_tensors.gather(optimizers[rank]))
+    assert not any(gathered[1:])
+    tensors = gathered[0]
+    theirs = optimizer_tensors.gather(reference)
+    assert tensors.keys() == theirs.keys()
+    for name, x in tensors.items():
+        torch.testing.assert_close(x, theirs[name], atol=1e-5, rtol=1e-5)
+
+    def fetch(name, like):
+        return tensors[name].view(like.shape).to(like)
+
+    others = fresh(seed=5)
+    continued, one = others[1], others[3]
+    ranks.run(lambda rank: optimizer_tensors.load(continued[rank], fetch, 4))
+    optimizer_tensors.load(one, fetch, 4)
+    steps(range(4, 6), *others)
+    steps(range(4, 6), *trained)
+    assert_equal(weights(others[0][0]), weights(models[0]))
+    for name, w in weights(others[2]).items():
+        torch.testing.assert_close(w, weights(models[0])[name], atol=1e-5, rtol=1e-5)
