@@ -26,7 +26,7 @@ from data import Prefetcher, pack
 from data.config import DataConfig
 from inference.sampling import sample
 from kernels import choose_ops
-from models import load_template, template_names
+from models import load_template, option_names, template_names
 from optim import OptimConfig, Optimizer, gradient_report
 from records.metrics import METRICS, VAL_LOSS, Evaluation, measure
 from runtime import machine, memory, resume
@@ -156,6 +156,9 @@ def parse_args(argv):
         track = "gpt2-small" if torch.cuda.is_available() else "laptop"
     fields = load_track(track)
     template = first["template"] or fields.get("template", Goal.template)
+    # Another template than the track's has no use for options that it does not know
+    foreign = option_names(fields.get("template", Goal.template)) - option_names(template)
+    fields = {name: value for name, value in fields.items() if name not in foreign}
 
     given = parse_options(
         config_classes(template).values(),

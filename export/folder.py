@@ -29,6 +29,7 @@ from records.read import read_json
 
 SHARD_BYTES = 5_000_000_000  # of a file, as on the Hub; a larger tensor has one to itself
 END_OF_TEXT = "<|endoftext|>"
+EMBEDDING = "model.embed_tokens.weight"  # what every template calls its tokens' embedding
 
 
 def add_arguments(parser):
@@ -210,7 +211,9 @@ def describe(model, tokenizer):
     """config.json: sizes under the field's names, and everything else that the model is a
     function of."""
     fields = model.config
-    embed = model.tensors["embed"]
+    config = template_config(fields)
+    [name] = [name for name, field in config.field_names().items() if field == EMBEDDING]
+    embed = model.tensors[name]
     n_vocab = None
     if tokenizer:
         n_vocab = len(tokenizer["tokens"]) + 1
@@ -221,7 +224,7 @@ def describe(model, tokenizer):
         scheduled = max(1, fields["steps"] - fields.get("extension", 0))
         progress = min(1.0, (model.step - 1) / scheduled)
     return dict(
-        template_config(fields).field_config(progress),
+        config.field_config(progress),
         torch_dtype=str(embed.dtype).removeprefix("torch."),
         vocab_size=len(embed),
         n_vocab=n_vocab,

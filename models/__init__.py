@@ -8,13 +8,16 @@ else, so a new template is one new file.
 options. It offers
 
     stage(progress, max_doc_len)   a NamedTuple of what the model's compiled graph depends on at
-                                   this progress (0 to 1): hashable, equal while nothing changes
+                                   this progress (0 to 1): hashable, sortable, equal while nothing
+                                   changes; it has the field max_doc_len
     val_stage(stage, max_doc_len)  the same for validation during or after that stage
     target_weights(progress)       a list of numbers that may change with every step and compile
                                    nothing, handed to forward(), or None
     field_names()                  {parameter: the field's name, or a list of names of its matrices
-                                   along dim 0; ".T" behind one: stored transposed}
+                                   along dim 0; ".T" behind one: stored transposed}; one of them is
+                                   model.embed_tokens.weight, with a row for each token
     field_config(progress)         the field's words for the configuration, a dict
+    head_dim                       only if it has attention: for choosing kernels
 
 `Model`: an nn.Module, built by Model(config, n_vocab, max_len, dtype, ops). max_len: the longest
 row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
@@ -39,10 +42,11 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
     activation_bytes(rows, row_len, recompute)
                                    {part: bytes} that a forward pass keeps for backward
 
-Steps and stages: training is divided into stages; a step's stage is what its compiled graph and
-its batch depend on.
+tests/templates/ngram_mlp.py is the smallest one. Steps and stages: training is divided into stages;
+a step's stage is what its compiled graph and its batch depend on.
 """
 
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -60,12 +64,23 @@ def load_template(name):
     InputError."""
     if name in template_names():
         return importlib.import_module(f"models.{name}")
-    if "." in name:
-        try:
-            return importlib.import_module(name)
-        except ImportError as e:
-            raise InputError(f"--template {name}: cannot be imported: {e}") from None
-    raise InputError(
-        f"--template {name}: expected one of {', '.join(template_names())}, or a module's dotted "
-        "name"
-    )
+    if "." not in name:
+        raise InputError(
+            f"--template {name}: expected one of {', '.join(template_names())}, or a module's "
+            "dotted name"
+        )
+    try:
+        module = importlib.import_module(name)
+    except ImportError as e:
+        raise InputError(f"--template {name}: cannot be imported: {e}") from None
+    for part in ("Config", "Model"):
+        if not hasattr(module, part):
+            raise InputError(
+                f"--template {name}: has no {part}; models/__init__.py says what a template offers"
+            )
+    return module
+
+
+def option_names(name):
+    """Options of a template. Raises InputError."""
+    return {f.name for f in dataclasses.fields(load_template(name).Config)}
