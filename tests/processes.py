@@ -80,9 +80,8 @@ class Run:
 
     def kill(self, number=signal.SIGKILL, rank=0, each=False):
         for pid in self.pids if each else self.pids[rank : rank + 1]:
-            if (
-                self.statuses is None
-            ):  # not reaped before the parent is told to go on, so the number is still its own
+            # Not reaped before the parent is told to go on, so the number is still its own
+            if self.statuses is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         return self
@@ -158,20 +157,20 @@ def serve():
 
     sys.path.insert(0, str(ROOT))
     import train_gpt as tg
+    from runtime import log
 
     torch.set_num_threads(1)
-    tg.machine_probe = lambda device: dict(
-        matmul=dict(float32=1e9, bfloat16=1e9), copy=1e9
-    )  # takes a second
-    tqdm = tg.Log.step.__globals__["tqdm"]
-    tqdm.monitor_interval = 0  # which is a thread
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is shared with forks, and one that is killed may never give it back
+    rates = dict(float32=1e9, bfloat16=1e9)
+    tg.machine_probe = lambda device: dict(matmul=rates, copy=1e9)  # the real one takes a second
+    log.tqdm.monitor_interval = 0  # which is a thread
+    # Its own lock is shared with forks, and one that is killed may never give it back
+    log.tqdm.set_lock(threading.RLock())
     import_the_rest(tg)
     for line in sys.stdin:
-        job, pids = json.loads(line), []
-        ranks, hosts = job.pop("ranks", 1), job.pop("hosts", 1)
+        job = json.loads(line)
+        pids = []
+        ranks = job.pop("ranks", 1)
+        hosts = job.pop("hosts", 1)
         with socket.create_server(("", 0)) as s:
             port = s.getsockname()[1]
         for rank in range(ranks):
@@ -189,10 +188,8 @@ def serve():
                     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
                 child(tg, rank=rank, host=rank // local, **job)
         print(json.dumps(pids), flush=True)
-        print(
-            json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]),
-            flush=True,
-        )
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(statuses), flush=True)
 
 
 def import_the_rest(tg):
@@ -200,25 +197,24 @@ def import_the_rest(tg):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         text = Path(folder, "text")
         text.write_text("to be or not to be " * 200)
-        tg.train(
-            tg.Config(
-                data="text",
-                text=str(text),
-                tokenizer="bytes",
-                cache_dir=folder,
-                run_dir=f"{folder}/run",
-                n_layer=1,
-                n_embd=16,
-                n_head=1,
-                value_embed_layers=(),
-                row_len=16,
-                batch_tokens=(16,),
-                steps=1,
-                compile=False,
-                checkpoint_every="off",
-                dtype="float32",
-            )
+        config = tg.configure(
+            data="text",
+            text=str(text),
+            tokenizer="bytes",
+            cache_dir=folder,
+            run_dir=f"{folder}/run",
+            n_layer=1,
+            n_embd=16,
+            n_head=1,
+            value_embed_layers=(),
+            row_len=16,
+            batch_tokens=(16,),
+            steps=1,
+            compile=False,
+            checkpoint_every="off",
+            dtype="float32",
         )
+        tg.train(config)
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
 
 
@@ -248,37 +244,25 @@ def child(
     value] pairs; launch: (processes, restarts), to start train_gpt.py with torchrun from here
     instead; stderr: "broken" for a pipe that nobody reads any more; nohup: as that does.
     """
+    from runtime.launch import launch as start_with_torchrun
+
     status = 70
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(
-                os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644),
-                number,
-            )
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            os.dup2(os.open(f"{folder}/{name}{rank}", flags, 0o644), number)
         if stderr == "broken":
             nobody, end = os.pipe()
             os.close(nobody)
             os.dup2(end, 2)
-        signal.signal(
-            signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL
-        )  # however the tests were started
+        # However the tests were started
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
         os.environ.update(env)
         if networks:
-            with open(f"/run/netns/{networks[host]}") as f:
-                assert ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET) == 0, (
-                    ctypes.get_errno()
-                )
+            enter_network(networks[host])
         if rank < len(fsync):
-            real_fsync = os.fsync
-
-            def slow_fsync(fd):
-                time.sleep(
-                    fsync[rank] if "/checkpoints" in os.readlink(f"/proc/self/fd/{fd}") else 0
-                )
-                real_fsync(fd)
-
-            os.fsync = slow_fsync
+            slow_down_fsync(fsync[rank])
         judge = tg.Guard.judge
 
         def slow_judge(guard, now, *args, **kwargs):
@@ -298,7 +282,10 @@ def child(
             real_time = time.time
             time.time = lambda: eval(clock, dict(t=real_time()))
         tg.START = time.perf_counter()
-        status = tg.launch(f"{ROOT}/train_gpt.py", argv, *launch) if launch else tg.main(argv)
+        if launch:
+            status = start_with_torchrun(f"{ROOT}/train_gpt.py", argv, *launch)
+        else:
+            status = tg.main(argv)
         sys.stdout.flush()
     except SystemExit as e:
         status = e.code
@@ -308,6 +295,25 @@ def child(
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def enter_network(name):
+    """Move this process into a network namespace."""
+    with open(f"/run/netns/{name}") as f:
+        failed = ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET)
+        assert not failed, ctypes.get_errno()
+
+
+def slow_down_fsync(seconds):
+    """From now on os.fsync of what is in a folder of checkpoints takes so much longer."""
+    real_fsync = os.fsync
+
+    def slow_fsync(fd):
+        if "/checkpoints" in os.readlink(f"/proc/self/fd/{fd}"):
+            time.sleep(seconds)
+        real_fsync(fd)
+
+    os.fsync = slow_fsync
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""runtime/checkpoint.py: what is loaded is what was saved, bit for bit, or it is refused;
+"""runtime/checkpoints.py: what is loaded is what was saved, bit for bit, or it is refused;
 whatever kills or fails a writer, what was there before or what it wrote is there afterwards, and
 nothing else after the next start."""
 
@@ -22,7 +22,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime.checkpoint import (
+from safetensors import safe_open
+
+from base import InputError
+from runtime import checkpoints as module
+from runtime.checkpoints import (
     COMPLETE,
     DTYPES,
     STATE,
@@ -33,12 +37,8 @@ from runtime.checkpoint import (
     latest,
     load,
 )
-from safetensors import safe_open
 
-from base import InputError
-from runtime import checkpoint
-
-ROOT = Path(checkpoint.__file__).resolve().parent.parent
+ROOT = Path(module.__file__).resolve().parent.parent
 
 
 def small(n=0):
@@ -79,7 +79,7 @@ def check(path, n):
 def resign(path):
     """Make `complete` fit what the files hold now."""
     lines = [
-        checkpoint.write_file(path / "aside", [(path / name).read_bytes()])
+        module.write_file(path / "aside", [(path / name).read_bytes()])
         for name in (STATE, TENSORS)
         if not (path / "aside").unlink(missing_ok=True)
     ]
@@ -267,7 +267,7 @@ def test_what_is_cut_or_grown_is_refused_and_passed_over(tmp_path, name):
                 f"{name}: expected {len(content)} bytes, found {len(other)}: truncated or altered"
                 in refusal(path)
             )
-        elif not checkpoint.LINES.fullmatch(other.decode()):
+        elif not module.LINES.fullmatch(other.decode()):
             assert f"no valid file '{COMPLETE}'" in refusal(path)
         else:
             assert len(other) < len(content) and refusal(path)
@@ -346,7 +346,7 @@ def test_an_error_of_the_disk_is_a_refusal(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(checkpoint.hashlib, "file_digest", fail)
+    monkeypatch.setattr(module.hashlib, "file_digest", fail)
     assert "cannot be read: Input/output error" in refusal(path)
 
 
@@ -465,7 +465,7 @@ def test_differences_name_what_differs(ours, theirs):
     assert differences(ours, ours) == []
     assert bool(differences(ours, theirs)) == bool(differences(theirs, ours))
     if not any(
-        "." in name or name == "" for side in (ours, theirs) for name, _ in checkpoint.leaves(side)
+        "." in name or name == "" for side in (ours, theirs) for name, _ in module.leaves(side)
     ):
         assert bool(differences(ours, theirs)) == (ours != theirs)
 
@@ -595,7 +595,10 @@ def test_close_waits_and_says_so(tmp_path, monkeypatch):
 
 
 def test_the_end_of_the_program_waits_for_the_writer(tmp_path):
-    code = f"from runtime.checkpoint import *; Checkpoints({str(tmp_path)!r}).save(1, dict(a=torch.ones(9)), {{}})"
+    code = (
+        "from runtime.checkpoints import *\n"
+        f"Checkpoints({str(tmp_path)!r}).save(1, dict(a=torch.ones(9)), {{}})"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert load(latest(tmp_path))[0]["a"].sum() == 9
 
@@ -649,8 +652,9 @@ def test_a_full_disk(small_disk):
     assert checkpoints.save(1, small(1), dict(n=1), wait=True)
     assert not checkpoints.save(2, dict(large=torch.zeros(10**6)), {}, wait=True)
     assert said == [
-        f"{small_disk}: could not write the checkpoint of step 2 (4.0 MB): No space left on device; "
-        "training goes on and the others are kept: see to the disk before the next one is due"
+        f"{small_disk}: could not write the checkpoint of step 2 (4.0 MB): No space left on "
+        "device; training goes on and the others are kept: see to the disk before the next one "
+        "is due"
     ]
     assert names(small_disk) == ["step-000001"]
     check(latest(small_disk), 1)
@@ -744,7 +748,7 @@ def test_an_unexpected_error_is_one_line_too(tmp_path, monkeypatch):
         raise RuntimeError("a surprise")
 
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "sync", fail)
+        m.setattr(module, "sync", fail)
         assert not checkpoints.save(1, small(1), {}, wait=True)
     assert "RuntimeError: a surprise" in said[0] and names(tmp_path) == []
     assert checkpoints.save(1, small(1), dict(n=1), wait=True)
@@ -918,7 +922,7 @@ def test_processes(tmp_path, work):
 
 @pytest.mark.parametrize("end", ["kill", "let go"])
 def test_the_work_of_a_living_writer_is_left_alone(tmp_path, monkeypatch, end):
-    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
     save(tmp_path, 1)
     with start(hold, tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout.readline() == "writing\n"
@@ -944,7 +948,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", fail)
+    monkeypatch.setattr(module.fcntl, "flock", fail)
     check(save(tmp_path, 1, 2), 2)
 
 

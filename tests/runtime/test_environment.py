@@ -1,4 +1,4 @@
-"""records/environment.py: what the machine is measured to do."""
+"""runtime/environment.py: what the machine is measured to do."""
 
 import math
 import time

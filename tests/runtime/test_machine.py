@@ -1,4 +1,5 @@
-"""runtime/machine.py: processes and their groups, devices, what is missing, the clock."""
+"""runtime/machine.py and launch.py: processes and their groups, devices, what is missing, the
+clock."""
 
 import contextlib
 import json
@@ -9,16 +10,16 @@ import sys
 
 import pytest
 import torch
+from helpers import ROOT
 
-import train_gpt as tg
 from base import InputError
 from runtime import machine
+from runtime.launch import join_world
 from runtime.machine import (
     Clock,
     World,
     can_compile,
     first_rank_first,
-    join_world,
     keep_freed_memory,
     lost_another,
     native_dtype,
@@ -48,18 +49,25 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         join_world(2)
 
 
-PROGRAM = """
-import json, sys, torch, torch.distributed as dist
+TEXTS = ["", "é" * 1000, '{"a": [1, null]}']
+PROGRAM = f"""
+import json, torch, torch.distributed as dist
 from base import InputError
-from runtime.machine import first_rank_first, join_world, share_text
+from runtime.launch import join_world
+from runtime.machine import first_rank_first, share_text
 world = join_world(0)
+
 def total(group):
     x = torch.tensor(10 ** world.rank)
     dist.all_reduce(x, group=group)
     return x.item()
-first = first_rank_first(world, lambda: world.rank)
-texts = [share_text(world, text if world.rank == 0 else "other") for text in ("", "é" * 1000, '{"a": [1, null]}')]
-failures = []
+
+found = dict(rank=world.rank, size=world.size, local_size=world.local_size)
+found["node"] = total(world.node)
+found["across"] = world.across and total(world.across)
+found["first"] = first_rank_first(world, lambda: world.rank)
+found["texts"] = [share_text(world, text if world.rank == 0 else "other") for text in {TEXTS!r}]
+found["failures"] = []
 for failing in range(world.size):
     def fail():
         if world.rank == failing:
@@ -67,9 +75,8 @@ for failing in range(world.size):
     try:
         first_rank_first(world, fail)
     except InputError as e:
-        failures.append(str(e))
-print(json.dumps(dict(rank=world.rank, size=world.size, local_size=world.local_size, node=total(world.node),
-                      across=world.across and total(world.across), first=first, texts=texts, failures=failures)))
+        found["failures"].append(str(e))
+print(json.dumps(found))
 dist.destroy_process_group()
 """
 
@@ -79,7 +86,10 @@ def run_processes(machines):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    started, places = [], [(local, n) for n in machines for local in range(n)]
+    places = []  # (local rank, processes on its machine)
+    for n in machines:
+        places += [(local, n) for local in range(n)]
+    started = []
     for rank, (local, n) in enumerate(places):
         env = os.environ | dict(
             RANK=str(rank),
@@ -89,24 +99,25 @@ def run_processes(machines):
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM],
-                cwd=tg.ROOT,
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
+        started.append(process)
     try:
         ended = [p.communicate(timeout=240) for p in started]
     finally:
         for p in started:
             p.kill()
+    found = []
     for p, (out, err) in zip(started, ended):
         assert p.returncode == 0, err
-    return [json.loads(out) for out, _ in ended]
+        found.append(json.loads(out))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -122,18 +133,18 @@ def run_processes(machines):
 def test_processes_of_a_machine_and_those_in_one_place_are_groups(machines, nodes, across):
     found = run_processes(machines)
     size = sum(machines)
-    assert [f["rank"] for f in found] == list(range(size)) and {f["size"] for f in found} == {size}
-    assert [f["node"] for f in found] == nodes and [f["across"] for f in found] == across
+    assert [f["rank"] for f in found] == list(range(size))
+    assert {f["size"] for f in found} == {size}
+    assert [f["node"] for f in found] == nodes
+    assert [f["across"] for f in found] == across
     assert {f["local_size"] for f in found} == {machines[0] if len(set(machines)) == 1 else size}
     for f in found:
         assert f["first"] == f["rank"]  # each has its own result
-        assert f["texts"] == ["", "é" * 1000, '{"a": [1, null]}']
-        # whoever fails ends all; those that did not are told
-        assert len(f["failures"]) == size
-        assert f["failures"] == [
-            f"rank {i} cannot" if i == f["rank"] else "another rank could not prepare the data"
-            for i in range(size)
-        ]
+        assert f["texts"] == TEXTS
+        # Whoever fails ends all; those that did not are told
+        expected = ["another rank could not prepare the data"] * size
+        expected[f["rank"]] = f"rank {f['rank']} cannot"
+        assert f["failures"] == expected
 
 
 # --- device
@@ -199,12 +210,13 @@ def test_what_compiling_lacks(tmp_path, monkeypatch):
     def lacks_for_compile():
         said = []
         assert can_compile(said.append) == (not said)
-        return (
-            "".join(said)
-            .removeprefix("running without torch.compile, which is slower: ")
-            .removesuffix(" would have to be installed for it")
-            or None
-        )
+        if not said:
+            return None
+        (line,) = said
+        before, missing = line.split(": ")
+        assert before == "running without torch.compile, which is slower"
+        assert missing.endswith(" would have to be installed for it")
+        return missing.removesuffix(" would have to be installed for it")
 
     headers = tmp_path / "include"
     headers.mkdir()
@@ -251,9 +263,9 @@ def test_clock_runs_between_start_and_stop_and_goes_on_from_a_total(monkeypatch)
     at[0] = 110.0
     clock.start()
     at[0] = 112.5
-    assert (
-        clock.now() == 7.5 and clock.total == 5 and len(waited) == 1
-    )  # looking at it waits for nothing
+    assert clock.now() == 7.5
+    assert clock.total == 5
+    assert len(waited) == 1  # looking at it waits for nothing
     clock.stop()
     at[0] = 200.0
     assert clock.now() == clock.total == 7.5
