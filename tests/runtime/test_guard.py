@@ -11,7 +11,8 @@ from helpers import EVERYTHING, tiny, train_losses, write_text
 
 import train_gpt as tg
 from base import InputError
-from optim.updates import gradient_report
+from models import gpt
+from optim import gradient_report
 from runtime import guard
 from runtime.guard import WINDOW, Guard
 
@@ -194,29 +195,30 @@ POISON = dict(
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """poisoned(kind, steps): from then on these steps' batches are; returns (the state after
-    each step, by number)."""
+    """poisoned(kind, steps): from then on these steps' batches are; returns {step: state after
+    it}."""
 
     def poison(kind, steps):
-        at, states, forward, update = [0], {}, tg.GPT.forward, tg.Optimizer.step
+        states = {}
+        forward = gpt.Model.forward
+        update = tg.Optimizer.step
 
         def bad(self, *args, **kwargs):
             loss = forward(self, *args, **kwargs)
-            return (
-                POISON[kind](self, loss) if torch.is_grad_enabled() and at[0] + 1 in steps else loss
-            )
+            if torch.is_grad_enabled() and len(states) + 1 in steps:
+                return POISON[kind](self, loss)
+            return loss
 
         def listen(self, *args):
             update(self, *args)
-            at[0] += 1
-            states[at[0]] = {n: p.detach().clone() for n, p in self.params.items()} | {
-                f"{kind}/{n}": x.clone()
-                for n, s in self.state.items()
-                for kind, x in s.items()
-                if x is not None
-            }
+            state = {name: p.detach().clone() for name, p in self.params.items()}
+            for name, tensors in self.state.items():
+                for key, x in tensors.items():
+                    if x is not None:
+                        state[f"{key}/{name}"] = x.clone()
+            states[len(states) + 1] = state
 
-        monkeypatch.setattr(tg.GPT, "forward", bad)
+        monkeypatch.setattr(gpt.Model, "forward", bad)
         monkeypatch.setattr(tg.Optimizer, "step", listen)
         return states
 
@@ -246,12 +248,11 @@ def test_a_poisoned_batch_stops_the_run_with_the_weights_before_it(
     states = poisoned(kind, {7})
     with pytest.raises(InputError) as e:
         tg.train(tiny(text, tmp_path, **fields))
-    assert (
-        f"step 7: {said}" in str(e.value)
-        and "\n" not in str(e.value)
-        and "--max-skips" in str(e.value)
-    )
-    assert max(states) == 7 and same(states[6], states[7]) and not same(states[5], states[6])
+    line = str(e.value)
+    assert f"step 7: {said}" in line and "--max-skips" in line
+    assert "\n" not in line
+    assert max(states) == 7
+    assert same(states[6], states[7]) and not same(states[5], states[6])
     assert len(train_losses(tmp_path / "run")) == 6
     assert f"error: step 7: {said}" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -296,6 +297,6 @@ def test_a_jump_is_skipped_where_it_is_looked_for(text, tmp_path, poisoned, monk
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(tg, "evaluate", lambda *args: NAN)
+    monkeypatch.setattr(tg, "evaluate", lambda *args: dict(val_loss=NAN, val_bpb=NAN))
     with pytest.raises(InputError, match="^step 10: the validation loss is nan"):
         tg.train(tiny(text, tmp_path))
