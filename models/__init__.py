@@ -64,7 +64,7 @@ def load_template(name):
     InputError."""
     if name in template_names():
         return importlib.import_module(f"models.{name}")
-    if "." not in name:
+    if "." not in name.strip("."):
         raise InputError(
             f"--template {name}: expected one of {', '.join(template_names())}, or a module's "
             "dotted name"

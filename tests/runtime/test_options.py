@@ -1,8 +1,9 @@
-"""runtime/options.py and the Config of train_gpt.py: what a command line may say, and one line
-for what it may not."""
+"""base/options.py, runtime/options.py and the Config of train_gpt.py: what a command line may say,
+and one line for what it may not."""
 
 import dataclasses
 import math
+import types
 import typing
 
 import pytest
@@ -17,20 +18,28 @@ from base.options import (
     FRACTION,
     POSITIVE,
     RATE,
-    check_options,
+    Options,
     interval,
     option,
     seconds,
     valid,
 )
-from runtime.options import RunOptions, parse_options
+from models import gpt, load_template, template_names
+from runtime.options import (
+    RunConfig,
+    build_parts,
+    defaults,
+    flat,
+    parse_options,
+    peek,
+)
 
-FIELDS = {f.name: f for f in dataclasses.fields(tg.Config)}
+FIELDS = {f.name: f for cls in tg.config_classes().values() for f in dataclasses.fields(cls)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Small(RunOptions):
-    """A program of its own."""
+class Small(Options):
+    """The part of a program of its own."""
 
     name: str = option("a", "what it is called: 100% free", group="first")
     kind: str = option("x", "which one", ("x", "y", "z"))
@@ -42,8 +51,17 @@ class Small(RunOptions):
     fast: bool = option(True, "in a hurry")
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    small: Small
+    run: RunConfig
+
+
+CLASSES = dict(small=Small, run=RunConfig)
+
+
 def parse(*argv, **shown):
-    return parse_options(Small, list(argv), shown, prog="small")
+    return parse_options(CLASSES.values(), list(argv), shown, prog="small")
 
 
 # --- parsing
@@ -64,8 +82,8 @@ def parse(*argv, **shown):
         (
             ["--run-dir", "there", "--keep-last", "5"],
             dict(run_dir="there", keep_last=5),
-        ),  # those of the base class
-        (["--count", "-1"], dict(count=-1)),  # for check_options to refuse
+        ),  # of the other part
+        (["--count", "-1"], dict(count=-1)),  # for the part to refuse
         (["--name", ""], dict(name="")),
     ],
 )
@@ -111,17 +129,20 @@ def test_help_has_every_option_its_group_its_default_and_what_is_shown_instead(c
         "--fast, --no-fast in a hurry [True]",
     ):
         assert said in text, said
-    at = [
-        text.index(heading)
-        for heading in (
-            "first: --name",
-            "second: --rate",
-            "run: --run-dir",
-            "machine: --gpus",
-            "checkpoints: --checkpoint-every",
-        )
-    ]
-    assert at == sorted(at)  # the class's own before those it inherits
+    headings = (
+        "first: --name",
+        "second: --rate",
+        "run: --run-dir",
+        "machine: --gpus",
+        "checkpoints: --checkpoint-every",
+    )
+    at = [text.index(heading) for heading in headings]
+    assert at == sorted(at)  # in the order of the parts
+
+
+def test_a_few_options_may_be_looked_at_before_the_others_are_known():
+    argv = ["--nam", "a", "--count", "x", "stray", "--kind=z", "--rate"]
+    assert peek(argv, "name", "kind", "rate") == dict(name=None, kind="z", rate=None)
 
 
 # --- checking
@@ -146,16 +167,23 @@ def test_help_has_every_option_its_group_its_default_and_what_is_shown_instead(c
 )
 def test_errors_name_option_value_and_what_is_expected(fields, said):
     with pytest.raises(InputError) as e:
-        check_options(Small(**fields))
+        build_parts(CLASSES, fields)
     assert str(e.value) == said
 
 
-def test_what_is_expected_is_allowed():
-    check_options(
-        Small(
-            name="", kind="z", count=0, rate=None, sizes=(1,), checkpoint_every="off", max_time="2h"
-        )
+def test_a_configuration_is_built_of_parts_and_flat_again():
+    given = dict(
+        name="", kind="z", count=0, rate=None, sizes=(1,), checkpoint_every="off", max_time="2h"
     )
+    program = Program(**build_parts(CLASSES, given))
+    assert program.small.kind == "z" and program.run.max_time == "2h"
+    assert flat(program) == defaults(program) | given
+    assert defaults(program) == flat(Program(Small(), RunConfig()))
+
+
+def test_an_option_that_no_part_has():
+    with pytest.raises(InputError, match="^nothing: no such option; expected of cache_dir, .* "):
+        build_parts(CLASSES, dict(kind="y", nothing=1))
 
 
 @pytest.mark.parametrize(
@@ -225,14 +253,54 @@ def test_every_option_says_what_it_is_and_its_default_is_valid():
     for f in FIELDS.values():
         help = f.metadata["help"]
         assert help and (help[0].islower() or help.startswith(("Muon", "Adam"))), f.name
-    tg.Config()
+    tg.configure()
     for name in tg.track_names():
-        tg.Config(**(tg.load_track(name) | dict(text="a")))
+        tg.configure(**(tg.load_track(name) | dict(text="a")))
 
 
-def test_groups_have_one_heading_each():
-    headings = [f.metadata["group"] for f in FIELDS.values() if f.metadata["group"]]
-    assert len(headings) == len(set(headings)) >= 5
+def test_no_two_parts_have_an_option_of_the_same_name():
+    classes = tg.config_classes().values()
+    assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in classes)
+
+
+def test_groups_have_one_heading_each(capsys):
+    """Parts may share one; then their options stand together."""
+    for cls in tg.config_classes().values():
+        own = [f.metadata["group"] for f in dataclasses.fields(cls) if f.metadata["group"]]
+        assert len(own) == len(set(own)) >= 1, cls
+    with pytest.raises(SystemExit):
+        tg.parse_args(["--track", "laptop", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    headings = {f.metadata["group"] for f in FIELDS.values()} - {None}
+    assert len(headings) >= 5
+    for heading in headings:
+        assert lines.count(f"{heading}:") == 1, heading
+
+
+NO_NAME = f"expected one of {', '.join(template_names())}, or a module's dotted name"
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nothing", NO_NAME),
+        ("", NO_NAME),
+        (".", NO_NAME),
+        (".gpt", NO_NAME),
+        ("models.nothing", "cannot be imported: No module named 'models.nothing'"),
+        ("models.parts", "expected a module with Config and Model, see models/__init__.py"),
+    ],
+)
+def test_what_is_no_template_is_one_line(name, said):
+    with pytest.raises(InputError) as e:
+        load_template(name)
+    assert str(e.value) == f"--template {name}: {said}"
+
+
+def test_a_template_may_be_a_module_of_ones_own():
+    assert load_template("models.gpt") is load_template("gpt") is gpt
+    c = tg.parse_args(["--track", "laptop", "--template", "models.gpt"])
+    assert c.goal.template == "models.gpt" and isinstance(c.model, gpt.Config)
 
 
 def text_of(value):
@@ -243,15 +311,15 @@ def text_of(value):
 def test_every_option_reaches_its_field(name):
     """Its default by name on the command line gives the default, which the laptop track need not
     have."""
-    f, flag = FIELDS[name], f"--{name.replace('_', '-')}"
+    f = FIELDS[name]
+    flag = f"--{name.replace('_', '-')}"
     if f.default is None or name in ("track", "text", "data", "value_embed_layers"):
         return
-    given = (
-        [flag if f.default else f"--no-{name.replace('_', '-')}"]
-        if f.type is bool
-        else [flag, *text_of(f.default)]
-    )
-    value = getattr(tg.parse_args(["--track", "laptop", *given]), name)
+    if f.type is bool:
+        given = [flag if f.default else f"--no-{flag[2:]}"]
+    else:
+        given = [flag, *text_of(f.default)]
+    value = flat(tg.parse_args(["--track", "laptop", *given]))[name]
     assert value == f.default and type(value) is type(f.default)
 
 
@@ -264,6 +332,10 @@ JUNK = st.one_of(
             "10m",
             "text",
             "laptop",
+            "gpt",
+            ".",
+            "a.b",
+            "os.path",
             "shakespeare-char",
             "bytes",
             "nan",
@@ -329,17 +401,20 @@ def try_command(argv):
     except SystemExit as e:
         assert e.code == 0 and any(x.startswith(("--help", "-h")) for x in argv)
         return
-    if max(c.n_layer, *c.mtp) < 1000:
-        for step in (0, c.steps // 2, c.steps - 1):
-            progress = tg.progress_at(c, step)
-            stage = tg.stage_at(c, progress)
-            assert (
-                len(stage.windows) == len(tg.val_stage(c, stage).windows) == c.n_layer
-                and stage.rows > 0
-            )
-            assert 0 <= tg.lr_scale(c, progress) < math.inf and 0.8 < tg.muon_momentum(progress) < 1
-            assert (tg.target_weights(c, progress) is None) == (stage.n_targets == 1)
-        assert all(rule.lr >= 0 for rule in tg.parameter_table(c).values())
+    if max(c.model.n_layer, *c.model.mtp) < 1000:
+        for step in (1, c.schedule.steps // 2 + 1, c.schedule.steps):
+            progress = tg.progress_at(c.schedule, step)
+            stage = tg.stage_at(c, step)
+            val_stage = c.model.val_stage(stage.model, c.data.val_row_len)
+            assert stage.rows > 0
+            assert len(stage.model.windows) == len(val_stage.windows) == c.model.n_layer
+            assert 0 <= tg.lr_scale(c.schedule, progress) < math.inf
+            assert 0.8 < tg.muon_momentum(progress) < 1
+            one_target = stage.model.n_targets == 1
+            assert (c.model.target_weights(progress) is None) == one_target
+        model = types.SimpleNamespace(c=c.model, ops=types.SimpleNamespace(polar_express=None))
+        rules = gpt.Model.update_rules(model, c.optim)
+        assert all(rule.lr >= 0 for rule in rules.values())
 
 
 loose = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
