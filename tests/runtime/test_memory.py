@@ -1,7 +1,7 @@
 """runtime/memory.py: what training is expected to need, against what it keeps, and what is
 chosen to fit."""
 
-import dataclasses
+import functools
 import types
 
 import pytest
@@ -12,31 +12,46 @@ from hypothesis import strategies as st
 
 import train_gpt as tg
 from base import InputError
+from models import gpt
+from optim import RowAdam
 from runtime import memory
-from runtime.memory import SHARE, advice, describe, equal_passes, estimate, fit, free_memory
+from runtime.memory import SHARE, describe, equal_passes, explained, free_memory
 
 WORLD = tg.World()
 
 
 def config(**fields):
-    return tg.Config(
-        **dict(
-            n_layer=4,
-            n_embd=128,
-            n_head=4,
-            value_embed_layers=(0, 3),
-            row_len=256,
-            batch_tokens=(16384,),
-            short_window=(64,),
-            softcap=(23.0, 5.0, 7.5),
-        )
-        | fields
+    base = dict(
+        n_layer=4,
+        n_embd=128,
+        n_head=4,
+        value_embed_layers=(0, 3),
+        row_len=256,
+        batch_tokens=(16384,),
+        short_window=(64,),
+        softcap=(23.0, 5.0, 7.5),
     )
+    return tg.configure(**(base | fields))
+
+
+def build(c, dtype=torch.float32, n_vocab=1000):
+    max_len = max(c.data.row_len, c.data.val_row_len)
+    return gpt.Model(c.model, n_vocab, max_len, dtype)
 
 
 def meta(c, dtype=torch.float32, n_vocab=1000):
     with torch.device("meta"):
-        return tg.GPT(c, n_vocab, dtype)
+        return build(c, dtype, n_vocab)
+
+
+def estimate(c, model, rows, recompute, shards=1, cuda=False):
+    """The estimate for a configuration's rules and rows."""
+    rules = model.update_rules(c.optim)
+    return memory.estimate(model, rules, rows, c.data.row_len, recompute, shards, cuda)
+
+
+def fit(c, world=WORLD):
+    return memory.fit(functools.partial(build, c), c, world)
 
 
 # --- the estimate
@@ -45,57 +60,46 @@ def meta(c, dtype=torch.float32, n_vocab=1000):
 def kept(function, model):
     """Bytes of distinct storages that autograd keeps for the backward pass, besides parameters
     and tables."""
-    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         result = function()
     assert result.requires_grad
-    return sum(
-        {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-            for x in saved
-            if x.untyped_storage().data_ptr() not in own
-        }.values()
-    )
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    for x in (*model.parameters(), *model.buffers()):
+        sizes.pop(x.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 def kept_and_expected(compile, dtype, rows=4, **fields):
     c = config(**fields)
-    model = tg.GPT(c, 1000, dtype)
+    model = build(c, dtype)
     model.init_weights(0)
+    model.recompute = c.run.recompute == "on"
     run = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
-    tokens, cu_seqlens = (
-        torch.randint(1000, (rows, 257)),
-        torch.arange(0, rows * 256 + 1, 64, dtype=torch.int32),
-    )
-    stage = tg.stage_at(c, 0.0)
+    tokens = torch.randint(1000, (rows, 257))
+    cu_seqlens = torch.arange(0, rows * 256 + 1, 64, dtype=torch.int32)
+    stage = tg.stage_at(c, 1).model
     weights = torch.tensor([1.0, 0.5, 0.25]) if stage.n_targets == 3 else None
     found = kept(lambda: run(tokens[:, :-1], tokens[:, 1:], cu_seqlens, stage, weights), model)
-    parts = estimate(c, model, 1, rows, c.recompute == "on")
+    parts = estimate(c, model, rows, model.recompute)
     return found, parts["activations"] + parts["logits"]
 
 
 def test_estimate_is_what_an_h200_took():
     """gpt2-small in passes of some rows: peaks of torch.cuda's allocator in a whole step, in
     bytes."""
-    c = tg.Config(**tg.load_track("gpt2-small"))
-    for rows, fp8, took in (
-        (4, "on", 37.18e9),
-        (6, "on", 51.41e9),
-        (12, "on", 93.9e9),
-        (12, "off", 84.3e9),
+    c = tg.configure(**tg.load_track("gpt2-small"))
+    model = meta(c, torch.bfloat16, 50257)
+    for rows, loss, took in (
+        (4, "fp8", 37.18e9),
+        (6, "fp8", 51.41e9),
+        (12, "fp8", 93.9e9),
+        (12, "triton", 84.3e9),
     ):
-        c = dataclasses.replace(c, fp8=fp8)
-        with torch.device("meta"):
-            model = tg.GPT(c, 50257, torch.bfloat16)
-        ops = model.ops.named() | dict(attention="flash_attn_4")
-        if fp8 == "off":
-            ops["linear_cross_entropy"] = "triton"
-        model.ops = types.SimpleNamespace(named=lambda ops=ops: ops)
-        assert 0.94 < took / sum(estimate(c, model, 1, rows, False, cuda=True).values()) < 0.97, (
-            rows,
-            fp8,
-        )
+        named = dict(attention="flash_attn_4", linear_cross_entropy=loss)
+        model.ops = types.SimpleNamespace(named=lambda named=named: named, polar_express=None)
+        expected = sum(estimate(c, model, rows, False, cuda=True).values())
+        assert 0.94 < took / expected < 0.97, (rows, loss)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +118,11 @@ def test_what_is_kept_is_what_was_expected_within_a_factor(compile, dtype, field
 
 
 def test_sampled_softmax_has_fewer_logits_if_all_stages_have_it():
-    full, some, all_of_them = (
-        estimate(config(sampled_softmax=n), meta(config()), 1, 2, False)["logits"]
-        for n in ((0,), (64, 0), (64, 128))
-    )
-    assert full == some == all_of_them * len(meta(config()).embed) / 128
+    def logits(*sampled):
+        c = config(sampled_softmax=sampled)
+        return estimate(c, meta(c), 2, False)["logits"]
+
+    assert logits(0) == logits(64, 0) == logits(64, 128) * len(meta(config()).embed) / 128
 
 
 @pytest.mark.parametrize("fields", [dict(), PIECES], ids=["nothing", "pieces"])
@@ -132,7 +136,7 @@ def test_with_recompute_what_is_kept_leaves_room_for_one_block(fields):
 
 def test_it_grows_with_rows_alone():
     c = config()
-    one, four = (estimate(c, meta(c), 1, rows, False) for rows in (1, 4))
+    one, four = (estimate(c, meta(c), rows, False) for rows in (1, 4))
     assert {name for name in one if one[name] != four[name]} == {"activations", "logits"}
     assert all(four[name] == 4 * one[name] for name in ("activations", "logits"))
     a, b = (kept_and_expected(False, torch.float32, rows=rows)[0] for rows in (1, 4))
@@ -153,23 +157,25 @@ def test_it_grows_with_rows_alone():
 def test_weights_gradients_and_optimizer_are_counted(dtype, fields):
     """The optimizer by what would be most: Muon has one moment where Adam has two."""
     c = config(**fields)
-    model = tg.GPT(c, 1000, dtype)
-    parts = estimate(c, model, 1, 4, False)
+    model = build(c, dtype)
+    parts = estimate(c, model, 4, False)
     weights = sum(p.nbytes for p in model.parameters())
-    state = sum(
-        x.nbytes
-        for s in tg.Optimizer(model, tg.parameter_table(c), normuon=c.normuon).state.values()
-        for x in s.values()
-        if x is not None
-    )
+    rules = model.update_rules(c.optim)
+    state = 0
+    for tensors in tg.Optimizer(model, rules, WORLD).state.values():
+        state += sum(x.nbytes for x in tensors.values() if x is not None)
     assert parts["weights"] == parts["gradients"] == pytest.approx(weights, rel=0.01)
     assert state <= 1.01 * parts["optimizer"] < 2 * state
-    assert estimate(c, model, 4, 4, False)["optimizer"] == parts["optimizer"] // 4
-    rules, without = tg.parameter_table(c), dataclasses.replace(c, row_moments=False)
-    spared = 8 * sum(
-        p.numel() for name, p in model.named_parameters() if rules[name].optim == "row_adam"
-    )
-    assert estimate(without, model, 1, 4, False)["optimizer"] == parts["optimizer"] + spared
+    assert estimate(c, model, 4, False, shards=4)["optimizer"] == parts["optimizer"] // 4
+
+    # Row moments: what they spare
+    spared = 0
+    for name, p in model.named_parameters():
+        if isinstance(rules[name], RowAdam):
+            spared += 8 * p.numel() - rules[name].state_bytes(p)
+    without = tg.changed(c, row_moments=False)
+    assert (spared > 0) == c.optim.row_moments
+    assert estimate(without, model, 4, False)["optimizer"] == parts["optimizer"] + spared
 
 
 # --- what is free
@@ -190,8 +196,7 @@ def test_free_memory_may_not_be_known(said, monkeypatch):
 
     monkeypatch.setattr(memory.Path, "read_text", read)
     assert free_memory(torch.device("cpu")) is None
-    c = config()
-    assert fit(c, meta(c), WORLD)[:2] == (64, False)
+    assert fit(config())[:2] == (64, False)
 
 
 # --- what fits
@@ -204,12 +209,13 @@ def free(monkeypatch):
 
 
 def need(c, rows, recompute):
-    return sum(estimate(c, meta(c), 1, rows, recompute).values())
+    return sum(estimate(c, meta(c), rows, recompute).values())
 
 
 def test_less_memory_means_fewer_rows_then_recomputing_then_a_line(free):
     c = config(batch_tokens=(4096, 20480))
-    most, little = 16384 // 256, need(c, 1, False) / SHARE - 10
+    most = 16384 // 256
+    little = need(c, 1, False) / SHARE - 10
     again = max(rows for rows in range(1, 64) if need(c, rows, True) <= SHARE * little)
     for bytes, expected in (
         (None, (most, False)),
@@ -221,20 +227,19 @@ def test_less_memory_means_fewer_rows_then_recomputing_then_a_line(free):
         (need(c, 1, True) / SHARE + 10, (1, True)),
     ):
         free(bytes)
-        rows, recompute, said = fit(c, meta(c), WORLD)
+        rows, recompute, said = fit(c)
         assert (rows, recompute) == expected
-        assert said == describe(estimate(c, meta(c), 1, rows, recompute), bytes)
+        assert said == describe(estimate(c, meta(c), rows, recompute), bytes)
     free(None)
-    assert (
-        fit(config(batch_tokens=(1024, 2048)), meta(c), WORLD)[0] == 2048 // 256
-    )  # more than a batch has is no use
+    # More than a batch has is no use
+    assert fit(config(batch_tokens=(1024, 2048)))[0] == 2048 // 256
     free(need(c, 1, True) / SHARE - 10)
     with pytest.raises(InputError) as e:
-        fit(c, meta(c), WORLD)
+        fit(c)
     assert "\n" not in str(e.value)
     for said in (
         "not enough memory on cpu",
-        describe(estimate(c, meta(c), 1, 1, True), need(c, 1, True) / SHARE - 10),
+        describe(estimate(c, meta(c), 1, True), need(c, 1, True) / SHARE - 10),
         "lower --micro-tokens (now chosen to fit) or --row-len (256)",
     ):
         assert said in str(e.value)
@@ -244,23 +249,23 @@ def test_less_memory_means_fewer_rows_then_recomputing_then_a_line(free):
 def test_recompute_may_be_decided(free, recompute):
     c = config(recompute=recompute)
     free(10**12)
-    assert fit(c, meta(c), WORLD)[:2] == (64, recompute == "on")
+    assert fit(c)[:2] == (64, recompute == "on")
     free(need(c, 3, recompute == "on") / SHARE + 10)
-    assert fit(c, meta(c), WORLD)[:2] == (3, recompute == "on")
+    assert fit(c)[:2] == (3, recompute == "on")
     free(need(c, 1, recompute == "on") / SHARE - 10)
     with pytest.raises(InputError, match="not enough memory"):
-        fit(c, meta(c), WORLD)
+        fit(c)
 
 
 def test_rows_that_were_asked_for_are_not_reduced(free):
     c = config(micro_tokens=1024)
     free(need(c, 4, False) / SHARE + 10)
-    assert fit(c, meta(c), WORLD)[:2] == (4, False)
+    assert fit(c)[:2] == (4, False)
     free(need(c, 4, True) / SHARE + 10)
-    assert fit(c, meta(c), WORLD)[:2] == (4, True)
+    assert fit(c)[:2] == (4, True)
     free(need(c, 4, True) / SHARE - 10)
     with pytest.raises(InputError, match=r"lower --micro-tokens \(now 1024\)"):
-        fit(c, meta(c), WORLD)
+        fit(c)
 
 
 @settings(deadline=None, max_examples=100, database=None)
@@ -273,19 +278,18 @@ def test_the_choice_is_the_first_that_fits(n, recompute, micro_tokens):
     c = config(recompute=recompute, micro_tokens=micro_tokens)
     model = meta(c)
     sizes = [micro_tokens // 256] if micro_tokens else range(64, 0, -1)
-    ways = [
-        (rows, way)
-        for way in dict(auto=(False, True), on=(True,), off=(False,))[recompute]
-        for rows in sizes
-        if sum(estimate(c, model, 1, rows, way).values()) <= SHARE * n
-    ]
+    ways = []
+    for way in dict(auto=(False, True), on=(True,), off=(False,))[recompute]:
+        for rows in sizes:
+            if sum(estimate(c, model, rows, way).values()) <= SHARE * n:
+                ways.append((rows, way))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "free_memory", lambda *args: n)
         if ways:
-            assert fit(c, model, WORLD)[:2] == ways[0]
+            assert fit(c)[:2] == ways[0]
         else:
             with pytest.raises(InputError):
-                fit(c, model, WORLD)
+                fit(c)
 
 
 @pytest.mark.parametrize(
@@ -303,10 +307,10 @@ def test_ranks_agree_on_the_least_that_one_of_them_has(free, monkeypatch, theirs
     monkeypatch.setattr(memory.dist, "all_reduce", lambda x, op: x.copy_(how[op](x, other)))
     world = tg.World(0, 2)
     if together:
-        assert fit(c, meta(c), world)[:2] == together
+        assert fit(c, world)[:2] == together
     else:
         with pytest.raises(InputError, match="not enough memory"):
-            fit(c, meta(c), world)
+            fit(c, world)
 
 
 @given(st.integers(1, 500), st.integers(1, 500))
@@ -338,14 +342,26 @@ def test_passes_by_hand(rows, most, expected):
     assert equal_passes(rows, most) == expected
 
 
-def test_describe_and_advice_are_one_line_with_the_numbers():
+def test_describe_is_one_line_with_the_numbers():
     said = describe(dict(weights=1.5e9, logits=2e8), 4e9)
     assert said == "1.70 GB (weights 1.50, logits 0.20) of 4.00 GB free"
     assert describe(dict(weights=1e9), None) == "1.00 GB (weights 1.00)"
-    line = advice(
-        config(), said, RuntimeError("CUDA out of memory.\n Tried to allocate 2 GiB\n" + "x" * 500)
-    )
-    assert said in line and "a multiple of 256" in line and "\n" not in line and len(line) < 400
+
+
+@pytest.mark.parametrize("setup", [None, types.SimpleNamespace(memory="1.70 GB of 4.00 GB free")])
+def test_running_out_is_explained_in_one_line(setup):
+    said = "CUDA out of memory.\n Tried to allocate 2 GiB\n" + "x" * 500
+    with pytest.raises(InputError) as e, explained(256, lambda: setup):
+        raise torch.OutOfMemoryError(said)
+    line = str(e.value)
+    assert f"the estimate was {setup.memory if setup else 'unknown'}." in line
+    assert "a multiple of 256" in line and "Tried to allocate 2 GiB xxx" in line
+    assert "\n" not in line and len(line) < 400
+
+
+def test_other_errors_are_not_explained_by_memory():
+    with pytest.raises(RuntimeError, match="^a bug$"), explained(256, lambda: None):
+        raise RuntimeError("a bug")
 
 
 # --- whole runs
@@ -361,9 +377,7 @@ def test_a_run_with_little_memory_has_the_same_losses(text, tmp_path, free, fiel
     whole = tg.train(tiny(text, tmp_path, **fields))
     assert "blocks recomputed" not in capsys.readouterr().err
     c = tiny(text, tmp_path, run_dir=str(tmp_path / "little"), **fields)
-    with torch.device("meta"):
-        model = tg.GPT(c, 257)
-    free(sum(estimate(c, model, 1, 1, False).values()) / SHARE - 10)
+    free(sum(estimate(c, meta(c, n_vocab=257), 1, False).values()) / SHARE - 10)
     little = tg.train(c)
     assert "of 0.00 GB free, blocks recomputed" in capsys.readouterr().err
     assert train_losses(tmp_path / "little") == pytest.approx(
@@ -390,7 +404,7 @@ def out_of_memory(*args, **kwargs):
 
 @pytest.mark.parametrize("forward", [out_of_memory_on_a_gpu, out_of_memory])
 def test_running_out_all_the_same_is_one_line(text, tmp_path, monkeypatch, capsys, forward):
-    monkeypatch.setattr(tg.GPT, "forward", forward)
+    monkeypatch.setattr(gpt.Model, "forward", forward)
     assert tg.main(options(tiny(text, tmp_path))) == 2
     out, err = capsys.readouterr()
     assert out == "" and "error: out of memory; the estimate was 0." in err.splitlines()[-1]
