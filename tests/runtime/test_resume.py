@@ -1,6 +1,5 @@
 """A run that goes on from a checkpoint is the run that never stopped."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +10,9 @@ from helpers import PIECES, options, tiny, write_text
 from processes import remains, rows, same
 
 import train_gpt as tg
+from base import InputError
+from runtime import checkpoints, resume
+from runtime.options import RunConfig, flat
 
 # Everything that has a state or changes on the way: the head is untied after step 6, batches grow
 # after 8 and 16, windows (with yarn) and the number of targets change after 12; Adam updates in
@@ -41,7 +43,10 @@ class Runner:
     """Runs of one configuration, each in its folder."""
 
     def __init__(self, nursery, text, tmp, **fields):
-        self.nursery, self.text, self.tmp, self.fields = nursery, text, tmp, fields
+        self.nursery = nursery
+        self.text = text
+        self.tmp = tmp
+        self.fields = fields
 
     def argv(self, name, **fields):
         fields = dict(text=str(self.text), run_dir=str(self.tmp / name)) | self.fields | fields
@@ -118,10 +123,9 @@ def test_the_softmax_has_the_same_sample(run, ranks):
         run.stop("stopped", step, "--resume", "auto", **fields)
     assert run("stopped", "--resume", "auto", **fields).status == 0
     same(run.tmp / "stopped", run.tmp / "whole")
-    tensors, _ = tg.resume.checkpoint.load(run.tmp / "whole/checkpoints/step-000006")
-    assert (
-        tensors["other/recent_losses"][0] == 3
-    )  # a loss over all tokens is not compared with one over a sample
+    tensors, _ = checkpoints.load(run.tmp / "whole/checkpoints/step-000006")
+    # A loss over all tokens is not compared with one over a sample
+    assert tensors["other/recent_losses"][0] == 3
     assert run("all", **fields | dict(sampled_softmax=(0,))).status == 0
     sampled, full = rows(run.tmp / "whole"), rows(run.tmp / "all")
     assert sampled[1]["train_loss"] != full[1]["train_loss"]
@@ -274,7 +278,7 @@ def test_the_status_of_a_finished_run_is_its_own(run):
     assert run("run", "--resume", "auto", target=0.1).status == 3
 
 
-def test_auto_without_a_folder_takes_the_newest_unfinished_run_of_the_track(text, tmp_path):
+def test_auto_without_a_folder_takes_the_newest_unfinished_run_of_the_track(tmp_path):
     def of(name, finished=False, seeds=()):
         folder = tmp_path / "runs" / name
         for inner in [folder / seed for seed in seeds] or [folder]:
@@ -284,23 +288,25 @@ def test_auto_without_a_folder_takes_the_newest_unfinished_run_of_the_track(text
                 (inner / "result.json").write_text('{"steps": 3}')
         return folder
 
-    def auto(restarted=False, resume="auto", **fields):
-        c = tiny(text, tmp_path, run_dir="", resume=resume, **fields)
-        return tg.resume.choose_run_dir(c, tmp_path / "runs", restarted)
+    def auto(restarted=False, how="auto", repeat=1):
+        options = RunConfig(resume=how, repeat=repeat)
+        return resume.run_dir_of(options, "tiny", 0, tmp_path / "runs", restarted)
 
-    older, newer = of("20260101T000000-tiny"), of("20260102T000000-tiny")
-    of("20260103T000000-tiny", finished=True), of("20260104T000000-other")
+    older = of("20260101T000000-tiny")
+    newer = of("20260102T000000-tiny")
+    of("20260103T000000-tiny", finished=True)
+    of("20260104T000000-other")
     of("20260105T000000-tiny", finished=True, seeds=("seed0", "seed1"))
     seeds = of("20260106T000000-tiny", seeds=("seed0", "seed1"))
     of("20260107T000000-tiny", finished=True, seeds=("seed0", "seed1"))
-    assert auto() == auto(resume="", restarted=True) == (newer, True)
+    assert auto() == auto(how="", restarted=True) == (newer, True)
     (newer / "result.json").write_text('{"steps": 3}')
     assert auto() == (older, True)
     assert auto(repeat=2) == (seeds, True)
     (older / "result.json").write_text('{"steps": 3}')
     folder, resuming = auto()
     assert not folder.exists() and folder.parent == tmp_path / "runs" and resuming
-    assert auto(resume="")[1] is False
+    assert auto(how="")[1] is False
 
 
 def test_repeat_with_one_seed_finished_and_one_begun(run):
@@ -366,14 +372,13 @@ def test_what_is_no_part_of_the_recipe_may_change(run):
 
 
 def test_an_option_younger_than_the_checkpoint_had_its_default():
-    fields = dataclasses.asdict(tg.Config())
+    fields = flat(tg.configure())
     del fields["sampled_softmax"]
     meta = dict(config=json.loads(json.dumps(fields)), data_fingerprint="x")
-    tg.resume.check_fit(tg.Config(), "x", meta)
-    with pytest.raises(
-        tg.InputError, match=re.escape("sampled_softmax: [64] here, [0] in the checkpoint")
-    ):
-        tg.resume.check_fit(tg.Config(sampled_softmax=(64,)), "x", meta)
+    resume.check_fit(tg.configure(), tg.FREE, "x", meta)
+    said = re.escape("sampled_softmax: [64] here, [0] in the checkpoint")
+    with pytest.raises(InputError, match=said):
+        resume.check_fit(tg.configure(sampled_softmax=(64,)), tg.FREE, "x", meta)
 
 
 def test_another_text(run, tmp_path):
@@ -389,8 +394,8 @@ def test_another_text(run, tmp_path):
 
 def test_another_format_version(run, monkeypatch):
     run.stop("run", 3)
-    monkeypatch.setattr(tg.resume.checkpoint, "VERSION", 99)
-    with pytest.raises(tg.InputError, match="expected format version 99, found 1"):
+    monkeypatch.setattr(checkpoints, "VERSION", 99)
+    with pytest.raises(InputError, match="expected format version 99, found 1"):
         tg.train(tiny(run.text, run.tmp, run_dir=str(run.tmp / "run"), resume="auto", **run.fields))
 
 
@@ -456,7 +461,8 @@ def test_what_a_warm_start_refuses(run):
 def test_a_checkpoint_is_never_ahead_of_the_log(run, monkeypatch):
     """On a GPU losses arrive two steps late; a run killed after a checkpoint must not lose their
     lines."""
-    ahead, save = [], tg.Checkpoints.save
+    ahead = []
+    save = tg.Checkpoints.save
 
     def look(self, step, *args, **kwargs):
         logged = [row["step"] for row in rows(self.folder.parent) if "train_loss" in row]
@@ -464,11 +470,12 @@ def test_a_checkpoint_is_never_ahead_of_the_log(run, monkeypatch):
         return save(self, step, *args, **kwargs)
 
     init = tg.Guard.__init__
-    monkeypatch.setattr(
-        tg.Guard,
-        "__init__",
-        lambda self, *args, **kw: (init(self, *args, **kw), setattr(self, "lag", 2))[0],
-    )
+
+    def late(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.lag = 2
+
+    monkeypatch.setattr(tg.Guard, "__init__", late)
     monkeypatch.setattr(tg.Checkpoints, "save", look)
     tg.train(tiny(run.text, run.tmp, **run.fields, run_dir=str(run.tmp / "run")))
     assert len(ahead) >= 3 and set(ahead) == {0}

@@ -15,6 +15,7 @@ from helpers import ROOT, options, tiny
 from processes import alive, remains, rows, same, wait_for
 
 import train_gpt as tg
+from runtime import checkpoints
 
 SMALL = dict(
     steps=12,
@@ -331,7 +332,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(nursery, argv, tmp
     assert "Traceback" not in done.err and not (tmp_path / "run/result.json").exists()
     stopped = int(re.search(r"step (\d+):", done.err)[1])
     for path in (tmp_path / "run/checkpoints").glob("step-??????"):
-        tensors, meta = tg.resume.checkpoint.load(path)
+        tensors, meta = checkpoints.load(path)
         assert meta["progress"]["step"] < stopped
         assert all(x.isfinite().all() for name, x in tensors.items() if name.startswith("weights/"))
 

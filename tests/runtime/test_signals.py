@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT, options, tiny, write_text
 from processes import alive, remains, rows, same, wait_for
 
-import train_gpt as tg
+from runtime import checkpoints
 
 SMALL = dict(
     steps=12,
@@ -282,7 +282,7 @@ def test_a_launcher_that_is_killed_takes_its_workers_along(nursery, argv, tmp_pa
     run.kill().wait()
     wait_for(lambda: not any(map(alive, orphans)))
     assert "stopped at step" in (tmp_path / "run/log.txt").read_text().rsplit("training on", 1)[1]
-    assert tg.resume.checkpoint.latest(tmp_path / "run/checkpoints")
+    assert checkpoints.latest(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.slow
