@@ -321,6 +321,14 @@ def set_up(config, world, data, log):
     )
 
 
+def outline(config, n_vocab):
+    """The template's model without its weights."""
+    template = load_template(config.goal.template)
+    ops = choose_ops("cpu")
+    with torch.device("meta"):
+        return template.Model(config.model, n_vocab, config.data.row_len, torch.float32, ops)
+
+
 def warm_up(setup):
     """Compile everything on batches of padding, whose loss and gradients are zero."""
     config = setup.config
@@ -504,6 +512,8 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 config, FREE, world, run_dir, resuming, fingerprint, closing
             )
             if not result:
+                if options.warm_start and not found:  # do they fit? before anything is written
+                    resume.copy_weights(options.warm_start, outline(config, data.dataset.n_vocab))
                 at = found[1]["progress"]["step"] if found else 0
                 active = world.rank == 0
                 log = Log(run_dir, config.schedule.steps, active, at if resuming else None)
@@ -513,8 +523,6 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 setup = setup or set_up(config, world, data, log)
                 setup.config = config  # of this seed
                 announce(log, setup)
-                if options.warm_start and not found:  # do they fit, before anything long begins?
-                    resume.copy_weights(options.warm_start, setup.model)
                 if new and setup.forward is not setup.model:
                     log.say("compiling ... (minutes the first time, seconds from then on)")
                     warm_up(setup)

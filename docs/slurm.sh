@@ -24,11 +24,12 @@ gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus | wc -l)}
 srun .venv/bin/python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc_per_node="$gpus" --max_restarts=3 \
     --rdzv_backend=c10d --rdzv_endpoint="$first:29500" --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
     train_gpt.py "$@" --run-dir "$run_dir" --resume auto &
-training=$! stopped=
-trap 'stopped=yes; kill -TERM "$training"' TERM  # srun passes it on to every machine
+training=$! stopped='' again=yes
+trap 'stopped=yes again=yes; kill -TERM "$training"' TERM  # srun passes it on to every machine
 
 status=0
-while kill -0 "$training" 2> /dev/null; do  # a signal ends wait, not what it waits for
+while [[ -n $again ]]; do  # a signal ends wait, not what it waits for
+    again=''
     wait "$training" && status=0 || status=$?
 done
 [[ -z $stopped || $status == 0 ]] || scontrol requeue "$SLURM_JOB_ID"

@@ -1,6 +1,7 @@
 """What goes wrong on real machines: processes that are killed, disks that fill up or lie, clocks
 that jump."""
 
+import contextlib
 import json
 import os
 import random
@@ -198,10 +199,18 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+def fill_up(disk):
+    """Leave no block free; returns the file to remove."""
+    path = disk / "fill"
+    with open(path, "wb", buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(bytes(4096))
+    return path
+
+
 def test_a_disk_that_is_full_from_the_start_to_the_end(nursery, argv, tmp_path, whole, small_disk):
     """Neither log nor checkpoint nor result fit. What was asked for, the result, is on stdout."""
-    fill = small_disk / "fill"
-    fill.write_bytes(bytes(4_000_000))
+    fill_up(small_disk)
     run = nursery.run(argv("disk/run"), tmp_path / "output")
     assert run.status == 0, run.err
     assert "cannot be written: No space left on device; training goes on" in run.err
@@ -211,15 +220,10 @@ def test_a_disk_that_is_full_from_the_start_to_the_end(nursery, argv, tmp_path, 
 
 def test_a_disk_that_is_full_for_a_while(nursery, argv, tmp_path, whole, small_disk):
     """What could not be written is written later, and the checkpoint there was stays."""
-    fill, run_dir = small_disk / "fill", small_disk / "run"
+    run_dir = small_disk / "run"
     run = nursery.start(argv("disk/run"), tmp_path / "output", step=0.1)
     run.until(lambda: any((run_dir / "checkpoints").glob("step-??????")))
-    with open(fill, "wb", buffering=0) as f:
-        while True:
-            try:
-                f.write(bytes(4096))
-            except OSError:
-                break
+    fill = fill_up(small_disk)
     before = list((run_dir / "checkpoints").glob("step-??????/complete"))
     run.until(lambda: "could not write the checkpoint" in run.err)
     assert before and all(path.exists() for path in before)
@@ -357,12 +361,14 @@ def test_every_test_in_the_table_exists():
 def test_the_slurm_script_passes_signals_on_and_queues_again(tmp_path, end):
     """With stand-ins for Slurm's commands and for Python, which waits for a signal unless it is
     to end by itself."""
-    for path, script in {
-        "bin/scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" > requeued; fi',
+    ends = dict(signal="while :; do sleep 0.05; done", done="exit 0", failed="exit 1")[end]
+    show = 'if [ "$1" = show ]; then echo first; echo second; '
+    scripts = {
+        "bin/scontrol": show + 'else echo "$@" > requeued; fi',
         "bin/srun": 'exec "$@"',
-        ".venv/bin/python": 'echo "$@" > command; trap "exit 143" TERM; '
-        + dict(signal="while :; do sleep 0.05; done", done="exit 0", failed="exit 1")[end],
-    }.items():
+        ".venv/bin/python": f'echo "$@" > command; trap "exit 143" TERM; {ends}',
+    }
+    for path, script in scripts.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / path).chmod(0o755)
