@@ -25,67 +25,46 @@ def free_port():
 def run_machines(machines, processes, *args, timeout=300):
     """torchrun once for each of so many machines, with so many processes each; returns them
     finished, the one with the result on its stdout first."""
-    rendezvous = [
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        f"127.0.0.1:{free_port()}",
-        "--rdzv_id",
-        "test",
-        "--local_addr",
-        "127.0.0.1",
-    ]
     command = [
         sys.executable,
         *TORCHRUN,
-        "--nnodes",
-        str(machines),
-        "--nproc_per_node",
-        str(processes),
-        *rendezvous,
+        f"--nnodes={machines}",
+        f"--nproc_per_node={processes}",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        "--rdzv_id=test",
+        "--local_addr=127.0.0.1",
         str(ROOT / "train_gpt.py"),
         *map(str, args),
     ]
-    started = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        )
-        for _ in range(machines)
-    ]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    pipe = subprocess.PIPE
+    started = []
+    for _ in range(machines):
+        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env))
+    done = []
     try:
-        done = [
-            subprocess.CompletedProcess(command, 0, *p.communicate(timeout=timeout))
-            for p in started
-        ]
+        for p in started:
+            out, err = p.communicate(timeout=timeout)
+            done.append(subprocess.CompletedProcess(command, p.returncode, out, err))
     finally:
         for p in started:
             p.kill()
-    for p, d in zip(started, done):
-        d.returncode = p.returncode
     return sorted(done, key=lambda d: -len(d.stdout))
 
 
-CASES = dict(
-    [
-        ("one batch", dict()),
-        (
-            "stages, accumulation, nothing divides",
-            dict(
-                micro_tokens=32,
-                n_layer=3,
-                stage_lr=(1.0, 1.5),
-                batch_tokens=(160, 320),
-                max_doc_len=(16, 32),
-                long_docs="drop",
-            ),
-        ),
-        ("everything", EVERYTHING | dict(batch_tokens=(224,), micro_tokens=64)),
-    ]
-)
+CASES = {
+    "one batch": dict(),
+    "stages, accumulation, nothing divides": dict(
+        micro_tokens=32,
+        n_layer=3,
+        stage_lr=(1.0, 1.5),
+        batch_tokens=(160, 320),
+        max_doc_len=(16, 32),
+        long_docs="drop",
+    ),
+    "everything": EVERYTHING | dict(batch_tokens=(224,), micro_tokens=64),
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +83,8 @@ def run(case, tmp_path, machines, processes):
         result = tg.train(c)
         return train_losses(tmp_path / "run") + [result["val_loss"]], result["tokens"]
     if machines == 1:
-        done = run_trainer(
-            *options(c), launcher=[*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"]
-        )
+        launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"]
+        done = run_trainer(*options(c), launcher=launcher)
     else:
         done, *others = run_machines(machines, processes, *options(c))
         assert all(other.returncode == 0 and other.stdout == "" for other in others), others
@@ -159,7 +137,9 @@ def test_launching_several_processes_keeps_the_exit_status(tmp_path):
     for target, status in ((9.0, 0), (0.1, 3)):
         c = tiny(text, tmp_path, run_dir=str(tmp_path / f"run{status}"), steps=4, target=target)
         program = (
-            f"import sys, train_gpt; sys.exit(train_gpt.launch('train_gpt.py', {options(c)!r}, 2))"
+            "import sys\n"
+            "from runtime.launch import launch\n"
+            f"sys.exit(launch('train_gpt.py', {options(c)!r}, 2))"
         )
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT
@@ -175,6 +155,5 @@ def test_a_loss_that_is_not_finite_ends_every_process_at_its_step(tmp_path):
     c = tiny(text, tmp_path, muon_lr=1e30, adam_lr=1e30)
     done = run_trainer(*options(c), launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
     assert done.returncode != 0 and done.stdout == ""
-    assert (
-        done.stderr.count("so the run stopped there, with the weights as they were before") == 1
-    ), done.stderr
+    said = "so the run stopped there, with the weights as they were before"
+    assert done.stderr.count(said) == 1, done.stderr
