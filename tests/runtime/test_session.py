@@ -321,13 +321,14 @@ def test_off_is_never(tmp_path):
     assert toy.taken == [1, 2, 3, 4, 5] and toy.kept() == []
 
 
-@pytest.mark.parametrize("keep_best, expected", [(1, [4, 6]), (0, [6]), (2, [2, 4, 6])])
+@pytest.mark.parametrize("keep_best, expected", [(1, [8, 12]), (0, [12]), (2, [4, 8, 12])])
 def test_the_best_is_saved_though_no_checkpoint_was_due(tmp_path, keep_best, expected):
-    losses = by_step(5, 4, 6, 3, 6, 6)
-    toy = Toy(tmp_path, losses, steps=6, eval_every=1, keep_last=1, keep_best=keep_best)
+    """Once, and not in the steps that follow."""
+    losses = {2: 5.0, 4: 4.0, 6: 6.0, 8: 3.0, 10: 6.0, 12: 6.0}
+    toy = Toy(tmp_path, losses, steps=12, eval_every=2, keep_last=1, keep_best=keep_best)
     toy.run()
     assert toy.kept() == expected
-    assert toy.saved == ([1, 2, 4] if keep_best else [])
+    assert toy.saved == ([2, 4, 8] if keep_best else [])
 
 
 def test_a_run_leaves_the_best_steps_folder(text, tmp_path, monkeypatch):
@@ -349,13 +350,15 @@ def test_a_checkpoint_knows_the_metric_of_its_own_step_only(tmp_path):
     assert [metric(step) for step in toy.kept()] == [None, 3.5, None, 1.0]
 
 
-def test_what_a_checkpoint_says_is_where_the_run_is(tmp_path):
-    toy = Toy(tmp_path, {2: 3.5}, steps=3, eval_every=2, checkpoint_every="2", keep_last=9)
+def test_what_a_checkpoint_says_is_where_the_run_is(tmp_path, clock):
+    options = dict(steps=3, eval_every=2, checkpoint_every="2", keep_last=9)
+    toy = Toy(tmp_path, {2: 3.5}, seconds=1.0, **options)
+    toy.sleep = clock.sleep
     toy.run()
     tensors, meta = checkpoints.load(tmp_path / "checkpoints/step-000002")
     at = Position(**meta["progress"])
     assert (at.step, at.tokens, at.best, at.since_best, at.validated) == (2, 20, 3.5, 0, 2)
-    assert at.metrics == dict(val_loss=3.5, val_bpb=None) and at.train_time > 0
+    assert at.metrics == dict(val_loss=3.5, val_bpb=None) and at.train_time == 2
     assert meta["config"]["checkpoint_every"] == "2" and meta["data_fingerprint"] == "f" * 64
     assert sorted(tensors) == ["m/weight", "other/recent_losses", "v/weight", "weights/weight"]
     assert tensors["m/weight"].shape == toy.model.weight.shape
@@ -477,9 +480,10 @@ def test_asking_to_save_is_answered_once(tmp_path):
     ],
     ids=["last step", "target", "patience"],
 )
-def test_a_run_that_is_over_takes_no_step(tmp_path, fields, losses):
+def test_a_run_that_is_over_takes_no_step(tmp_path, clock, fields, losses):
     """Killed between its last checkpoint and its result, it only has to say the result."""
-    toy = Toy(tmp_path, losses, eval_every=1, checkpoint_every="1", **fields)
+    toy = Toy(tmp_path, losses, seconds=1.0, eval_every=1, checkpoint_every="1", **fields)
+    toy.sleep = clock.sleep
     before = toy.run()
     assert toy.taken == [1, 2, 3, 4] and list(before.steps()) == []
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoints").rglob("*/*")}
