@@ -288,7 +288,7 @@ NO_NAME = f"expected one of {', '.join(template_names())}, or a module's dotted 
         (".", NO_NAME),
         (".gpt", NO_NAME),
         ("models.nothing", "cannot be imported: No module named 'models.nothing'"),
-        ("models.parts", "expected a module with Config and Model, see models/__init__.py"),
+        ("models.parts", "has no Config; models/__init__.py says what a template offers"),
     ],
 )
 def test_what_is_no_template_is_one_line(name, said):
