@@ -26,7 +26,7 @@ from data import Prefetcher, pack
 from data.config import DataConfig
 from inference.sampling import sample
 from kernels import choose_ops
-from models import load_template, option_names, template_names
+from models import load_template, option_names, outline, template_names
 from optim import OptimConfig, Optimizer, gradient_report
 from records.metrics import METRICS, VAL_LOSS, Evaluation, measure
 from runtime import machine, memory, resume
@@ -185,8 +185,7 @@ SIGTERM or Ctrl-C, with the work saved."""
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedules: functions of the step, numbered from 1, or of progress, the fraction of the scheduled
-# steps that are behind it
+# Schedules: of the step, numbered from 1, or of progress, the fraction of steps behind it
 
 
 class Stage(typing.NamedTuple):
@@ -319,14 +318,6 @@ def set_up(config, world, data, log):
         peak=environment["probe"]["matmul"][environment["dtype"]] * world.size,
         memory=estimate,
     )
-
-
-def outline(config, n_vocab):
-    """The template's model without its weights."""
-    template = load_template(config.goal.template)
-    ops = choose_ops("cpu")
-    with torch.device("meta"):
-        return template.Model(config.model, n_vocab, config.data.row_len, torch.float32, ops)
 
 
 def warm_up(setup):
@@ -515,8 +506,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 if options.warm_start and not found:  # do they fit? before anything is written
                     resume.copy_weights(options.warm_start, outline(config, data.dataset.n_vocab))
                 at = found[1]["progress"]["step"] if found else 0
-                active = world.rank == 0
-                log = Log(run_dir, config.schedule.steps, active, at if resuming else None)
+                log = Log(run_dir, config.schedule.steps, not world.rank, at if resuming else None)
                 closing.enter_context(log)
                 closing.enter_context(memory.explained(config.data.row_len, lambda: setup))
                 new = setup is None

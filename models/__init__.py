@@ -50,7 +50,10 @@ import dataclasses
 import importlib
 from pathlib import Path
 
+import torch
+
 from base import InputError
+from kernels import choose_ops
 
 
 def template_names():
@@ -84,3 +87,11 @@ def load_template(name):
 def option_names(name):
     """Options of a template. Raises InputError."""
     return {f.name for f in dataclasses.fields(load_template(name).Config)}
+
+
+def outline(config, n_vocab):
+    """The model of a trainer's configuration without its weights, on the meta device."""
+    template = load_template(config.goal.template)
+    ops = choose_ops("cpu")  # outside: they are tried on numbers
+    with torch.device("meta"):
+        return template.Model(config.model, n_vocab, 1, torch.float32, ops)
