@@ -503,6 +503,26 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
+def test_lines_are_the_fields(tmp_path, capsys):
+    """step_avg is the training clock over the steps done; other metrics stand behind it."""
+    with Log(tmp_path / "run", 20) as log:
+        log.step(4, 20, "train", 4.25, 0.5)
+        log.validation(4, 20, {"val_loss": 4.12345, "val_bpb": 1.5}, 0.5)
+        log.validation(0, 20, {"val_loss": 10.5, "val_bpb": None}, 0.0)
+    lines = [
+        "step:4/20 train_loss:4.2500 train_time:500ms step_avg:125.00ms",
+        "step:4/20 val_loss:4.1235 train_time:500ms step_avg:125.00ms val_bpb:1.5000",
+        "step:0/20 val_loss:10.5000 train_time:0ms step_avg:0.00ms",
+    ]
+    assert (tmp_path / "run/log.txt").read_text().splitlines() == lines
+    assert [strict(line) for line in open(tmp_path / "run/metrics.jsonl")] == [
+        {"step": 4, "train_loss": 4.25, "train_time": 0.5},
+        {"step": 4, "val_loss": 4.12345, "val_bpb": 1.5, "train_time": 0.5},
+        {"step": 0, "val_loss": 10.5, "train_time": 0.0},
+    ]
+    assert capsys.readouterr().err.splitlines() == lines[1:]  # training steps are quiet
+
+
 def test_no_nan_in_any_json(tmp_path):
     folder = tmp_path / "run"
     with Log(folder, 20) as log:
