@@ -129,6 +129,17 @@ def beside(module, name, **options):
     )
 
 
+def elsewhere(path, call):
+    """A Variant by a function of another package: call(function, *inputs)."""
+
+    def make(*_):
+        module, name = path.rsplit(".", 1)
+        function = getattr(importlib.import_module(module), name)
+        return lambda *inputs: call(function, *inputs)
+
+    return Variant(make)
+
+
 def three(forward, backward):
     return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
 
@@ -150,21 +161,16 @@ def _(s):
 
 @case("rms_norm, weight")
 def _(s):
-    def liger(*_):
-        from liger_kernel.transformers.functional import liger_rms_norm
-
-        return lambda x, w: liger_rms_norm(x, w, 1e-6, in_place=False)
-
-    def quack(*_):
-        from quack import rmsnorm
-
-        return lambda x, w: rmsnorm(x, w, eps=1e-6)
-
+    liger = "liger_kernel.transformers.functional.liger_rms_norm"
+    others = dict(
+        Liger=elsewhere(liger, lambda f, x, w: f(x, w, 1e-6, in_place=False)),
+        QuACK=elsewhere("quack.rmsnorm", lambda f, x, w: f(x, w, eps=1e-6)),
+    )
     e = 2 * s.tokens * s.width
     return Case(
         f"({s.tokens:,}, {s.width}) bf16",
         lambda draw: (draw(s.tokens, s.width), draw(s.width)),
-        beside("rms_norm", "rms_norm") | dict(Liger=Variant(liger), QuACK=Variant(quack)),
+        beside("rms_norm", "rms_norm") | others,
         three(2 * e, 3 * e),
         leaves=(0, 1),
     )
@@ -172,23 +178,19 @@ def _(s):
 
 @case("add_rms_norm, weight")
 def _(s):
-    def liger(*_):
-        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+    def liger(function, x, residual, w):
+        return function.apply(x, residual, w, 1e-6, 0.0, "llama", False)
 
-        return lambda x, residual, w: LigerFusedAddRMSNormFunction.apply(
-            x, residual, w, 1e-6, 0.0, "llama", False
-        )
+    def quack(function, x, residual, w):
+        return function(x, w, residual=residual, eps=1e-6, prenorm=True)
 
-    def quack(*_):
-        from quack import rmsnorm
-
-        return lambda x, residual, w: rmsnorm(x, w, residual=residual, eps=1e-6, prenorm=True)
-
+    path = "liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction"
+    others = dict(Liger=elsewhere(path, liger), QuACK=elsewhere("quack.rmsnorm", quack))
     e = 2 * s.tokens * s.width
     return Case(
         f"2 x ({s.tokens:,}, {s.width}) bf16",
         lambda draw: (draw(s.tokens, s.width), draw(s.tokens, s.width), draw(s.width)),
-        beside("rms_norm", "add_rms_norm") | dict(Liger=Variant(liger), QuACK=Variant(quack)),
+        beside("rms_norm", "add_rms_norm") | others,
         three(4 * e, 4 * e),
         leaves=(0, 1, 2),
     )
@@ -428,14 +430,8 @@ def fp8_linear(s, n):
     )
 
 
-@case("fp8_linear, up")
-def _(s):
-    return fp8_linear(s, s.hidden)
-
-
-@case("fp8_linear, head")
-def _(s):
-    return fp8_linear(s, s.vocab)
+case("fp8_linear, up")(lambda s: fp8_linear(s, s.hidden))
+case("fp8_linear, head")(lambda s: fp8_linear(s, s.vocab))
 
 
 def quantize(s, transpose):
@@ -447,14 +443,8 @@ def quantize(s, transpose):
     )
 
 
-@case("quantize")
-def _(s):
-    return quantize(s, False)
-
-
-@case("quantize, transpose")
-def _(s):
-    return quantize(s, True)
+case("quantize")(lambda s: quantize(s, False))
+case("quantize, transpose")(lambda s: quantize(s, True))
 
 
 @case("transpose_copy")
@@ -689,14 +679,8 @@ def descend(s, balanced):
     )
 
 
-@case("descend", per_token=False)
-def _(s):
-    return descend(s, balanced=False)
-
-
-@case("descend, NorMuon", per_token=False)
-def _(s):
-    return descend(s, balanced=True)
+case("descend", per_token=False)(lambda s: descend(s, balanced=False))
+case("descend, NorMuon", per_token=False)(lambda s: descend(s, balanced=True))
 
 
 @case("gradient_report", per_token=False)
@@ -796,9 +780,7 @@ def attention(s, window):
     )
 
 
-@case("attention, short window")
-def _(s):
-    return attention(s, s.windows[0])
+case("attention, short window")(lambda s: attention(s, s.windows[0]))
 
 
 @case("attention, long window")

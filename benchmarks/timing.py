@@ -9,6 +9,7 @@ time: a drifting clock hits them alike. The result of many rounds is a median wi
 part of its time.
 """
 
+import math
 import statistics
 import time
 
@@ -169,9 +170,8 @@ def interleaved(samplers, clock, seconds=0.5, least=5, most=30):
         end = clock.mark()
         clock.wait()
         if done < 0:
-            rounds = max(
-                least, min(most, int(1e6 * seconds / max(clock.between(begin, end), 1e-3)))
-            )
+            fit = int(1e6 * seconds / max(clock.between(begin, end), 1e-3))
+            rounds = max(least, min(most, fit))
         else:
             for name, (start, stop) in marks.items():
                 samples[name].append(clock.between(start, stop) / samplers[name].calls)
@@ -186,16 +186,16 @@ def relative_error(result, reference, chunk=1 << 26):
         raise ValueError(
             f"shape {tuple(result.shape)} where the reference has {tuple(reference.shape)}"
         )
-    difference = norm = 0.0
-    for a, b in zip(
-        result.detach().reshape(-1).split(chunk), reference.detach().reshape(-1).split(chunk)
-    ):
-        a, b = a.float(), b.float()
-        difference += (a - b).square().sum(dtype=torch.float64)
-        norm += b.square().sum(dtype=torch.float64)
-    difference, norm = (float(x) ** 0.5 for x in (difference, norm))
-    return (
-        difference / norm
-        if norm or difference != difference
-        else (0.0 if difference == 0 else float("inf"))
-    )
+    results = result.detach().reshape(-1).split(chunk)
+    references = reference.detach().reshape(-1).split(chunk)
+    square_of_difference = 0.0
+    square_of_norm = 0.0
+    for a, b in zip(results, references):
+        b = b.float()
+        square_of_difference += (a.float() - b).square().sum(dtype=torch.float64)
+        square_of_norm += b.square().sum(dtype=torch.float64)
+    difference = float(square_of_difference) ** 0.5
+    norm = float(square_of_norm) ** 0.5
+    if norm:
+        return difference / norm
+    return math.inf if difference > 0 else difference  # 0 or NaN

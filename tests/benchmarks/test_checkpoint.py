@@ -46,9 +46,20 @@ def test_the_benchmark(tmp_path, monkeypatch):
         and min(r["seconds"].values()) > 0
     )
     assert f"| load a checkpoint | {r['seconds']['load']:.3f} |" in benchmark.render(result)
+    # the first round, which has nothing to delete, does not count
+    plainly = benchmark.write_plainly
+    calls = []
+
+    def slow_at_first(*args):
+        calls.append(args)
+        time.sleep(0.5 if len(calls) == 1 else 0)
+        plainly(*args)
+
+    monkeypatch.setattr(benchmark, "write_plainly", slow_at_first)
     slow = benchmark.load
     monkeypatch.setattr(benchmark, "load", lambda path: (time.sleep(0.2), slow(path))[1])
     r = benchmark.run(megabytes=2, folder=tmp_path, repeats=1, trainer_options=small)["store"]
+    assert r["seconds"]["floor"] < 0.25 and len(calls) == 2
     assert r["seconds"]["load"] > 0.2 > r["seconds"]["write"] and r["load_over_read"] > 10
 
 

@@ -259,6 +259,8 @@ def test_every_kind_of_stage_is_entered_and_run(tiny_options, monkeypatch):
     )
     spy(Model, "enter", lambda model, progress: events.append(progress))
     spy(Optimizer, "copy", lambda optimizer, successors: events.append(successors))
+    after = []
+    spy(Model, "after_step", lambda model: after.append(len(data)))
     spy(
         Optimizer,
         "step",
@@ -294,6 +296,7 @@ def test_every_kind_of_stage_is_entered_and_run(tiny_options, monkeypatch):
     )
     assert events[-5:] == [0.0, 5 / 20, dict(embed="lm_head"), 10 / 20, {}]
     assert data == [(step, True) for step in range(3 * n)]
+    assert after == list(range(1, 3 * n + 1))
     assert [(s["n_targets"], s["tied"], s["steps"], s["tokens"]) for s in result["stages"]] == [
         (2, True, 6, 256),
         (2, False, 6, 256),

@@ -734,7 +734,7 @@ def test_what_others_start_knows_nothing_of_us(monkeypatch):
 
 
 def test_a_peer_is_found_by_its_file():
-    assert peers.names() == ["modded", "nanochat", "nanogpt"]
+    assert {"modded", "nanochat", "nanogpt"} <= set(peers.names())
     for name in peers.names():
         assert peers.module_of(name).Checkout.name == name
 
