@@ -250,6 +250,13 @@ def test_shards(tmp_path, capsys, monkeypatch, size):
         assert len(inside) == 1 or sum(t.nbytes for t in inside.values()) <= size
 
 
+def test_a_shard_may_have_all_the_bytes_it_is_allowed(tmp_path, monkeypatch):
+    tensors = {name: torch.zeros(4) for name in "abcde"}
+    monkeypatch.setattr(export, "SHARD_BYTES", 32)  # two tensors
+    export.save_weights(tensors, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
 def test_a_tied_model_says_so(tmp_path, capsys):
     """As long as less than this share of training is behind the step. The last `extension` steps
     are not counted there: the schedules have ended."""

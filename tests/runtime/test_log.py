@@ -523,6 +523,16 @@ def test_lines_are_the_fields(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == lines[1:]  # training steps are quiet
 
 
+def test_where_nobody_watches_progress_is_a_line_now_and_then(tmp_path, capsys):
+    with Log(tmp_path / "run", 20) as log:
+        log.progress(3, "loss 4.0")
+        assert capsys.readouterr().err == ""
+        log.shown -= 16  # seconds later
+        log.progress(4, "loss 3.9")
+        log.progress(5, "loss 3.8")
+    assert capsys.readouterr().err == "step 4/20  loss 3.9\n"
+
+
 def test_no_nan_in_any_json(tmp_path):
     folder = tmp_path / "run"
     with Log(folder, 20) as log:
