@@ -350,7 +350,7 @@ def check(r):
         "expected finite loss and time",
     )
     need(
-        result["reached"] == meets(loss, c["target"]),
+        result["reached"] == meets(loss, c["target"], c["target_metric"]),
         f"result.json has reached {result['reached']} with {c['target_metric']} {loss} and target "
         f"{c['target']}",
     )
@@ -446,7 +446,7 @@ def summarize(runs):
         losses=losses,
         loss_mean=statistics.mean(losses),
         loss_sd=sd(losses),
-        p_value=t_test(tested, c["target"], looks).p,
+        p_value=t_test(tested, c["target"], looks, c["target_metric"]).p,
         p_step=p_step,
         times_s=times,
         time_mean_s=statistics.mean(times),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from base import InputError, to_json
 
-from .metrics import VAL_LOSS, meets, unit
+from .metrics import VAL_LOSS, lower_is_better, meets, unit
 from .read import read_runs
 from .source import check as check_source
 
@@ -65,12 +65,37 @@ nothing to make good for."""
 
 
 def check_run(args):
-    """Print the runs, their statistics and a verdict. Returns 0 if it passed, 1 if not; raises
-    InputError."""
-    runs = gather(args.runs)
-    target = the_target(runs) if args.target is None else args.target
-    if not math.isfinite(target):
-        raise InputError(f"--target {target}: expected a finite number")
+    """Print the runs, their statistics and a verdict, for each recipe apart. Returns 0 if all
+    passed, 1 if one did not; raises InputError."""
+    if args.target is not None and not math.isfinite(args.target):
+        raise InputError(f"--target {args.target}: expected a finite number")
+    status = 0
+    for i, paths in enumerate(recipes(args.runs)):
+        if i:
+            print()
+        status = max(status, check(paths, args.target))
+    return status
+
+
+def recipes(paths):
+    """[[path, ...], ...]: what is checked together. A track's folder holds records, which are
+    recipes of their own; everything else is one."""
+    together = []
+    apart = []
+    for path in paths:
+        records = sorted(summary.parent for summary in Path(path).glob("*/summary.json"))
+        if records:
+            apart += [[record] for record in records]
+        else:
+            together.append(path)
+    return [together, *apart] if together else apart
+
+
+def check(paths, target=None):
+    """The same for runs of one recipe; target: theirs if None."""
+    runs = gather(paths)
+    if target is None:
+        target = the_target(runs)
 
     # Only runs that came to their end count; of one recipe, each once, from the source they name
     left_out = [r for r in runs if not usable(r)]
@@ -104,7 +129,7 @@ def check_run(args):
         print(line)
 
     # The test, the clock, the verdict
-    test = t_test(losses, target, looks)
+    test = t_test(losses, target, looks, metric)
     numbers = f"n {len(losses)}, mean {test.mean:.5f}"
     if test.sd is not None:
         numbers += f", sd {test.sd:.5f}"
@@ -116,7 +141,7 @@ def check_run(args):
     what = "training time" if len(early) < len(runs) else "time until they stopped"
     print(f"{what} {spread(times, '.3f')} s" if times else "the logs have no clock")
     tested = f"{metric} at step {step}" if early else metric
-    print(verdict(test, target, tested, len(left_out)))
+    print(verdict(test, target, tested, len(left_out), lower_is_better(metric)))
     return 0 if test.passed else 1
 
 
@@ -207,9 +232,9 @@ class TTest:
         return self.p is not None and self.p < ALPHA
 
 
-def t_test(losses, target, looks=1):
+def t_test(losses, target, looks=1, metric=VAL_LOSS):
     """One-sided, one-sample t-test: how likely is a mean this low if the true one is `target`?
-    losses: floats.
+    losses: floats; of a metric of which higher is better, a mean this high.
 
     looks: p is multiplied by it (Bonferroni), for a step that was chosen among so many. Two equal
     losses or one have no spread and no p.
@@ -223,38 +248,42 @@ def t_test(losses, target, looks=1):
     sd = statistics.stdev(losses)
     if max(losses) == min(losses):
         return TTest(n, mean, sd)
-    result = stats.ttest_1samp(losses, target, alternative="less")
+    lower = lower_is_better(metric)
+    result = stats.ttest_1samp(losses, target, alternative="less" if lower else "greater")
     p = min(1.0, looks * float(result.pvalue))
     test = TTest(n, mean, sd, float(result.statistic), p)
+    gap = mean - target if lower else target - mean  # negative: on the right side
 
     def enough(m):  # runs of this mean and sd
-        return looks * stats.t.cdf((mean - target) / (sd / math.sqrt(m)), m - 1) < ALPHA
+        return looks * stats.t.cdf(gap / (sd / math.sqrt(m)), m - 1) < ALPHA
 
     most = 10**6
-    if mean < target:
+    if gap < 0:
         more = bisect.bisect_left(range(n, most), True, key=enough)
         test.more = more if more < most - n else None
     return test
 
 
-def verdict(test, target, what, left_out):
-    """The result in one line."""
+def verdict(test, target, what, left_out, lower=True):
+    """The result in one line. lower: whether lower is better."""
     runs = f"{test.n} run" if test.n == 1 else f"{test.n} runs"
     if left_out:
         runs += f" ({left_out} that did not end left out)"
     mean = f"the mean {what} of {runs}, {test.mean:.5f}, is"
+    side = "below" if lower else "above"
     if test.passed:
-        return f"pass: {mean} below {target:g} with p = {test.p:.2g} < {ALPHA}"
-    if not test.mean < target:
-        return f"fail: {mean} not below {target:g}"
+        return f"pass: {mean} {side} {target:g} with p = {test.p:.2g} < {ALPHA}"
+    on_the_right_side = test.mean < target if lower else test.mean > target
+    if not on_the_right_side:
+        return f"fail: {mean} not {side} {target:g}"
     if test.p is None:
         why = "one run shows no spread" if test.n == 1 else "the losses show no spread"
         return (
-            f"fail: {mean} below {target:g}, but {why}, so there is nothing to test with; run "
+            f"fail: {mean} {side} {target:g}, but {why}, so there is nothing to test with; run "
             "more seeds"
         )
     more = f"; at this mean and sd {test.more} more would do" if test.more else ""
-    return f"fail: {mean} below {target:g} with p = {test.p:.2g}, not < {ALPHA}{more}"
+    return f"fail: {mean} {side} {target:g} with p = {test.p:.2g}, not < {ALPHA}{more}"
 
 
 def the_target(runs):
@@ -424,12 +453,15 @@ def losses_of_interest(runs):
     losses on the way there, the last being it."""
     if len({r.metric for r in runs}) > 1 or not all(r.val for r in runs):
         return None, []
-    lowest = [min(p.loss for p in r.val) for r in runs]
-    loss = max(lowest)  # which every run reached
+    metric = runs[0].metric
+    if lower_is_better(metric):  # the best loss that every run reached
+        loss = max(min(p.loss for p in r.val) for r in runs)
+    else:
+        loss = min(max(p.loss for p in r.val) for r in runs)
     targets = {r.target for r in runs}
     if len(targets) == 1:
         target = targets.pop()
-        if target is not None and meets(loss, target):
+        if target is not None and meets(loss, target, metric):
             loss = target
     if not math.isfinite(loss):
         return loss, []

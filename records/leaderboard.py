@@ -117,7 +117,7 @@ def tables(records):
 
 
 def missed(r):
-    return not meets(r["loss_mean"], r["target"])
+    return not meets(r["loss_mean"], r["target"], r["target_metric"])
 
 
 # --------------------------------------------------------------------------------------------------

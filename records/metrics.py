@@ -4,7 +4,7 @@ From METRICS follow --target-metric, the lines of log.txt and metrics.jsonl, res
 the commands of records read, check, compare and draw. To add a metric, write a function of an
 Evaluation and give it a line in METRICS.
 
-Every metric is a loss: lower is better. meets() and better() are where that is said.
+Whether lower or higher is better is said there as well, and asked for by meets() and better().
 """
 
 import math
@@ -27,6 +27,7 @@ class Metric(NamedTuple):
     unit: str  # stands behind numbers and on axes
     compute: Callable  # Evaluation -> float, or None where the evaluation lacks what it needs
     format: str  # of its values in log.txt
+    lower_is_better: bool = True
 
 
 def nats_per_token(e):
@@ -53,14 +54,21 @@ def needs_bytes(name):
     return METRICS[name].compute(Evaluation(1.0, 1, None)) is None
 
 
-def meets(value, target):
+def lower_is_better(name):
+    """Of a metric by name; logs may have one that is not known here, which is taken for a loss."""
+    return METRICS[name].lower_is_better if name in METRICS else True
+
+
+def meets(value, target, name=VAL_LOSS):
     """Whether a value of a metric meets its target."""
-    return value <= target
+    return value <= target if lower_is_better(name) else value >= target
 
 
-def better(value, best):
+def better(value, best, name=VAL_LOSS):
     """Whether a value improves on the best one so far, which is None before the first."""
-    return best is None or value < best
+    if best is None:
+        return True
+    return value < best if lower_is_better(name) else value > best
 
 
 def unit(name):

@@ -88,7 +88,7 @@ class Run:
         lines between validations; None if it never was, or the log has no clock there."""
         before = None
         for point in self.val:
-            if not meets(point.loss, loss):
+            if not meets(point.loss, loss, self.metric):
                 before = point
                 continue
 
@@ -207,5 +207,7 @@ def conclude(run):
     at_end = last.step >= run.steps
     ended = run.steps >= run.total_steps
     if run.dialect == "stopwatch" and run.val and run.target is not None:
-        ended = ended or meets(run.final_loss, run.target)  # only ours stop at their target
+        ended = ended or meets(
+            run.final_loss, run.target, run.metric
+        )  # only ours stop at their target
     run.finished = at_end and ended

@@ -131,7 +131,7 @@ class Session:
         if self.goal.target is None:
             return None
         value = self.at.metrics.get(self.goal.target_metric)
-        return value is not None and meets(value, self.goal.target)
+        return value is not None and meets(value, self.goal.target, self.goal.target_metric)
 
     def saves(self):
         """Whether a checkpoint is due behind this step."""

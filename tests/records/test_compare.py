@@ -179,6 +179,19 @@ def test_check_passes(tmp_path, capsys):
     )
 
 
+def test_check_takes_the_records_of_a_tracks_folder_one_by_one(tmp_path, capsys):
+    """They are recipes of their own; one that fails is the status of all."""
+    for name, lasts in dict(good=[3.27, 3.271, 3.272], better=[3.25, 3.251, 3.252]).items():
+        folder = tmp_path / "track" / name
+        logs(folder, lasts)
+        (folder / "summary.json").write_text("{}")
+    status, out, _ = main(capsys, "check", tmp_path / "track", "--target", 3.28)
+    verdicts = [line for line in out.splitlines() if line.startswith(("pass", "fail"))]
+    assert status == 0
+    assert ["3.25100" in verdicts[0], "3.27100" in verdicts[1]] == [True, True]
+    assert main(capsys, "check", tmp_path / "track", "--target", 3.26)[0] == 1
+
+
 @pytest.mark.parametrize(
     "lasts, verdict",
     [

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from records import metrics
+from records.compare import t_test, verdict
 from records.metrics import METRICS, VAL_LOSS, Evaluation, better, measure, meets, needs_bytes, unit
 
 
@@ -32,3 +34,17 @@ def test_lower_is_better():
 def test_names_and_units():
     assert list(METRICS)[0] == VAL_LOSS  # step lines begin with it
     assert unit("val_bpb") == "bits per byte" and unit("loss_of_others") == "loss_of_others"
+
+
+def test_higher_may_be_better(monkeypatch):
+    """A metric says so in its line, and targets, the best one and the test of a mean follow."""
+    share = metrics.Metric("of targets", lambda e: 0.5, ".3f", lower_is_better=False)
+    monkeypatch.setitem(metrics.METRICS, "val_accuracy", share)
+    assert meets(0.6, 0.5, "val_accuracy") and meets(0.5, 0.5, "val_accuracy")
+    assert not meets(0.4, 0.5, "val_accuracy")
+    assert better(0.6, 0.5, "val_accuracy") and not better(0.5, 0.5, "val_accuracy")
+    above = t_test([0.61, 0.62, 0.60], 0.5, metric="val_accuracy")
+    below = t_test([0.41, 0.42, 0.40], 0.5, metric="val_accuracy")
+    assert above.passed and not below.passed
+    assert "above 0.5 with p" in verdict(above, 0.5, "val_accuracy", 0, lower=False)
+    assert "not above 0.5" in verdict(below, 0.5, "val_accuracy", 0, lower=False)
