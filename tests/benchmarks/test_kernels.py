@@ -702,9 +702,12 @@ def test_time_is_up(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it would work")
-def test_the_real_worker_in_a_process_of_its_own():
-    rows, _ = measure.supervise([("rms_norm", 2048)], time.time() + 60)
-    assert [r["error"] for r in rows] == ["not run: the process died, exit status 1"]
+def test_the_real_worker_says_what_it_is_at_and_needs_a_gpu():
+    sent = []
+    connection = types.SimpleNamespace(send=sent.append)
+    with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
+        measure.work([("rms_norm", 2048)], {}, {}, True, time.time() + 60, connection)
+    assert [m["what"] for m in sent] == ["measuring the machine's rates"]
 
 
 # --- tables

@@ -3,11 +3,13 @@ filled caches."""
 
 import json
 import time
+from unittest.mock import ANY
 
 import pytest
 import torch
 from helpers import options, tiny, write_text
 
+from base import InputError
 from benchmarks import start, subject
 from benchmarks.__main__ import main
 from runtime import machine
@@ -140,11 +142,20 @@ def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
     assert phases["first step"] < 5 and not (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_trainer_that_fails_says_why(tmp_path, capsys):
+def test_a_trainer_that_fails_says_why(monkeypatch, capsys):
+    def execute(what, command, folder, log, env, ok, every):
+        assert ok == (130,)  # how the trainer ends after its first step
+        assert command[-8:-2] == ["--n-head", "3", "--cache-dir", ANY, "--run-dir", ANY]
+        assert "TORCHINDUCTOR_CACHE_DIR" not in env and env["TRITON_CACHE_DIR"]
+        raise InputError(f"{what} ended with status 2: --n-embd 128: expected a multiple of 12")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/warm")
+    monkeypatch.setattr(start, "execute", execute)
     assert main(["start", "--n-head", "3"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(
-        "error: before its first step the trainer ended with status 2: --n-embd 128: expected a"
+    assert error == (
+        "error: before its first step the trainer ended with status 2: --n-embd 128: "
+        "expected a multiple of 12"
     )
     assert main(["start", "--repeats", "0"]) == 2
     assert "error: --repeats 0: expected 1 or more" in capsys.readouterr().err

@@ -378,7 +378,7 @@ def test_loss_between_validations():
     assert modded.loss_at(curve[1:2], 100) == 6.0
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(st.integers(10**6, 10**9))
 def test_as_many_tokens_as_steps_can_make(tokens):
     c = subject.parse(["--track", "gpt2-small"])
