@@ -142,6 +142,12 @@ def start(argv, cache, synthetic):
         return json.loads(result.read_text())
 
 
+def watched_imports():
+    """What python -X importtime says of the trainer's imports."""
+    command = [sys.executable, "-X", "importtime", "-c", "import train_gpt"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+
+
 IMPORTED = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|\s*([\w.]+)")
 
 
@@ -170,10 +176,8 @@ def run(repeats=1, synthetic_data=False, trainer_options=(), save=lambda result:
                 say(f"--- {state}")
                 phases.append(start(options, cache, synthetic_data))
                 say(f"{state}: {sum(phases[-1].values()):.2f} s to the end of the first step")
-    command = [sys.executable, "-X", "importtime", "-c", "import train_gpt"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     totals = {state: [sum(p.values()) for p in starts] for state, starts in runs.items()}
-    result = dict(options=options, totals=totals, imports=imports(done.stderr))
+    result = dict(options=options, totals=totals, imports=imports(watched_imports()))
     for state, starts in runs.items():
         result[state] = {}
         for phases in starts:

@@ -58,7 +58,7 @@ def test_the_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "write_plainly", slow_at_first)
     slow = benchmark.load
     monkeypatch.setattr(benchmark, "load", lambda path: (time.sleep(0.2), slow(path))[1])
-    r = benchmark.run(megabytes=2, folder=tmp_path, repeats=1, trainer_options=small)["store"]
+    r = benchmark.store(2, tmp_path, 1)
     assert r["seconds"]["floor"] < 0.25 and len(calls) == 2
     assert r["seconds"]["load"] > 0.2 > r["seconds"]["write"] and r["load_over_read"] > 10
 

@@ -64,18 +64,21 @@ def test_a_phase_that_raises_ends():
     )
 
 
-def test_imports_are_summed_by_package():
-    text = """import time: self [us] | cumulative | imported package
+WATCHED = """import time: self [us] | cumulative | imported package
 import time:      1000 |       1000 |     torch.nn
 import time:      2000 |       9000 |   torch
 import time:       500 |        500 | train_gpt
 noise
 import time:   1000000 |    1000000 |       numpy._core"""
-    assert start.imports(text) == [("numpy", 1.0), ("torch", 0.003), ("train_gpt", 0.0005)]
-    assert start.imports(text, most=1) == [("numpy", 1.0)]
 
 
-def test_cold_and_warm(tmp_path, capsys):
+def test_imports_are_summed_by_package():
+    assert start.imports(WATCHED) == [("numpy", 1.0), ("torch", 0.003), ("train_gpt", 0.0005)]
+    assert start.imports(WATCHED, most=1) == [("numpy", 1.0)]
+
+
+def test_cold_and_warm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(start, "watched_imports", lambda: WATCHED)
     c = tiny(
         write_text(tmp_path / "text.txt"), tmp_path, tokenizer="bpe:300", target_metric="val_loss"
     )
