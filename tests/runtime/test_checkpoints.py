@@ -33,7 +33,6 @@ from runtime.checkpoints import (
     TENSORS,
     Checkpoints,
     complete,
-    differences,
     latest,
     load,
 )
@@ -413,61 +412,6 @@ def test_an_old_one_takes_the_place_of_an_incomplete_new_one(tmp_path):
     Checkpoints(tmp_path)
     assert names(tmp_path) == ["step-000001"]
     check(latest(tmp_path), 1)
-
-
-# --- differences
-
-
-@pytest.mark.parametrize(
-    "ours, theirs, lines",
-    [
-        ({}, {}, []),
-        (dict(a=(1, 2.5)), dict(a=[1, 2.5]), []),
-        (dict(a=1), dict(a=1.0), []),
-        (dict(a=math.nan, b=math.inf), dict(a=math.nan, b=math.inf), []),
-        (
-            dict(n_layer=4, lr=0.1),
-            dict(lr=0.1, n_layer=6),
-            ["n_layer: 4 here, 6 in the checkpoint"],
-        ),
-        (
-            dict(a="x"),
-            dict(b=None),
-            ['a: "x" here, nothing in the checkpoint', "b: nothing here, null in the checkpoint"],
-        ),
-        (dict(a="nothing"), {}, ['a: "nothing" here, nothing in the checkpoint']),
-        (
-            dict(a=dict(b=1, c=dict(d=2))),
-            dict(a=dict(b=1, c=dict(d=3))),
-            ["a.c.d: 2 here, 3 in the checkpoint"],
-        ),
-        (
-            dict(a={}),
-            dict(a=dict(b=1)),
-            ["a: {} here, nothing in the checkpoint", "a.b: nothing here, 1 in the checkpoint"],
-        ),
-    ],
-)
-def test_differences(ours, theirs, lines):
-    assert differences(ours, theirs) == lines
-
-
-def test_differences_of_long_values_are_shown_where_they_part():
-    (line,) = differences(dict(a=[0] * 500 + [1]), dict(a=[0] * 500 + [2] * 200))
-    assert " 1] here, " in line and " 2, 2" in line and len(line) < 180
-
-
-@given(
-    st.dictionaries(st.text(max_size=3), JSON, max_size=3),
-    st.dictionaries(st.text(max_size=3), JSON, max_size=3),
-)
-def test_differences_name_what_differs(ours, theirs):
-    assert differences(ours, ours) == []
-    assert bool(differences(ours, theirs)) == bool(differences(theirs, ours))
-    if not any(
-        "." in name or name == "" for side in (ours, theirs) for name, _ in module.leaves(side)
-    ):
-        assert bool(differences(ours, theirs)) == (ours != theirs)
 
 
 # --- which ones are kept

@@ -1,18 +1,22 @@
 """A run that goes on from a checkpoint is the run that never stopped."""
 
 import json
+import math
 import re
 import shutil
 import signal
 
 import pytest
 from helpers import PIECES, options, tiny, write_text
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import remains, rows, same
 
 import train_gpt as tg
 from base import InputError
 from runtime import checkpoints, resume
 from runtime.options import RunConfig, flat
+from runtime.resume import differences, leaves
 
 # Everything that has a state or changes on the way: the head is untied after step 6, batches grow
 # after 8 and 16, windows (with yarn) and the number of targets change after 12; Adam updates in
@@ -411,6 +415,66 @@ def test_nothing_to_resume(run, what):
         done.err
     )
     assert not (run.tmp / "new").exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, lines",
+    [
+        ({}, {}, []),
+        (dict(a=(1, 2.5)), dict(a=[1, 2.5]), []),
+        (dict(a=1), dict(a=1.0), []),
+        (dict(a=math.nan, b=math.inf), dict(a=math.nan, b=math.inf), []),
+        (
+            dict(n_layer=4, lr=0.1),
+            dict(lr=0.1, n_layer=6),
+            ["n_layer: 4 here, 6 in the checkpoint"],
+        ),
+        (
+            dict(a="x"),
+            dict(b=None),
+            ['a: "x" here, nothing in the checkpoint', "b: nothing here, null in the checkpoint"],
+        ),
+        (dict(a="nothing"), {}, ['a: "nothing" here, nothing in the checkpoint']),
+        (
+            dict(a=dict(b=1, c=dict(d=2))),
+            dict(a=dict(b=1, c=dict(d=3))),
+            ["a.c.d: 2 here, 3 in the checkpoint"],
+        ),
+        (
+            dict(a={}),
+            dict(a=dict(b=1)),
+            ["a: {} here, nothing in the checkpoint", "a.b: nothing here, 1 in the checkpoint"],
+        ),
+    ],
+)
+def test_differences(ours, theirs, lines):
+    assert differences(ours, theirs) == lines
+
+
+def test_differences_of_long_values_are_shown_where_they_part():
+    (line,) = differences(dict(a=[0] * 500 + [1]), dict(a=[0] * 500 + [2] * 200))
+    assert " 1] here, " in line and " 2, 2" in line and len(line) < 180
+
+
+@given(
+    st.dictionaries(st.text(max_size=3), JSON, max_size=3),
+    st.dictionaries(st.text(max_size=3), JSON, max_size=3),
+)
+def test_differences_name_what_differs(ours, theirs):
+    assert differences(ours, ours) == []
+    assert bool(differences(ours, theirs)) == bool(differences(theirs, ours))
+    names = [name for name, _ in [*leaves(ours), *leaves(theirs)]]
+    if "" not in names and not any("." in name for name in names):
+        assert bool(differences(ours, theirs)) == (ours != theirs)
 
 
 # --------------------------------------------------------------------------------------------------
