@@ -67,7 +67,7 @@ def load_template(name):
     InputError."""
     if name in template_names():
         return importlib.import_module(f"models.{name}")
-    if "." not in name.strip("."):
+    if "." not in name.strip(".") or name.startswith("."):
         raise InputError(
             f"--template {name}: expected one of {', '.join(template_names())}, or a module's "
             "dotted name"

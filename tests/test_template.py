@@ -107,6 +107,7 @@ def test_templates_are_found_by_name():
     for wrong, said in (
         ("gtp", "expected one of gpt, or a module's dotted name"),
         ("parts", "expected one of gpt"),
+        (".parts.x", "expected one of gpt"),
         ("templates.none", "cannot be imported"),
         ("base.files", "has no Config"),
     ):
