@@ -823,6 +823,31 @@ def test_linear_in_fp8(dtype, tensors):
         assert (x - exact).float().norm() <= 0.15 * exact.float().norm()
 
 
+@pytest.mark.skipif(
+    DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="no fp8"
+)
+def test_the_head_in_fp8_with_scales_of_its_own():
+    """On targets of three weights whose logits are lowest, so that gradients are at their largest;
+    without gradients it is bf16's."""
+    h, w, targets = draw_linear(32, 64, 160, torch.bfloat16, K=3)
+    h = h * h.float().square().mean(1, keepdim=True).rsqrt().bfloat16()
+    targets[:] = (h @ w.T).argmin(1)[:, None]
+    options = dict(cap=RECORD, target_weights=torch.tensor([1.0, 1.0, 1.0], device=DEVICE))
+    results = []
+    for fn in (linear_module.fp8_linear_cross_entropy, linear_cross_entropy):
+        leaves = [x.detach().requires_grad_() for x in (h, w)]
+        loss = fn(*leaves, targets, **options)
+        results.append([loss.detach(), *torch.autograd.grad(loss / 32, leaves)])
+    for a, b in zip(*results):
+        assert (a - b).float().norm() <= 0.1 * b.float().norm()
+    with torch.no_grad():
+        a, b = (
+            fn(h, w, targets, **options)
+            for fn in (linear_module.fp8_linear_cross_entropy, linear_cross_entropy)
+        )
+        assert torch.equal(a, b)
+
+
 def test_shapes_that_fp8_cannot_do():
     fp8 = (1.0, 1.0, 1.0)
     for N, C, V in ((17, 32, 48), (16, 24, 48), (16, 32, 41)):

@@ -355,3 +355,34 @@ def test_fp8_registration_is_sound():
         (x, up, down, *x8, *up8, *down8, post_scale),
         test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
     )  # the others need e4m3 arithmetic
+
+
+def test_the_layer_in_fp8():
+    """Its scale of x holds the largest that a norm can give; without gradients it is bf16's."""
+    _, up, down, *_ = fp8_inputs(1, K=64, N=256)
+    x = draw(5, 64, dtype=torch.bfloat16)
+    x[0] = 0
+    x[0, 3] = 8  # sqrt(64): all of a norm in one place
+    layer = fp8_mlp.FP8ReLU2MLP().to(DEVICE)
+    results = outputs_and_gradients(layer, [x, up, down])
+    for a, b in zip(results, outputs_and_gradients(relu2_mlp, [x, up, down])):
+        assert (a - b).norm() <= 0.1 * b.norm()
+    expected = relu2_mlp(x, up, down)
+    assert (results[0][0] - expected[0]).norm() <= 0.1 * expected[0].norm()
+    with torch.no_grad():
+        assert torch.equal(layer(x, up, down), expected)
+
+
+def test_the_layers_scale_follows_the_largest_of_all_micro_batches():
+    x, up, down, *_ = fp8_inputs(5, K=64, N=256)
+    layer = fp8_mlp.FP8ReLU2MLP().to(DEVICE)
+    before = layer.post.scale.clone()
+    with torch.no_grad():
+        layer(x, up, down)
+    assert layer.post.amax == 0  # validation does not alter training
+    layer(2 * x, up, down)
+    largest = layer.post.amax.clone()
+    layer(x / 2, up, down)
+    assert layer.post.amax == largest > 0 and layer.post.scale == before
+    layer.post.roll()
+    torch.testing.assert_close(layer.post.scale, largest * 1.25 / 448)
