@@ -106,7 +106,7 @@ class Config:
 
     def __post_init__(self):
         """Checks between parts."""
-        row_len = self.data.row_len
+        row_len = self.data.row_len  # batches are whole rows
         tokens = self.schedule.batch_tokens
         if any(n % row_len for n in tokens):
             refuse("batch_tokens", tokens, f"multiples of {row_len}, row_len")
@@ -147,14 +147,14 @@ def changed(config, **fields):
 def parse_args(argv):
     """Command line -> Config: defaults, then the track's values, then the options given."""
     # The track and the template come first, since they say which other options there are
-    first = peek(argv, "track", "template", "text")
+    first = peek(argv, "track", "template", "text")  # each None if not given
     if first["track"]:
         track = first["track"]
     elif first["text"]:
         track = "own-text"
     else:
         track = "gpt2-small" if torch.cuda.is_available() else "laptop"
-    fields = load_track(track)
+    fields = load_track(track)  # {option: value}
     template = first["template"] or fields.get("template", Goal.template)
     # Another template than the track's has no use for options that it does not know
     foreign = option_names(fields.get("template", Goal.template)) - option_names(template)
@@ -203,8 +203,8 @@ def progress_at(schedule, step):
 def stage_at(config, step):
     """The one place where a step's graph-relevant values are made."""
     schedule = config.schedule
-    progress = progress_at(schedule, step)
-    rows = by_stage(schedule.batch_tokens, progress) // config.data.row_len
+    progress = progress_at(schedule, step)  # 0 to 1
+    rows = by_stage(schedule.batch_tokens, progress) // config.data.row_len  # of all ranks
     max_doc_len = min(by_stage(schedule.max_doc_len, progress), config.data.row_len)
     return Stage(rows, config.model.stage(progress, max_doc_len))
 
@@ -230,7 +230,7 @@ def muon_momentum(progress):
 @torch.no_grad()
 def evaluate(forward, stage, batches, data, world):
     """Metrics by name over all ranks' batches; stage: the template's."""
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)  # nats
     for micro in batches:
         inputs, targets, cu_seqlens = (t.to(world.device, non_blocking=True) for t in micro)
         total += forward(inputs, targets, cu_seqlens, stage)
@@ -265,7 +265,7 @@ class Setup:
 def set_up(config, world, data, log):
     """A Setup, its weights not yet drawn. Raises InputError."""
     device = world.device
-    dtype = machine.choose_dtype(config.precision.dtype, device)
+    dtype = machine.choose_dtype(config.precision.dtype, device)  # of weights and activations
     template = load_template(config.goal.template)
     head_dim = getattr(config.model, "head_dim", 64)
     try:
@@ -275,14 +275,14 @@ def set_up(config, world, data, log):
     compiled = config.run.compile and machine.can_compile(log.say)
 
     # The model, and how much goes through it at a time: that depends on the memory found
-    max_len = max(config.data.row_len, config.data.val_row_len)
+    max_len = max(config.data.row_len, config.data.val_row_len)  # of rotary tables
     n_vocab = data.dataset.n_vocab
     build = functools.partial(template.Model, config.model, n_vocab, max_len, dtype, ops)
-    most, recompute, estimate = memory.fit(build, config, world)
+    most, recompute, estimate = memory.fit(build, config, world)  # most: rows in a forward pass
     with device:
-        model = build()
+        model = build()  # weights are drawn in run_once()
     model.recompute = recompute
-    skips = config.guard.max_skips > 0
+    skips = config.guard.max_skips > 0  # whether bad steps may pass
     optimizer = Optimizer(model, model.update_rules(config.optim), world, compiled, skips)
 
     # On a CPU, compiling the gradients' report would take longer than it does
@@ -333,7 +333,7 @@ def warm_up(setup):
         rows = [None] * setup.micro_rows[stage]
         max_docs = setup.data.train.max_docs
         padding = pack(rows, config.data.row_len, max_docs, stage.model.max_doc_len)
-        loss = backward(setup, first_step[stage], [padding])
+        loss = backward(setup, first_step[stage], [padding])  # compiles forward and backward
         ok = setup.guard.judge(0, loss, setup.optimizer.gradients())
     for _ in range(config.optim.adam_every):
         setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
@@ -419,7 +419,7 @@ def backward(setup, step, batch):
     for micro in batch:
         inputs, targets, cu_seqlens = (t.to(device) for t in micro)
         loss = setup.forward(inputs, targets, cu_seqlens, stage.model, weights) / n_tokens
-        loss.backward()
+        loss.backward()  # adds to .grad
         total += loss.detach()
     return total
 
@@ -448,15 +448,15 @@ def run_once(setup, log, requests, store, found, started):
     the first rank only, or None; started: perf_counter() when this run began.
     """
     config = setup.config
-    setup.data.train.reseed(config.goal.seed)
-    setup.guard.reset()
+    setup.data.train.reseed(config.goal.seed)  # the order of documents
+    setup.guard.reset()  # no bad step yet
     setup.model.init_weights(config.goal.seed)
     if config.run.warm_start and not found:
         resume.copy_weights(config.run.warm_start, setup.model)
-    setup.optimizer.reset()
+    setup.optimizer.reset()  # moments at zero
     session = Session(setup, log, requests, store, found)
     cold_start = time.perf_counter() - started
-    requests.training = True
+    requests.training = True  # from now on signals wait for the end of a step
     train_to_the_end(setup, session)
     return dict(
         session.result(),
@@ -486,19 +486,19 @@ def train(config, world=None, requests=None, report=lambda result: None):
     report: called with the result after each run. Returns the last result, a dict: the JSON line.
     Raises InputError for what a user can mend, Interrupted after a signal.
     """
-    world = world or World()
+    world = world or World()  # alone, on the CPU
     options = config.run
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(options.cache_dir) / "inductor"))
     folder, resuming = resume.choose_run_dir(config, world, ROOT / "runs")
     if world.device.type == "cpu":
         machine.keep_freed_memory()
-    data = load_data(config, functools.partial(stage_at, config), world)
-    setup = None
-    started = START
+    data = load_data(config, functools.partial(stage_at, config), world)  # prepared if need be
+    setup = None  # made once, for all seeds
+    started = START  # of the process, later of the run
     for run_dir in resume.folders(folder, config.goal.seed, options.repeat):
         with contextlib.ExitStack() as closing:
             # What is there already: a result, a checkpoint, or nothing
-            fingerprint = data.dataset.fingerprint
+            fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
             result, found = resume.begin(
                 config, FREE, world, run_dir, resuming, fingerprint, closing
             )
@@ -509,14 +509,14 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 log = Log(run_dir, config.schedule.steps, not world.rank, at if resuming else None)
                 closing.enter_context(log)
                 closing.enter_context(memory.explained(config.data.row_len, lambda: setup))
-                new = setup is None
+                new = setup is None  # then everything has to be compiled
                 setup = setup or set_up(config, world, data, log)
                 setup.config = config  # of this seed
                 announce(log, setup)
                 if new and setup.forward is not setup.model:
                     log.say("compiling ... (minutes the first time, seconds from then on)")
                     warm_up(setup)
-                store = None
+                store = None  # of checkpoints, on the first rank
                 if options.checkpoint_every != "off" and world.rank == 0:
                     keep = options.keep_last, options.keep_best
                     store = Checkpoints(run_dir / "checkpoints", *keep, log.say)
@@ -539,7 +539,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
 def main(argv=None):
     """Parse, train in a process for each GPU, print the results. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    reached = []
+    reached = []  # of each run: True, False, or None without a target
 
     def report(result):
         print(to_json(result), flush=True)

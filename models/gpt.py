@@ -71,10 +71,12 @@ class Stage(typing.NamedTuple):
 class Config(Options):
     """Shape and parts of the model. Each tuple with entries by stage divides training equally."""
 
+    # Shape
     n_layer: int = option(4, "transformer blocks", POSITIVE, group="model")
     n_embd: int = option(256, "width", (lambda n: n >= GATE_INPUTS, f"{GATE_INPUTS} or more"))
     n_head: int = option(4, "attention heads", POSITIVE)
     mlp_ratio: int = option(4, "hidden width of the MLP over n_embd", POSITIVE)
+    # Embeddings besides the tokens' own
     value_embed_layers: tuple[int, ...] = option(
         (0, 3), "layers whose values get a second token embedding"
     )
@@ -86,6 +88,7 @@ class Config(Options):
     smear: bool = option(
         False, "add a gated share of the previous token's embedding to each token's"
     )
+    # Parts of attention and of the residual stream
     attn_gate: bool = option(False, "each head's output has a gate, a function of the token")
     key_offset: bool = option(
         False, "half of each key is its predecessor's, in layers that see far"
@@ -95,6 +98,7 @@ class Config(Options):
         (), "two layers: the second has no attention but the first one's output"
     )
     backout: int = option(-1, "a layer whose output is taken out of the last one's; -1 is none")
+    # Numbers in attention and in the head
     attn_scale: float = option(
         1.36, "of normalised queries and keys, times head width to the power of -1/2", POSITIVE
     )
@@ -102,6 +106,7 @@ class Config(Options):
         (), "a, b and c: logits become a * sigmoid((z + b) / c); empty leaves them"
     )
     rope_base: float = option(1024.0, "longest rotary wavelength over 2 pi, in tokens", POSITIVE)
+    # How far each layer sees, over the course of training
     long_layers: tuple[int, ...] = option((), "layers that see as far as the last one does")
     short_window: tuple[int, ...] = option(
         (256,), "tokens a query sees behind it in most layers, by stage", BY_STAGE
@@ -113,6 +118,7 @@ class Config(Options):
         (), "short and long window in validation; empty means the last stage's", PAIR
     )
     yarn: bool = option(False, "rotary frequencies and attention's scale follow the long window")
+    # The training loss and the head, over the course of training
     mtp: tuple[int, ...] = option(
         (1,), "next tokens each one predicts, by stage; the farthest fades out", BY_STAGE
     )
@@ -128,6 +134,7 @@ class Config(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        # Options that are layers
         layers = range(self.n_layer)
         in_words = f"layers from 0 to {self.n_layer - 1}"
         if self.n_embd % (4 * self.n_head):
@@ -305,13 +312,16 @@ class Model(nn.Module):
         V = -(-n_vocab // 64) * 64  # padded: GPUs like multiples of 64
         n_attn = len(c.attn_layers)
         n_value = len(c.value_embed_layers)
+        # Token tables, untied; lm_head is both as long as a stage is tied
         self.embed = parameter(V, C)
         self.lm_head = parameter(V, C)
         self.value_embeds = parameter(n_value, V, C)
         self.ngram_embeds = parameter(c.n_gram - 1, c.ngram_rows, C)
+        # Banks of equal matrices. The MLP's down matrices are stored transposed, so that they have
+        # the shape of its up matrices
         self.attn_bank = parameter(n_attn * 4, C, C)  # Q, K, V, O of one layer, of the next, ...
-        self.mlp_bank = parameter(L * 2, c.mlp_ratio * C, C)  # up, down transposed, ...
-        # Small ones are fp32
+        self.mlp_bank = parameter(L * 2, c.mlp_ratio * C, C)  # up, down, up, down, ...
+        # Small parameters are fp32 whatever the rest is: they cost nothing
         self.value_gates = parameter(n_value, H, GATE_INPUTS, dtype=torch.float32)
         self.attn_gates = parameter(n_attn * c.attn_gate, H, GATE_INPUTS, dtype=torch.float32)
         self.smear_gate = parameter(int(c.smear), GATE_INPUTS, dtype=torch.float32)
@@ -328,6 +338,7 @@ class Model(nn.Module):
         signs = torch.randint(2, (1024 * c.ngram_signs, C), generator=g, device="cpu")
         self.register_buffer("signs", (2 * signs - 1).to(self.cos), persistent=False)
         self.enter(0.0)
+        # In FP8 each layer's MLP is a module with scales of its own; else all are one function
         mlps = [self.ops.new_mlp() for _ in range(L)]
         self.mlps = nn.ModuleList(mlps) if self.ops.fp8 else mlps
 
@@ -341,17 +352,21 @@ class Model(nn.Module):
         def normal(name, std):
             self.get_parameter(name).copy_(draw(name, self.get_parameter(name).shape, seed, std))
 
-        std = 0.5 * self.c.n_embd**-0.5
+        # Tokens have size 1, since what follows is normalised; n-grams have nothing to say yet
         normal("embed", 1.0)
         self.ngram_embeds.zero_()
+        # Small logits: the first loss is that of a uniform guess
         normal("lm_head", 0.005)
         normal("value_embeds", 0.01)
+        std = 0.5 * self.c.n_embd**-0.5
         normal("attn_bank", std)
-        self.attn_bank[3::4].zero_()
+        self.attn_bank[3::4].zero_()  # O
         normal("mlp_bank", std)
-        self.mlp_bank[1::2].zero_()
+        self.mlp_bank[1::2].zero_()  # down
+        # A gate's weights of zero are a gate of 1: 2 sigmoid(0)
         for gates in self.value_gates, self.attn_gates, self.smear_gate:
             gates.zero_()
+        # The residual stream as it is, nothing of the embedding again
         self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand_as(self.lambdas))
         self.scalars.copy_(torch.tensor([0.0, 0.2, -0.5]))
         for scale in self.scales():
@@ -360,7 +375,7 @@ class Model(nn.Module):
     def enter(self, progress):
         """Fill the rotary tables for the stage that this progress is in."""
         if self.cos.is_meta:
-            return
+            return  # a model that is only counted
         n = self.c.head_dim // 4  # frequencies; the other half of the pairs stands still
         freqs = rope_frequencies(self.c.rope_base, n, self.c.long_windows(progress))
         freqs = F.pad(freqs.to(self.cos.device), (0, n))  # (D / 2,)
@@ -396,7 +411,8 @@ class Model(nn.Module):
         layers = self.layers()
         smear, skip, backout = self.scalars.unbind(0)
 
-        # Tokens, and the n-grams that end at them
+        # Tokens, and the n-grams that end at them; normalised, so that every layer and the smear
+        # begin with the same size
         x = embedding(inputs, self.lm_head if stage.tied else self.embed)  # (B, T, C)
         if c.tied:
             x = ops.rms_norm(x)  # to the size of the n-grams' embeddings
@@ -535,11 +551,13 @@ class Model(nn.Module):
 
         target_weights: (n,) fp32 for predicting the n next tokens from each, None for one.
         """
+        # Every token is a row of its own from here on
         x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
         starts = document_starts(inputs, cu_seqlens)
         targets = later_targets(targets, starts, stage.n_targets).flatten(0, 1)  # (B T, n)
 
-        # Sampled softmax; seeded by the tokens, so that a resumed run chooses the same
+        # Sampled softmax: only some columns of the head take part. Seeded by the tokens, so that a
+        # resumed run chooses the same
         w = self.lm_head
         sampled = None
         if 0 < stage.n_sampled < len(w):
@@ -581,12 +599,14 @@ class Model(nn.Module):
         the others' gathers."""
         lr = optim.adam_lr
         decay = optim.weight_decay
+        # Matrices of the blocks
         muon = Muon(
             optim.muon_lr,
             weight_decay=decay,
             normuon=optim.normuon,
             orthogonalise=self.ops.polar_express,
         )
+        # The head; and tables, of which a step touches few rows: these learn 75 times as fast
         adam = functools.partial(Adam, every=optim.adam_every)
         head = adam(lr, betas=(0.75, 0.95), weight_decay=decay / 1.6)
         if optim.row_moments:
@@ -605,7 +625,7 @@ class Model(nn.Module):
             "attn_gates": gates,
             "value_gates": gates,
             "value_embeds": tables,
-            "embed": head if self.c.tied else tables,
+            "embed": head if self.c.tied else tables,  # it takes over the head's moments
             "ngram_embeds": tables,
             "lm_head": head,
             "attn_bank": muon,
@@ -616,9 +636,11 @@ class Model(nn.Module):
         """Training FLOPs per token: 6 per matrix weight in use, and attention over half of what
         windows let it see."""
         c = self.c
+        # A product of n weights takes 2 n forward and 4 n backward
         V = len(self.lm_head)
         head = min(stage.n_sampled or V, V) * c.n_embd
         matrices = self.attn_bank.numel() + self.mlp_bank.numel() + head
+        # Attention: 2 products of a width for each key, 3 times that with backward
         seen = 0  # keys
         for i in c.attn_layers:
             heads = 2 if i in c.paired_layers else 1
