@@ -520,9 +520,14 @@ def test_skipped_steps_are_counted_across_a_resume(tmp_path):
 
 
 def test_the_second_seed_in_fp8_is_that_seed_alone(text, tmp_path, monkeypatch):
-    """Scales of activations are those of a new run, not where the first one left them."""
+    """Scales of activations are those of a new run, not where the first one left them.
+
+    They matter in the first step, whose MLPs must not be zero for it: hence the warm start.
+    """
     monkeypatch.setattr(launch, "INTERPRETED", False)  # the ops as a CPU's run has them
     fields = dict(steps=4, eval_every=4, dtype="bfloat16", fp8="on")
+    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "first"), **fields))
+    fields["warm_start"] = str(tmp_path / "first")
     both = tiny(text, tmp_path, repeat=2, run_dir=str(tmp_path / "both"), **fields)
     results = []
     tg.train(both, report=results.append)
