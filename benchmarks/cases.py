@@ -24,6 +24,7 @@ FORWARD = "forward"
 BACKWARD = "backward"
 BOTH = "forward+backward"
 INFERENCE = "inference"
+MIXED = {FORWARD: "fp8", BACKWARD: "bf16"}  # rates where only the forward pass is in FP8
 
 
 class Size(typing.NamedTuple):
@@ -53,11 +54,9 @@ class Variant:
     make: typing.Callable
     # what its share is of: copy, bf16 or fp8; {direction: rate} where mixed; empty: the usual
     rate: str | dict = ""
-    work: dict = dataclasses.field(default_factory=dict)  # where it differs from the case's
     # |result - reference| / |reference|; None: another function, not compared
     tolerance: float | None = 0.02
     graph: bool = True  # can be captured
-    restore: typing.Callable = list  # results -> what they stand for, to be compared
 
 
 @dataclasses.dataclass
@@ -65,7 +64,6 @@ class Case:
     """inputs(draw) -> tuple of tensors, fresh random ones in each call; the first variant is the
     reference."""
 
-    shape: str
     inputs: typing.Callable
     variants: dict
     work: dict  # direction -> least bytes, or FLOPs
@@ -96,48 +94,45 @@ class Draw:
             low, high, shape, device=self.device, dtype=dtype, generator=self.generator
         )
 
-
-# name -> (function of a Size that returns a Case, whether it depends on the number of tokens)
-CASES = {}
-
-
-def case(name, per_token=True):
-    return lambda build: CASES.setdefault(name, (build, per_token))[0]
+    def uniform(self, *shape):
+        return torch.rand(shape, device=self.device, generator=self.generator)
 
 
-def compiled(fn, dynamic=False):
-    return torch.compile(fn, fullgraph=True, dynamic=dynamic)
+def compiled(fn):
+    return torch.compile(fn, fullgraph=True, dynamic=False)
 
 
-def ours(module, name, **options):
-    """Variant.make for a function of kernels/, with keyword arguments bound."""
+def resolve(path):
+    """What a dotted path names."""
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def of(path, call=None, **options):
+    """Variant.make for the function at a path, with keyword arguments bound; call(function,
+    *inputs) says how, where it does not take the inputs as they are."""
 
     def make(*_):
-        fn = getattr(importlib.import_module(f"kernels.{module}"), name)
-        return lambda *inputs: fn(*inputs, **options)
+        function = resolve(path)
+        if call:
+            return lambda *inputs: call(function, *inputs)
+        return lambda *inputs: function(*inputs, **options)
 
     return make
 
 
-def beside(module, name, **options):
+def then_compiled(make):
+    return lambda *inputs: compiled(make(*inputs))
+
+
+def beside(path, **options):
     """The three that nearly every case has: the op, and its reference run eagerly and compiled."""
-    reference = ours(module, f"{name}_reference", **options)
-    return dict(
-        eager=Variant(reference),
-        **{"torch.compile": Variant(lambda *x: compiled(reference(*x)))},
-        stopwatch=Variant(ours(module, name, **options)),
-    )
-
-
-def elsewhere(path, call):
-    """A Variant by a function of another package: call(function, *inputs)."""
-
-    def make(*_):
-        module, name = path.rsplit(".", 1)
-        function = getattr(importlib.import_module(module), name)
-        return lambda *inputs: call(function, *inputs)
-
-    return Variant(make)
+    reference = of(f"{path}_reference", **options)
+    return {
+        "eager": Variant(reference),
+        "torch.compile": Variant(then_compiled(reference)),
+        "stopwatch": Variant(of(path, **options)),
+    }
 
 
 def three(forward, backward):
@@ -147,217 +142,100 @@ def three(forward, backward):
 # --- norms
 
 
-@case("rms_norm")
-def _(s):
+def rms_norm(s, residual=False, weight=False, others=None):
+    """Rows, a residual to add to them and a weight where there are."""
+
+    def inputs(draw):
+        rows = [draw(s.tokens, s.width) for _ in range(1 + residual)]
+        weights = [draw(s.width)] if weight else []
+        return (*rows, *weights)
+
+    op = "add_rms_norm" if residual else "rms_norm"
+    variants = beside(f"kernels.rms_norm.{op}")
+    for name, (path, call) in (others or {}).items():
+        variants[name] = Variant(of(path, call))
     e = 2 * s.tokens * s.width
-    return Case(
-        f"({s.tokens:,}, {s.width}) bf16",
-        lambda draw: (draw(s.tokens, s.width),),
-        beside("rms_norm", "rms_norm"),
-        three(2 * e, 3 * e),
-        leaves=(0,),
-    )
+    work = three(4 * e, 4 * e) if residual else three(2 * e, 3 * e)
+    return Case(inputs, variants, work, leaves=tuple(range(1 + residual + weight)))
 
 
-@case("rms_norm, weight")
-def _(s):
-    liger = "liger_kernel.transformers.functional.liger_rms_norm"
-    others = dict(
-        Liger=elsewhere(liger, lambda f, x, w: f(x, w, 1e-6, in_place=False)),
-        QuACK=elsewhere("quack.rmsnorm", lambda f, x, w: f(x, w, eps=1e-6)),
-    )
-    e = 2 * s.tokens * s.width
-    return Case(
-        f"({s.tokens:,}, {s.width}) bf16",
-        lambda draw: (draw(s.tokens, s.width), draw(s.width)),
-        beside("rms_norm", "rms_norm") | others,
-        three(2 * e, 3 * e),
-        leaves=(0, 1),
-    )
+NORMS = {
+    "Liger": (
+        "liger_kernel.transformers.functional.liger_rms_norm",
+        lambda f, x, w: f(x, w, 1e-6, in_place=False),
+    ),
+    "QuACK": ("quack.rmsnorm", lambda f, x, w: f(x, w, eps=1e-6)),
+}
+ADD_NORMS = {
+    "Liger": (
+        "liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction",
+        lambda f, x, residual, w: f.apply(x, residual, w, 1e-6, 0.0, "llama", False),
+    ),
+    "QuACK": (
+        "quack.rmsnorm",
+        lambda f, x, residual, w: f(x, w, residual=residual, eps=1e-6, prenorm=True),
+    ),
+}
 
 
-@case("add_rms_norm, weight")
-def _(s):
-    def liger(function, x, residual, w):
-        return function.apply(x, residual, w, 1e-6, 0.0, "llama", False)
-
-    def quack(function, x, residual, w):
-        return function(x, w, residual=residual, eps=1e-6, prenorm=True)
-
-    path = "liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction"
-    others = dict(Liger=elsewhere(path, liger), QuACK=elsewhere("quack.rmsnorm", quack))
-    e = 2 * s.tokens * s.width
-    return Case(
-        f"2 x ({s.tokens:,}, {s.width}) bf16",
-        lambda draw: (draw(s.tokens, s.width), draw(s.tokens, s.width), draw(s.width)),
-        beside("rms_norm", "add_rms_norm") | others,
-        three(4 * e, 4 * e),
-        leaves=(0, 1, 2),
-    )
-
-
-@case("qk_norm_rope")
-def _(s):
+def qk_norm_rope(s):
     T = min(s.tokens, s.row_len)
     B = s.tokens // T
 
     def inputs(draw):
-        angles = torch.rand(T, s.head_dim // 2, device=draw.device, generator=draw.generator) * 6.28
+        angles = draw.uniform(T, s.head_dim // 2) * 6.28
         return draw(B, T, 3 * s.heads, s.head_dim), angles.cos().to(BF16), angles.sin().to(BF16)
 
     e = 2 * B * T * s.heads * s.head_dim
     return Case(
-        f"({B}, {T:,}, {3 * s.heads}, {s.head_dim}) bf16",
-        inputs,
-        beside("qk_norm_rope", "qk_norm_rope"),
-        three(4 * e, 8 * e),
-        leaves=(0,),
+        inputs, beside("kernels.qk_norm_rope.qk_norm_rope"), three(4 * e, 8 * e), leaves=(0,)
     )
 
 
-# --- embeddings
+# --- embeddings and the head
 
 
-@case("embedding")
-def _(s):
+def embedding(s):
     """Token ids are Zipf's: the commonest is one of sixteen, and all of them add to its row of
     the gradient."""
 
-    def eager(*_):
-        return lambda index, table: F.embedding(index, table)
-
-    def sums(*_):
-        from kernels.embedding import _Embedding  # what it does on a CPU
-
-        return compiled(lambda index, table: _Embedding.apply(index, table))
-
     def inputs(draw):
-        uniform = torch.rand(s.tokens, device=draw.device, generator=draw.generator)
-        return (s.vocab**uniform).long() - 1, draw(s.vocab, s.width)
+        return (s.vocab ** draw.uniform(s.tokens)).long() - 1, draw(s.vocab, s.width)
 
+    variants = {
+        "eager": Variant(of("torch.nn.functional.embedding")),
+        "stopwatch": Variant(then_compiled(of("kernels.embedding.embedding"))),
+    }
     e = 2 * s.tokens * s.width
-    return Case(
-        f"({s.tokens:,},) from ({s.vocab:,}, {s.width}) bf16",
-        inputs,
-        {
-            "eager": Variant(eager),
-            "stopwatch": Variant(lambda *x: compiled(ours("embedding", "embedding")(*x))),
-            "scatter_add in fp32": Variant(sums),
-        },
-        three(2 * e, e + 2 * s.vocab * s.width),
-        leaves=(1,),
-    )
+    return Case(inputs, variants, three(2 * e, e + 2 * s.vocab * s.width), leaves=(1,))
 
 
-# --- the head
-
-
-def tokens_and_logits(s, draw):
-    return draw(s.tokens, s.vocab, scale=2.0), draw.below(s.vocab, s.tokens)
-
-
-@case("softcap_cross_entropy")
-def _(s):
+def softcap_cross_entropy(s):
     logits = s.tokens * s.vocab
     return Case(
-        f"({s.tokens:,}, {s.vocab:,}) bf16",
-        lambda draw: tokens_and_logits(s, draw),
-        beside("cross_entropy", "softcap_cross_entropy", cap=CAP),
+        lambda draw: (draw(s.tokens, s.vocab, scale=2.0), draw.below(s.vocab, s.tokens)),
+        beside("kernels.cross_entropy.softcap_cross_entropy", cap=CAP),
         {INFERENCE: 2 * logits, BOTH: 4 * logits},
         leaves=(0,),
         peak_bytes=30 * logits,
     )
 
 
-@case("softcap_cross_entropy, without autograd", per_token=False)
-def _(s):
-    """The kernel alone, in the configurations worth a comparison, writing bf16 and e5m2
-    gradients."""
+def linear_cross_entropy(s):
+    def inputs(draw):
+        head = draw(s.vocab, s.width, scale=2 * s.width**-0.5)
+        return draw(s.tokens, s.width), head, draw.below(s.vocab, s.tokens)
 
-    def eager(*_):
-        from kernels.cross_entropy import softcap_cross_entropy_reference
-
-        def loss_and_gradient(logits, targets):
-            with torch.enable_grad():
-                z = logits.detach().requires_grad_()
-                loss = softcap_cross_entropy_reference(z, targets, cap=CAP)
-            return loss.detach(), torch.autograd.grad(loss, z)[0]
-
-        return loss_and_gradient
-
-    def launched(config, dtype):
-        def make(logits, _):
-            from kernels.cross_entropy_kernels import launch_cross_entropy
-
-            scale = torch.full((), SCALE, device=logits.device) if dtype != BF16 else None
-
-            def loss_and_gradient(logits, targets):
-                dlogits = torch.empty_like(logits, dtype=dtype)
-                losses = launch_cross_entropy(
-                    logits, targets, None, None, list(CAP), -100, 1.0, dlogits, scale, config
-                )
-                return losses.sum(), dlogits
-
-            return loss_and_gradient
-
-        return make
-
-    logits = s.tokens * s.vocab
-    SCALE = 2.0**-15
-    configs = (
-        ("two-pass", 8192, 16),
-        ("two-pass", 4096, 16),
-        ("two-pass", 4096, 8),
-        ("two-pass", 16384, 32),
-        ("resident", 2048, 8),
-        ("resident", 4096, 16),
-    )
-    variants = {
-        "eager": Variant(eager),
-        "stopwatch": Variant(launched(None, BF16)),
-        "stopwatch, e5m2": Variant(launched(None, torch.float8_e5m2)),
-    }
-    variants |= {
-        f"{kernel} {block} {warps}w": Variant(launched((kernel, block, warps), BF16))
-        for kernel, block, warps in configs
-    }
-    variants |= {
-        f"{kernel} {block} {warps}w, e5m2": Variant(
-            launched((kernel, block, warps), torch.float8_e5m2)
-        )
-        for kernel, block, warps in (configs[0], configs[4])
-    }
-    for name, v in variants.items():
-        if name.endswith("e5m2"):
-            v.work = {FORWARD: 3 * logits}
-            v.tolerance = 0.1
-            v.restore = lambda results: [results[0], results[1].float().mul_(SCALE)]
-    return Case(
-        f"({s.tokens:,}, {s.vocab:,}) bf16",
-        lambda draw: tokens_and_logits(s, draw),
-        variants,
-        {FORWARD: 4 * logits},
-        peak_bytes=34 * logits,
-    )
-
-
-@case("linear_cross_entropy")
-def _(s):
-    product = 2 * s.tokens * s.width * s.vocab
-    std = 2 * s.width**-0.5
-    variants = beside("linear_cross_entropy", "linear_cross_entropy", cap=CAP)
+    module = "kernels.linear_cross_entropy"
+    variants = beside(f"{module}.linear_cross_entropy", cap=CAP)
     variants["stopwatch, fp8"] = Variant(
-        ours("linear_cross_entropy", "fp8_linear_cross_entropy", cap=CAP),
+        of(f"{module}.fp8_linear_cross_entropy", cap=CAP),
         {INFERENCE: "bf16", BOTH: "fp8"},
         tolerance=0.1,
     )
+    product = 2 * s.tokens * s.width * s.vocab
     return Case(
-        f"({s.tokens:,}, {s.width}) x ({s.vocab:,}, {s.width}) bf16",
-        lambda draw: (
-            draw(s.tokens, s.width),
-            draw(s.vocab, s.width, scale=std),
-            draw.below(s.vocab, s.tokens),
-        ),
+        inputs,
         variants,
         {INFERENCE: product, BOTH: 3 * product},
         leaves=(0, 1),
@@ -369,151 +247,115 @@ def _(s):
 # --- linear layers
 
 
-@case("linear_relu2")
-def _(s):
-    product = 2 * s.tokens * s.width * s.hidden
+def products(s, matrices, n, variants, peak_bytes=0):
+    """Rows times so many matrices (n, width): a product each forward, two backward."""
+
+    def inputs(draw):
+        weights = [draw(n, s.width, scale=s.width**-0.5) for _ in range(matrices)]
+        return draw(s.tokens, s.width), *weights
+
+    product = 2 * s.tokens * s.width * n
     return Case(
-        f"({s.tokens:,}, {s.width}) x ({s.hidden:,}, {s.width}) bf16",
-        lambda draw: (draw(s.tokens, s.width), draw(s.hidden, s.width, scale=s.width**-0.5)),
-        beside("mlp", "linear_relu2"),
-        three(product, 2 * product),
-        leaves=(0, 1),
+        inputs,
+        variants,
+        three(matrices * product, 2 * matrices * product),
+        leaves=tuple(range(1 + matrices)),
         unit="FLOPs",
+        peak_bytes=peak_bytes,
     )
 
 
-@case("relu2_mlp")
-def _(s):
+def relu2_mlp(s):
     def fp8(x, *_):
         """Quantising x and the weights included, as in every micro-batch."""
-        from kernels.fp8_mlp import FP8ReLU2MLP
+        return resolve("kernels.fp8_mlp.FP8ReLU2MLP")().to(x.device)
 
-        return FP8ReLU2MLP().to(x.device)
-
-    product = 2 * s.tokens * s.width * s.hidden
-    std = s.width**-0.5
-    mixed = {FORWARD: "fp8", BACKWARD: "bf16"}
-    return Case(
-        f"({s.tokens:,}, {s.width}), 2 x ({s.hidden:,}, {s.width}) bf16",
-        lambda draw: (
-            draw(s.tokens, s.width),
-            *(draw(s.hidden, s.width, scale=std) for _ in range(2)),
-        ),
-        beside("mlp", "relu2_mlp") | {"stopwatch, fp8 forward": Variant(fp8, mixed, tolerance=0.1)},
-        three(2 * product, 4 * product),
-        leaves=(0, 1, 2),
-        unit="FLOPs",
-    )
+    variants = beside("kernels.mlp.relu2_mlp")
+    variants["stopwatch, fp8 forward"] = Variant(fp8, MIXED, tolerance=0.1)
+    return products(s, 2, s.hidden, variants)
 
 
 def fp8_linear(s, n):
-    product = 2 * s.tokens * s.width * n
-    std = s.width**-0.5
+    path = "kernels.fp8_linear.fp8_linear"
     # what is drawn stays below 6 sigma
-    scales = dict(x_scale=6 / 448, w_scale=6 * std / 448, grad_scale=6 / 57344)
-    mixed = {FORWARD: "fp8", BACKWARD: "bf16"}
-    return Case(
-        f"({s.tokens:,}, {s.width}) x ({n:,}, {s.width}) bf16",
-        lambda draw: (draw(s.tokens, s.width), draw(n, s.width, scale=std)),
-        {
-            "bf16": Variant(lambda *_: F.linear),
-            "stopwatch": Variant(ours("fp8_linear", "fp8_linear", **scales), mixed, tolerance=0.1),
-            "stopwatch, fp8 backward": Variant(
-                ours("fp8_linear", "fp8_linear", **scales, fp8_backward=True), "fp8", tolerance=0.1
-            ),
-            "stopwatch, dynamic": Variant(ours("fp8_linear", "fp8_linear"), mixed, tolerance=0.1),
-        },
-        three(product, 2 * product),
-        leaves=(0, 1),
-        unit="FLOPs",
-        peak_bytes=8 * s.tokens * n,
-    )
-
-
-case("fp8_linear, up")(lambda s: fp8_linear(s, s.hidden))
-case("fp8_linear, head")(lambda s: fp8_linear(s, s.vocab))
+    scales = dict(x_scale=6 / 448, w_scale=6 * s.width**-0.5 / 448, grad_scale=6 / 57344)
+    variants = {
+        "bf16": Variant(of("torch.nn.functional.linear")),
+        "stopwatch": Variant(of(path, **scales), MIXED, tolerance=0.1),
+        "stopwatch, fp8 backward": Variant(
+            of(path, **scales, fp8_backward=True), "fp8", tolerance=0.1
+        ),
+        "stopwatch, dynamic": Variant(of(path), MIXED, tolerance=0.1),
+    }
+    return products(s, 1, n, variants, peak_bytes=8 * s.tokens * n)
 
 
 def quantize(s, transpose):
     return Case(
-        f"({s.tokens:,}, {s.width}) bf16 to e4m3",
         lambda draw: (draw(s.tokens, s.width), torch.full((), 6 / 448, device=draw.device)),
-        beside("quantize", "quantize", transpose=transpose),
+        beside("kernels.quantize.quantize", transpose=transpose),
         {FORWARD: (3 + transpose) * s.tokens * s.width},
     )
 
 
-case("quantize")(lambda s: quantize(s, False))
-case("quantize, transpose")(lambda s: quantize(s, True))
-
-
-@case("transpose_copy")
-def _(s):
+def transpose_copy(s):
     def eager(*_):
         return lambda x: x.t().contiguous()
 
+    variants = {
+        "eager": Variant(eager),
+        "torch.compile": Variant(then_compiled(eager)),
+        "stopwatch": Variant(of("kernels.quantize.transpose_copy")),
+    }
+    elements = s.tokens * s.vocab
     return Case(
-        f"({s.tokens:,}, {s.vocab:,}) e5m2",
         lambda draw: (draw(s.tokens, s.vocab, dtype=torch.float8_e5m2),),
-        {
-            "eager": Variant(eager),
-            "torch.compile": Variant(lambda *_: compiled(eager())),
-            "stopwatch": Variant(ours("quantize", "transpose_copy")),
-        },
-        {FORWARD: 2 * s.tokens * s.vocab},
-        peak_bytes=6 * s.tokens * s.vocab,
+        variants,
+        {FORWARD: 2 * elements},
+        peak_bytes=6 * elements,
     )
 
 
 # --- the optimizer
 
 
-def matrices(s):
-    """(how many, rows, columns) of the attention's and of the MLP's matrices."""
-    return (4 * s.layers, s.width, s.width), (2 * s.layers, s.hidden, s.width)
+def attention_matrices(s):
+    """(how many, rows, columns)"""
+    return 4 * s.layers, s.width, s.width
 
 
-def symmetric(n, m, k, add):
-    name = "symmetric_matmul"
-    flops = n * m * (m + 1) * k  # the lower triangle's
-    options = dict(alpha=-2.8, beta=4.0) if add else {}
-    variants = dict(
-        cuBLAS=Variant(ours(name, f"{name}_reference", **options)),
-        stopwatch=Variant(ours(name, name, **options)),
-    )
+def mlp_matrices(s):
+    """(how many, rows, columns)"""
+    return 2 * s.layers, s.hidden, s.width
+
+
+def symmetric_matmul(shape, **options):
+    """X X^T of matrices (n, rows, columns), the tall ones as their transposes; with beta a matrix
+    is added to it."""
+    n, rows, columns = shape
+    m = min(rows, columns)
+    k = max(rows, columns)
 
     def inputs(draw):
-        # the MLP's matrices are tall, and taken as their transposes
-        X = draw(n, k, m).mT if m < k else draw(n, m, k)
-        return (X @ X.mT / k**0.5,) * 2 if add else (X,)
+        X = draw(*shape)
+        X = X.mT if columns < rows else X
+        return (X @ X.mT / k**0.5,) * 2 if options else (X,)
 
-    return Case(f"{n} x ({m:,}, {k:,}) bf16", inputs, variants, {FORWARD: flops}, unit="FLOPs")
-
-
-@case("symmetric_matmul, attention", per_token=False)
-def _(s):
-    return symmetric(*matrices(s)[0], add=False)
-
-
-@case("symmetric_matmul, mlp", per_token=False)
-def _(s):
-    n, k, m = matrices(s)[1]
-    return symmetric(n, m, k, add=False)
+    path = "kernels.symmetric_matmul.symmetric_matmul"
+    variants = {
+        "cuBLAS": Variant(of(f"{path}_reference", **options)),
+        "stopwatch": Variant(of(path, **options)),
+    }
+    # the lower triangle's
+    return Case(inputs, variants, {FORWARD: n * m * (m + 1) * k}, unit="FLOPs")
 
 
-@case("symmetric_matmul, b A + c A A", per_token=False)
-def _(s):
-    return symmetric(*matrices(s)[0], add=True)
-
-
-@case("polar_express", per_token=False)
-def _(s):
-    def ours(symmetric):
+def polar_express(s):
+    def by(symmetric):
         def make(*_):
-            from kernels.polar_express import polar_express
-
-            function = getattr(importlib.import_module("kernels.symmetric_matmul"), symmetric)
-            return lambda *banks: [polar_express(G, symmetric=function) for G in banks]
+            function = resolve("kernels.polar_express.polar_express")
+            product = resolve(f"kernels.symmetric_matmul.{symmetric}")
+            return lambda *banks: [function(G, symmetric=product) for G in banks]
 
         return make
 
@@ -524,68 +366,67 @@ def _(s):
         optimizer = torch.optim.Muon(params)
         return lambda *_: optimizer.step()
 
-    def muon_products(*_):
-        from torch.optim._muon import _zeropower_via_newtonschulz
-
-        return lambda *banks: [
-            _zeropower_via_newtonschulz(G.clone(), (3.4445, -4.775, 2.0315), 5, 1e-7)
-            for bank in banks
-            for G in bank
-        ]
-
-    (n, m, _), (n2, k, m2) = matrices(s)
+    reference = by("symmetric_matmul_reference")
+    variants = {
+        "eager": Variant(reference),
+        "torch.compile": Variant(then_compiled(reference), tolerance=0.1),
+        "stopwatch": Variant(by("symmetric_matmul"), tolerance=0.1),
+        "torch.optim.Muon.step": Variant(muon, graph=False, tolerance=None),
+    }
+    n, m, _ = attention_matrices(s)
+    n2, k, m2 = mlp_matrices(s)
     flops = 5 * (n * 4 * m**3 + n2 * (3 * m2**2 * k + m2**3))  # both symmetric products by halves
     return Case(
-        f"{n} x ({m}, {m}) and {n2} x ({k:,}, {m2}) bf16",
-        lambda draw: tuple(draw(*shape) for shape in matrices(s)),
-        {
-            "eager": Variant(ours("symmetric_matmul_reference")),
-            "torch.compile": Variant(
-                lambda *x: compiled(ours("symmetric_matmul_reference")(*x)), tolerance=0.1
-            ),
-            "stopwatch": Variant(ours("symmetric_matmul"), tolerance=0.1),
-            "torch.optim.Muon.step": Variant(muon, graph=False, tolerance=None),
-            "Muon's products": Variant(muon_products, tolerance=None),
-        },
+        lambda draw: (draw(*attention_matrices(s)), draw(*mlp_matrices(s))),
+        variants,
         {FORWARD: flops},
         unit="FLOPs",
     )
 
 
-def update(file, shape, inputs, work, call, torch_op=None):
-    """What the trainer compiles of optim/ on a GPU: call(the file as a module, *inputs), with the
-    guard's ok last."""
+def update(path, shapes, work, hyper, named=("ok",), scale=1.0, torch_optim=None):
+    """What the trainer compiles of optim/ on a GPU.
 
-    def plain(*_):
-        module = importlib.import_module(f"optim.{file}")
-        return lambda *tensors: call(module, *tensors)
+    shapes: of its bf16 tensors, times scale; for others a function of Draw; named: arguments that
+    the last tensors are given as, the guard's ok behind all; hyper: its hyperparameters;
+    torch_optim: Variant.make of PyTorch's own.
+    """
 
-    variants = {"eager": Variant(plain), "stopwatch": Variant(lambda *x: compiled(plain(*x)))}
-    if torch_op:
-        variants["torch.optim"] = Variant(torch_op, graph=False, tolerance=None)
-    return Case(
-        shape,
-        lambda draw: (*inputs(draw), torch.ones((), dtype=torch.bool, device=draw.device)),
-        variants,
-        {FORWARD: work},
-        mutates=True,
-    )
+    def inputs(draw):
+        tensors = [x(draw) if callable(x) else draw(*x, scale=scale) for x in shapes]
+        return *tensors, torch.ones((), dtype=torch.bool, device=draw.device)
+
+    def call(function, *tensors):
+        at = len(tensors) - len(named)
+        return function(*tensors[:at], **hyper, **dict(zip(named, tensors[at:])))
+
+    make = of(path, call)
+    variants = {"eager": Variant(make), "stopwatch": Variant(then_compiled(make))}
+    if torch_optim:
+        variants["torch.optim"] = Variant(torch_optim, graph=False, tolerance=None)
+    return Case(inputs, variants, {FORWARD: work}, mutates=True)
 
 
-def low_bits(draw, *shape):
-    return draw.below(2**15, *shape, dtype=torch.int16, low=-(2**15))
+def low_bits(*shape):
+    return lambda draw: draw.below(2**15, *shape, dtype=torch.int16, low=-(2**15))
 
 
-def on_cpu(*scalars):
+def moments(*shape):
+    return lambda draw: draw(*shape, dtype=FP32)
+
+
+def squares(*shape):
+    return lambda draw: draw(*shape, dtype=FP32).square_()
+
+
+def on_cpu(**scalars):
     """Where the trainer has hyperparameters: as 0-d tensors they are no constants to the
     compiler."""
-    return [torch.tensor(x) for x in scalars]
+    return {name: torch.tensor(x) for name, x in scalars.items()}
 
 
-@case("adam_update", per_token=False)
-def _(s):
+def adam_update(s):
     n = s.vocab * s.width
-    *hyper, shrink = on_cpu(1e-3, 0.75, 0.95, 1e-10, 1 - 0.75**10, 1 - 0.95**10, 1e-4)
 
     def torch_adam(p, *_):
         p = torch.nn.Parameter(p.float())
@@ -593,98 +434,53 @@ def _(s):
         optimizer = torch.optim.Adam([p], fused=p.is_cuda)
         return lambda *_: optimizer.step()
 
-    return update(
-        "adam",
-        f"({s.vocab:,}, {s.width}) bf16 with fp32 masters, cautious decay",
-        lambda draw: (
-            draw(n),
-            low_bits(draw, n),
-            draw(n),
-            draw(n, dtype=FP32),
-            draw(n, dtype=FP32).square(),
-        ),
-        26 * n,
-        lambda rules, p, low, grad, m, v, ok: rules.adam_update(
-            p, low, grad, m, v, *hyper, shrink=shrink, ok=ok
-        ),
-        torch_adam,
+    hyper = on_cpu(
+        lr=1e-3,
+        beta1=0.75,
+        beta2=0.95,
+        eps=1e-10,
+        correction1=1 - 0.75**10,
+        correction2=1 - 0.95**10,
+        shrink=1e-4,
     )
+    shapes = (n,), low_bits(n), (n,), moments(n), squares(n)
+    return update("optim.adam.adam_update", shapes, 26 * n, hyper, torch_optim=torch_adam)
 
 
-@case("row_update", per_token=False)
-def _(s):
+def row_update(s):
     shape = (s.vocab, s.width)
-    n = s.vocab * s.width
-    *hyper, shrink = on_cpu(1e-3, 0.95, 1e-10, 1 - 0.95**10, 1e-4)
-    return update(
-        "rows",
-        f"({s.vocab:,}, {s.width}) bf16 with fp32 masters, cautious decay",
-        lambda draw: (
-            draw(*shape),
-            low_bits(draw, *shape),
-            draw(*shape),
-            draw(s.vocab, 1, dtype=FP32).square(),
-        ),
-        12 * n,
-        lambda rules, p, low, grad, v, ok: rules.row_update(
-            p, low, grad, v, *hyper, shrink=shrink, ok=ok
-        ),
-    )
+    hyper = on_cpu(lr=1e-3, beta2=0.95, eps=1e-10, correction2=1 - 0.95**10, shrink=1e-4)
+    shapes = shape, low_bits(*shape), shape, squares(s.vocab, 1)
+    return update("optim.rows.row_update", shapes, 12 * math.prod(shape), hyper)
 
 
-@case("nesterov", per_token=False)
-def _(s):
-    k, rows, cols = matrices(s)[1]
-    n = k * rows * cols
-    (momentum,) = on_cpu(0.95)
-    return update(
-        "muon",
-        f"{k} x ({rows:,}, {cols}) bf16",
-        lambda draw: (draw(n), draw(n, dtype=FP32)),
-        12 * n,
-        lambda rules, grad, m, ok: rules.nesterov(grad, m, momentum, ok),
-    )
+def nesterov(s):
+    n = math.prod(mlp_matrices(s))
+    return update("optim.muon.nesterov", ((n,), moments(n)), 12 * n, on_cpu(momentum=0.95))
 
 
-@case("balance", per_token=False)
-def _(s):
-    shape = k, rows, cols = matrices(s)[1]
-    return update(
-        "muon",
-        f"{k} x ({rows:,}, {cols}) bf16",
-        lambda draw: (draw(*shape, scale=rows**-0.5), draw(k, rows, 1, dtype=FP32).square_()),
-        2 * k * rows * cols,
-        lambda rules, x, v, ok: rules.balance(x, v, 0.9, ok),
-    )
+def balance(s):
+    shape = mlp_matrices(s)
+    k, rows, _ = shape
+    shapes = shape, squares(k, rows, 1)
+    work = 2 * math.prod(shape)
+    return update("optim.muon.balance", shapes, work, dict(beta2=0.9), scale=rows**-0.5)
 
 
 def descend(s, balanced):
-    shape = k, rows, cols = matrices(s)[1]
-    n = k * rows * cols
-    (lr, shrink) = on_cpu(1e-3, 1e-4)
-
-    def inputs(draw):
-        of = shape if balanced else (n,)
-        scale = (draw(k, rows, 1, dtype=FP32).exp_(),) if balanced else ()
-        return draw(*of), low_bits(draw, *of), draw(*of), *scale
-
-    return update(
-        "masters",
-        f"{k} x ({rows:,}, {cols}) bf16 with fp32 masters, cautious decay",
-        inputs,
-        10 * n,
-        lambda rules, p, low, x, *rest: rules.descend(
-            p, low, x, lr, shrink, *rest[:-1], ok=rest[-1]
-        ),
-    )
+    shape = mlp_matrices(s)
+    k, rows, _ = shape
+    n = math.prod(shape)
+    tensors = shape if balanced else (n,)
+    shapes = [tensors, low_bits(*tensors), tensors]
+    named = ["ok"]
+    if balanced:
+        shapes.append(lambda draw: draw(k, rows, 1, dtype=FP32).exp_())
+        named.insert(0, "scale")
+    return update("optim.masters.descend", shapes, 10 * n, on_cpu(lr=1e-3, shrink=1e-4), named)
 
 
-case("descend", per_token=False)(lambda s: descend(s, balanced=False))
-case("descend, NorMuon", per_token=False)(lambda s: descend(s, balanced=True))
-
-
-@case("gradient_report", per_token=False)
-def _(s):
+def gradient_report(s):
     """What the guard reads: every gradient, once a step."""
 
     def eager(*_):
@@ -693,21 +489,17 @@ def _(s):
     def foreach(*_):
         return lambda *grads: torch.stack(torch._foreach_norm(grads, 2, dtype=FP32)).square()
 
-    def ours(*_):
-        from optim import gradient_report
-
-        return lambda *grads: gradient_report(grads)
-
-    shapes = ((s.vocab, s.width), (s.vocab, s.width), *matrices(s))
+    ours = of("optim.gradients.gradient_report", lambda report, *grads: report(grads))
+    shapes = (s.vocab, s.width), (s.vocab, s.width), attention_matrices(s), mlp_matrices(s)
+    variants = {
+        "eager": Variant(eager),
+        "stopwatch": Variant(ours),
+        "torch.compile": Variant(then_compiled(ours)),
+        "torch._foreach_norm": Variant(foreach),
+    }
     return Case(
-        f"2 x ({s.vocab:,}, {s.width}) and Muon's matrices, bf16",
         lambda draw: tuple(draw(*shape) for shape in shapes),
-        {
-            "eager": Variant(eager),
-            "stopwatch": Variant(ours),
-            "torch.compile": Variant(lambda *x: compiled(ours(*x))),
-            "torch._foreach_norm": Variant(foreach),
-        },
+        variants,
         {FORWARD: 2 * sum(map(math.prod, shapes))},
     )
 
@@ -736,7 +528,6 @@ def attention(s, window):
     D = s.head_dim
     lengths = documents(s)
     pairs = sum(min(i, window) + 1 for n in lengths for i in range(n))
-    scale = 1.36 * D**-0.5
 
     def inputs(draw):
         starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(INT32)
@@ -747,32 +538,30 @@ def attention(s, window):
         starts = F.pad(starts, (0, padding), value=s.tokens).to(draw.device)
         return draw(B, T, H, D), draw(B, T, H, D), draw(B, T, H, D), starts
 
-    def backend(name):
-        def make(*_):
-            from kernels.attention import attention
-
-            return lambda q, k, v, cu_seqlens: attention(
+    def by(backend):
+        def call(function, q, k, v, cu_seqlens):
+            return function(
                 q,
                 k,
                 v,
                 cu_seqlens=cu_seqlens,
                 max_seqlen=max(lengths),
                 window=window,
-                scale=scale,
-                backend=name,
+                scale=1.36 * D**-0.5,
+                backend=backend,
             )
 
-        return make
+        return of("kernels.attention.attention", call)
 
-    names = importlib.import_module("kernels.attention").BACKENDS
+    variants = {
+        "blockwise": Variant(by("blockwise")),
+        "blockwise, compiled": Variant(then_compiled(by("blockwise"))),
+    }
+    for name in resolve("kernels.attention.BACKENDS"):
+        variants.setdefault(name, Variant(by(name)))
     return Case(
-        f"({B}, {T:,}, {H}, {D}) bf16, {len(lengths)} documents, window {window}",
         inputs,
-        {
-            "blockwise": Variant(backend("blockwise")),
-            "blockwise, compiled": Variant(lambda *x: compiled(backend("blockwise")(*x))),
-            **{name: Variant(backend(name)) for name in names if name != "blockwise"},
-        },
+        variants,
         three(4 * D * H * pairs, 10 * D * H * pairs),
         leaves=(0, 1, 2),
         unit="FLOPs",
@@ -780,9 +569,34 @@ def attention(s, window):
     )
 
 
-case("attention, short window")(lambda s: attention(s, s.windows[0]))
-
-
-@case("attention, long window")
-def _(s):
-    return attention(s, s.windows[1])
+CASES = {
+    "rms_norm": rms_norm,
+    "rms_norm, weight": lambda s: rms_norm(s, weight=True, others=NORMS),
+    "add_rms_norm, weight": lambda s: rms_norm(s, True, True, ADD_NORMS),
+    "qk_norm_rope": qk_norm_rope,
+    "embedding": embedding,
+    "softcap_cross_entropy": softcap_cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+    "linear_relu2": lambda s: products(s, 1, s.hidden, beside("kernels.mlp.linear_relu2")),
+    "relu2_mlp": relu2_mlp,
+    "fp8_linear, up": lambda s: fp8_linear(s, s.hidden),
+    "fp8_linear, head": lambda s: fp8_linear(s, s.vocab),
+    "quantize": lambda s: quantize(s, False),
+    "quantize, transpose": lambda s: quantize(s, True),
+    "transpose_copy": transpose_copy,
+    "symmetric_matmul, attention": lambda s: symmetric_matmul(attention_matrices(s)),
+    "symmetric_matmul, mlp": lambda s: symmetric_matmul(mlp_matrices(s)),
+    "symmetric_matmul, b A + c A A": lambda s: symmetric_matmul(
+        attention_matrices(s), alpha=-2.8, beta=4.0
+    ),
+    "polar_express": polar_express,
+    "adam_update": adam_update,
+    "row_update": row_update,
+    "nesterov": nesterov,
+    "balance": balance,
+    "descend": lambda s: descend(s, balanced=False),
+    "descend, NorMuon": lambda s: descend(s, balanced=True),
+    "gradient_report": gradient_report,
+    "attention, short window": lambda s: attention(s, s.windows[0]),
+    "attention, long window": lambda s: attention(s, s.windows[1]),
+}

@@ -16,86 +16,15 @@ and the rest goes on in a new one.
 
 import collections
 import time
-import typing
 
 import torch
 
-from benchmarks.cases import BACKWARD, BOTH, CASES, FORWARD, GPT2_SMALL
+from benchmarks.cases import CASES, GPT2_SMALL
 from benchmarks.measure import supervise
 from benchmarks.options import POSITIVE, value
 from benchmarks.report import document, table
 
 TOKENS = (GPT2_SMALL.tokens, 16384)
-
-
-# --- what an H200 should do
-
-
-class Target(typing.NamedTuple):
-    case: str
-    direction: str
-    measure: str  # "share" of the rate, "us", or "speedup" over another variant
-    value: float
-    variant: str = "stopwatch"
-    over: str = ""
-
-    def __str__(self):
-        if self.measure == "share":
-            goal = f"at least {self.value:.0%} of the copy rate"
-        elif self.measure == "us":
-            goal = f"at most {self.value / 1e3:.1f} ms"
-        else:
-            goal = f"at least {self.value:g}x as fast as {self.over}"
-        variant = f" ({self.variant})" if self.variant != "stopwatch" else ""
-        return f"{self.case}, {self.direction}{variant}: {goal}"
-
-    def shown(self, measured):
-        """A measured value as the table has it."""
-        if measured is None:
-            return "not measured"
-        if self.measure == "share":
-            return f"{measured:.1%}"
-        if self.measure == "us":
-            return f"{measured / 1e3:.2f} ms"
-        return f"{measured:.2f}x"
-
-
-TARGETS = (
-    Target("rms_norm", FORWARD, "share", 0.85),
-    Target("rms_norm", BACKWARD, "share", 0.80),
-    Target("softcap_cross_entropy", BOTH, "us", 2900),
-    Target("softcap_cross_entropy, without autograd", FORWARD, "us", 2200, "stopwatch, e5m2"),
-    Target("relu2_mlp", BOTH, "speedup", 1.0, over="torch.compile"),
-    Target("linear_cross_entropy", BOTH, "speedup", 1.5, "stopwatch, fp8", over="stopwatch"),
-    Target("polar_express", FORWARD, "us", 1500),
-    Target("polar_express", FORWARD, "speedup", 2.0, over="torch.optim.Muon.step"),
-    Target("qk_norm_rope", FORWARD, "share", 0.80),
-    Target("qk_norm_rope", BACKWARD, "share", 0.80),
-)
-
-
-def judge(target, result):
-    """(measured value or None, "met", "not met" or "not measured")."""
-    found = {}
-    for r in result["rows"]:
-        at = (r["case"], r["direction"], r["tokens"])
-        if at == (target.case, target.direction, GPT2_SMALL.tokens):
-            found[r["variant"]] = r
-    ours = found.get(target.variant)
-    other = found.get(target.over)
-    if "H200" not in result["device"] or not ours or (target.over and not other):
-        return None, "not measured"
-    if target.measure == "us":
-        measured = ours["median_us"]
-        met = measured <= target.value
-    else:
-        measured = ours["share"]
-        if target.measure == "speedup":
-            measured = other["median_us"] / ours["median_us"]
-        if measured is None:
-            return None, "not measured"
-        met = measured >= target.value
-    return measured, "met" if met else "not met"
 
 
 # --- the command
@@ -128,19 +57,22 @@ def add_arguments(parser):
 
 
 def run(only=(), tokens=TOKENS, seconds=330.0, save=lambda result: None):
-    """dict(device, l2_bytes, memory_bytes, rates, rows, targets); save is given the same as it
-    grows."""
+    """dict(device, l2_bytes, memory_bytes, rates, rows); save is given the same as it grows."""
     deadline = time.time() + seconds
     plan = []
+    planned = []  # what does not depend on the number of tokens is measured once
     for n in tokens:
-        for name, (_, per_token) in CASES.items():
-            asked = not only or name in only or name.split(",")[0] in only
-            if asked and (per_token or n == tokens[0]):
+        for name, build in CASES.items():
+            if only and not {name, name.split(",")[0]} & set(only):
+                continue
+            work = name, build(GPT2_SMALL._replace(tokens=n)).work
+            if work not in planned:
+                planned.append(work)
                 plan.append((name, n))
     properties = torch.cuda.get_device_properties(0)
 
     def result(rows, rates):
-        r = dict(
+        return dict(
             device=properties.name,
             capability=[properties.major, properties.minor],
             sms=properties.multi_processor_count,
@@ -148,12 +80,7 @@ def run(only=(), tokens=TOKENS, seconds=330.0, save=lambda result: None):
             memory_bytes=properties.total_memory,
             rates=rates,
             rows=rows,
-            targets=[],
         )
-        for target in TARGETS:
-            measured, verdict = judge(target, r)
-            r["targets"].append(dict(target=str(target), measured=measured, verdict=verdict))
-        return r
 
     return result(*supervise(plan, deadline, saw=lambda rows, rates: save(result(rows, rates))))
 
@@ -165,24 +92,16 @@ Above each column is the least that has to be moved or computed. A cell is the m
 microseconds, the 20th to the 80th percentile, what that makes of the least, and its share of the
 machine's rate; the fastest is bold. † launched call by call, not in a graph; ‡ another function, or
 no reference, to compare with. Made by `./run.sh benchmarks kernels`."""
+MADE = ("torch", "git_commit", "date")  # with what, of the environment
 
 
 def render(result):
-    """The result as Markdown: targets, then tables for each op."""
+    """The result as Markdown: tables for each op."""
     environment = result.get("environment", {})
-    made = []
-    if environment.get("torch"):
-        made.append(f"PyTorch {environment['torch']}")
-    if environment.get("git_commit"):
-        made.append(f"commit {environment['git_commit'][:10]}")
-    if environment.get("date"):
-        made.append(environment["date"])
+    made = [str(environment[key]) for key in MADE if environment.get(key)]
     rates = "not measured"
     if result["rates"]:
         rates = ", ".join(rate_of(name, x) for name, x in result["rates"][0].items())
-    targets = []
-    for t, entry in zip(TARGETS, result["targets"]):
-        targets.append([entry["target"], t.shown(entry["measured"]), entry["verdict"]])
     by_case = collections.defaultdict(list)
     for row in result["rows"]:
         by_case[row["case"]].append(row)
@@ -195,8 +114,6 @@ def render(result):
         ", ".join(made),
         f"Rates: {rates}.",
         LEGEND,
-        "## Targets on an H200",
-        table(["target", "measured", ""], targets),
         *tables,
     )
 

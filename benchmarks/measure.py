@@ -25,12 +25,8 @@ PROCESSES = 16  # at most, one after the other
 
 
 class Lost(Exception):
-    """The device does not answer any more: only a new process can go on."""
-
-
-class Uncaptured(Exception):
-    """A failed capture, which leaves allocator and random numbers unusable: a new process has to
-    launch instead."""
+    """The device does not answer any more, or a capture failed, which leaves allocator and random
+    numbers unusable: only a new process can go on."""
 
 
 @dataclasses.dataclass
@@ -73,6 +69,15 @@ def tensors(x):
     if not isinstance(x, tuple | list):
         x = [x]
     return [t for t in x if isinstance(t, torch.Tensor)]
+
+
+def shape_of(inputs):
+    """The inputs in words: their shapes and dtypes, each once."""
+    words = []
+    for x in inputs:
+        lengths = ", ".join(f"{n:,}" for n in x.shape)
+        words.append(f"({lengths}) {str(x.dtype).removeprefix('torch.')}")
+    return ", ".join(dict.fromkeys(words))
 
 
 def with_gradient(outputs):
@@ -119,14 +124,13 @@ def compare(results, reference, tolerance):
 class Measurement:
     """One case on one machine: rows collects what was measured and what went wrong."""
 
-    def __init__(self, name, case, tokens, machine, tell, broken, launched):
+    def __init__(self, name, case, tokens, machine, tell, broken):
         self.name = name
         self.case = case
         self.tokens = tokens
         self.machine = machine
         self.tell = tell
         self.broken = broken
-        self.launched = launched
         self.rows = []
         self.fns = {}  # variant -> its function, where it is right
         self.difference = {}  # variant -> its relative error
@@ -134,6 +138,7 @@ class Measurement:
 
         # As many sets of inputs as no cache can hold
         self.sets = [case.inputs(self.draw)]
+        self.shape = shape_of(self.sets[0])
         sizes = {x.data_ptr(): x.numel() * x.element_size() for x in self.sets[0]}
         sets = timing.sets_needed(sum(sizes.values()), machine.cache_bytes)
         for _ in range(sets - 1):
@@ -153,7 +158,7 @@ class Measurement:
             result = fn(*args)
             self.machine.clock.wait()
             return result
-        except Uncaptured:
+        except Lost:
             raise
         except Exception as e:
             self.failed(variant, direction, e)
@@ -166,7 +171,7 @@ class Measurement:
 
         def prepare(variant, v):
             fn = v.make(*self.sets[0])
-            results = v.restore(results_of(case, fn, self.sets[0], self.upstream[0], self.draw))
+            results = results_of(case, fn, self.sets[0], self.upstream[0], self.draw)
             if variant == next(iter(case.variants)):
                 self.reference = results
             if v.tolerance is not None and self.reference is not None:
@@ -189,13 +194,12 @@ class Measurement:
         v = self.case.variants[variant]
         call = call_of(self.case, self.fns[variant], self.sets, self.upstream, direction)
         s = timing.Sampler(call, len(self.sets), self.machine.clock)
-        captured = v.graph and pool and variant not in self.launched
-        if captured and not timing.synchronizes(call):
+        if v.graph and pool and not timing.synchronizes(call):
             self.tell(variant, f"capturing {direction}")
             try:
                 s.capture(pool)
             except Exception as e:
-                raise Uncaptured(one_line(e)) from None
+                raise Lost(one_line(e)) from None
         s.run()
         return s
 
@@ -221,7 +225,7 @@ class Measurement:
     def row(self, variant, direction, times, sampler):
         case = self.case
         v = case.variants[variant]
-        work = v.work.get(direction, case.work[direction])
+        work = case.work[direction]
         rate = v.rate or ("copy" if case.unit == "bytes" else "bf16")
         if isinstance(rate, dict):
             rate = rate.get(direction)
@@ -229,7 +233,7 @@ class Measurement:
         most = self.machine.rates.get(rate)
         return dict(
             case=self.name,
-            shape=case.shape,
+            shape=self.shape,
             tokens=self.tokens,
             direction=direction,
             variant=variant,
@@ -245,14 +249,14 @@ class Measurement:
         )
 
 
-def measure(name, case, tokens, machine, tell=lambda variant, what: None, broken=(), launched=()):
+def measure(name, case, tokens, machine, tell=lambda variant, what: None, broken=()):
     """All variants of a case in all directions -> rows.
 
-    broken: variants to leave out; launched: not to be captured; tell(variant, what): called before
-    anything that may not return. Raises Lost and Uncaptured.
+    broken: variants to leave out; tell(variant, what): called before anything that may not return.
+    Raises Lost.
     """
     begin = time.perf_counter()
-    m = Measurement(name, case, tokens, machine, tell, broken, launched)
+    m = Measurement(name, case, tokens, machine, tell, broken)
     m.compare()
     for direction in case.work:
         m.time(direction)
@@ -333,22 +337,10 @@ def measured_rates(machine, n=8192, elements=2**30):
     return rates
 
 
-def try_a_graph(machine):
-    """Raises Uncaptured where not even a copy can be captured."""
-    try:
-        x, y = torch.ones(2, 1 << 20, device=machine.device)
-        s = timing.Sampler(lambda i: y.copy_(x), 1, machine.clock)
-        s.capture(torch.cuda.graph_pool_handle())
-        s.run()
-        machine.clock.wait()
-    except Exception as e:
-        raise Uncaptured(one_line(e)) from None
-
-
 # --- the process that works and the one that watches
 
 
-def work(plan, broken, launched, graphs, deadline, connection):
+def work(plan, broken, deadline, connection):
     """The process that works: measure [(name, tokens), ...] on the GPU; what happens goes into
     the connection."""
     send = connection.send
@@ -364,22 +356,20 @@ def work(plan, broken, launched, graphs, deadline, connection):
             clock=timing.CudaClock(),
             cache_bytes=torch.cuda.get_device_properties(0).L2_cache_size,
             memory_bytes=torch.cuda.mem_get_info()[0],
-            graphs=graphs,
+            graphs=True,
         )
         machine.rates = measured_rates(machine)
-        if graphs:
-            try_a_graph(machine)
         send(dict(kind="rates", rates=machine.rates))
-        work_off(plan, broken, launched, machine, deadline, send)
+        work_off(plan, broken, machine, deadline, send)
         send(dict(kind="rates", rates=measured_rates(machine)))  # again, to see a drift
         send(dict(kind="end"))
-    except (Lost, Uncaptured) as e:
-        send(dict(kind=type(e).__name__.lower(), error=str(e)))
+    except Lost as e:
+        send(dict(kind="lost", error=str(e)))
         connection.close()
         os._exit(1)  # leaving in order would wait for the device
 
 
-def work_off(plan, broken, launched, machine, deadline, send, size=GPT2_SMALL):
+def work_off(plan, broken, machine, deadline, send, size=GPT2_SMALL):
     """Measure case after case until the deadline, and send what happens."""
     gc.collect()
     gc.freeze()  # torch's own objects need no second look; collecting is part of every case
@@ -393,15 +383,14 @@ def work_off(plan, broken, launched, machine, deadline, send, size=GPT2_SMALL):
         try:
             tell(None, "building")
             torch._dynamo.reset()
-            build, _ = CASES[name]
-            case, fitting = fit(build, size._replace(tokens=tokens), machine.memory_bytes)
-            left_out = broken.get(name, ())
-            rows = measure(name, case, fitting, machine, tell, left_out, launched.get(name, ()))
+            size = size._replace(tokens=tokens)
+            case, fitting = fit(CASES[name], size, machine.memory_bytes)
+            rows = measure(name, case, fitting, machine, tell, broken.get(name, ()))
             if fitting != tokens:
                 memory = f"{machine.memory_bytes / 1e9:.0f} GB"
                 error = f"too many for {memory}: measured with {fitting:,}"
                 rows.append(failure(name, tokens, error))
-        except (Lost, Uncaptured):
+        except Lost:
             raise
         except Exception as e:
             rows = [failure(name, tokens, one_line(e))]
@@ -423,9 +412,7 @@ def supervise(
     rows = []
     rates = []
     left = list(plan)
-    graphs = True
     broken = collections.defaultdict(set)  # name of a case -> variants to leave out
-    launched = collections.defaultdict(set)  # the same, not to be captured
     reason = "out of time"
 
     def news(message):
@@ -439,26 +426,21 @@ def supervise(
     for _ in range(PROCESSES):
         if not left or time.time() > deadline:
             break
-        args = (left[:], dict(broken), dict(launched), graphs, deadline)
+        args = (left[:], dict(broken), deadline)
         ended, at, reason = watch(context, worker, args, deadline, silence, news)
         if ended == "end":
             break
         item = at["item"]
         variant = at["variant"]
         say(f"{item or 'start'}, {variant}, {at['what']}: {reason}")
-        if ended == "uncaptured" and item:
-            launched[item[0]].add(variant)
-        elif ended == "uncaptured" and graphs:
-            graphs = False
-        elif item is None:
+        if item is None:
             break
+        rows.append(failure(*item, f"{at['what']}: {reason}", variant=variant))
+        if variant is None:
+            left.remove(item)
         else:
-            rows.append(failure(*item, f"{at['what']}: {reason}", variant=variant))
-            if variant is None:
-                left.remove(item)
-            else:
-                broken[item[0]].add(variant)
-            saw(rows, rates)
+            broken[item[0]].add(variant)
+        saw(rows, rates)
     rows += [failure(name, tokens, f"not run: {reason}") for name, tokens in left]
     saw(rows, rates)
     return rows, rates
@@ -487,7 +469,7 @@ def watch(context, worker, args, deadline, silence, news):
             message = receiver.recv()
             if message["kind"] == "at":
                 at = message
-            elif message["kind"] in ("end", "lost", "uncaptured"):
+            elif message["kind"] in ("end", "lost"):
                 ended = message["kind"]
                 reason = message.get("error", reason)
             else:
