@@ -160,7 +160,7 @@ declare(
         "relu2_mlp",
         triton=relu2_mlp,
         reference=relu2_mlp_reference,
-        example=lambda draw, _: ([draw(192, 128), draw(256, 128) / 11, draw(256, 128) / 16], {}),
+        example=lambda draw, _: ([draw(80, 128), draw(160, 128) / 11, draw(160, 128) / 16], {}),
         faster_on=(90,),
         new_fp8=_new_fp8,
     )

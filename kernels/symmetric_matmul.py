@@ -184,7 +184,7 @@ declare(
         "symmetric_matmul",
         triton=symmetric_matmul,
         reference=symmetric_matmul_reference,
-        example=lambda draw, _: ([draw(2, 256, 320) / 16], {}),
+        example=lambda draw, _: ([draw(2, 160, 96) / 16], {}),
         faster_on=(90,),
         has_gradient=False,
     )

@@ -128,7 +128,7 @@ def test_loss_and_gradient(N, V, cap, dtype):
 
 @pytest.mark.parametrize("V", [41, 1000])
 def test_many_rows(V):
-    check(softcap_cross_entropy, *draw(40, V, torch.bfloat16), RECORD)
+    check(softcap_cross_entropy, *draw(20, V, torch.bfloat16), RECORD)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -504,7 +504,7 @@ def test_bad_arguments_are_named():
 @functions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad_scale", [1.0, 2.0, 1 / 49152])
-@pytest.mark.parametrize("factor", [2.0, -0.5, 0.0, 1 / 49152])
+@pytest.mark.parametrize("factor", [2.0, 1.0005, -0.5, 0.0, 1 / 49152])
 def test_upstream_gradient_is_honoured(fn, factor, grad_scale, dtype):
     logits, targets = draw(7, 41, dtype)
     gradient = loss_and_gradient(fn, logits, targets, cap=RECORD)[1]
@@ -800,7 +800,7 @@ def test_linear_without_gradients(fn):
 @pytest.mark.parametrize("tensors", [False, True])
 def test_linear_in_fp8(dtype, tensors):
     """The same as quantising the operands of the three products by hand."""
-    h, w, targets = draw_linear(48, 64, 160, dtype)
+    h, w, targets = draw_linear(16, 64, 160, dtype)
     targets[7] = -100
     numbers = h_scale, w_scale, g_scale = 0.008, 0.006, 2.0**-15
     scales = [torch.tensor(s, device=DEVICE) for s in numbers] if tensors else numbers
@@ -829,7 +829,7 @@ def test_linear_in_fp8(dtype, tensors):
 def test_the_head_in_fp8_with_scales_of_its_own():
     """On targets of three weights whose logits are lowest, so that gradients are at their largest;
     without gradients it is bf16's."""
-    h, w, targets = draw_linear(32, 64, 160, torch.bfloat16, K=3)
+    h, w, targets = draw_linear(16, 64, 160, torch.bfloat16, K=3)
     h = h * h.float().square().mean(1, keepdim=True).rsqrt().bfloat16()
     targets[:] = (h @ w.T).argmin(1)[:, None]
     options = dict(cap=RECORD, target_weights=torch.tensor([1.0, 1.0, 1.0], device=DEVICE))
@@ -837,7 +837,7 @@ def test_the_head_in_fp8_with_scales_of_its_own():
     for fn in (linear_module.fp8_linear_cross_entropy, linear_cross_entropy):
         leaves = [x.detach().requires_grad_() for x in (h, w)]
         loss = fn(*leaves, targets, **options)
-        results.append([loss.detach(), *torch.autograd.grad(loss / 32, leaves)])
+        results.append([loss.detach(), *torch.autograd.grad(loss / 16, leaves)])
     for a, b in zip(*results):
         assert (a - b).float().norm() <= 0.1 * b.float().norm()
     with torch.no_grad():
@@ -890,7 +890,7 @@ FP8_CHECKS = (
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_registration_of_linear_is_sound(fp8):
-    h, w, targets = draw_linear(16, 32, 48)
+    h, w, targets = draw_linear(16 if fp8 else 2, 32, 48)
     scales = [torch.tensor(0.01, device=DEVICE)] * 3 if fp8 else [None] * 3
     arguments = (
         targets,
@@ -915,7 +915,7 @@ def test_registration_of_linear_is_sound(fp8):
 
 @pytest.mark.parametrize("fp8", [None, (0.01, 0.02, 1e-4)], ids=["", "fp8"])
 def test_compiles_without_graph_breaks(fp8):
-    h, w, targets = draw_linear(16, 32, 48)
+    h, w, targets = draw_linear(16 if fp8 else 3, 32, 48)
 
     def f(h, w):
         logits = h @ w.t()

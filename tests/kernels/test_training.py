@@ -15,8 +15,8 @@ ONE_LAYER = dict(n_layer=1, value_embed_layers=(0,))
 @pytest.mark.parametrize(
     "dtype, steps, allowed, fields",
     [
-        ("float32", 8, 1e-3, ONE_LAYER),
-        ("bfloat16", 3, 0.02, ONE_LAYER),
+        ("float32", 6, 1e-3, ONE_LAYER),
+        ("bfloat16", 2, 0.02, ONE_LAYER),
         ("float32", 3, 1e-3, EVERYTHING),  # a step in each of its stages
     ],
     ids=["float32", "bfloat16", "everything"],
@@ -35,7 +35,8 @@ def test_losses_with_kernels_are_those_without(
             batch_tokens=(32,),
             steps=steps,
             eval_every=steps,
-            val_tokens=64,
+            val_tokens=32,
+            val_row_len=32,
             dtype=dtype,
             sample_tokens=0,
             kernels=(kernels,),
@@ -43,7 +44,7 @@ def test_losses_with_kernels_are_those_without(
         )
         result = tg.train(tiny(text, tmp_path, **fields | run), tg.World(device=DEVICE))
         losses[kernels] = torch.tensor(train_losses(tmp_path / kernels) + [result["val_loss"]])
-    if steps == 8:
-        assert losses["reference"][-1] < losses["reference"][0] - 0.3  # it has learnt something
+    if steps == 6:
+        assert losses["reference"][-1] < losses["reference"][0] - 0.2  # it has learnt something
     difference = (losses["all"] - losses["reference"]).abs().max()
     assert difference < allowed, difference
