@@ -10,6 +10,7 @@ assembled by Triton's ptxas.
 """
 
 import collections
+import contextlib
 import importlib
 import json
 import re
@@ -33,77 +34,47 @@ TOKENS = 49152
 WIDTH = 768
 HIDDEN = 3072
 VOCAB = 50304
+BF16 = torch.bfloat16
+FP32 = torch.float32
+E4M3 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
 
 
-def meta(*shape, dtype=torch.bfloat16):
+def meta(*shape, dtype=BF16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-# --- what is compiled: name -> (the oldest chip, a function that launches the kernels)
-
-CASES = {}
+# --- what is compiled. The modules of kernels/ are named as their ops are: hence import_module
 
 
-def case(name, oldest=80):
-    return lambda fn: CASES.setdefault(name, (oldest, fn))[1]
-
-
-@case("rms_norm")
-def _():
+def rms_norm(residual, weight):
     op = importlib.import_module("kernels.rms_norm")
-
     x = meta(TOKENS, WIDTH)
-    rstd = meta(TOKENS, dtype=torch.float32)
-    op.launch_forward(x, None, None, 1e-6)
-    op.launch_backward(x, None, x, None, rstd)
+    rstd = meta(TOKENS, dtype=FP32)
+    added = x if residual else None
+    w = meta(WIDTH) if weight else None
+    op.launch_forward(x, added, w, 1e-6)
+    op.launch_backward(x, added, x, w, rstd)
 
 
-@case("add_rms_norm, weight")
-def _():
-    op = importlib.import_module("kernels.rms_norm")
-
-    x = meta(TOKENS, WIDTH)
-    w = meta(WIDTH)
-    rstd = meta(TOKENS, dtype=torch.float32)
-    op.launch_forward(x, x, w, 1e-6)
-    op.launch_backward(x, x, x, w, rstd)
-
-
-@case("relu2_mlp")
-def _():
-    from kernels import mlp_kernels as op
-
-    x = meta(TOKENS, WIDTH)
-    w = meta(2, HIDDEN, WIDTH)[1]
-    post = meta(TOKENS, HIDDEN)
+def relu2_mlp(width, hidden):
+    op = importlib.import_module("kernels.mlp_kernels")
+    x = meta(TOKENS, width)
+    w = meta(2, hidden, width)[1]
     op.launch_linear_relu2(x, w)
-    op.launch_linear_relu2(x, w, post)
+    op.launch_linear_relu2(x, w, meta(TOKENS, hidden))
 
 
-@case("relu2_mlp, rows not of 16 bytes")
-def _():
-    from kernels import mlp_kernels as op
-
-    x = meta(TOKENS, 100)
-    w = meta(300, 100)
-    post = meta(TOKENS, 300)
-    op.launch_linear_relu2(x, w)
-    op.launch_linear_relu2(x, w, post)
-
-
-@case("fp8_relu2_mlp", oldest=89)
-def _():
-    from kernels import mlp_kernels as op
-
-    x, w = (meta(n, WIDTH, dtype=torch.float8_e4m3fn) for n in (TOKENS, HIDDEN))
-    scale = meta(dtype=torch.float32)
+def fp8_relu2_mlp():
+    op = importlib.import_module("kernels.mlp_kernels")
+    x = meta(TOKENS, WIDTH, dtype=E4M3)
+    w = meta(HIDDEN, WIDTH, dtype=E4M3)
+    scale = meta(dtype=FP32)
     op.launch_linear_relu2(x, w, scales=(scale, scale, scale))
 
 
-@case("qk_norm_rope")
-def _():
+def qk_norm_rope():
     op = importlib.import_module("kernels.qk_norm_rope")
-
     H = 6
     D = 128
     qkv = meta(3, TOKENS // 3, 3 * H, D)
@@ -113,140 +84,123 @@ def _():
     op.launch_backward(dq, dk, dq, q, k, cos, cos, 1e-6, *torch.empty_like(qkv).split(H, dim=2))
 
 
-@case(
-    "fp8: quantize x; head gradient with transposed copy; head weight with both and amax", oldest=89
-)
-def _():
-    from kernels import quantize as op
-
-    scale = meta(dtype=torch.float32)
-    op.launch_quantize(meta(TOKENS, WIDTH), scale, op.E4M3, False, False)
-    op.launch_quantize(meta(TOKENS, VOCAB), scale, op.E5M2, True, False)
-    op.launch_quantize(meta(VOCAB, WIDTH), scale, op.E4M3, True, True)
+def quantize():
+    op = importlib.import_module("kernels.quantize")
+    scale = meta(dtype=FP32)
+    op.launch_quantize(meta(TOKENS, WIDTH), scale, E4M3, False, False)
+    op.launch_quantize(meta(TOKENS, VOCAB), scale, E5M2, True, False)
+    op.launch_quantize(meta(VOCAB, WIDTH), scale, E4M3, True, True)
 
 
-@case("fp8: transpose_copy of logit gradients, amax of x", oldest=89)
-def _():
-    from kernels import quantize as op
-
-    op.launch_transpose(meta(TOKENS, VOCAB, dtype=op.E5M2))
+def transpose_copy():
+    op = importlib.import_module("kernels.quantize")
+    op.launch_transpose(meta(TOKENS, VOCAB, dtype=E5M2))
     op.launch_amax(meta(TOKENS, WIDTH))
 
 
-@case("symmetric_matmul: X X^T, b A + c A A, X^T X of the banks")
-def _():
-    from kernels.symmetric_matmul import launch_symmetric_matmul
-
+def symmetric_matmul():
+    op = importlib.import_module("kernels.symmetric_matmul")
     square = meta(48, WIDTH, WIDTH)
     tall = meta(24, HIDDEN, WIDTH)
-    launch_symmetric_matmul(square, None, 1.0, 0.0)
-    launch_symmetric_matmul(square, square, 0.5, -2.7)
-    launch_symmetric_matmul(tall.mT, None, 1.0, 0.0)
+    op.launch_symmetric_matmul(square, None, 1.0, 0.0)
+    op.launch_symmetric_matmul(square, square, 0.5, -2.7)
+    op.launch_symmetric_matmul(tall.mT, None, 1.0, 0.0)
 
 
 def cross_entropy(gradient, cap=(23.0, 5.0, 7.5), targets=1, config=None, sampled=0):
-    from kernels import cross_entropy_kernels as op
-
+    op = importlib.import_module("kernels.cross_entropy_kernels")
     logits = meta(TOKENS, sampled or VOCAB)
     y = meta(TOKENS, targets, dtype=torch.int64)
-    weights = meta(targets, dtype=torch.float32) if targets > 1 else None
+    weights = meta(targets, dtype=FP32) if targets > 1 else None
+    sample = meta(2, dtype=FP32) if sampled else None
     dlogits = None if gradient is None else meta(*logits.shape, dtype=gradient)
-    fp8_scale = meta(dtype=torch.float32) if gradient == torch.float8_e5m2 else None
+    scale = meta(dtype=FP32) if gradient == E5M2 else None
     op.launch_cross_entropy(
-        logits,
-        y,
-        weights,
-        meta(2, dtype=torch.float32) if sampled else None,
-        cap,
-        -100,
-        1 / TOKENS,
-        dlogits,
-        fp8_scale,
-        config,
+        logits, y, weights, sample, cap, -100, 1 / TOKENS, dlogits, scale, config
     )
 
 
-@case("cross_entropy: bf16 gradient, loss only, no cap")
-def _():
-    cross_entropy(torch.bfloat16)
-    cross_entropy(None)
-    cross_entropy(torch.bfloat16, cap=None)
+def scale_gradient():
+    op = importlib.import_module("kernels.cross_entropy_kernels")
+    op.launch_scale(meta(VOCAB, WIDTH), meta(dtype=FP32), 1 / TOKENS)
 
 
-@case("cross_entropy: e5m2 gradient, of three targets too")
-def _():
-    cross_entropy(torch.float8_e5m2)
-    cross_entropy(torch.float8_e5m2, targets=3)
-
-
-@case(
-    "cross_entropy: row in shared memory; bf16 gradient, e5m2 gradient of three targets", oldest=90
-)
-def _():
-    cross_entropy(torch.bfloat16, config=("resident", 2048, 8))
-    cross_entropy(torch.float8_e5m2, targets=3, config=("resident", 2048, 8))
-
-
-@case("cross_entropy: among 16,384 tokens; two passes")
-def _():
-    cross_entropy(torch.bfloat16, sampled=16384, config=("two-pass", 4096, 16))
-
-
-@case(
-    "cross_entropy: among 16,384 tokens; row in shared memory, e5m2 gradient of three targets",
-    oldest=90,
-)
-def _():
-    cross_entropy(torch.float8_e5m2, targets=3, config=("resident", 4096, 8), sampled=16384)
-
-
-@case("cross_entropy: scaling by the upstream gradient")
-def _():
-    from kernels import cross_entropy_kernels as op
-
-    op.launch_scale(meta(VOCAB, WIDTH), meta(dtype=torch.float32), 1 / TOKENS)
+# name -> (the oldest chip, functions that launch the kernels)
+CASES = {
+    "rms_norm": (80, lambda: rms_norm(False, False)),
+    "add_rms_norm, weight": (80, lambda: rms_norm(True, True)),
+    "relu2_mlp": (80, lambda: relu2_mlp(WIDTH, HIDDEN)),
+    "relu2_mlp, rows not of 16 bytes": (80, lambda: relu2_mlp(100, 300)),
+    "fp8_relu2_mlp": (89, fp8_relu2_mlp),
+    "qk_norm_rope": (80, qk_norm_rope),
+    "fp8: quantize x; head gradient with transposed copy; head weight with both and amax": (
+        89,
+        quantize,
+    ),
+    "fp8: transpose_copy of logit gradients, amax of x": (89, transpose_copy),
+    "symmetric_matmul: X X^T, b A + c A A, X^T X of the banks": (80, symmetric_matmul),
+    "cross_entropy: bf16 gradient, loss only, no cap": (
+        80,
+        lambda: cross_entropy(BF16),
+        lambda: cross_entropy(None),
+        lambda: cross_entropy(BF16, cap=None),
+    ),
+    "cross_entropy: e5m2 gradient, of three targets too": (
+        80,
+        lambda: cross_entropy(E5M2),
+        lambda: cross_entropy(E5M2, targets=3),
+    ),
+    "cross_entropy: row in shared memory; bf16 gradient, e5m2 gradient of three targets": (
+        90,
+        lambda: cross_entropy(BF16, config=("resident", 2048, 8)),
+        lambda: cross_entropy(E5M2, targets=3, config=("resident", 2048, 8)),
+    ),
+    "cross_entropy: among 16,384 tokens; two passes": (
+        80,
+        lambda: cross_entropy(BF16, sampled=16384, config=("two-pass", 4096, 16)),
+    ),
+    "cross_entropy: among 16,384 tokens; row in shared memory, e5m2 gradient of three targets": (
+        90,
+        lambda: cross_entropy(E5M2, targets=3, config=("resident", 4096, 8), sampled=16384),
+    ),
+    "cross_entropy: scaling by the upstream gradient": (80, scale_gradient),
+}
 
 
 # --- compiling without the chip
 
 
-class offline:
+@contextlib.contextmanager
+def offline(capability):
     """with offline(90) as compiled: launches compile for that chip instead of running; compiled
     collects them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
 
-    def __init__(self, capability):
-        self.capability = capability
-        self.compiled = []
+    target = GPUTarget("cuda", capability, 32)
+    stub = types.SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    compiled = []
+    active = driver._active
+    launch_kernel = JITFunction.run
 
-    def __enter__(self):
-        from triton.backends.compiler import GPUTarget
-        from triton.runtime import driver
-        from triton.runtime.jit import JITFunction
+    def run(fn, *args, grid, warmup=False, **kwargs):
+        kernel = launch_kernel(fn, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append(kernel)
+        return kernel
 
-        target = GPUTarget("cuda", self.capability, 32)
-        stub = types.SimpleNamespace(
-            get_current_target=lambda: target,
-            get_current_device=lambda: self.capability,
-            get_current_stream=lambda device=None: 0,
-            get_active_torch_device=lambda: torch.device("cpu"),
-        )
-        self.driver = driver
-        self.active = driver._active
-        self.jit = JITFunction
-        self.run = JITFunction.run
-        driver.set_active(stub)
-
-        def run(fn, *args, grid, warmup=False, **kwargs):
-            compiled = self.run(fn, *args, grid=grid, warmup=True, **kwargs)
-            self.compiled.append(compiled)
-            return compiled
-
-        JITFunction.run = run
-        return self.compiled
-
-    def __exit__(self, *_):
-        self.jit.run = self.run
-        self.driver._active = self.active  # set_active refuses None
+    driver.set_active(stub)
+    JITFunction.run = run
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch_kernel
+        driver._active = active  # set_active refuses None
 
 
 def measure(kernel, capability):
@@ -283,11 +237,12 @@ def table(capability):
     """[row, ...] for every case that this chip can run."""
     assert not launch.INTERPRETED, "TRITON_INTERPRET=1 leaves nothing to compile; unset it"
     rows = []
-    for name, (oldest, launch_case) in CASES.items():
+    for name, (oldest, *launches) in CASES.items():
         if capability < oldest:
             continue
         with offline(capability) as compiled:
-            launch_case()
+            for launch_kernels in launches:
+                launch_kernels()
         seen = collections.Counter()
         for kernel in compiled:
             row = measure(kernel, capability)

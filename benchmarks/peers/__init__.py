@@ -39,7 +39,7 @@ def module_of(name):
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def checkouts(given, python, scale):
+def checkouts(given, python):
     """A Checkout for each peer whose folder is in given = {option: value}. Raises InputError."""
     found = []
     if not any(given.get(name) for name in names()):
@@ -50,7 +50,7 @@ def checkouts(given, python, scale):
         own = {key: given.get(key) for key in kind.own_options}
         own = {key: value for key, value in own.items() if value}
         if given.get(name):
-            found.append(kind(given[name], python, scale, **own))
+            found.append(kind(given[name], python, **own))
         elif own:
             option = next(iter(own)).replace("_", "-")
             fail(f"--{option}: expected --{name} PATH, too")
@@ -61,7 +61,6 @@ def run(
     text=None,
     python=sys.executable,
     rounds=1,
-    scale=1,
     trainer_options=(),
     save=lambda result: None,
     **given,
@@ -73,7 +72,7 @@ def run(
     """
     if not shutil.which(python):
         fail(f"--python {python}: no such program; expected the interpreter for the peers")
-    peers = checkouts(given, python, scale)
+    peers = checkouts(given, python)
     for peer in peers:
         if peer.own_data and (text or len(peers) > 1):
             fail(f"{peer.own_data}: leave out --text and other peers")
@@ -112,7 +111,6 @@ def compare(peers, task, rounds, options, save):
         threads=torch.get_num_threads(),
         split=dict(peers=theirs, ours=own, same=same),
         rounds=rounds,
-        scale=peers[0].scale,
         options=options,
         torch=dict(ours=torch.__version__),
         peers={},
@@ -222,11 +220,6 @@ def render(result):
     if not parts["same"]:
         same = f"{parts['ours']:,} others in ours"
     versions = ", ".join(f"{version} ({who})" for who, version in result["torch"].items())
-    tried_out = ""
-    if result["scale"] > 1:
-        tried_out = (
-            f"**Tried out with the peers' steps divided by {result['scale']}: not a measurement.**"
-        )
     options = ""
     if result["options"]:
         options = f"Our options: `{' '.join(result['options'])}`"
@@ -234,7 +227,6 @@ def render(result):
         f"# Peers on {text['name']}, {result['threads']} CPU threads",
         f"{text['train']:,} {text['unit']}s to train on, {parts['peers']:,} for validation "
         f"({same}). torch {versions}.",
-        tried_out,
         options,
     ]
     for name, there in result["peers"].items():
@@ -326,4 +318,3 @@ def add_arguments(parser):
         help="interpreter for the peers, with their packages [this one]",
     )
     parser.option("--rounds", COUNT, 1, "N", "repeat everything, for medians")
-    parser.option("--scale", COUNT, 1, "N", "for trying out: divide the peers' steps by N")

@@ -111,10 +111,9 @@ class Peer:
     compiled = False  # whether starting again would be faster than the first start
     unclocked = 1  # first steps that its clock leaves out
 
-    def __init__(self, checkout, python, scale):
+    def __init__(self, checkout, python):
         self.checkout = Path(checkout)
         self.python = python
-        self.scale = scale
         missing = [name for name in self.needs if not (self.checkout / name).is_file()]
         if missing:
             fail(

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base import InputError
-from benchmarks.report import bracketed, document, number, say, spread, table
+from benchmarks.report import bracketed, document, say, spread, table
 
 from .common import ROOT, Peer, answer, environment, fail, importable, our_trainer, read_times
 
@@ -94,7 +94,6 @@ class Recipe(NamedTuple):
 
 OPERATORS = {
     ast.Add: operator.add,
-    ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
@@ -160,18 +159,6 @@ def read_recipe(source, where):
         )
 
 
-def substitute(source, values):
-    """Its source with other values of whole-number settings, each of which must be there once."""
-    for name, value in values.items():
-        source, n = re.subn(rf"(?m)^(    {name}: int = )\d+\b", rf"\g<1>{value}", source)
-        if n != 1:
-            fail(
-                f"--scale: {name} is set {n} times in modded-nanogpt's train_gpt.py, expected "
-                f"once: take commit {COMMIT}, or leave --scale out"
-            )
-    return source
-
-
 def usable_gpus(asked=0):
     """(number, name) of the GPUs to run on. Raises InputError unless they are Hopper's."""
     import torch
@@ -199,21 +186,10 @@ class Checkout(Peer):
     left_behind = ("records", "img", "logs", "fineweb10B")  # gigabytes that it does not need
     own_data = "--modded runs by itself, on GPUs and FineWeb"
 
-    def __init__(self, checkout, python, scale):
-        super().__init__(checkout, python, scale)
+    def __init__(self, checkout, python):
+        super().__init__(checkout, python)
         source = (self.checkout / "train_gpt.py").read_text(encoding="utf-8")
-        recipe = read_recipe(source, checkout)
-        self.patched = None
-        if scale > 1:
-            scheduled = recipe.stages[-1]["start"]
-            fewer = dict(
-                num_scheduled_iterations=max(9, scheduled // scale),
-                val_loss_every=max(1, recipe.eval_every // scale),
-                num_extension_iterations=max(1, (recipe.steps - scheduled) // scale),
-            )
-            self.patched = substitute(source, fewer)
-            recipe = read_recipe(self.patched, checkout)
-        self.recipe = recipe
+        self.recipe = read_recipe(source, checkout)
         kernels = (self.checkout / "triton_kernels.py").read_text(encoding="utf-8")
         headers = re.search(r'cuda_include_dirs=\["([^"]+)"', kernels)
         if headers and not Path(headers[1]).is_dir():
@@ -224,11 +200,6 @@ class Checkout(Peer):
 
     def environment(self, **more):
         return environment(gpus=True, **more)
-
-    def copy(self, folder):
-        super().copy(folder)
-        if self.patched:
-            (self.copied / "train_gpt.py").write_text(self.patched, encoding="utf-8")
 
     def command(self):
         return (*LAUNCH, f"--nproc_per_node={self.gpus}", "train_gpt.py")
@@ -286,7 +257,6 @@ class Checkout(Peer):
             commit=self.commit(),
             command=" ".join(["python", *self.command()]),
             gpus=self.gpus,
-            scale=self.scale,
             device=device,
             torch=dict(ours=torch.__version__, modded=there["torch"]),
             options=given,
@@ -380,14 +350,6 @@ def stage_times(val, tokens, labels):
     return rows
 
 
-def loss_at(curve, tokens):
-    """Loss of a run at a number of tokens, by a line between its validations; None outside."""
-    for (a, _, before), (b, _, after) in zip(curve, curve[1:]):
-        if a <= tokens <= b:
-            return before + (after - before) * (tokens - a) / (b - a)
-    return next((loss for n, _, loss in curve if n == tokens), None)
-
-
 def of_length(c, steps):
     """(options, configuration) of the same schedule over another number of steps."""
     from benchmarks import subject
@@ -432,15 +394,13 @@ def one_round(peer, data, options):
     )
     c = subject.parse(options)
     equal = steps_for(c, theirs["tokens"])
-    own = max(1, c.steps // peer.scale)
-    every = ["--eval-every", max(1, c.eval_every // peer.scale)]
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-        for side, steps, target in (("equal", equal, 0), ("to_loss", own, f"{loss:.6f}")):
-            if side == "to_loss" and equal == own:
+        for side, steps, target in (("equal", equal, 0), ("to_loss", c.steps, f"{loss:.6f}")):
+            if side == "to_loss" and equal == c.steps:
                 row[side] = row["equal"]
                 continue
             say(f"--- ours, {steps:,} steps, to {target or 'its number of tokens'}")
-            given = [*options, *of_length(c, steps)[0], *every, "--target", target]
+            given = [*options, *of_length(c, steps)[0], "--target", target]
             run, mine = ours(side, given, folder)
             row[side] = mine | dict(time_to_its_loss=run.time_to(loss))
             say(
@@ -501,9 +461,6 @@ def render(result):
     recipe = result["recipe"]
     commit = f"Commit {result['commit'][:12]}: " if result["commit"] else ""
     options = f", `{' '.join(result['options'])}`" if result["options"] else ""
-    tried_out = ""
-    if result["scale"] > 1:
-        tried_out = f"**Tried out with the steps divided by {result['scale']}: not a measurement.**"
     missed = summary["reached"] < len(rounds)
     reached = f" (reached in {summary['reached']} of {len(rounds)} rounds)" if missed else ""
     sides = dict(peer="modded", equal="ours, its number of tokens", to_loss="ours, to its loss")
@@ -525,16 +482,11 @@ def render(result):
             bracketed(s["ratio"], ".2f"),
         ]
         stages.append([i, f"{stage['start']:,}–{stage['end']:,}", f"{stage['tokens']:,}", *us])
-    losses = []
-    for tokens, _, loss in rounds[0]["peer"]["val"]:
-        mine = loss_at(rounds[0]["equal"]["val"], tokens)
-        losses.append([f"{tokens:,}", f"{loss:.4f}", number(mine, ".4f")])
     return document(
         f"# modded-nanogpt and this trainer on {result['gpus']} x {result['device']}",
         f"{commit}`{result['command']}`, torch {result['torch']['modded']}; ours with torch "
         f"{result['torch']['ours']}{options}. Rounds: {len(rounds)}; medians, in brackets the "
         "least and the most.",
-        tried_out,
         table(["", "steps", "tokens", "val_loss", "training s", "process s"], runs),
         f"At its {recipe['tokens']:,} tokens our loss is "
         f"{bracketed(summary['loss_difference'], '+.4f')} from its own, and it takes "
@@ -542,9 +494,7 @@ def render(result):
         f"it takes {bracketed(summary['to_its_loss'], '.2f')} times our training time{reached}, "
         f"{bracketed(summary['process'], '.2f')} times our process.",
         table(["stage", "steps", "tokens a step", "modded us/token", "ours", "ratio"], stages),
-        "Ours are the stages with as many tokens a step of the run with its number of tokens. "
-        "Loss by tokens, first round:",
-        table(["tokens", "modded", "ours"], losses),
+        "Ours are the stages with as many tokens a step of the run with its number of tokens.",
         f"Stopped: {result['stopped']}" if result["stopped"] else "",
     )
 

@@ -151,9 +151,9 @@ class Checkout(Peer):
     compiled = True
     unclocked = 11
 
-    def __init__(self, checkout, python, scale, laptop=False, nanochat_options=()):
+    def __init__(self, checkout, python, laptop=False, nanochat_options=()):
         """nanochat_options: NAME=VALUE of its base_train, more or others than ours."""
-        super().__init__(checkout, python, scale)
+        super().__init__(checkout, python)
         self.laptop = laptop
         if laptop:
             self.own_data = "--laptop compares with nanochat, on Python's standard library"
@@ -167,12 +167,10 @@ class Checkout(Peer):
                     "scripts/base_train.py, such as matrix-lr=0.04"
                 )
             given[name] = value
-        numbers = {}
         for name, least in {"num-iterations": 1, "eval-every": 1, "max-seq-len": 8}.items():
-            numbers[name] = whole(f"--nanochat-options {name}", given[name], least)
-        self.steps = max(1, numbers["num-iterations"] // scale)
-        self.eval_every = max(2, numbers["eval-every"] // scale)
-        self.flags = given | {"num-iterations": self.steps, "eval-every": self.eval_every}
+            given[name] = whole(f"--nanochat-options {name}", given[name], least)
+        self.steps = given["num-iterations"]
+        self.flags = given
 
     @staticmethod
     def add_arguments(parser):

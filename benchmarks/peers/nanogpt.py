@@ -67,11 +67,7 @@ class Checkout(Peer):
         "data/shakespeare_char/prepare.py",
     )
     modules = ("torch", "numpy", "requests")
-
-    def __init__(self, checkout, python, scale):
-        super().__init__(checkout, python, scale)
-        self.eval_every = max(2, EVAL_EVERY // scale)
-        self.steps = STEPS // EVAL_EVERY * self.eval_every
+    steps = STEPS
 
     def prepare(self, task):
         (self.copied / "data/shakespeare_char/input.txt").write_text(task.text, encoding="utf-8")
@@ -80,10 +76,7 @@ class Checkout(Peer):
     def command(self, *more):
         """Its README's for CPUs; what comes later overrides."""
         steps = [f"--max_iters={self.steps}", f"--lr_decay_iters={self.steps}"]
-        steps.append("--dropout=0.0")
-        if self.eval_every != EVAL_EVERY:
-            steps.append(f"--eval_interval={self.eval_every}")
-        return [*COMMAND, *steps, *more]
+        return [*COMMAND, *steps, f"--eval_interval={EVAL_EVERY}", "--dropout=0.0", *more]
 
     def evaluate(self, task):
         checkpoint = self.copied / "out-shakespeare-char/ckpt.pt"
@@ -102,7 +95,7 @@ class Checkout(Peer):
         return read_times(self.folder / "shape.txt")[1]
 
     def equal_shape(self, task, options):
-        peer = Checkout(self.checkout, self.python, self.scale)
+        peer = Checkout(self.checkout, self.python)
         return EqualShape(peer, task, options)
 
 

@@ -96,13 +96,10 @@ def test_modded_and_ours_in_turns(hopper, capsys):
         line.endswith("train_gpt.py gpu='0,1' fineweb_train_000000.bin fineweb_train_000001.bin")
         for line in made[::3]
     )
-    assert (
-        "--gpus 2 --steps 11 --extension 0 --eval-every 250 --target 0" in made[1]
-        and "--muon-lr 0.02" in made[1]
+    assert "--gpus 2 --steps 11 --extension 0 --target 0" in made[1] and "--muon-lr 0.02" in made[1]
+    assert "--steps 2600 --extension 0 --target 5.000000" in made[2] and made[2].endswith(
+        "gpu='0,1'"
     )
-    assert "--steps 2600 --extension 0 --eval-every 250 --target 5.000000" in made[2] and made[
-        2
-    ].endswith("gpu='0,1'")
 
     first, second = result["rounds"]
     # 2 us a token in the first stage and the extension, else 1; the second round takes twice as
@@ -149,30 +146,7 @@ def test_modded_and_ours_in_turns(hopper, capsys):
         and "+2.2500 from its own" in text
         and "`--muon-lr 0.02 --" in text
     )
-    assert "| 2 | 3–6 | 262,144 | 1.5" in text and f"| {MODDED_TOKENS:,} | 5.0000 | " in text
-
-
-def test_modded_with_fewer_steps_is_no_measurement(hopper):
-    source = MODDED.replace("iterations: int = 9", "iterations: int = 90").replace(
-        "every: int = 3", "every: int = 30"
-    )
-    (hopper / "checkout/train_gpt.py").write_text(source)
-    result = peers.run(
-        modded=hopper / "checkout",
-        scale=10,
-        trainer_options=["--steps", "2600", "--extension", "20"],
-    )
-    assert result["recipe"]["steps"] == 10 and result["recipe"]["eval_every"] == 3
-    assert (hopper / "checkout/train_gpt.py").read_text() == source
-    assert "--steps 260 --extension 2 --eval-every 25 --target 5.000000" in calls(hopper)[2]
-    assert "not a measurement" in peers.render(result)
-    (hopper / "checkout/train_gpt.py").write_text(
-        source + "\nclass Other:\n    val_loss_every: int = 5\n"
-    )
-    with pytest.raises(
-        InputError, match="--scale: val_loss_every is set 2 times .* expected once: take commit"
-    ):
-        peers.run(modded=hopper / "checkout", scale=10)
+    assert "| 2 | 3–6 | 262,144 | 1.5" in text
 
 
 def test_with_as_many_steps_one_run_of_ours_serves_for_both(hopper):
@@ -369,13 +343,6 @@ def test_gpus_are_those_we_were_given(monkeypatch):
     )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert "CUDA_VISIBLE_DEVICES" not in common.environment(gpus=True)  # empty would hide all
-
-
-def test_loss_between_validations():
-    curve = [(0, 0.0, 10.0), (100, 1.0, 6.0), (200, 2.0, 5.0)]
-    assert [modded.loss_at(curve, n) for n in (0, 50, 100, 175, 200)] == [10, 8, 6, 5.25, 5]
-    assert modded.loss_at(curve, 201) is None and modded.loss_at(curve[1:], 99) is None
-    assert modded.loss_at(curve[1:2], 100) == 6.0
 
 
 @settings(deadline=None, max_examples=8)

@@ -34,6 +34,11 @@ def around(tmp_path, monkeypatch):
     write_text(tmp_path / "text.txt")
     monkeypatch.setattr(common, "TRAINER", STAND_INS / "ours.py")
     monkeypatch.setattr(gpt.Checkout, "modules", ("numpy",))
+    monkeypatch.setattr(gpt.Checkout, "steps", 40)
+    monkeypatch.setattr(gpt, "EVAL_EVERY", 5)
+    fewer = {"num-iterations": 200, "eval-every": 25}
+    monkeypatch.setattr(chat, "SHAKESPEARE", chat.SHAKESPEARE | fewer)
+    monkeypatch.setattr(chat, "LAPTOP", chat.LAPTOP | {"num-iterations": 40, "eval-every": 10})
     monkeypatch.setattr(chat.Checkout, "modules", ("torch", "pyarrow", "rustbpe", "wandb"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     return tmp_path
@@ -80,8 +85,6 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
                 str(there),
                 "--text",
                 str(around / "text.txt"),
-                "--scale",
-                "50",
                 "--n-layer",
                 "3",
                 "--json",
@@ -162,7 +165,7 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
         and "| ours, float32 | 200.00 |" in err
         and "training 0.7 (0.8 by a line" in err
     )
-    assert "not a measurement" in err and "`--n-layer 3`" in err and "round 1 of 1" in err
+    assert "`--n-layer 3`" in err and "round 1 of 1" in err
 
 
 def fed(folder):
@@ -193,9 +196,7 @@ def test_nanochat_and_ours(around):
         around / "text.txt"
     ).read_text() + "Wörter, größer, über; " * 50  # in the validation split
     (around / "text.txt").write_text(text)
-    result = peers.run(
-        around / "text.txt", nanochat=checkout("nanochat", around / "checkout"), scale=10
-    )
+    result = peers.run(around / "text.txt", nanochat=checkout("nanochat", around / "checkout"))
     there, val = result["peers"]["nanochat"], text[int(len(text) * 0.9) :]
     row, size = there["rounds"][0]["peer"], len(val.encode())
     losses = {str(length): byte_loss([val], length)[0] / len(val) for length in (64, 256)}
@@ -273,10 +274,8 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
                 "--nanochat",
                 str(there),
                 "--laptop",
-                "--scale",
-                "10",
                 "--nanochat-options",
-                "num-iterations=300",
+                "num-iterations=30",
                 "matrix-lr=0.04",
                 *SMALL,
                 "--json",
@@ -369,7 +368,6 @@ def test_laptop_says_where_nanochat_ended(around, stdlib, monkeypatch):
     result = peers.run(
         laptop=True,
         nanochat=checkout("nanochat", around / "checkout"),
-        scale=10,
         trainer_options=SMALL,
     )
     assert "--target 1.530000" in calls(around)[-1] and "(not reached)" in peers.render(result)
@@ -410,7 +408,6 @@ def test_a_missing_package_skips_that_peer_only(quick, monkeypatch, capsys):
         quick / "text.txt",
         nanogpt=checkout("nanogpt", quick / "gpt"),
         nanochat=quick / "chat",
-        scale=50,
     )
     reason = result["peers"]["nanochat"]["skipped"]
     assert reason == (
@@ -470,8 +467,6 @@ def test_what_fails_says_why(quick, monkeypatch, capsys, break_it, message):
                 str(quick / "checkout"),
                 "--text",
                 str(quick / "text.txt"),
-                "--scale",
-                "50",
             ]
         )
         == 2
@@ -482,9 +477,7 @@ def test_what_fails_says_why(quick, monkeypatch, capsys, break_it, message):
 
 def test_a_loss_that_we_miss_has_no_ratio(quick, monkeypatch):
     monkeypatch.setenv("OURS_MISSES", "1")
-    result = peers.run(
-        quick / "text.txt", nanogpt=checkout("nanogpt", quick / "checkout"), scale=50
-    )
+    result = peers.run(quick / "text.txt", nanogpt=checkout("nanogpt", quick / "checkout"))
     assert result["peers"]["nanogpt"]["ratios"] == dict.fromkeys(
         ("training", "interpolated", "first", "again")
     )
@@ -517,7 +510,7 @@ def test_ratios_of_medians():
 
 def test_a_training_that_never_improves_has_no_checkpoint(around, monkeypatch):
     monkeypatch.setenv("NO_TORCH", "1")
-    peer = gpt.Checkout(checkout("nanogpt", around / "checkout"), sys.executable, 50)
+    peer = gpt.Checkout(checkout("nanogpt", around / "checkout"), sys.executable)
     with pytest.raises(InputError, match="nanogpt: training left no checkpoint"):
         peer.train(common.TextFile(around / "text.txt", around), around / "work")
 
@@ -535,7 +528,6 @@ def test_a_failure_keeps_the_rounds_before_it(quick, monkeypatch):
         quick / "text.txt",
         nanogpt=checkout("nanogpt", quick / "checkout"),
         rounds=3,
-        scale=50,
         save=saved.append,
     )
     there = result["peers"]["nanogpt"]
@@ -558,7 +550,6 @@ def test_a_failure_keeps_the_rounds_before_it(quick, monkeypatch):
         ("--nanogpt .", "--nanogpt .: has no train.py: expected a checkout of nanogpt"),
         ("--nanochat CHECKOUT", "has no scripts/base_train.py: expected a checkout of nanochat"),
         ("--nanogpt CHECKOUT --rounds 0", "--rounds 0: expected 1 or more"),
-        ("--nanogpt CHECKOUT --scale 0", "--scale 0: expected 1 or more"),
         ("--nanogpt CHECKOUT --python no-such-python", "--python no-such-python: no such program"),
         (
             "--nanogpt CHECKOUT --text missing.txt",
@@ -710,18 +701,16 @@ def test_our_trainer_takes_the_options(tmp_path):
 
 
 def test_commit(tmp_path):
-    peer = gpt.Checkout(checkout("nanogpt", tmp_path / "checkout"), sys.executable, 1)
+    peer = gpt.Checkout(checkout("nanogpt", tmp_path / "checkout"), sys.executable)
     assert peer.commit() is None
     if shutil.which("git"):
         git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=n", "-c", "user.email=e"]
         for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "m"]):
             subprocess.run(git + command, check=True)
         assert re.fullmatch(r"[0-9a-f]{40}", peer.commit())
-    assert peer.steps == 2000 and not any(
-        "eval_interval" in a for a in peer.command()
-    )  # as in its README
+    assert peer.steps == 2000 and "--eval_interval=250" in peer.command()  # as in its README
     with pytest.raises(InputError, match="has no train.py"):
-        gpt.Checkout(tmp_path, sys.executable, 1)
+        gpt.Checkout(tmp_path, sys.executable)
 
 
 def test_what_others_start_knows_nothing_of_us(monkeypatch):

@@ -21,10 +21,7 @@ sizes, lines, seconds, reached = [131072, 262144, 393216], [], 0.0, False
 for step in range(1, steps + 1):
     seconds += 5e-7 * sizes[(step - 1) * 3 // steps]
     loss = 10 - step / (4000 if os.environ.get("OURS_MISSES") else 4 if steps < 100 else 120)
-    if (
-        step == steps
-        or step % (max(1, steps // 3) if steps < 100 else int(option("--eval-every"))) == 0
-    ):
+    if step == steps or step % (max(1, steps // 3) if steps < 100 else 250) == 0:
         lines.append(dict(step=step, val_loss=loss, train_time=seconds))
         reached = loss <= target
         if reached:
