@@ -69,7 +69,6 @@ class Case:
     work: dict  # direction -> least bytes, or FLOPs
     leaves: tuple = ()  # which inputs get gradients; none: forward only
     unit: str = "bytes"
-    mutates: bool = False  # results are the inputs as it leaves them, too
     peak_bytes: float = 0  # of the hungriest variant, where that is many times the inputs
 
 
@@ -89,10 +88,8 @@ class Draw:
         """An upstream gradient for y."""
         return self(*y.shape, dtype=y.dtype) if y.dim() else torch.ones_like(y)
 
-    def below(self, high, *shape, dtype=torch.int64, low=0):
-        return torch.randint(
-            low, high, shape, device=self.device, dtype=dtype, generator=self.generator
-        )
+    def below(self, high, *shape):
+        return torch.randint(high, shape, device=self.device, generator=self.generator)
 
     def uniform(self, *shape):
         return torch.rand(shape, device=self.device, generator=self.generator)
@@ -316,7 +313,7 @@ def transpose_copy(s):
     )
 
 
-# --- the optimizer
+# --- the optimizer's
 
 
 def attention_matrices(s):
@@ -381,126 +378,6 @@ def polar_express(s):
         variants,
         {FORWARD: flops},
         unit="FLOPs",
-    )
-
-
-def update(path, shapes, work, hyper, named=("ok",), scale=1.0, torch_optim=None):
-    """What the trainer compiles of optim/ on a GPU.
-
-    shapes: of its bf16 tensors, times scale; for others a function of Draw; named: arguments that
-    the last tensors are given as, the guard's ok behind all; hyper: its hyperparameters;
-    torch_optim: Variant.make of PyTorch's own.
-    """
-
-    def inputs(draw):
-        tensors = [x(draw) if callable(x) else draw(*x, scale=scale) for x in shapes]
-        return *tensors, torch.ones((), dtype=torch.bool, device=draw.device)
-
-    def call(function, *tensors):
-        at = len(tensors) - len(named)
-        return function(*tensors[:at], **hyper, **dict(zip(named, tensors[at:])))
-
-    make = of(path, call)
-    variants = {"eager": Variant(make), "stopwatch": Variant(then_compiled(make))}
-    if torch_optim:
-        variants["torch.optim"] = Variant(torch_optim, graph=False, tolerance=None)
-    return Case(inputs, variants, {FORWARD: work}, mutates=True)
-
-
-def low_bits(*shape):
-    return lambda draw: draw.below(2**15, *shape, dtype=torch.int16, low=-(2**15))
-
-
-def moments(*shape):
-    return lambda draw: draw(*shape, dtype=FP32)
-
-
-def squares(*shape):
-    return lambda draw: draw(*shape, dtype=FP32).square_()
-
-
-def on_cpu(**scalars):
-    """Where the trainer has hyperparameters: as 0-d tensors they are no constants to the
-    compiler."""
-    return {name: torch.tensor(x) for name, x in scalars.items()}
-
-
-def adam_update(s):
-    n = s.vocab * s.width
-
-    def torch_adam(p, *_):
-        p = torch.nn.Parameter(p.float())
-        p.grad = p.detach().clone()
-        optimizer = torch.optim.Adam([p], fused=p.is_cuda)
-        return lambda *_: optimizer.step()
-
-    hyper = on_cpu(
-        lr=1e-3,
-        beta1=0.75,
-        beta2=0.95,
-        eps=1e-10,
-        correction1=1 - 0.75**10,
-        correction2=1 - 0.95**10,
-        shrink=1e-4,
-    )
-    shapes = (n,), low_bits(n), (n,), moments(n), squares(n)
-    return update("optim.adam.adam_update", shapes, 26 * n, hyper, torch_optim=torch_adam)
-
-
-def row_update(s):
-    shape = (s.vocab, s.width)
-    hyper = on_cpu(lr=1e-3, beta2=0.95, eps=1e-10, correction2=1 - 0.95**10, shrink=1e-4)
-    shapes = shape, low_bits(*shape), shape, squares(s.vocab, 1)
-    return update("optim.rows.row_update", shapes, 12 * math.prod(shape), hyper)
-
-
-def nesterov(s):
-    n = math.prod(mlp_matrices(s))
-    return update("optim.muon.nesterov", ((n,), moments(n)), 12 * n, on_cpu(momentum=0.95))
-
-
-def balance(s):
-    shape = mlp_matrices(s)
-    k, rows, _ = shape
-    shapes = shape, squares(k, rows, 1)
-    work = 2 * math.prod(shape)
-    return update("optim.muon.balance", shapes, work, dict(beta2=0.9), scale=rows**-0.5)
-
-
-def descend(s, balanced):
-    shape = mlp_matrices(s)
-    k, rows, _ = shape
-    n = math.prod(shape)
-    tensors = shape if balanced else (n,)
-    shapes = [tensors, low_bits(*tensors), tensors]
-    named = ["ok"]
-    if balanced:
-        shapes.append(lambda draw: draw(k, rows, 1, dtype=FP32).exp_())
-        named.insert(0, "scale")
-    return update("optim.masters.descend", shapes, 10 * n, on_cpu(lr=1e-3, shrink=1e-4), named)
-
-
-def gradient_report(s):
-    """What the guard reads: every gradient, once a step."""
-
-    def eager(*_):
-        return lambda *grads: torch.stack([g.float().square().sum() for g in grads])
-
-    def foreach(*_):
-        return lambda *grads: torch.stack(torch._foreach_norm(grads, 2, dtype=FP32)).square()
-
-    ours = of("optim.gradients.gradient_report", lambda report, *grads: report(grads))
-    shapes = (s.vocab, s.width), (s.vocab, s.width), attention_matrices(s), mlp_matrices(s)
-    variants = {
-        "eager": Variant(eager),
-        "stopwatch": Variant(ours),
-        "torch.compile": Variant(then_compiled(ours)),
-        "torch._foreach_norm": Variant(foreach),
-    }
-    return Case(
-        lambda draw: tuple(draw(*shape) for shape in shapes),
-        variants,
-        {FORWARD: 2 * sum(map(math.prod, shapes))},
     )
 
 
@@ -590,13 +467,6 @@ CASES = {
         attention_matrices(s), alpha=-2.8, beta=4.0
     ),
     "polar_express": polar_express,
-    "adam_update": adam_update,
-    "row_update": row_update,
-    "nesterov": nesterov,
-    "balance": balance,
-    "descend": lambda s: descend(s, balanced=False),
-    "descend, NorMuon": lambda s: descend(s, balanced=True),
-    "gradient_report": gradient_report,
     "attention, short window": lambda s: attention(s, s.windows[0]),
     "attention, long window": lambda s: attention(s, s.windows[1]),
 }

@@ -9,9 +9,8 @@ operations the result needs, so work that a variant does on top lowers its numbe
 large copy and a large matrix product in the same process, under the same clock. Every variant is
 first compared with the reference, outputs and gradients; a wrong one is not timed.
 
-Meant to be started and left alone: the work happens in a second process. A variant that raises,
-hangs, or takes that process with it (an illegal memory access does) costs one line in the result,
-and the rest goes on in a new one.
+A variant that raises costs one line in the result. After an illegal memory access, or a graph
+that could not be captured, the rest is not run: --only goes on with it.
 """
 
 import collections
@@ -20,7 +19,7 @@ import time
 import torch
 
 from benchmarks.cases import CASES, GPT2_SMALL
-from benchmarks.measure import supervise
+from benchmarks.measure import work
 from benchmarks.options import POSITIVE, value
 from benchmarks.report import document, table
 
@@ -65,9 +64,9 @@ def run(only=(), tokens=TOKENS, seconds=330.0, save=lambda result: None):
         for name, build in CASES.items():
             if only and not {name, name.split(",")[0]} & set(only):
                 continue
-            work = name, build(GPT2_SMALL._replace(tokens=n)).work
-            if work not in planned:
-                planned.append(work)
+            least = name, build(GPT2_SMALL._replace(tokens=n)).work
+            if least not in planned:
+                planned.append(least)
                 plan.append((name, n))
     properties = torch.cuda.get_device_properties(0)
 
@@ -82,7 +81,7 @@ def run(only=(), tokens=TOKENS, seconds=330.0, save=lambda result: None):
             rows=rows,
         )
 
-    return result(*supervise(plan, deadline, saw=lambda rows, rates: save(result(rows, rates))))
+    return result(*work(plan, deadline, saw=lambda rows, rates: save(result(rows, rates))))
 
 
 # --- the tables

@@ -1,18 +1,12 @@
-"""Measuring cases: compare every variant with the reference, time the right ones, survive the
-others.
+"""Measuring cases: compare every variant with the reference, time the right ones.
 
-The work is done by a second process. A variant that raises costs one line in the result. One that
-hangs, or takes its process along (after an illegal memory access nothing on the GPU works any
-more), costs one line too: the watching process starts another one, which leaves that variant out
-and goes on.
+A variant that raises costs one line in the result. After an illegal memory access nothing on the
+GPU works any more: what is left of the plan is not run, and the result says so.
 """
 
-import collections
 import dataclasses
 import gc
 import math
-import multiprocessing
-import os
 import time
 
 import torch
@@ -21,12 +15,10 @@ from benchmarks import timing
 from benchmarks.cases import BF16, BOTH, CASES, FORWARD, GPT2_SMALL, INFERENCE, Draw
 from benchmarks.report import say
 
-PROCESSES = 16  # at most, one after the other
-
 
 class Lost(Exception):
     """The device does not answer any more, or a capture failed, which leaves allocator and random
-    numbers unusable: only a new process can go on."""
+    numbers unusable: only a new process could go on."""
 
 
 @dataclasses.dataclass
@@ -90,20 +82,15 @@ def backward(case, outputs, inputs, upstream, retain):
 
 
 def results_of(case, fn, inputs, upstream, draw):
-    """What a variant is compared by: outputs, gradients, inputs if it changes them; empty tensors
-    stand for None.
+    """What a variant is compared by: outputs and gradients; empty tensors stand for None.
 
     upstream: gradients of the outputs; filled by the first variant, random ones, 1 for losses.
     """
-    if case.mutates:
-        inputs = [x.clone() for x in inputs]
     results = tensors(fn(*inputs))
     if case.leaves:
         outputs = with_gradient(results)
         upstream += [draw.like(y) for y in outputs[len(upstream) :]]
         results += backward(case, outputs, inputs, upstream, retain=False)
-    if case.mutates:
-        results += inputs
     return [x.detach() for x in results if x.is_floating_point() and x.numel()]
 
 
@@ -124,13 +111,11 @@ def compare(results, reference, tolerance):
 class Measurement:
     """One case on one machine: rows collects what was measured and what went wrong."""
 
-    def __init__(self, name, case, tokens, machine, tell, broken):
+    def __init__(self, name, case, tokens, machine):
         self.name = name
         self.case = case
         self.tokens = tokens
         self.machine = machine
-        self.tell = tell
-        self.broken = broken
         self.rows = []
         self.fns = {}  # variant -> its function, where it is right
         self.difference = {}  # variant -> its relative error
@@ -151,9 +136,8 @@ class Measurement:
     def failed(self, variant, direction, e):
         self.rows.append(failure(self.name, self.tokens, one_line(e), direction, variant))
 
-    def attempt(self, variant, direction, what, fn, *args):
+    def attempt(self, variant, direction, fn, *args):
         """fn(*args), or None and a row that says why not."""
-        self.tell(variant, what)
         try:
             result = fn(*args)
             self.machine.clock.wait()
@@ -180,10 +164,9 @@ class Measurement:
 
         with torch.set_grad_enabled(bool(case.leaves)):
             for variant, v in case.variants.items():
-                if variant not in self.broken:
-                    fn = self.attempt(variant, None, "comparing", prepare, variant, v)
-                    if fn is not None:
-                        self.fns[variant] = fn
+                fn = self.attempt(variant, None, prepare, variant, v)
+                if fn is not None:
+                    self.fns[variant] = fn
         del self.reference
         for upstream in self.upstream[1:]:
             upstream += [self.draw.like(dy) for dy in self.upstream[0]]
@@ -195,7 +178,6 @@ class Measurement:
         call = call_of(self.case, self.fns[variant], self.sets, self.upstream, direction)
         s = timing.Sampler(call, len(self.sets), self.machine.clock)
         if v.graph and pool and not timing.synchronizes(call):
-            self.tell(variant, f"capturing {direction}")
             try:
                 s.capture(pool)
             except Exception as e:
@@ -210,12 +192,11 @@ class Measurement:
         samplers = {}
         with torch.set_grad_enabled(bool(self.case.leaves) and direction != INFERENCE):
             for variant in self.fns:
-                args = (self.sampler, variant, direction, pool)
-                s = self.attempt(variant, direction, direction, *args)
+                s = self.attempt(variant, direction, self.sampler, variant, direction, pool)
                 if s is not None:
                     samplers[variant] = s
             args = (timing.interleaved, samplers, machine.clock, machine.seconds)
-            timed = self.attempt(None, direction, direction, *args)
+            timed = self.attempt(None, direction, *args)
         samples, errors = timed or ({}, {})
         for variant, e in errors.items():
             self.failed(variant, direction, e)
@@ -249,14 +230,10 @@ class Measurement:
         )
 
 
-def measure(name, case, tokens, machine, tell=lambda variant, what: None, broken=()):
-    """All variants of a case in all directions -> rows.
-
-    broken: variants to leave out; tell(variant, what): called before anything that may not return.
-    Raises Lost.
-    """
+def measure(name, case, tokens, machine):
+    """All variants of a case in all directions -> rows. Raises Lost."""
     begin = time.perf_counter()
-    m = Measurement(name, case, tokens, machine, tell, broken)
+    m = Measurement(name, case, tokens, machine)
     m.compare()
     for direction in case.work:
         m.time(direction)
@@ -337,148 +314,63 @@ def measured_rates(machine, n=8192, elements=2**30):
     return rates
 
 
-# --- the process that works and the one that watches
+# --- a plan
 
 
-def work(plan, broken, deadline, connection):
-    """The process that works: measure [(name, tokens), ...] on the GPU; what happens goes into
-    the connection."""
-    send = connection.send
-    try:
-        send(dict(kind="at", item=None, variant=None, what="measuring the machine's rates"))
-        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one
-        from torch._functorch import config as functorch_config
+def work(plan, deadline, saw):
+    """Measure [(name, tokens), ...] on the GPU, case after case until the deadline (as
+    time.time() has it).
 
-        # compiled backward passes are run many times over
-        functorch_config.donated_buffer = False
-        machine = Machine(
-            device=torch.device("cuda"),
-            clock=timing.CudaClock(),
-            cache_bytes=torch.cuda.get_device_properties(0).L2_cache_size,
-            memory_bytes=torch.cuda.mem_get_info()[0],
-            graphs=True,
-        )
+    saw(rows, rates) is called on news. Returns (rows, rates), the rates before and after.
+    """
+    from torch._functorch import config as functorch_config
+
+    machine = Machine(
+        device=torch.device("cuda"),
+        clock=timing.CudaClock(),
+        cache_bytes=torch.cuda.get_device_properties(0).L2_cache_size,
+        memory_bytes=torch.cuda.mem_get_info()[0],
+        graphs=True,
+    )
+    rows = []
+    # Graphs cannot be captured on the default stream, and compiled backward passes are run many
+    # times over
+    with torch.cuda.stream(torch.cuda.Stream()), functorch_config.patch(donated_buffer=False):
         machine.rates = measured_rates(machine)
-        send(dict(kind="rates", rates=machine.rates))
-        work_off(plan, broken, machine, deadline, send)
-        send(dict(kind="rates", rates=measured_rates(machine)))  # again, to see a drift
-        send(dict(kind="end"))
-    except Lost as e:
-        send(dict(kind="lost", error=str(e)))
-        connection.close()
-        os._exit(1)  # leaving in order would wait for the device
+        rates = [machine.rates]
+        if work_off(plan, deadline, machine, rows, lambda: saw(rows, rates)):
+            rates.append(measured_rates(machine))  # again, to see a drift
+    return rows, rates
 
 
-def work_off(plan, broken, machine, deadline, send, size=GPT2_SMALL):
-    """Measure case after case until the deadline, and send what happens."""
+def work_off(plan, deadline, machine, rows, saw, size=GPT2_SMALL):
+    """Add the rows of case after case; returns whether the device still answers."""
     gc.collect()
     gc.freeze()  # torch's own objects need no second look; collecting is part of every case
+    reason = None
     for name, tokens in plan:
-        if time.time() > deadline:
-            break
-
-        def tell(variant, what):
-            send(dict(kind="at", item=(name, tokens), variant=variant, what=what))
-
+        if not reason and time.time() > deadline:
+            reason = "out of time"
+        if reason:
+            rows.append(failure(name, tokens, f"not run: {reason}"))
+            continue
         try:
-            tell(None, "building")
             torch._dynamo.reset()
-            size = size._replace(tokens=tokens)
-            case, fitting = fit(CASES[name], size, machine.memory_bytes)
-            rows = measure(name, case, fitting, machine, tell, broken.get(name, ()))
+            asked = size._replace(tokens=tokens)
+            case, fitting = fit(CASES[name], asked, machine.memory_bytes)
+            rows += measure(name, case, fitting, machine)
             if fitting != tokens:
                 memory = f"{machine.memory_bytes / 1e9:.0f} GB"
                 error = f"too many for {memory}: measured with {fitting:,}"
                 rows.append(failure(name, tokens, error))
-        except Lost:
-            raise
+            case = None
+            machine.clean()
+        except Lost as e:
+            reason = str(e)
+            rows.append(failure(name, tokens, reason))
         except Exception as e:
-            rows = [failure(name, tokens, one_line(e))]
-        case = None
-        send(dict(kind="rows", item=(name, tokens), rows=rows))
-        machine.clean()
-        gc.freeze()
-
-
-def supervise(
-    plan, deadline, *, worker=work, start="spawn", silence=75.0, saw=lambda rows, rates: None
-):
-    """Have the plan worked off in a process of its own, in another one where that dies or hangs.
-
-    silence: seconds without a sign of life after which it counts as hanging; saw(rows, rates):
-    called on news. Returns (rows, rates).
-    """
-    context = multiprocessing.get_context(start)  # CUDA does not survive a fork
-    rows = []
-    rates = []
-    left = list(plan)
-    broken = collections.defaultdict(set)  # name of a case -> variants to leave out
-    reason = "out of time"
-
-    def news(message):
-        if message["kind"] == "rates":
-            rates.append(message["rates"])
-        elif message["kind"] == "rows":
-            rows.extend(message["rows"])
-            left.remove(message["item"])
-            saw(rows, rates)
-
-    for _ in range(PROCESSES):
-        if not left or time.time() > deadline:
-            break
-        args = (left[:], dict(broken), deadline)
-        ended, at, reason = watch(context, worker, args, deadline, silence, news)
-        if ended == "end":
-            break
-        item = at["item"]
-        variant = at["variant"]
-        say(f"{item or 'start'}, {variant}, {at['what']}: {reason}")
-        if item is None:
-            break
-        rows.append(failure(*item, f"{at['what']}: {reason}", variant=variant))
-        if variant is None:
-            left.remove(item)
-        else:
-            broken[item[0]].add(variant)
-        saw(rows, rates)
-    rows += [failure(name, tokens, f"not run: {reason}") for name, tokens in left]
-    saw(rows, rates)
-    return rows, rates
-
-
-def watch(context, worker, args, deadline, silence, news):
-    """One process that works, to its end; news(message) is called for what it sends.
-
-    Returns (the kind of its last message, or None where it died or went silent, what it was at,
-    the reason of its end).
-    """
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=worker, args=(*args, sender))
-    process.start()
-    sender.close()
-    at = dict(item=None, variant=None, what="starting")
-    ended = None
-    reason = "out of time"
-    try:
-        while ended is None:
-            patience = min(silence, deadline + 30 - time.time())
-            if patience < 0 or not receiver.poll(patience):
-                if patience == silence:
-                    reason = f"no answer in {silence:g} s"
-                break
-            message = receiver.recv()
-            if message["kind"] == "at":
-                at = message
-            elif message["kind"] in ("end", "lost"):
-                ended = message["kind"]
-                reason = message.get("error", reason)
-            else:
-                news(message)
-    except (EOFError, OSError):
-        process.join(5)
-        reason = f"the process died, exit status {process.exitcode}"
-    finally:
-        process.join(5 if ended == "end" else 0)
-        process.kill()
-        process.join()
-    return ended, at, reason
+            rows.append(failure(name, tokens, one_line(e)))
+        saw()
+    gc.unfreeze()
+    saw()
+    return reason in (None, "out of time")

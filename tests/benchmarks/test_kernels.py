@@ -339,39 +339,6 @@ def test_without_a_reference_the_others_are_timed_uncompared():
     assert [r["difference"] for r in rows[1:]] == [None] * 3
 
 
-def test_broken_variants_are_left_out_and_everything_is_announced():
-    told = []
-    rows = measure.measure(
-        "toy",
-        toy(dict(broken=Variant(lambda *_: pytest.fail))),
-        4,
-        machine(),
-        tell=lambda *what: told.append(what),
-        broken=("broken",),
-    )
-    assert {r["variant"] for r in rows} == {"right"}
-    assert told == [("right", "comparing")] + [
-        (v, d) for d in (FORWARD, BACKWARD, BOTH) for v in ("right", None)
-    ]
-
-
-def test_ops_that_change_their_inputs_are_compared_by_what_they_leave():
-    def case(make):
-        return toy(
-            dict(other=Variant(lambda *_: make)),
-            leaves=(),
-            work={FORWARD: 1},
-            mutates=True,
-            inputs=lambda draw: (draw(8, dtype=torch.float32), draw.below(9, 8)),
-        )
-
-    for make, right in ((lambda x, n: x.mul_(2), True), (lambda x, n: x.mul_(1.9), False)):
-        c = case(make)
-        c.variants["right"] = Variant(lambda *_: lambda x, n: x.mul_(2))
-        rows = by(measure.measure("toy", c, 4, machine()), "variant")
-        assert ("error" in rows["other"]) != right and "median_us" in rows["right"]
-
-
 def test_upstream_gradients_are_random_and_1_for_losses():
     draw = Draw(DEVICE)
     dy, again = (
@@ -419,7 +386,7 @@ def test_what_waits_for_the_host_is_launched_and_the_rest_captured(monkeypatch):
         never=Variant(lambda *_: lambda x: 2 * x, graph=False),
     )
     case = toy(variants, work={FORWARD: 1})
-    m = measure.Measurement("toy", case, 4, machine(graphs=True), lambda *_: None, ())
+    m = measure.Measurement("toy", case, 4, machine(graphs=True))
     m.fns = {v: made.make() for v, made in case.variants.items()}
     m.time(FORWARD)
     assert {r["variant"]: r["method"] for r in m.rows} == dict(
@@ -452,7 +419,6 @@ def test_working_off_a_plan(monkeypatch, capsys):
     def missing(s):
         raise ModuleNotFoundError("No module named 'kernels.gone'")
 
-    sent = []
     monkeypatch.setattr(
         measure,
         "CASES",
@@ -463,19 +429,31 @@ def test_working_off_a_plan(monkeypatch, capsys):
         ),
     )
     plan = [("toy", 512), ("gone", 512), ("large", 4096)]
-    measure.work_off(plan, {}, machine(memory_bytes=1.5e9), time.time() + 60, sent.append, TINY)
-    rows = {m["item"][0]: m["rows"] for m in sent if m["kind"] == "rows"}
-    assert [m["item"] for m in sent if m["kind"] == "rows"] == plan
-    assert {r["shape"] for r in rows["toy"]} == {"(512) bfloat16"} and len(rows["toy"]) == 3
-    assert [r["error"] for r in rows["gone"]] == [
-        "ModuleNotFoundError: No module named 'kernels.gone'"
+    rows, saved = [], []
+
+    def saw():
+        saved.append(len(rows))
+
+    small = machine(memory_bytes=1.5e9)
+    assert measure.work_off(plan, time.time() + 60, small, rows, saw, TINY)
+    assert saved == [3, 4, 8, 8]
+    assert {r["shape"] for r in rows[:3]} == {"(512) bfloat16"}
+    assert rows[3]["error"] == "ModuleNotFoundError: No module named 'kernels.gone'"
+    assert {r["tokens"] for r in rows[4:7]} == {1024}
+    assert rows[7]["error"] == "too many for 2 GB: measured with 1,024"
+    rows.clear()
+    assert measure.work_off(plan, time.time() - 1, small, rows, saw, TINY)
+    assert [(r["case"], r["error"]) for r in rows] == [
+        (name, "not run: out of time") for name, _ in plan
     ]
-    assert {r["tokens"] for r in rows["large"][:3]} == {1024}
-    assert rows["large"][3]["error"] == "too many for 2 GB: measured with 1,024"
-    assert ("toy", 512) == sent[0]["item"] and sent[0]["what"] == "building"
-    sent.clear()
-    measure.work_off(plan, {}, machine(), time.time() - 1, sent.append, TINY)
-    assert sent == []
+
+    def lost(*_):
+        raise measure.Lost("no answer")
+
+    rows.clear()
+    monkeypatch.setattr(measure, "measure", lost)
+    assert not measure.work_off(plan, time.time() + 60, small, rows, saw, TINY)
+    assert [r["error"] for r in rows] == ["no answer"] + 2 * ["not run: no answer"]
 
 
 # --- cases
@@ -485,7 +463,7 @@ def test_working_off_a_plan(monkeypatch, capsys):
 def test_every_case_agrees_with_its_reference_on_tiny_inputs(name):
     pytest.importorskip("triton")
     case = CASES[name](TINY)
-    m = measure.Measurement(name, case, TINY.tokens, machine(), lambda *_: None, ())
+    m = measure.Measurement(name, case, TINY.tokens, machine())
     m.compare()
     for row in m.rows:  # what others offer may be absent
         assert not row["variant"].startswith("stopwatch"), row
@@ -501,23 +479,6 @@ def test_every_case_agrees_with_its_reference_on_tiny_inputs(name):
         call = measure.call_of(case, m.fns[first], m.sets, m.upstream, direction)
         with torch.set_grad_enabled(bool(case.leaves) and direction != INFERENCE):
             call(0)
-
-
-@pytest.mark.parametrize(
-    "name", ["adam_update", "nesterov", "balance", "descend", "descend, NorMuon"]
-)
-def test_updates_are_measured_with_the_guard_and_all_that_the_trainer_hands_over(name):
-    case = CASES[name](TINY)
-    *inputs, ok = case.inputs(Draw(DEVICE))
-    before, fn = [x.clone() for x in inputs], case.variants["stopwatch"].make(*inputs, ok)
-    fn(*inputs, ~ok)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
-    fn(*inputs, ok)
-    assert not all(torch.equal(a, b) for a, b in zip(inputs, before))
-    if name == "descend, NorMuon":
-        p, low, update, scale = (x.clone() for x in before)
-        fn(p, low, update, scale + 1, ok)
-        assert not torch.equal(p, inputs[0])
 
 
 def test_token_ids_of_the_embedding_are_zipfs():
@@ -567,113 +528,6 @@ def test_documents_fill_the_rows():
         and max(lengths) <= 2048
         and len(lengths) > 60
     )
-
-
-# --- the process that works and the one that watches
-
-
-def send_rows(connection, item):
-    row = dict(case=item[0], tokens=item[1], variant="a", direction=FORWARD)
-    connection.send(dict(kind="rows", item=item, rows=[row]))
-
-
-def obliging(left, broken, deadline, connection):
-    """A worker in whose cases b the variant v does what the case is called after, until it is
-    left out."""
-    connection.send(dict(kind="at", item=None, variant=None, what="rates"))
-    connection.send(dict(kind="rates", rates=dict(copy=1.0)))
-    for name, tokens in left:
-        connection.send(dict(kind="at", item=(name, tokens), variant=None, what="building"))
-        connection.send(dict(kind="at", item=(name, tokens), variant="v", what="comparing"))
-        if "v" not in broken.get(name, ()):
-            if name == "dies":
-                os._exit(7)
-            if name == "hangs":
-                time.sleep(60)
-            if name == "lost":
-                connection.send(dict(kind="lost", error="illegal memory access"))
-                os._exit(1)
-        send_rows(connection, (name, tokens))
-    connection.send(dict(kind="end"))
-
-
-def dies_at_once(*_):
-    os._exit(3)
-
-
-def endless(left, broken, deadline, connection):
-    send_rows(connection, left[0])
-    while True:
-        connection.send(dict(kind="at", item=left[1], variant=None, what="building"))
-        time.sleep(0.05)
-
-
-def supervise(plan, worker=obliging, seconds=60.0, **options):
-    return measure.supervise(plan, time.time() + seconds, worker=worker, start="fork", **options)
-
-
-def test_a_plan_without_trouble():
-    seen = []
-    plan = [("x", 2), ("x", 1), ("y", 2)]
-    rows, rates = supervise(plan, saw=lambda rows, rates: seen.append(len(rows)))
-    assert (
-        [(r["case"], r["tokens"]) for r in rows] == plan
-        and rates == [dict(copy=1.0)]
-        and seen == [1, 2, 3, 3]
-    )
-
-
-@pytest.mark.parametrize(
-    "trouble,reason",
-    [("dies", "exit status 7"), ("hangs", "no answer in 0.5 s"), ("lost", "illegal memory access")],
-)
-def test_what_takes_the_process_with_it_costs_one_line(trouble, reason):
-    rows, rates = supervise([("x", 2), (trouble, 2), ("y", 2), (trouble, 1)], silence=0.5)
-    assert [(r["case"], r["tokens"]) for r in rows] == [
-        ("x", 2),
-        (trouble, 2),
-        (trouble, 2),
-        ("y", 2),
-        (trouble, 1),
-    ]
-    assert (
-        rows[1]["variant"] == "v"
-        and rows[1]["error"].startswith("comparing: ")
-        and reason in rows[1]["error"]
-    )
-    assert sum("error" in r for r in rows) == 1 and len(rates) == 2  # once, for both sizes
-
-
-def test_a_machine_on_which_nothing_works():
-    rows, rates = supervise([("x", 2), ("y", 1)], worker=dies_at_once)
-    assert [r["error"] for r in rows] == [
-        "not run: the process died, exit status 3"
-    ] * 2 and rates == []
-
-
-def test_time_is_up(monkeypatch):
-    rows, _ = supervise([("x", 2), ("y", 2), ("z", 2)], worker=endless, seconds=-29.5)
-    assert [r["error"] for r in rows] == [
-        "not run: out of time"
-    ] * 3  # nothing is begun after the deadline
-    real = time.time
-    began = real()
-    monkeypatch.setattr(time, "time", lambda: began + 30 * (real() - began))  # seconds pass faster
-    rows, _ = supervise([("x", 2), ("y", 2), ("z", 2)], worker=endless, seconds=3)
-    assert "error" not in rows[0] and rows[0]["case"] == "x"
-    assert [(r["case"], r["error"]) for r in rows[1:]] == [
-        ("y", "building: out of time"),
-        ("z", "not run: out of time"),
-    ]
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="it would work")
-def test_the_real_worker_says_what_it_is_at_and_needs_a_gpu():
-    sent = []
-    connection = types.SimpleNamespace(send=sent.append)
-    with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
-        measure.work([("rms_norm", 2048)], {}, time.time() + 60, connection)
-    assert [m["what"] for m in sent] == ["measuring the machine's rates"]
 
 
 # --- tables
@@ -800,7 +654,7 @@ def test_kernels_refuses_without_a_gpu(monkeypatch, capsys):
     [
         (
             ["kernels", "--only", "rms_nrom"],
-            "--only rms_nrom: expected some of adam_update, add_rms_norm, attention",
+            "--only rms_nrom: expected some of add_rms_norm, attention",
         ),
         (["kernels", "--tokens", "100"], "--tokens 100: expected a multiple of 128"),
         (["nonsense"], "invalid choice"),
@@ -824,7 +678,7 @@ def test_help_lists_the_options_of_the_benchmark(capsys):
 def test_plan_of_a_run(monkeypatch):
     seen = {}
 
-    def supervise(plan, deadline, saw):
+    def work(plan, deadline, saw):
         seen["plan"] = plan
         saw([], [])
         return [], []
@@ -833,7 +687,7 @@ def test_plan_of_a_run(monkeypatch):
         name="G", major=9, minor=0, L2_cache_size=1, total_memory=2, multi_processor_count=3
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(kernels, "supervise", supervise)
+    monkeypatch.setattr(kernels, "work", work)
     saved = []
     result = kernels.run(only=("rms_norm", "polar_express"), tokens=(256, 128), save=saved.append)
     assert seen["plan"] == [
