@@ -15,7 +15,6 @@ from base import InputError
 from benchmarks import peers, subject
 from benchmarks.__main__ import main
 from benchmarks.peers import common, modded
-from records.runs import Point
 
 MODDED = (STAND_INS / "modded/train_gpt.py").read_text()
 MODDED_TOKENS = 3 * 131072 + 3 * 262144 + 4 * 393216
@@ -85,9 +84,6 @@ def test_modded_and_ours_in_turns(hopper, capsys):
         (6, 9, 393216),
         (9, 10, 393216),
     ]
-    assert result["recipe"]["stages"][1]["windows"] == [384, 896] and result["recipe"]["kernel"][
-        1
-    ] == dict(version=1)
 
     made = calls(hopper)
     assert [line.split()[0] for line in made] == ["modded", "ours", "ours"] * 2
@@ -112,26 +108,13 @@ def test_modded_and_ours_in_turns(hopper, capsys):
         and first["peer"]["loss"] == 5.0
         and first["peer"]["steps"] == 10
     )
-    assert [s["us_per_token"] for s in first["peer"]["stages"]] == pytest.approx(
-        [2, 1, 1, 2], abs=0.01
-    )
-    assert first["peer"]["stages"][1]["ms_per_step"] == pytest.approx(262.144, abs=1)
     # ours has 4, 4 and 3 steps in its stages, and validates after 3, 6, 9 and 11
     assert first["equal"]["steps"] == 11 and first["equal"]["tokens"] == MODDED_TOKENS
     assert first["equal"]["loss"] == pytest.approx(7.25)
-    assert [s["us_per_token"] for s in first["equal"]["stages"]] == [
-        pytest.approx(0.5),
-        None,
-        pytest.approx(0.5),
-    ]
     assert first["to_loss"]["steps"] == 750 and first["to_loss"]["loss"] == 3.75
     # 5.0 lies at step 600, between 500 and 750; all in the first of three stages of 867 steps
     assert first["to_loss"]["time_to_its_loss"] == pytest.approx(600 * 131072 * 5e-7)
     summary = result["summary"]
-    assert [s["tokens"] for s in summary["stages"]] == [131072, 262144, 393216, 393216]
-    assert summary["stages"][0]["ratio"] == pytest.approx(dict(median=6, least=4, most=8), rel=0.01)
-    assert summary["stages"][1]["ratio"] is None
-    assert summary["stages"][2]["ratio"]["median"] == pytest.approx(3, rel=0.01)
     assert (
         summary["loss_difference"] == dict(median=2.25, least=2.25, most=2.25)
         and summary["reached"] == 2
@@ -146,7 +129,6 @@ def test_modded_and_ours_in_turns(hopper, capsys):
         and "+2.2500 from its own" in text
         and "`--muon-lr 0.02 --" in text
     )
-    assert "| 2 | 3–6 | 262,144 | 1.5" in text
 
 
 def test_with_as_many_steps_one_run_of_ours_serves_for_both(hopper):
@@ -174,10 +156,7 @@ def test_modded_losses_that_we_miss_and_rounds_that_fail(hopper, monkeypatch):
         == "modded: training ended with status 1: RuntimeError: CUDA error: out of luck"
     )
     text = peers.render(result)
-    assert (
-        "(not reached)" in text
-        and "it takes – times our training time (reached in 0 of 1 rounds)" in text
-    )
+    assert "it takes – times our training time (reached in 0 of 1 rounds)" in text
     assert "Stopped: modded: training" in text
     monkeypatch.setenv("MODDED_FAILS", "3")  # in the first round of all
     with pytest.raises(InputError, match="out of luck"):
@@ -206,12 +185,7 @@ def test_modded_losses_that_we_miss_and_rounds_that_fail(hopper, monkeypatch):
         (
             "",
             {"train_gpt.py": "x ="},
-            "its steps, stages or kernel are not written as expected: take commit f411b3d3",
-        ),
-        (
-            "",
-            {"train_gpt.py": MODDED.replace("window_sizes=(1, 3),", "")},
-            "are not written as expected",
+            "its steps or stages are not written as expected: take commit f411b3d3",
         ),
         (
             "",
@@ -225,23 +199,8 @@ def test_modded_losses_that_we_miss_and_rounds_that_fail(hopper, monkeypatch):
         ),
         (
             "",
-            {"triton_kernels.py": 'x = f(\n    cuda_include_dirs=["/no/such/include/"],\n)'},
-            "CUDA's headers in /no/such/include/, which is not there: install the CUDA toolkit",
-        ),
-        (
-            "",
             {"kernels.py": "raise ImportError('none here')", "torch.py": "raise OSError('cudart')"},
             "lacks torch (OSError: cudart); kernels (ImportError: none here)",
-        ),
-        (
-            "",
-            {
-                "kernels.py": "def get_kernel(name, version):\n"
-                "    raise OSError('We could not connect to the Hub')\n"
-            },
-            "lacks FlashAttention 3, kernels-community/flash-attn3 on the Hugging Face hub "
-            "(OSError: We could not connect to the Hub), which is downloaded when it is first "
-            "used: the network is needed once",
         ),
     ],
 )
@@ -265,11 +224,11 @@ def test_modded_is_refused_before_it_trains(hopper, capsys, options, breaks, mes
     "gpus, asked, expected",
     [
         ([], 0, "found no CUDA GPU"),
-        ([("NVIDIA GeForce RTX 4090", (8, 9))], 0, "found NVIDIA GeForce RTX 4090 (8.9)"),
+        ([("NVIDIA GeForce RTX 4090", (8, 9))], 0, "found NVIDIA GeForce RTX 4090"),
         (
             [("NVIDIA H100", (9, 0)), ("NVIDIA B200", (10, 0))],
             0,
-            "found NVIDIA B200 (10.0), NVIDIA H100 (9.0)",
+            "found NVIDIA B200, NVIDIA H100",
         ),
         (
             [("NVIDIA H100", (9, 0))] * 4,
@@ -294,30 +253,9 @@ def test_modded_needs_hopper(monkeypatch, gpus, asked, expected):
         assert expected in str(e.value)
 
 
-def test_times_of_a_stage_are_from_validations_inside_it():
-    labels, tokens = [0] * 4 + [1] * 6, [10] * 4 + [30] * 6
-    val = [
-        Point(s, None, t, 1.0)
-        for s, t in ((0, 0.0), (2, 2e-5), (4, 4e-5), (5, 1.0), (6, 2.0), (10, 2.0 + 3.6e-4))
-    ]
-    first, second = modded.stage_times(val, tokens, labels)
-    assert first == pytest.approx(dict(tokens=10, us_per_token=1.0, ms_per_step=0.01))
-    assert second["us_per_token"] == pytest.approx(1e6 * (2.0 + 3.2e-4) / 180, rel=1e-6)
-    first, second = modded.stage_times(
-        val[:1] + val[3:4], tokens, labels
-    )  # from step 0 to 5: in neither
-    assert first["us_per_token"] is second["us_per_token"] is None
-    first, second = modded.stage_times(
-        val[2:3], tokens, labels
-    )  # ours has no validation before the first step
-    assert first["us_per_token"] == pytest.approx(1.0) and second["ms_per_step"] is None
-
-
 def test_a_round_that_misses_the_loss_leaves_no_ratio():
     def side(**more):
-        return (
-            dict(loss=3.0, train_time_s=4.0, process_s=8.0, time_to_its_loss=2.0, stages=[]) | more
-        )
+        return dict(loss=3.0, train_time_s=4.0, process_s=8.0, time_to_its_loss=2.0) | more
 
     rounds = [
         dict(peer=side(train_time_s=8.0), equal=side(loss=3.5), to_loss=side(time_to_its_loss=t))
