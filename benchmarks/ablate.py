@@ -33,7 +33,7 @@ import torch
 from base import InputError
 from benchmarks import subject
 from benchmarks.options import COUNT
-from benchmarks.report import document, number, say, spread, table
+from benchmarks.report import bracketed, document, number, say, spread, table
 from records.compare import APART
 from records.metrics import unit
 from records.runs import Point, Run
@@ -55,100 +55,69 @@ class Piece(NamedTuple):
     """Fields of a configuration without and with a piece: values, or functions of the one that is
     to be changed. on is empty where there is nothing sensible to turn on."""
 
-    what: str
     off: dict
     on: dict
 
+    @property
+    def what(self):
+        """The help of its option."""
+        return subject.help_of(next(iter(self.off)))
+
+
+def of(field, off, on):
+    return Piece({field: off}, {field: on})
+
+
+def switches():
+    """The options that are on or off, each a piece."""
+    names = "smear attn_gate key_offset shuffle normuon row_moments".split()
+    return {name.replace("_", "-"): of(name, False, True) for name in names}
+
+
+def halves(c):
+    """Windows half as long as the long ones."""
+    return tuple(max(1, w // 2) for w in c.long_window)
+
+
+def thirds(windows):
+    """Windows that grow from stage to stage, to the last of these."""
+    return tuple(max(1, windows[-1] * k // 3) for k in (1, 2, 3))
+
+
+def free_layers(c):
+    """Every other layer that has attention."""
+    return tuple(i for i in range(0, c.n_layer - 1, 2) if i not in c.skip[1:])
+
 
 PIECES = {
-    "softcap": Piece(
-        "sigmoid that bounds the logits", dict(softcap=()), dict(softcap=(23.0, 5.0, 7.5))
+    "softcap": of("softcap", (), (23.0, 5.0, 7.5)),
+    "value-embeds": of(
+        "value_embed_layers", (), lambda c: tuple(dict.fromkeys((0, c.n_layer - 1)))
     ),
-    "value-embeds": Piece(
-        "second token embeddings, added to the values",
-        dict(value_embed_layers=()),
-        dict(value_embed_layers=lambda c: tuple(dict.fromkeys((0, c.n_layer - 1)))),
+    "ngrams": Piece(dict(n_gram=1, ngram_signs=False), dict(n_gram=2)),
+    "ngram-signs": of("ngram_signs", False, lambda c: c.n_gram > 1),
+    "paired-heads": of("paired_layers", (), free_layers),
+    "skip": of("skip", (), lambda c: ((c.n_layer + 1) // 4, (c.n_layer + 1) // 2)),
+    "backout": of("backout", -1, lambda c: min(2 * c.n_layer // 3, c.n_layer - 2)),
+    "mtp": of("mtp", (1,), (2, 1)),
+    "sampled-softmax": of(
+        "sampled_softmax", (0,), lambda c: (min(16384, -(-min(c.batch_tokens) // 128) * 64),)
     ),
-    "ngrams": Piece(
-        "hashed embeddings of n-grams", dict(n_gram=1, ngram_signs=False), dict(n_gram=2)
-    ),
-    "ngram-signs": Piece(
-        "signs that tell n-grams in one row apart",
-        dict(ngram_signs=False),
-        dict(ngram_signs=lambda c: c.n_gram > 1),
-    ),
-    "smear": Piece(
-        "gated share of the previous token's embedding", dict(smear=False), dict(smear=True)
-    ),
-    "attn-gate": Piece("gate on each head's output", dict(attn_gate=False), dict(attn_gate=True)),
-    "key-offset": Piece(
-        "half of each key is its predecessor's, in far-seeing layers",
-        dict(key_offset=False),
-        dict(key_offset=True),
-    ),
-    "paired-heads": Piece(
-        "pairs of heads that see each other's keys",
-        dict(paired_layers=()),
-        dict(
-            paired_layers=lambda c: tuple(
-                i for i in range(0, c.n_layer - 1, 2) if i not in c.skip[1:]
-            )
-        ),
-    ),
-    "skip": Piece(
-        "a layer without attention takes an earlier one's output",
-        dict(skip=()),
-        dict(skip=lambda c: ((c.n_layer + 1) // 4, (c.n_layer + 1) // 2)),
-    ),
-    "backout": Piece(
-        "a middle layer's output is taken out at the end",
-        dict(backout=-1),
-        dict(backout=lambda c: min(2 * c.n_layer // 3, c.n_layer - 2)),
-    ),
-    "mtp": Piece(
-        "several next tokens are predicted early in training", dict(mtp=(1,)), dict(mtp=(2, 1))
-    ),
-    "sampled-softmax": Piece(
-        "the training loss is among a sample of the tokens",
-        dict(sampled_softmax=(0,)),
-        dict(sampled_softmax=lambda c: (min(16384, -(-min(c.batch_tokens) // 128) * 64),)),
-    ),
-    "tied": Piece("head and embedding are one at first", dict(tied=0.0), dict(tied=2 / 3)),
-    "yarn": Piece(
-        "rotary frequencies follow the window",
-        dict(yarn=False),
-        dict(yarn=lambda c: len(set(c.long_window)) > 1),
-    ),
-    "short-windows": Piece(
-        "most layers see less far than the others",
-        dict(short_window=lambda c: c.long_window),
-        dict(short_window=lambda c: tuple(max(1, w // 2) for w in c.long_window)),
-    ),
+    "tied": of("tied", 0.0, 2 / 3),
+    "yarn": of("yarn", False, lambda c: len(set(c.long_window)) > 1),
+    "short-windows": of("short_window", lambda c: c.long_window, halves),
     "window-growth": Piece(
-        "windows grow from stage to stage",
         dict(short_window=lambda c: c.short_window[-1:], long_window=lambda c: c.long_window[-1:]),
         dict(
-            short_window=lambda c: tuple(max(1, c.short_window[-1] * k // 3) for k in (1, 2, 3)),
-            long_window=lambda c: tuple(max(1, c.long_window[-1] * k // 3) for k in (1, 2, 3)),
+            short_window=lambda c: thirds(c.short_window),
+            long_window=lambda c: thirds(c.long_window),
         ),
     ),
-    "document-growth": Piece(
-        "documents are cut shorter at first", dict(max_doc_len=lambda c: c.max_doc_len[-1:]), {}
-    ),
-    "shuffle": Piece(
-        "documents in random order from the start", dict(shuffle=False), dict(shuffle=True)
-    ),
-    "normuon": Piece(
-        "Muon's update scaled neuron by neuron", dict(normuon=False), dict(normuon=True)
-    ),
-    "weight-decay": Piece("cautious weight decay", dict(weight_decay=0.0), dict(weight_decay=1.2)),
-    "row-moments": Piece(
-        "Adam without momentum and with one second moment a row, on tables",
-        dict(row_moments=False),
-        dict(row_moments=True),
-    ),
-    "adam-every": Piece("Adam at every second step only", dict(adam_every=1), dict(adam_every=2)),
-    "cooldown": Piece("the learning rate falls at the end", dict(cooldown=0.0), dict(cooldown=0.6)),
+    "document-growth": Piece(dict(max_doc_len=lambda c: c.max_doc_len[-1:]), {}),
+    "weight-decay": of("weight_decay", 0.0, 1.2),
+    "adam-every": of("adam_every", 1, 2),
+    "cooldown": of("cooldown", 0.0, 0.6),
+    **switches(),
 }
 
 
@@ -213,27 +182,22 @@ def order(names, round_number):
 # --- statistics
 
 
-def mean_interval(values):
-    """(mean, half the width of its 95% t-interval; None from fewer than two values)."""
+def difference(pairs):
+    """Of (variant, base) by seed: dict(mean, low, high, n) of variant - base, with a 95%
+    t-interval, which one pair has not; None without pairs."""
     from scipy import stats
 
+    values = [a - b for a, b in pairs]
     n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    return mean, quantile * statistics.stdev(values) / math.sqrt(n)
-
-
-def difference(pairs):
-    """Of (variant, base) by seed: dict(mean, low, high, n) of variant - base; None without
-    pairs."""
-    if not pairs:
+    if not n:
         return None
-    mean, half = mean_interval([a - b for a, b in pairs])
-    if half is None:
-        return dict(mean=mean, low=None, high=None, n=len(pairs))
-    return dict(mean=mean, low=mean - half, high=mean + half, n=len(pairs))
+    mean = math.fsum(values) / n
+    found = dict(mean=mean, low=None, high=None, n=n)
+    if n > 1:
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+        half = quantile * statistics.stdev(values) / math.sqrt(n)
+        found |= dict(low=mean - half, high=mean + half)
+    return found
 
 
 def ratio(pairs):
@@ -370,40 +334,29 @@ class Bench:
         return trainer
 
     def run(self, name, seed):
-        """One run's row: validations, time, tokens; or an error. Returns (row, seconds spent on
-        building)."""
+        """One run's row: validations, time, tokens; or an error."""
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row = dict(variant=name, seed=seed, date=date)
-        started = time.perf_counter()
-        built = 0.0
         with Points(self.folder / f"{name}-{seed}", self.variants[name].config.steps) as log:
             try:
-                trainer = self.trainer(name, log)
-                built = time.perf_counter() - started
-                result = trainer.run(log, seed)
-                row |= dict(
-                    val=log.val,
-                    train_time_s=result["train_time_s"],
-                    steps=result["steps"],
-                    tokens=result["tokens"],
-                    params=result["params"],
-                    ms_per_step=1e3 * result["train_time_s"] / result["steps"],
-                )
+                result = self.trainer(name, log).run(log, seed)
+                row |= {key: result[key] for key in ("train_time_s", "steps", "tokens", "params")}
+                row["val"] = log.val
+                row["ms_per_step"] = 1e3 * row["train_time_s"] / row["steps"]
             except (InputError, RuntimeError) as e:
                 if not isinstance(e, InputError) and not ran_out(e):
                     raise
                 row["error"] = " ".join(str(e).split())[:200]
-        return row, built
+        return row
 
 
 def settings_of(c, world):
     """What runs in one file must share, as it comes back from JSON."""
-    config = dict(c.fields)
+    settings = dict(c.fields)
     for name in APART:
         if name not in ("micro_tokens", "recompute"):
-            config.pop(name, None)
-    settings = dict(
-        config=config,
+            settings.pop(name, None)
+    settings |= dict(
         fingerprint=subject.open_data(c, world).dataset.fingerprint,
         source=subject.source_hash(),
         torch=torch.__version__,
@@ -422,11 +375,10 @@ def resume(previous, settings, variants):
     kinds = dict(settings=dict, runs=list, variants=dict)
     if not all(isinstance(previous.get(key), kind) for key, kind in kinds.items()):
         raise InputError(f"--json: the file holds no ablation; {advice}")
-    old = previous["settings"] | previous["settings"].get("config", {})
-    new = settings | settings["config"]
-    for key in sorted((old.keys() | new.keys()) - {"config"}):
-        if old.get(key) != new.get(key):
-            found = f"{key} {old.get(key)}, not {new.get(key)}"
+    old = previous["settings"]
+    for key in sorted(old.keys() | settings.keys()):
+        if old.get(key) != settings.get(key):
+            found = f"{key} {old.get(key)}, not {settings.get(key)}"
             if key == "source":
                 found = "other source"
             raise InputError(f"--json: the file's runs were made with {found}; {advice}")
@@ -440,17 +392,6 @@ def resume(previous, settings, variants):
     return [r for r in previous["runs"] if "error" not in r]
 
 
-def refuse(options):
-    """Raises InputError for options of the trainer that have no meaning here."""
-    given = {option.split("=")[0] for option in options}
-    wrong = [option for option in REFUSED if option in given]
-    if wrong:
-        raise InputError(
-            f"{wrong[0]} is not for ablate: leave it out; --seeds N repeats, --json FILE keeps "
-            "results"
-        )
-
-
 def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result: None):
     """dict(track, metric, target, ..., variants={name: dict(label, what, fields)}, runs=[...],
     summary={name: ...}); save is given the same after every run; previous: such a result, to go
@@ -460,7 +401,13 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
             "ablate runs in one process, on one device: expected to be started without torchrun"
         )
     base = subject.parse(trainer_options)
-    refuse(trainer_options)
+    given = {option.split("=")[0] for option in trainer_options}
+    for option in REFUSED:
+        if option in given:
+            raise InputError(
+                f"{option} is not for ablate: leave it out; --seeds N repeats, --json FILE keeps "
+                "results"
+            )
     target = base.target
     metric = base.target_metric
     base = subject.change(base, target=None, checkpoint_every="off")
@@ -481,9 +428,9 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
                 todo.append((name, base.seed + n))
     if runs:
         say(f"going on: {len(runs)} runs are there, {len(todo)} to do")
-    described = {}
-    for name, v in variants.items():
-        described[name] = dict(label=v.label, what=v.what, fields=v.fields)
+    described = {
+        name: dict(label=v.label, what=v.what, fields=v.fields) for name, v in variants.items()
+    }
     previous = previous or dict(variants={})
     result = dict(
         track=base.track,
@@ -496,15 +443,14 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
         runs=runs,
         statement=STATEMENT,
         # what the file has beyond what was asked for stays in it
-        variants=described | {n: v for n, v in previous["variants"].items() if n not in described},
+        variants=previous["variants"] | described,
     )
 
     def update():
         result["summary"] = summarise(runs, list(result["variants"]), metric, target)
         save(result)
 
-    spent = []
-    building = []
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ablate-") as folder:
         bench = Bench(variants, world, Path(folder))
         if todo:
@@ -514,16 +460,10 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
             for name, v in variants.items():
                 bench.variants[name] = v._replace(config=subject.change(v.config, **passes))
         for i, (name, seed) in enumerate(todo):
-            started = time.perf_counter()
-            row, built = bench.run(name, seed)
-            spent.append(time.perf_counter() - started - built)
-            if built > 0.1:
-                building.append(built)
+            row = bench.run(name, seed)
             runs.append(row)
             update()
-            later = {n for n, _ in todo[i + 1 :]}
-            left = (len(todo) - i - 1) * statistics.fmean(spent)
-            left += len(later - bench.kept.keys()) * statistics.fmean(building or [0.0])
+            left = (time.perf_counter() - started) / (i + 1) * (len(todo) - i - 1)
             said = row.get("error")
             if not said:
                 said = f"{metric} {final(row, metric):.4f}, {row['ms_per_step']:.2f} ms a step"
@@ -560,8 +500,7 @@ def cells_of(name, row, v, target):
         loss += f" ({row['failed']} of {row['runs']} failed)"
     cells = [v["label"], loss, interval(row.get("difference"), ".4f", "+")]
     cells.append(number(row["ms_per_step"], ",.2f"))
-    s = row.get("step_ratio")
-    cells.append(f"{s['median']:.3f} [{s['least']:.3f}, {s['most']:.3f}]" if s else "")
+    cells.append("" if name == BASE else bracketed(row["step_ratio"], ".3f"))
     if target is not None:
         if not row["reached"]:
             cells.append("not reached")

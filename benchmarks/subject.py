@@ -5,6 +5,7 @@ and .model, which has windows, max_doc_len, n_targets, tied and n_sampled. Steps
 1.
 """
 
+import dataclasses
 import os
 import time
 import types
@@ -63,6 +64,15 @@ def configure(**fields):
 def change(c, **fields):
     """The Settings with other values of these options. Raises InputError."""
     return Settings(tg.changed(c.config, **fields))
+
+
+def help_of(option):
+    """What --help says of an option of the trainer."""
+    for part in dataclasses.fields(tg.configure()):
+        for f in dataclasses.fields(getattr(tg.configure(), part.name)):
+            if f.name == option:
+                return f.metadata["help"]
+    raise KeyError(option)
 
 
 def schedule(c):

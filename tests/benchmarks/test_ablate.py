@@ -233,7 +233,7 @@ def test_a_run_that_failed_is_counted_and_in_no_mean():
     )
     text = ablate.render(result)
     assert (
-        "| without b | – (2 of 2 failed) |  | – |  | not reached | – | w |" in text
+        "| without b | – (2 of 2 failed) |  | – | – | not reached | – | w |" in text
         and "Left out: x is not." in text
     )
     assert "3.0000 (1 of 2 failed) | -1.0000 |" in text and "Failed: without a, seed 1: NaN" in text
@@ -318,7 +318,7 @@ def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys)
     )
     assert softcap["reached"] == 2 and softcap["target_ratio"]["n"] == 2
     assert result["variants"]["softcap"] == dict(
-        label="without softcap", what=ablate.PIECES["softcap"].what, fields=dict(softcap=[])
+        label="without softcap", what=subject.help_of("softcap"), fields=dict(softcap=[])
     )
     text = table.read_text()
     assert "| with smear |" in text and "| without softcap |" in text and "(smear=True) |" in text
