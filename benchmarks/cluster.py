@@ -27,9 +27,8 @@ is all-reduced across nodes, and the weights are all-gathered inside each node; 
 is all-reduced over all ranks, as is the guard's report. An all-reduce is twice the bytes. Adam's
 count once in adam_every steps; while the head is the embedding as well, the one of its own has no
 gradient. Where nodes of k do not make n, the optimizer is divided by n, in one ring. Collectives
-begin when backward has ended, so that only updates can hide them: --overlap 0.5 hides half, for as
-long as they take; the default is none. Time to target is the track's steps; validation and
-start-up are not on its clock. Memory is taken to suffice.
+begin when backward has ended, and nothing of them is taken to be hidden. Time to target is the
+track's steps; validation and start-up are not on its clock. Memory is taken to suffice.
 
 Without a measurement: the public record (modded-nanogpt, one H100): 29 ms + 1.534 us a token,
 fitted to its logs at three batches. All 29 ms are shared: they are the optimizer and eight passes
@@ -45,7 +44,7 @@ from pathlib import Path
 
 from base import InputError
 from benchmarks import subject
-from benchmarks.options import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE
+from benchmarks.options import COUNT, POSITIVE
 from benchmarks.report import document, say, table
 from benchmarks.synthetic import vocabulary
 
@@ -56,7 +55,7 @@ class Cost(typing.NamedTuple):
     us_per_token: float
     shared_ms: float
     fixed_ms: float
-    source: str = "given"
+    source: str = ""
 
 
 class Links(typing.NamedTuple):
@@ -152,27 +151,25 @@ def communication_ms(collectives, n, links):
     return total
 
 
-def step_ms(rows, row_len, n, cost, collectives, links=LINKS, overlap=0.0):
+def step_ms(rows, row_len, n, cost, collectives, links=LINKS):
     """{term: ms} of a step; they sum to it."""
     tokens = rows * row_len / n  # of a rank, on average
     most = -(-rows // n) * row_len
-    shared = cost.shared_ms / shards(n, links.node)
-    wire = communication_ms(collectives, n, links)
     return dict(
         compute=cost.us_per_token * tokens / 1e3,
         idle=cost.us_per_token * (most - tokens) / 1e3,
-        shared=shared,
+        shared=cost.shared_ms / shards(n, links.node),
         fixed=cost.fixed_ms,
-        communication=wire - min(overlap * wire, shared),
+        communication=communication_ms(collectives, n, links),
     )
 
 
-def predict(c, parameters, n, cost, links, overlap=0.0, dollars=None):
+def predict(c, parameters, n, cost, links, dollars=None):
     """One line of the table: ms by stage and term, seconds to target, dollars, the largest term."""
     stages = []
     for stage, steps in collections.Counter(subject.schedule(c)).items():
         collectives = collectives_of(c, parameters, n, links.node, stage.model.tied)
-        terms = step_ms(stage.rows, c.row_len, n, cost, collectives, links, overlap)
+        terms = step_ms(stage.rows, c.row_len, n, cost, collectives, links)
         stages.append(
             dict(
                 tokens=stage.rows * c.row_len,
@@ -209,10 +206,9 @@ def cost_from(path, params):
         measured = result["params"]
     except OSError as e:
         raise InputError(f"--from {path}: {e.strerror}") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError(
-            f"--from {path}: expected the JSON of ./run.sh benchmarks trainer"
-        ) from None
+    except (ValueError, LookupError, AttributeError, TypeError):
+        expected = "the JSON of ./run.sh benchmarks trainer"
+        raise InputError(f"--from {path}: expected {expected}") from None
     if world_size != 1 or not fit:
         raise InputError(
             f"--from {path}: expected one rank at two or more sizes, found {world_size} and "
@@ -229,48 +225,31 @@ def cost_from(path, params):
     return Cost(fit["us_per_token"], shared, whole - shared, source)
 
 
-def cost_of(c, params, results, us_per_token):
-    """What there is to begin with: a measurement, a number given, or the public record's."""
-    if results:
-        return cost_from(results, params)
-    if us_per_token is not None:
-        return Cost(us_per_token, 0.0, 0.0, "given")
-    if (c.n_layer, c.n_embd, c.tokenizer) == (11, 768, "gpt2"):
-        return RECORD
-    raise InputError(f"no measurement of {c.track} as configured: give --from or --us-per-token")
-
-
 def run(
     gpus=8,
     nodes=1,
     results=None,
-    us_per_token=None,
-    shared_ms=None,
-    fixed_ms=None,
     link=LINKS.link,
     network=LINKS.network,
-    overlap=0.0,
     dollars_per_gpu_hour=None,
     trainer_options=(),
 ):
-    """dict(track, cost, links, overlap, predicted=see predict(), table=[the same from 1 to 1,024
-    GPUs])."""
+    """dict(track, cost, links, predicted=see predict(), table=[the same from 1 to 1,024 GPUs])."""
     options = list(trainer_options)
     if "--track" not in options:
         options = ["--track", "gpt2-small", *options]
     c = subject.parse(options)
     parameters = subject.parameters(c, vocabulary(c.data, c.tokenizer))
     params = sum(p.count for p in parameters)
-    cost = cost_of(c, params, results, us_per_token)
-    given = dict(us_per_token=us_per_token, shared_ms=shared_ms, fixed_ms=fixed_ms)
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and cost.source != "given":
-        given["source"] = f"{cost.source}; given: {', '.join(given)}"
-    cost = cost._replace(**given)
+    cost = RECORD
+    if results:
+        cost = cost_from(results, params)
+    elif (c.n_layer, c.n_embd, c.tokenizer) != (11, 768, "gpt2"):
+        raise InputError(f"no measurement of {c.track} as configured: give --from FILE")
     links = Links(link, network, gpus)
 
     def line(n):
-        return predict(c, parameters, n, cost, links, overlap, dollars_per_gpu_hour)
+        return predict(c, parameters, n, cost, links, dollars_per_gpu_hour)
 
     result = dict(
         track=c.track,
@@ -279,7 +258,6 @@ def run(
         row_len=c.row_len,
         cost=cost._asdict(),
         links=links._asdict(),
-        overlap=overlap,
         predicted=line(gpus * nodes),
         table=[line(2**i) for i in range(11)],
     )
@@ -313,8 +291,7 @@ def render(result):
         f"Cost: {cost['source']}. Per rank {cost['us_per_token']:.3f} us a token and "
         f"{cost['fixed_ms']:.2f} ms, and {cost['shared_ms']:.2f} ms divided by the ranks of a "
         f"node. Links: {links['link']:g} GB/s inside a node, {links['network']:g} GB/s a GPU "
-        f"between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a step and rank, "
-        f"{result['overlap']:.0%} of it hidden behind the updates.",
+        f"between nodes of {links['node']}; {p['bytes'] / 1e6:,.0f} MB a step and rank.",
         f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU "
         f"hours{dollars}; most of it is {p['dominates']}.",
         table(["tokens a step", "steps", "ms", *TERMS], stages),
@@ -327,12 +304,6 @@ def add_arguments(parser):
     parser.option("--nodes", COUNT, 1, "N", "of them")
     about = "JSON of `./run.sh benchmarks trainer --tokens ...` on one rank"
     parser.option("--from", Path, None, "FILE", about, dest="results")
-    about = "in its place: microseconds of forward and backward per token"
-    parser.option("--us-per-token", POSITIVE, None, "X", about)
-    about = "milliseconds of a step on one rank that a node's divide: the optimizer"
-    parser.option("--shared-ms", NOT_NEGATIVE, None, "X", about)
-    about = "milliseconds of a step that every rank has"
-    parser.option("--fixed-ms", NOT_NEGATIVE, None, "X", about)
     about = (
         "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, issue 326), A100 235 "
         "(NCCL's tuning.cc); PCIe 4 x16 is below 32"
@@ -340,6 +311,4 @@ def add_arguments(parser):
     parser.option("--link", POSITIVE, LINKS.link, "GB/S", about)
     about = "network of each GPU between nodes: 400 Gb/s is 50"
     parser.option("--network", POSITIVE, LINKS.network, "GB/S", about)
-    about = "fraction of communication hidden behind the updates"
-    parser.option("--overlap", FRACTION, 0.0, "F", about)
     parser.option("--dollars-per-gpu-hour", POSITIVE, None, "X", "price")

@@ -56,5 +56,3 @@ def value(kind, valid, expected):
 
 COUNT = value(int, lambda n: n >= 1, "1 or more")
 POSITIVE = value(float, lambda x: 0 < x < math.inf, "a number above 0")
-NOT_NEGATIVE = value(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
-FRACTION = value(float, lambda x: 0 <= x <= 1, "a fraction")
