@@ -29,7 +29,7 @@ from kernels.quantize import quantize_reference
 SHAPES = [
     (0, 96, 384),
     (1, 96, 384),
-    (300, 96, 384),
+    (140, 96, 272),
     (3, 100, 40),
     (199, 100, 40),
     (199, 64, 256),
@@ -272,7 +272,7 @@ def fp8_inputs(*rows, K, N, post_scale=1 / 32):
     return x, up, down, pair(x), pair(up), pair(down.T), torch.tensor(post_scale, device=DEVICE)
 
 
-@pytest.mark.parametrize("shape", [(1, 96, 384), (300, 96, 384), (199, 48, 80), (2, 5, 64, 256)])
+@pytest.mark.parametrize("shape", [(1, 96, 384), (140, 96, 272), (199, 48, 80), (2, 5, 64, 256)])
 def test_fp8_multiplies_quantises_and_finds_the_maximum(shape, kernel):
     *rows, K, N = shape
     *inputs, x8, up8, down8, post_scale = fp8_inputs(*rows, K=K, N=N)
