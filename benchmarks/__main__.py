@@ -4,14 +4,15 @@ The result is one JSON object on stdout, progress goes to stderr. Options of tra
 benchmark takes are those of ./run.sh train --help. docs/benchmarks.md says what was measured.
 """
 
-# A benchmark is a module here with run(**options) -> dict, and where it needs them:
+# A benchmark is a module here with run(**options) -> dict, render(result) -> its Markdown,
+# and where it needs them:
 #     add_arguments(parser)   its own options, named like run's arguments
-#     render(result) -> str   the result in Markdown, for --table
 #     unavailable() -> str    why it cannot run on this machine, or None
 # run may take save, a function to give the result to as it grows, so that a run cut short leaves
 # what it had; previous, what --json FILE holds already, to go on from; and trainer_options, the
 # options that are not the benchmark's own. Bad input is an InputError.
 
+import functools
 import importlib
 import inspect
 import json
@@ -43,10 +44,14 @@ def module_of(name):
     return importlib.import_module(f"benchmarks.{name}")
 
 
+def takes(name):
+    """The arguments of a benchmark's run()."""
+    return inspect.signature(module_of(name).run).parameters
+
+
 def unavailable(name):
     """Why a benchmark cannot run on this machine, or None."""
-    module = module_of(name)
-    return module.unavailable() if hasattr(module, "unavailable") else None
+    return getattr(module_of(name), "unavailable", lambda: None)()
 
 
 def load(name, path):
@@ -81,7 +86,7 @@ def run(name, save, **options):
     """Run one benchmark; returns its result with what it was measured on. save gets it as it
     grows."""
     head = head_of(name)
-    if "save" in inspect.signature(module_of(name).run).parameters:
+    if "save" in takes(name):
         options["save"] = lambda result: save(head | result)
     return head | module_of(name).run(**options)
 
@@ -89,28 +94,24 @@ def run(name, save, **options):
 def run_all(save):
     """Of ALL what this machine can run; what fails is one line."""
     result = head_of("all") | dict(results={})
-    results = result["results"]
 
-    def part(name):
-        def save_part(growing):
-            results[name] = growing
-            save(result)
-
-        return save_part
+    def keep(name, part):
+        result["results"][name] = part
+        save(result)
 
     for name in ALL:
         try:
             reason = unavailable(name)
             if reason:
-                results[name] = dict(skipped=reason)
-            else:
-                say(f"--- {name}")
-                results[name] = run(name, part(name), **OPTIONS.get(name, {}))
+                keep(name, dict(skipped=reason))
+                continue
+            say(f"--- {name}")
+            options = OPTIONS.get(name, {})
+            keep(name, run(name, functools.partial(keep, name), **options))
         except (Exception, SystemExit) as e:
             error = f"{type(e).__name__}: {' '.join(str(e).split())}"[:240]
-            results[name] = dict(error=error)
             say(f"{name}: {error}")
-        save(result)
+            keep(name, dict(error=error))
     return result
 
 
@@ -121,49 +122,36 @@ def render(result):
     parts = []
     for name, r in result["results"].items():
         line = r.get("error") or r.get("skipped")
-        if not line and hasattr(module_of(name), "render"):
-            parts.append(render(r))
-        else:
-            parts.append(f"# {name}\n\n{line or 'see the JSON'}\n")
+        parts.append(f"# {name}\n\n{line}\n" if line else render(r))
     return "\n".join(parts)
 
 
-def make_parser(argv):
-    """The command line; only the benchmark that argv names has its options, since importing all
-    of them would take seconds."""
+def parse(argv):
+    """The command line as a dict: name, json, table, options of the benchmark's run(), rest (the
+    trainer's options). Only the benchmark that argv names has its options, since importing all
+    of them would take seconds. Raises InputError."""
     parser = Parser(prog="./run.sh benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     everything = f"those of {', '.join(ALL)} that this machine can run, in one JSON"
     chosen = next((arg for arg in argv if not arg.startswith("-")), None)
     for name, about in dict(BENCHMARKS, all=everything).items():
         module = module_of(name) if name == chosen and name != "all" else None
-        text = module.__doc__ if module else about
-        sub = names.add_parser(name, help=about, description=text)
+        sub = names.add_parser(name, help=about, description=module.__doc__ if module else about)
         sub.option("--json", Path, None, "FILE", "write the result here instead of stdout")
-        if name == "all" or hasattr(module, "render"):
-            sub.option("--table", Path, None, "FILE.md", "write the result as Markdown, too")
+        sub.option("--table", Path, None, "FILE.md", "write the result as Markdown, too")
         if hasattr(module, "add_arguments"):
             module.add_arguments(sub)
-    return parser
-
-
-def parse(argv):
-    """(benchmark, --json, --table, {option of run(): value}, the trainer's options) of a command
-    line. Raises InputError."""
-    options, rest = make_parser(argv).parse_known_args(argv)
+    options, rest = parser.parse_known_args(argv)
     options = vars(options)
-    name = options.pop("name")
-    json_file = options.pop("json")
-    table = options.pop("table", None)
-    takes = inspect.signature(module_of(name).run).parameters if name != "all" else ()
-    if rest and "trainer_options" not in takes:
+    given = {key: options.pop(key) for key in ("name", "json", "table")}
+    if rest and (given["name"] == "all" or "trainer_options" not in takes(given["name"])):
         raise InputError(f"unrecognized arguments: {' '.join(rest)}")
-    return name, json_file, table, options, rest
+    return dict(given, options=options, rest=rest)
 
 
 def main(argv=None):
     """Parse, run the benchmark, write its result. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    json_file = None
 
     def write(path, text):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,20 +160,23 @@ def main(argv=None):
     def save(result):
         if json_file:
             write(json_file, json.dumps(result, indent=1) + "\n")
-        if table:
-            write(table, render(result))
+        if given["table"]:
+            write(given["table"], render(result))
 
     try:
-        name, json_file, table, options, rest = parse(argv)
+        given = parse(sys.argv[1:] if argv is None else argv)
+        name = given["name"]
+        json_file = given["json"]
+        options = given["options"]
         if name == "all":
             result = run_all(save)
         else:
             reason = unavailable(name)
             if reason:
                 raise InputError(reason)
-            if rest:
-                options["trainer_options"] = rest
-            if json_file and "previous" in inspect.signature(module_of(name).run).parameters:
+            if given["rest"]:
+                options["trainer_options"] = given["rest"]
+            if json_file and "previous" in takes(name):
                 options["previous"] = load(name, json_file)
             result = run(name, save, **options)
         save(result)

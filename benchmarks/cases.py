@@ -69,7 +69,6 @@ class Case:
     work: dict  # direction -> least bytes, or FLOPs
     leaves: tuple = ()  # which inputs get gradients; none: forward only
     unit: str = "bytes"
-    peak_bytes: float = 0  # of the hungriest variant, where that is many times the inputs
 
 
 class Draw:
@@ -214,7 +213,6 @@ def softcap_cross_entropy(s):
         beside("kernels.cross_entropy.softcap_cross_entropy", cap=CAP),
         {INFERENCE: 2 * logits, BOTH: 4 * logits},
         leaves=(0,),
-        peak_bytes=30 * logits,
     )
 
 
@@ -237,14 +235,13 @@ def linear_cross_entropy(s):
         {INFERENCE: product, BOTH: 3 * product},
         leaves=(0, 1),
         unit="FLOPs",
-        peak_bytes=34 * s.tokens * s.vocab,
     )
 
 
 # --- linear layers
 
 
-def products(s, matrices, n, variants, peak_bytes=0):
+def products(s, matrices, n, variants):
     """Rows times so many matrices (n, width): a product each forward, two backward."""
 
     def inputs(draw):
@@ -258,7 +255,6 @@ def products(s, matrices, n, variants, peak_bytes=0):
         three(matrices * product, 2 * matrices * product),
         leaves=tuple(range(1 + matrices)),
         unit="FLOPs",
-        peak_bytes=peak_bytes,
     )
 
 
@@ -284,7 +280,7 @@ def fp8_linear(s, n):
         ),
         "stopwatch, dynamic": Variant(of(path), MIXED, tolerance=0.1),
     }
-    return products(s, 1, n, variants, peak_bytes=8 * s.tokens * n)
+    return products(s, 1, n, variants)
 
 
 def quantize(s, transpose):
@@ -309,7 +305,6 @@ def transpose_copy(s):
         lambda draw: (draw(s.tokens, s.vocab, dtype=torch.float8_e5m2),),
         variants,
         {FORWARD: 2 * elements},
-        peak_bytes=6 * elements,
     )
 
 
@@ -442,7 +437,6 @@ def attention(s, window):
         three(4 * D * H * pairs, 10 * D * H * pairs),
         leaves=(0, 1, 2),
         unit="FLOPs",
-        peak_bytes=32 * s.tokens * H * 2 * window,
     )
 
 

@@ -152,28 +152,29 @@ def training(folder, repeats, options):
     c = subject.parse([*options, "--sample-tokens", "0"])
     c = subject.change(c, target=None, steps=STEPS, eval_every=STEPS, val_tokens=c.val_row_len)
     pairs = []
-    trainer = None
     with tempfile.TemporaryDirectory(dir=folder, prefix="checkpoint-") as here:
-        for i in range(repeats + 1):  # the first one warms up
-            pair = {}
-            for every in ("off", str(EVERY)):
-                run_dir = Path(here) / f"{i}-{every}"
-                with contextlib.ExitStack() as closing:
-                    log = closing.enter_context(Log(run_dir, STEPS))
-                    checkpoints = Checkpoints(run_dir / "checkpoints", say=log.say)
-                    closing.enter_context(contextlib.closing(checkpoints))
-                    if trainer is None:
-                        trainer = subject.Subject(c, subject.World(), log)
-                        trainer.warm_up(log)
+        with Log(Path(here) / "log", STEPS) as log:
+            trainer = subject.Subject(c, subject.World(), log)
+            trainer.warm_up(log)
+
+        def run(name, every):
+            """(seconds of the training clock, bytes of one checkpoint) of a run."""
+            run_dir = Path(here) / name
+            with Log(run_dir, STEPS) as log:
+                checkpoints = Checkpoints(run_dir / "checkpoints", say=log.say)
+                with contextlib.closing(checkpoints):
                     result = trainer.run(log, checkpoints=checkpoints, every=every)
-                    pair[every] = result["train_time_s"]
-            # two are kept
-            size = sum(p.stat().st_size for p in run_dir.rglob("state.safetensors")) / 2
-            if i:
-                pairs.append(dict(without=pair["off"], with_checkpoints=pair[str(EVERY)]))
+            size = sum(p.stat().st_size for p in run_dir.rglob("state.safetensors"))
+            return result["train_time_s"], size / 2  # two are kept
+
+        for i in range(repeats + 1):
+            without, _ = run(f"{i}-without", "off")
+            seconds, size = run(f"{i}-with", str(EVERY))
+            if i:  # the first pair warms up
+                pairs.append(dict(without=without, with_checkpoints=seconds))
                 say(
-                    f"pair {i}/{repeats}: {STEPS} steps {pair['off']:.2f} s, with checkpoints "
-                    f"{pair[str(EVERY)]:.2f} s"
+                    f"pair {i}/{repeats}: {STEPS} steps {without:.2f} s, with checkpoints "
+                    f"{seconds:.2f} s"
                 )
     prices = sorted((p["with_checkpoints"] - p["without"]) / (STEPS // EVERY - 1) for p in pairs)
     return dict(

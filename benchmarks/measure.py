@@ -28,7 +28,6 @@ class Machine:
     device: torch.device
     clock: object
     cache_bytes: int = 0
-    memory_bytes: float = math.inf
     graphs: bool = False
     seconds: float = 0.3  # of timing for all variants of a case in one direction
     rates: dict = dataclasses.field(default_factory=dict)
@@ -181,7 +180,7 @@ class Measurement:
             try:
                 s.capture(pool)
             except Exception as e:
-                raise Lost(one_line(e)) from None
+                raise Lost(f"{variant}, {direction}: {one_line(e)}") from None
         s.run()
         return s
 
@@ -261,17 +260,7 @@ def call_of(case, fn, sets, upstream, direction):
     return lambda i: backward(case, outputs[i], sets[i], upstream[i], retain=True)
 
 
-def fit(build, size, memory_bytes):
-    """The case at size.tokens, or at the largest power-of-two part of them that memory is enough
-    for."""
-    while True:
-        case = build(size)
-        if case.peak_bytes <= 0.8 * memory_bytes or size.tokens < 256:
-            return case, size.tokens
-        size = size._replace(tokens=size.tokens // 2)
-
-
-def measured_rates(machine, n=8192, elements=2**30):
+def measured_rates(machine, n=8192, elements=2**28):
     """{"copy": bytes/s, "bf16": FLOP/s, "fp8": FLOP/s} of a copy and of n x n products; None for
     what fails.
 
@@ -281,7 +270,7 @@ def measured_rates(machine, n=8192, elements=2**30):
     draw = Draw(machine.device)
 
     def copy():
-        x = draw(elements if machine.memory_bytes > 16e9 else elements // 4)
+        x = draw(elements)
         y = torch.empty_like(x)
         return lambda i: y.copy_(x), 2 * x.numel() * x.element_size()
 
@@ -329,7 +318,6 @@ def work(plan, deadline, saw):
         device=torch.device("cuda"),
         clock=timing.CudaClock(),
         cache_bytes=torch.cuda.get_device_properties(0).L2_cache_size,
-        memory_bytes=torch.cuda.mem_get_info()[0],
         graphs=True,
     )
     rows = []
@@ -356,14 +344,7 @@ def work_off(plan, deadline, machine, rows, saw, size=GPT2_SMALL):
             continue
         try:
             torch._dynamo.reset()
-            asked = size._replace(tokens=tokens)
-            case, fitting = fit(CASES[name], asked, machine.memory_bytes)
-            rows += measure(name, case, fitting, machine)
-            if fitting != tokens:
-                memory = f"{machine.memory_bytes / 1e9:.0f} GB"
-                error = f"too many for {memory}: measured with {fitting:,}"
-                rows.append(failure(name, tokens, error))
-            case = None
+            rows += measure(name, CASES[name](size._replace(tokens=tokens)), tokens, machine)
             machine.clean()
         except Lost as e:
             reason = str(e)

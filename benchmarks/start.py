@@ -9,8 +9,7 @@ Triton's kernels: the first run finds it empty (cold), the second finds it fille
 stops after its first step. Functions of the trainer are timed from outside; what one spends in
 another that is timed counts there alone, so the phases sum to the total:
     interpreter     the process starts, Python is ready
-    imports         train_gpt and all that it imports; by package from a third run with
-                    python -X importtime
+    imports         train_gpt and all that it imports
     arguments       options, the track, looking for GPUs
     data            text into tokens, or the download; opening the loaders
     kernels         choosing and probing the ops
@@ -28,9 +27,7 @@ measured.
 import importlib
 import json
 import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -142,28 +139,9 @@ def start(argv, cache, synthetic):
         return json.loads(result.read_text())
 
 
-def watched_imports():
-    """What python -X importtime says of the trainer's imports."""
-    command = [sys.executable, "-X", "importtime", "-c", "import train_gpt"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
-
-
-IMPORTED = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|\s*([\w.]+)")
-
-
-def imports(text, most=8):
-    """Output of python -X importtime -> [(package, seconds of its own modules), ...], the
-    slowest first."""
-    packages = {}
-    for own, _, name in IMPORTED.findall(text):
-        package = name.split(".")[0]
-        packages[package] = packages.get(package, 0.0) + int(own) / 1e6
-    return sorted(packages.items(), key=lambda item: -item[1])[:most]
-
-
 def run(repeats=1, synthetic_data=False, trainer_options=(), save=lambda result: None):
-    """dict(options, cold={phase: seconds}, warm=..., totals={cold: [s], warm: [s]}, imports);
-    phases are medians."""
+    """dict(options, cold={phase: seconds}, warm=..., totals={cold: [s], warm: [s]}); phases are
+    medians."""
     import torch
 
     options = list(trainer_options)
@@ -177,7 +155,7 @@ def run(repeats=1, synthetic_data=False, trainer_options=(), save=lambda result:
                 phases.append(start(options, cache, synthetic_data))
                 say(f"{state}: {sum(phases[-1].values()):.2f} s to the end of the first step")
     totals = {state: [sum(p.values()) for p in starts] for state, starts in runs.items()}
-    result = dict(options=options, totals=totals, imports=imports(watched_imports()))
+    result = dict(options=options, totals=totals)
     for state, starts in runs.items():
         result[state] = {}
         for phases in starts:
@@ -198,13 +176,11 @@ def render(result):
         rows.append([name, number(cold.get(name), ".2f"), number(warm.get(name), ".2f")])
     totals = [statistics.median(result["totals"][state]) for state in ("cold", "warm")]
     rows.append(["**total**", *(f"**{total:.2f}**" for total in totals)])
-    slowest = ", ".join(f"{name} {seconds:.2f}" for name, seconds in result["imports"])
     return document(
         f"# Start-up: ./run.sh {' '.join(result['options'])}".rstrip(),
         f"Seconds from the command to the end of the first step, {len(result['totals']['cold'])} "
         "of each (medians).",
         table(["phase", "cold", "warm"], rows),
-        f"Imports by package, s of their own (slowed by being watched): {slowest}.",
     )
 
 

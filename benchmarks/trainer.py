@@ -212,29 +212,19 @@ def render(result):
     parts = []
     for s in result["stages"]:
         tied = ", tied" if s["tied"] else ""
-        steps.append(
-            [
-                f"{s['tokens']:,}",
-                ", ".join(map(str, s["windows"])),
-                s["max_doc_len"],
-                s["passes"],
-                f"{s['n_targets']}{tied}",
-                f"{s['ms']:,.2f} ({s['p20']:,.2f}–{s['p80']:,.2f})",
-                f"{s['tokens_per_s']:,.0f}",
-                f"{s['peak_share']:.1%}",
-                f"{s['peak_memory_bytes'] / 1e9:.2f} GB",
-            ]
-        )
+        cells = [f"{s['tokens']:,}", ", ".join(map(str, s["windows"])), s["max_doc_len"]]
+        cells += [s["passes"], f"{s['n_targets']}{tied}"]
+        cells.append(f"{s['ms']:,.2f} ({s['p20']:,.2f}–{s['p80']:,.2f})")
+        cells += [f"{s['tokens_per_s']:,.0f}", f"{s['peak_share']:.1%}"]
+        steps.append([*cells, f"{s['peak_memory_bytes'] / 1e9:.2f} GB"])
         cells = [f"{ms:,.2f} ({ms / s['profiled_ms']:.0%})" for ms in s["parts"].values()]
         parts.append([f"{s['tokens']:,}", *cells, f"{s['profiled_ms']:,.2f}"])
     header = ["tokens a step", "windows", "documents to", "passes", "targets", "ms (p20–p80)"]
     header += ["tokens/s", "of peak", "peak memory"]
     line = ""
     if result["fit"]:
-        fixed = f"{result['fit']['fixed_ms']:.2f} ms"
-        line = (
-            f"Least squares: {fixed} + {result['fit']['us_per_token']:.3f} us per token and rank."
-        )
+        line = "Least squares: {fixed_ms:.2f} ms + {us_per_token:.3f} us per token and rank."
+        line = line.format(**result["fit"])
     return document(
         f"# Trainer: {result['track']} on {result['world_size']} x {result['device']}",
         f"{result['params'] / 1e6:.1f}M parameters, {result['dtype']}, "

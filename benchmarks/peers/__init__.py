@@ -65,8 +65,8 @@ def run(
     save=lambda result: None,
     **given,
 ):
-    """dict(text, split, ..., peers={name: dict(rounds=[...], medians, ratios) or dict(skipped)},
-    equal_shape); save is given the same as it grows. Of modded-nanogpt, what its compare() gives.
+    """dict(text, split, ..., peers={name: dict(rounds=[...], medians, ratios) or dict(skipped)});
+    save is given the same as it grows. Of modded-nanogpt, what its compare() gives.
 
     given: folders of checkouts by the peer's name, and peers' own options.
     """
@@ -96,13 +96,8 @@ def compare(peers, task, rounds, options, save):
 
     theirs = size_of(task.val, task.unit)
     own, same = task.our_validation()
-    if same:
-        say(f"validation: {theirs:,} {task.unit}s, the same in all trainers")
-    else:
-        say(
-            f"validation: {theirs:,} {task.unit}s, not the same as our {own:,}: "
-            "losses compare roughly"
-        )
+    how = "the same" if same else f"not the same as our {own:,}: losses compare roughly"
+    say(f"validation: {theirs:,} {task.unit}s, {how}")
     result = dict(
         text=dict(name=task.name, unit=task.unit, train=size_of(task.train, task.unit), val=theirs),
         metric=task.metric,
@@ -114,7 +109,6 @@ def compare(peers, task, rounds, options, save):
         options=options,
         torch=dict(ours=torch.__version__),
         peers={},
-        equal_shape=None,
     )
 
     def give_up(name, reason):
@@ -134,7 +128,6 @@ def compare(peers, task, rounds, options, save):
             result["torch"][peer.name] = there["torch"]
             result["peers"][peer.name] = dict(commit=peer.commit(), command=command, rounds=[])
 
-    shapes = {}
     for n in range(rounds):
         for peer in peers:
             there = result["peers"][peer.name]
@@ -145,11 +138,6 @@ def compare(peers, task, rounds, options, save):
                 there["rounds"].append(one_round(peer, task, options))
                 there |= summarise(there["rounds"], peer.compiled)
                 save(result)
-                if peer.name not in shapes:
-                    shapes[peer.name] = peer.equal_shape(task, options)
-                if shapes[peer.name]:
-                    result["equal_shape"] = shapes[peer.name].round()
-                    save(result)
             except InputError as e:
                 give_up(peer.name, str(e))
     if not any(there.get("rounds") for there in result["peers"].values()):
@@ -209,7 +197,7 @@ def summarise(rounds, compiled):
 
 
 def render(result):
-    """A table for each peer, ours below it; the step times of the equal shape."""
+    """A table for each peer, ours below it."""
     for name in names():
         if result.get(name) is True:  # a comparison of its own
             return module_of(name).render(result)
@@ -231,8 +219,6 @@ def render(result):
     ]
     for name, there in result["peers"].items():
         blocks += [f"## {name}", *blocks_of(name, there, result)]
-    if result["equal_shape"]:
-        blocks += blocks_of_shape(result["equal_shape"])
     return document(*blocks)
 
 
@@ -263,46 +249,25 @@ def blocks_of(name, there, result):
 
 def times_as_long(name, there):
     """The ratios in words."""
-    ratios = there["ratios"]
     row = there["rounds"][0]
     dtypes = f"Ours in {row['first']['dtype']}."
     if row["peer"].get("dtype"):
         dtypes = f"{name} in {row['peer']['dtype']}, ours in {row['first']['dtype']}."
-    later = ""
-    if ratios["again"]:
-        later = f", {number(ratios['again'])} against later ones"
+    ratios = {key: number(ratio) for key, ratio in there["ratios"].items()}
     return (
         f"Rounds: {len(there['rounds'])}, medians. {dtypes} {name} takes this many times as long: "
-        f"training {number(ratios['training'])} ({number(ratios['interpolated'])} by a line "
-        f"between our validations), process {number(ratios['first'])} against our first "
-        f"start{later}."
+        f"training {ratios['training']} ({ratios['interpolated']} by a line between our "
+        f"validations), process {ratios['first']} against our first start, {ratios['again']} "
+        "against later ones."
     )
 
 
 def end_of(name, loss, target):
     """Where the peer ended, beside the track's target."""
-    said = f"The track's target is {target:g}: {name} ended"
-    if loss <= target:
-        return f"{said} {target - loss:.4f} below it."
-    return (
-        f"{said} {loss - target:.4f} above it. The times are to its loss; "
-        f"--{name}-options num-iterations=N gives it more steps."
-    )
-
-
-def blocks_of_shape(shape):
-    """What render() says of the equal shape."""
-    base = shape["median_ms"].get("ours")
-    rows = []
-    for way, ms in shape["median_ms"].items():
-        of_ours = ms / base if base else None
-        rows.append([way, f"{ms:.2f}", f"{shape['us_per_token'][way]:.1f}", number(of_ours, ".2f")])
-    return [
-        "## Equal shape",
-        f"4 layers, 128 wide, 4 heads, {shape['tokens']} tokens a step, in turns.",
-        table(["", "ms/step", "us/token", "of ours"], rows),
-        [f"{way}: {error}" for way, error in shape["errors"].items()],
-    ]
+    where = f"{target - loss:.4f} below it"
+    if loss > target:
+        where = f"{loss - target:.4f} above it"
+    return f"The track's target is {target:g}: {name} ended {where}. The times are to its loss."
 
 
 def add_arguments(parser):

@@ -171,10 +171,6 @@ class Peer:
         """What all are to train on, prepared in this folder."""
         return TextFile(text, folder)
 
-    def equal_shape(self, task, options):
-        """A comparison of step times at one shape, turn by turn, where the peer has one."""
-        return None
-
     def train(self, task, folder):
         """Prepare the text, train, evaluate: one run's numbers."""
         self.copy(folder)
@@ -217,10 +213,9 @@ class TextFile:
         """Raises InputError for text that cannot be used; folder: to work in."""
         try:
             self.text = Path(text).read_text(encoding="utf-8")
-        except OSError as e:
-            fail(f"--text {text}: {e.strerror}; expected a file of text")
-        except UnicodeDecodeError:
-            fail(f"--text {text}: not UTF-8; expected a file of text")
+        except (OSError, UnicodeDecodeError) as e:
+            said = e.strerror if isinstance(e, OSError) else "not UTF-8"
+            fail(f"--text {text}: {said}; expected a file of text")
         if len(self.text) < LEAST_TEXT:
             fail(f"--text {text}: {len(self.text):,} characters; expected {LEAST_TEXT:,} or more")
         self.name = Path(text).name

@@ -51,7 +51,6 @@ def quick(around, monkeypatch):
     monkeypatch.setattr(gpt.Checkout, "evaluate", lambda self, task: found)
     monkeypatch.setattr(gpt.Checkout, "modules", ())
     monkeypatch.setattr(chat.Checkout, "modules", ("pyarrow", "rustbpe", "wandb"))
-    monkeypatch.setattr(gpt, "SHAPE_TURNS", 1)
     monkeypatch.setenv("NO_TORCH", "1")
     return around
 
@@ -102,12 +101,7 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
 
     # everything in the order of the rounds, without GPUs
     made = calls(around)
-    kinds = [
-        line.split()[0]
-        + (" shape" if "--value-embed-layers" in line or "eval_iters=1 " in line else "")
-        for line in made
-    ]
-    assert kinds == ["nanogpt", "ours", "ours"] + 4 * ["nanogpt shape", "ours shape"]
+    assert [line.split()[0] for line in made] == ["nanogpt", "ours", "ours"]
     assert all(line.endswith("gpu=''") for line in made)
     assert (
         "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=40 "
@@ -151,20 +145,8 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
         / sum(r["again"]["process_s"] for r in there["rounds"])
     )
 
-    shape = result["equal_shape"]
-    assert {way: len(ms) for way, ms in shape["ms"].items()} == dict.fromkeys(
-        ("nanoGPT", "ours", "nanoGPT, --compile=True", "ours, float32"), 2
-    )
-    assert shape["median_ms"] == pytest.approx(
-        {"nanoGPT": 40, "ours": 100, "nanoGPT, --compile=True": 40, "ours, float32": 200}
-    )
-    assert shape["us_per_token"]["ours"] == pytest.approx(1e5 / 768) and not shape["errors"]
     err = capsys.readouterr().err
-    assert (
-        table.read_text() in err
-        and "| ours, float32 | 200.00 |" in err
-        and "training 0.7 (0.8 by a line" in err
-    )
+    assert table.read_text() in err and "training 0.7 (0.8 by a line" in err
     assert "`--n-layer 3`" in err and "round 1 of 1" in err
 
 
@@ -212,7 +194,6 @@ def test_nanochat_and_ours(around):
     assert (
         there["ratios"]["first"] > 0 and there["ratios"]["again"] is None
     )  # it would start faster the next time
-    assert result["equal_shape"] is None
     made = calls(around)
     assert [line.split()[0] for line in made] == ["tok_train", "nanochat", "ours", "ours"]
     assert "--vocab-size=265" in made[0] and all(
@@ -373,7 +354,7 @@ def test_laptop_says_where_nanochat_ended(around, stdlib, monkeypatch):
     assert "--target 1.530000" in calls(around)[-1] and "(not reached)" in peers.render(result)
     assert set(result["peers"]["nanochat"]["ratios"].values()) == {None}
     for loss, said in (
-        (1.53, "nanochat ended 0.0300 above it. The times are to its loss;"),
+        (1.53, "nanochat ended 0.0300 above it. The times are to its loss."),
         (1.5, "nanochat ended 0.0000 below it."),
         (1.48, "nanochat ended 0.0200 below it."),
     ):
@@ -403,7 +384,6 @@ def test_a_missing_package_skips_that_peer_only(quick, monkeypatch, capsys):
     # whether or not it is installed here
     missing = "raise ModuleNotFoundError(\"No module named 'rustbpe'\")\n"
     (checkout("nanochat", quick / "chat") / "rustbpe.py").write_text(missing)
-    monkeypatch.setenv("NO_COMPILER", "1")  # and a way of running the shape that fails is left out
     result = peers.run(
         quick / "text.txt",
         nanogpt=checkout("nanogpt", quick / "gpt"),
@@ -415,10 +395,6 @@ def test_a_missing_package_skips_that_peer_only(quick, monkeypatch, capsys):
         "No module named 'rustbpe')"
     )
     assert result["peers"]["nanogpt"]["ratios"]["training"] and reason in peers.render(result)
-    assert "nanoGPT, --compile=True" not in result["equal_shape"]["median_ms"]
-    assert result["equal_shape"]["errors"]["nanoGPT, --compile=True"].endswith(
-        "status 1: RuntimeError: no compiler"
-    )
 
     assert (
         main(["peers", "--nanochat", str(quick / "chat"), "--text", str(quick / "text.txt")]) == 2
@@ -536,11 +512,7 @@ def test_a_failure_keeps_the_rounds_before_it(quick, monkeypatch):
         and there["ratios"]["training"]
         and there["skipped"] == "out of luck"
     )
-    assert (
-        len(saved) == 2
-        and "out of luck" in peers.render(result)
-        and len(result["equal_shape"]["ms"]["ours"]) == 1
-    )
+    assert len(saved) == 1 and "out of luck" in peers.render(result)
 
 
 @pytest.mark.parametrize(
@@ -677,27 +649,6 @@ def test_our_trainer_takes_the_options(tmp_path):
         2,
     )
     assert c.tokenizer == "chars" and not c.compile
-    c = subject.parse(
-        [
-            str(a)
-            for a in gpt.our_shape(text, ["--no-compile", "--n-layer", "9"], "--dtype", "float32")
-        ]
-    )
-    assert (c.n_layer, c.n_embd, c.n_head, c.mlp_ratio, c.row_len, c.batch_tokens) == (
-        4,
-        128,
-        4,
-        4,
-        64,
-        (768,),
-    )
-    assert (c.steps, c.max_doc_len, c.long_window, c.short_window) == (
-        60,
-        (64,),
-        (64,),
-        (64,),
-    ) and not c.compile
-    assert c.dtype == "float32" and c.value_embed_layers == () and c.n_gram == 1
 
 
 def test_commit(tmp_path):
