@@ -23,7 +23,7 @@ from tqdm import tqdm
 from base import InputError, to_json, whole_file
 from base.files import sweep
 from data import sources
-from models import load_template
+from models import load_template, template_names
 from records.add import PATHS
 from records.read import read_json
 
@@ -53,6 +53,12 @@ docs/torchtitan.md tells how to train on from there."""
         metavar="FILE",
         help="tokenizer.json of the prepared text, where it is not found in the run's --cache-dir",
     )
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="the run's template, where it is a module from outside models/: a folder does not say "
+        "by itself what is imported",
+    )
 
 
 def run(args):
@@ -63,8 +69,9 @@ def run(args):
     file = args.tokenizer or find_tokenizer(model)
     tokenizer = load_tokenizer(file) if file else None
     try:
-        tensors = unstack(model.tensors, template_config(model.config))
-        about = describe(model, tokenizer)
+        config = template_config(model.config, args.template)
+        tensors = unstack(model.tensors, config)
+        about = describe(model, config, tokenizer)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise InputError(
             f"{args.source}: not the weights and the configuration of a run of train_gpt.py ({e!r})"
@@ -165,9 +172,19 @@ def load_model(source):
     return Model(tensors, said["config"], step, said.get("data"), commit, checkpoint)
 
 
-def template_config(fields):
-    """The template's Config of a run, from the options in its config.json."""
-    template = load_template(fields.get("template", "gpt"))
+def template_config(fields, template=None):
+    """The template's Config of a run, from the options in its config.json.
+
+    template: the dotted name of a module that may be imported, besides those in models/: a folder
+    from elsewhere must not name one. Raises InputError.
+    """
+    name = fields.get("template", "gpt")
+    if name not in (*template_names(), template):
+        raise InputError(
+            f"the run's template is {name}, which is not in models/: if you trust that module, "
+            f"allow it with --template {name}"
+        )
+    template = load_template(name)
     own = {}
     for f in dataclasses.fields(template.Config):
         if f.name in fields:
@@ -207,11 +224,10 @@ def unstack(tensors, config):
     return out
 
 
-def describe(model, tokenizer):
+def describe(model, config, tokenizer):
     """config.json: sizes under the field's names, and everything else that the model is a
-    function of."""
+    function of. config: the template's."""
     fields = model.config
-    config = template_config(fields)
     [name] = [name for name, field in config.field_names().items() if field == EMBEDDING]
     embed = model.tensors[name]
     n_vocab = None

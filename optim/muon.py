@@ -103,7 +103,7 @@ class Muon(Rule):
     pieces: typing.ClassVar[tuple] = (nesterov, balance, descend)
 
     def parts(self, whole):
-        return whole
+        return whole.view(-1, *whole.shape[-2:])  # a single matrix is a bank of one
 
     def new_state(self, own):
         state = dict(m=torch.zeros_like(own, dtype=torch.float32))

@@ -257,7 +257,10 @@ def test_it_continues_a_text_by_what_it_looks_back_at(model):
 def test_it_is_exported_under_the_fields_names(whole, tmp_path):
     to = tmp_path / "folder"
     with contextlib.redirect_stdout(None):
-        assert export.main([str(whole), "--to", str(to)]) == 0
+        # A folder does not say by itself what is imported
+        assert export.main([str(whole), "--to", str(to)]) == 2
+        given = [str(whole), "--to", str(to), "--template", "templates.ngram_mlp"]
+        assert export.main(given) == 0
     tensors = load_file(to / "model.safetensors")
     weights = load_file(whole / "model.safetensors")
     names = ngram_mlp.Config(**OWN).field_names() | {"bias": "bias"}
