@@ -127,9 +127,9 @@ def render(result):
 
 
 def parse(argv):
-    """The command line as a dict: name, json, table, options of the benchmark's run(), rest (the
-    trainer's options). Only the benchmark that argv names has its options, since importing all
-    of them would take seconds. Raises InputError."""
+    """(benchmark, --json, --table, {option of run(): value}, the trainer's options) of a command
+    line. Only the benchmark that argv names has its options, since importing all of them would
+    take seconds. Raises InputError."""
     parser = Parser(prog="./run.sh benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     everything = f"those of {', '.join(ALL)} that this machine can run, in one JSON"
@@ -143,10 +143,12 @@ def parse(argv):
             module.add_arguments(sub)
     options, rest = parser.parse_known_args(argv)
     options = vars(options)
-    given = {key: options.pop(key) for key in ("name", "json", "table")}
-    if rest and (given["name"] == "all" or "trainer_options" not in takes(given["name"])):
+    name = options.pop("name")
+    json_file = options.pop("json")
+    table = options.pop("table")
+    if rest and (name == "all" or "trainer_options" not in takes(name)):
         raise InputError(f"unrecognized arguments: {' '.join(rest)}")
-    return dict(given, options=options, rest=rest)
+    return name, json_file, table, options, rest
 
 
 def main(argv=None):
@@ -160,22 +162,19 @@ def main(argv=None):
     def save(result):
         if json_file:
             write(json_file, json.dumps(result, indent=1) + "\n")
-        if given["table"]:
-            write(given["table"], render(result))
+        if table:
+            write(table, render(result))
 
     try:
-        given = parse(sys.argv[1:] if argv is None else argv)
-        name = given["name"]
-        json_file = given["json"]
-        options = given["options"]
+        name, json_file, table, options, rest = parse(sys.argv[1:] if argv is None else argv)
         if name == "all":
             result = run_all(save)
         else:
             reason = unavailable(name)
             if reason:
                 raise InputError(reason)
-            if given["rest"]:
-                options["trainer_options"] = given["rest"]
+            if rest:
+                options["trainer_options"] = rest
             if json_file and "previous" in takes(name):
                 options["previous"] = load(name, json_file)
             result = run(name, save, **options)

@@ -80,11 +80,6 @@ def schedule(c):
     return [tg.stage_at(c.config, step) for step in range(1, c.steps + 1)]
 
 
-def step_tokens(c):
-    """Tokens of every step, on all ranks together."""
-    return [stage.rows * c.row_len for stage in schedule(c)]
-
-
 def at_end(c, batch_tokens):
     """The Settings that all the time do what c does at its end, in such batches."""
     last = schedule(c)[-1]

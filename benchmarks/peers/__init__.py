@@ -9,9 +9,9 @@ are only read: each run works in a copy in a temporary folder. Nothing is instal
 packages --python cannot import is left out, with a line that says what is missing. Options other
 than those below are our trainer's.
 
-A round trains a peer, then this trainer (track laptop, or one for text) until its validation
-loss is the peer's, once with an empty cache folder (first start) and once with that one filled
-(again). docs/benchmarks.md says what each time and loss includes, and each file of
+A round trains a peer, then this trainer (track laptop, gpt2-small, or one for text) until its
+validation loss is the peer's, once with an empty cache folder (first start) and once with that one
+filled (again). docs/benchmarks.md says what each time and loss includes, and each file of
 benchmarks/peers/ what its peer is given.
 """
 
@@ -27,6 +27,8 @@ from benchmarks.options import COUNT
 from benchmarks.report import document, number, say, table
 
 from .common import fail, our_options, ours, size_of
+
+UNITS = dict(character="nats/char", byte="bits/byte", token="nats/token")  # of losses
 
 
 def names():
@@ -66,7 +68,7 @@ def run(
     **given,
 ):
     """dict(text, split, ..., peers={name: dict(rounds=[...], medians, ratios) or dict(skipped)});
-    save is given the same as it grows. Of modded-nanogpt, what its compare() gives.
+    save is given the same as it grows.
 
     given: folders of checkouts by the peer's name, and peers' own options.
     """
@@ -80,12 +82,9 @@ def run(
     if not text and not first.own_data:
         fail("--text FILE is missing: expected what all are to train on, or --laptop for our track")
     options = list(map(str, trainer_options))
-    if hasattr(first, "compare"):
-        result = first.compare(rounds, options, save)
-    else:
-        with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-            task = first.task(text, options, folder)
-            result = compare(peers, task, rounds, options, save)
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        task = first.task(text, options, folder)
+        result = compare(peers, task, rounds, options, save)
     say(f"\n{render(result)}")
     return result
 
@@ -102,7 +101,7 @@ def compare(peers, task, rounds, options, save):
         text=dict(name=task.name, unit=task.unit, train=size_of(task.train, task.unit), val=theirs),
         metric=task.metric,
         target=task.target,
-        device="cpu",
+        device=task.device,
         threads=torch.get_num_threads(),
         split=dict(peers=theirs, ours=own, same=same),
         rounds=rounds,
@@ -133,7 +132,7 @@ def compare(peers, task, rounds, options, save):
             there = result["peers"][peer.name]
             if "skipped" in there:
                 continue
-            say(f"--- {peer.name}, {peer.steps} steps, round {n + 1} of {rounds}")
+            say(f"--- {peer.name}, round {n + 1} of {rounds}")
             try:
                 there["rounds"].append(one_round(peer, task, options))
                 there |= summarise(there["rounds"], peer.compiled)
@@ -158,7 +157,7 @@ def one_round(peer, task, options):
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         for side, caches in dict(first="empty caches", again="again").items():
             say(f"--- ours, {caches}, to {found['loss']:.4f}")
-            mine = ours(f"to {peer.name}'s loss", given, folder)
+            mine = ours(f"to {peer.name}'s loss", task, given, folder)
             row[side] = mine
             say(
                 f"ours: loss {mine['loss']:.4f}, training {mine['train_time_s']:.2f} s, "
@@ -198,10 +197,6 @@ def summarise(rounds, compiled):
 
 def render(result):
     """A table for each peer, ours below it."""
-    for name in names():
-        if result.get(name) is True:  # a comparison of its own
-            return module_of(name).render(result)
-
     text = result["text"]
     parts = result["split"]
     same = "the same in all trainers"
@@ -212,7 +207,7 @@ def render(result):
     if result["options"]:
         options = f"Our options: `{' '.join(result['options'])}`"
     blocks = [
-        f"# Peers on {text['name']}, {result['threads']} CPU threads",
+        f"# Peers on {text['name']}, {result['device']}, {result['threads']} CPU threads",
         f"{text['train']:,} {text['unit']}s to train on, {parts['peers']:,} for validation "
         f"({same}). torch {versions}.",
         options,
@@ -228,7 +223,7 @@ def blocks_of(name, there, result):
     if there.get("commit"):
         blocks.append(f"Commit {there['commit'][:12]}: `{there['command']}`")
     if there.get("medians"):
-        head = "nats/char" if result["metric"] == "val_loss" else "bits/byte"
+        head = UNITS[result["text"]["unit"]]
         header = ["", head, "steps", "parameters", "ms/step", "training s"]
         header += ["all steps s", "process s"]
         rows = []
@@ -237,7 +232,7 @@ def blocks_of(name, there, result):
             loss = f"{m['loss']:.4f}"
             if side != "peer" and not all(r[side]["reached"] for r in there["rounds"]):
                 loss += " (not reached)"
-            cells = [label, loss, f"{m['steps']:,.0f}", f"{m['params'] / 1e6:.2f}M"]
+            cells = [label, loss, f"{m['steps']:,.0f}", number(m.get("params"), ",.0f")]
             times = ("ms_per_step", "train_time_s", "all_steps_s", "process_s")
             rows.append(cells + [number(m.get(key)) for key in times])
         blocks += [table(header, rows), times_as_long(name, there)]

@@ -206,6 +206,7 @@ class TextFile:
 
     metric = "val_loss"
     unit = "character"
+    device = "cpu"
     target = None
     tokens = 256  # of nanochat's tokenizer, without special ones
 
@@ -241,6 +242,9 @@ class TextFile:
         own = our_split(self.path)
         return len(own), own == self.val[0]
 
+    def fill(self, cache):
+        """Our trainer prepares the text itself."""
+
 
 def split(text):
     """(train, validation) as nanoGPT divides: the last tenth of the characters is validation."""
@@ -262,7 +266,7 @@ def our_split(path):
 
 
 def size_of(texts, unit):
-    """Bytes or characters of all texts."""
+    """Bytes, characters or tokens of all texts."""
     if unit == "byte":
         return sum(len(text.encode()) for text in texts)
     return sum(map(len, texts))
@@ -274,20 +278,18 @@ def our_options(task, loss, trainer_options):
     return [*trainer_options, *task.options_for(loss), *goal]
 
 
-def our_trainer(what, options, folder, gpus=False):
-    """Our trainer in a process of its own; returns (the run's folder, seconds of the process)."""
+def ours(what, task, options, folder):
+    """What matters of a run of our trainer, a process of its own, with the cache in this
+    folder."""
     run_dir = Path(folder) / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [sys.executable, TRAINER, *options, "--run-dir", run_dir, "--repeat", 1]
+    cache = Path(folder) / "cache"
+    task.fill(cache)
+    command = [sys.executable, TRAINER, *options, "--cache-dir", cache]
+    command += ["--run-dir", run_dir, "--repeat", 1]
+    env = environment(gpus=task.device != "cpu")
     log = Path(folder) / "log.txt"
-    what = f"our trainer, {what}"
-    return run_dir, execute(what, command, folder, log, environment(gpus), ok=(0, 3))
-
-
-def ours(what, options, folder):
-    """What matters of a run of our trainer with the cache in this folder."""
-    options = [*options, "--cache-dir", Path(folder) / "cache"]
-    run_dir, process = our_trainer(what, options, folder)
+    process = execute(f"our trainer, {what}", command, folder, log, env, ok=(0, 3))
     result = json.loads((run_dir / "result.json").read_text())
     run, ms = read_times(run_dir)
     target = result["target"]

@@ -213,7 +213,7 @@ class Checkout(Peer):
         return found | dict(dtype=dtype and dtype[1])
 
 
-class Laptop:
+class Laptop(TextFile):
     """The task of track laptop: bits per byte, on the documents of Python's standard library."""
 
     name = "Python's standard library"
