@@ -54,9 +54,7 @@ class Variant:
     make: typing.Callable
     # what its share is of: copy, bf16 or fp8; {direction: rate} where mixed; empty: the usual
     rate: str | dict = ""
-    # |result - reference| / |reference|; None: another function, not compared
-    tolerance: float | None = 0.02
-    graph: bool = True  # can be captured
+    tolerance: float = 0.02  # |result - reference| / |reference|
 
 
 @dataclasses.dataclass
@@ -351,19 +349,11 @@ def polar_express(s):
 
         return make
 
-    def muon(*banks):
-        params = [torch.nn.Parameter(G.clone()) for bank in banks for G in bank]
-        for p in params:
-            p.grad = p.detach().clone()
-        optimizer = torch.optim.Muon(params)
-        return lambda *_: optimizer.step()
-
     reference = by("symmetric_matmul_reference")
     variants = {
         "eager": Variant(reference),
         "torch.compile": Variant(then_compiled(reference), tolerance=0.1),
         "stopwatch": Variant(by("symmetric_matmul"), tolerance=0.1),
-        "torch.optim.Muon.step": Variant(muon, graph=False, tolerance=None),
     }
     n, m, _ = attention_matrices(s)
     n2, k, m2 = mlp_matrices(s)

@@ -89,8 +89,8 @@ def run(only=(), tokens=TOKENS, seconds=330.0, save=lambda result: None):
 LEGEND = """\
 Above each column is the least that has to be moved or computed. A cell is the median in
 microseconds, the 20th to the 80th percentile, what that makes of the least, and its share of the
-machine's rate; the fastest is bold. † launched call by call, not in a graph; ‡ another function, or
-no reference, to compare with. Made by `./run.sh benchmarks kernels`."""
+machine's rate; the fastest is bold. † launched call by call, not in a graph; ‡ no reference to
+compare with. Made by `./run.sh benchmarks kernels`."""
 MADE = ("torch", "git_commit", "date")  # with what, of the environment
 
 

@@ -157,7 +157,7 @@ class Measurement:
             results = results_of(case, fn, self.sets[0], self.upstream[0], self.draw)
             if variant == next(iter(case.variants)):
                 self.reference = results
-            if v.tolerance is not None and self.reference is not None:
+            if self.reference is not None:
                 self.difference[variant] = compare(results, self.reference, v.tolerance)
             return fn
 
@@ -173,10 +173,9 @@ class Measurement:
 
     def sampler(self, variant, direction, pool):
         """What times a variant: a graph of calls, or the calls where they cannot be captured."""
-        v = self.case.variants[variant]
         call = call_of(self.case, self.fns[variant], self.sets, self.upstream, direction)
         s = timing.Sampler(call, len(self.sets), self.machine.clock)
-        if v.graph and pool and not timing.synchronizes(call):
+        if pool and not timing.synchronizes(call):
             try:
                 s.capture(pool)
             except Exception as e:
