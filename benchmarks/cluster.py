@@ -45,7 +45,7 @@ from pathlib import Path
 from base import InputError
 from benchmarks import subject
 from benchmarks.options import COUNT, POSITIVE
-from benchmarks.report import document, say, table
+from benchmarks.report import document, number, say, table
 from benchmarks.synthetic import vocabulary
 
 
@@ -59,7 +59,8 @@ class Cost(typing.NamedTuple):
 
 
 class Links(typing.NamedTuple):
-    """GB/s in one direction, as a GPU sees them: link measured by nccl-tests inside a node,
+    """GB/s in one direction, as a GPU sees them: link measured by nccl-tests inside a node (H100:
+    NVIDIA/nccl-tests, issue 326; A100: NCCL's src/graph/tuning.cc),
     network the card's."""
 
     link: float = 360.0
@@ -270,21 +271,18 @@ def render(result):
     p = result["predicted"]
     cost = result["cost"]
     links = result["links"]
-    money = p["dollars"] is not None
-    dollars = f", **${p['dollars']:,.2f}**" if money else ""
+    dollars = "" if p["dollars"] is None else f", **${p['dollars']:,.2f}**"
     stages = []
     for s in p["stages"]:
         terms = [f"{s['terms'][t]:.2f}" for t in TERMS]
         stages.append([f"{s['tokens']:,}", s["steps"], f"{s['ms']:.2f}", *terms])
-    header = ["GPUs", "nodes", "ms by stage", "s to target", "GPU hours"] + ["$"] * money
     rows = []
     for t in result["table"]:
         largest = t["dominates"]
         row = [f"{t['gpus']:,}", t["nodes"], ", ".join(f"{s['ms']:.1f}" for s in t["stages"])]
-        row += [f"{t['seconds']:,.1f}", f"{t['gpu_hours']:.2f}"]
-        if money:
-            row.append(f"{t['dollars']:,.2f}")
+        row += [f"{t['seconds']:,.1f}", f"{t['gpu_hours']:.2f}", number(t["dollars"], ",.2f")]
         rows.append([*row, f"{largest} {t['seconds_by_term'][largest] / t['seconds']:.0%}"])
+    header = ["GPUs", "nodes", "ms by stage", "s to target", "GPU hours", "$", "largest term"]
     return document(
         f"# {result['track']} on {p['gpus']} GPUs, {p['nodes']} node{'s' * (p['nodes'] > 1)}: "
         "a prediction",
@@ -295,7 +293,7 @@ def render(result):
         f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU "
         f"hours{dollars}; most of it is {p['dominates']}.",
         table(["tokens a step", "steps", "ms", *TERMS], stages),
-        table([*header, "largest term"], rows),
+        table(header, rows),
     )
 
 
@@ -304,10 +302,7 @@ def add_arguments(parser):
     parser.option("--nodes", COUNT, 1, "N", "of them")
     about = "JSON of `./run.sh benchmarks trainer --tokens ...` on one rank"
     parser.option("--from", Path, None, "FILE", about, dest="results")
-    about = (
-        "bus bandwidth of a node: H100 and H200 360 (NVIDIA/nccl-tests, issue 326), A100 235 "
-        "(NCCL's tuning.cc); PCIe 4 x16 is below 32"
-    )
+    about = "bus bandwidth of a node: H100 and H200 360, A100 235; PCIe 4 x16 is below 32"
     parser.option("--link", POSITIVE, LINKS.link, "GB/S", about)
     about = "network of each GPU between nodes: 400 Gb/s is 50"
     parser.option("--network", POSITIVE, LINKS.network, "GB/S", about)

@@ -130,10 +130,9 @@ class Peer:
             return None
         command = ["git", "-C", self.checkout, "rev-parse", "HEAD"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError:
+            return subprocess.check_output(command, text=True).strip()
+        except (OSError, subprocess.CalledProcessError):
             return None
-        return done.stdout.strip() or None
 
     def copy(self, folder):
         """Begin anew in this folder, with a copy of the checkout and empty caches."""

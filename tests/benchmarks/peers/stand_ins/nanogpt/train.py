@@ -12,10 +12,8 @@ for step in range(steps + 1):
         print(
             f"step {step}: train loss 2.0000, val loss {3 - step / 100 if step < steps else 9:.4f}"
         )
-    if options["compile"] == "True" and os.environ.get("NO_COMPILER"):
-        raise RuntimeError("no compiler")
     print(f"iter {step}: loss 2.0000, time {900 if step % every == 0 else 40:.2f}ms, mfu 0.01%")
-if every < 1000 and not os.environ.get("NO_TORCH"):
+if not os.environ.get("NO_TORCH"):
     import torch
 
     os.makedirs("out-shakespeare-char")
