@@ -59,9 +59,11 @@ class Cost(typing.NamedTuple):
 
 
 class Links(typing.NamedTuple):
-    """GB/s in one direction, as a GPU sees them: link measured by nccl-tests inside a node (H100:
-    NVIDIA/nccl-tests, issue 326; A100: NCCL's src/graph/tuning.cc),
-    network the card's."""
+    """GB/s in one direction, as a GPU sees them.
+
+    link: measured by nccl-tests inside a node (H100: NVIDIA/nccl-tests, issue 326; A100: NCCL's
+    src/graph/tuning.cc); network: the card's.
+    """
 
     link: float = 360.0
     network: float = 50.0
