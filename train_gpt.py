@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from base import InputError, to_json
 from base.clock import START
-from base.options import BY_STAGE, COUNT, FRACTION, POSITIVE, Options, by_stage, option, refuse
+from base.options import BY_STAGE, COUNT, FRACTION, POSITIVE, Options, by_stage, option, progress_of
 from data import Prefetcher, pack
 from data.config import DataConfig
 from inference.sampling import sample
@@ -56,7 +56,7 @@ class Goal(Options):
     track: str = option("", "named set of values: data, model, schedule and target", group="goal")
     target: float | None = option(
         None,
-        "stop when the validation metric is this or less",
+        "stop when the validation metric reaches this",
         (lambda x: x is None or math.isfinite(x), "a number"),
     )
     target_metric: str = option(VAL_LOSS, "what the target is of", tuple(METRICS))
@@ -88,7 +88,10 @@ class Schedule(Options):
     def __post_init__(self):
         super().__post_init__()
         if self.extension >= self.steps:
-            refuse("extension", self.extension, f"fewer than steps ({self.steps})")
+            self.refuse("extension", f"fewer than steps ({self.steps})")
+
+    def progress(self, step):
+        return progress_of(step, self.steps, self.extension)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,20 +110,16 @@ class Config:
     def __post_init__(self):
         """Checks between parts."""
         row_len = self.data.row_len  # batches are whole rows
-        tokens = self.schedule.batch_tokens
-        if any(n % row_len for n in tokens):
-            refuse("batch_tokens", tokens, f"multiples of {row_len}, row_len")
+        if any(n % row_len for n in self.schedule.batch_tokens):
+            self.schedule.refuse("batch_tokens", f"multiples of {row_len}, row_len")
         if self.run.micro_tokens % row_len:
-            refuse("micro_tokens", self.run.micro_tokens, f"a multiple of row_len ({row_len})")
+            self.run.refuse("micro_tokens", f"a multiple of row_len ({row_len})")
         every = self.optim.adam_every
         if self.run.keep_best and self.run.eval_every % every:
             why = "for the best checkpoint to be that of a validation"
-            refuse("eval_every", self.run.eval_every, f"a multiple of adam_every ({every}), {why}")
-        repeat = self.run.repeat
-        if self.goal.seed + repeat > 2**63:
-            refuse("seed", self.goal.seed, f"seeds below 2**63, all {repeat} of them")
+            self.run.refuse("eval_every", f"a multiple of adam_every ({every}), {why}")
         if self.data.data == "text" and not self.data.text:
-            refuse("text", "", f"a file or folder, which track {self.goal.track} needs")
+            self.data.refuse("text", f"a file or folder, which track {self.goal.track} needs")
 
 
 # What may differ between a run and its continuation; another text is found by its fingerprint
@@ -185,7 +184,7 @@ SIGTERM or Ctrl-C, with the work saved."""
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedules: of the step, numbered from 1, or of progress, the fraction of steps behind it
+# Schedules: of the step, numbered from 1, or of progress, the fraction of steps taken before
 
 
 class Stage(typing.NamedTuple):
@@ -195,15 +194,10 @@ class Stage(typing.NamedTuple):
     model: typing.NamedTuple  # the template's own stage
 
 
-def progress_at(schedule, step):
-    """From 0 before the first step to 1 in the extension."""
-    return min(1.0, (step - 1) / max(1, schedule.steps - schedule.extension))
-
-
 def stage_at(config, step):
     """The one place where a step's graph-relevant values are made."""
     schedule = config.schedule
-    progress = progress_at(schedule, step)  # 0 to 1
+    progress = schedule.progress(step)  # 0 to 1
     rows = by_stage(schedule.batch_tokens, progress) // config.data.row_len  # of all ranks
     max_doc_len = min(by_stage(schedule.max_doc_len, progress), config.data.row_len)
     return Stage(rows, config.model.stage(progress, max_doc_len))
@@ -272,6 +266,7 @@ def set_up(config, world, data, log):
         ops = choose_ops(device, dtype, head_dim, config.run.kernels, config.precision.fp8, log.say)
     except ValueError as e:
         raise InputError(e) from None
+    machine.refuse_difference(world, "kernels", to_json(ops.named()))
     compiled = config.run.compile and machine.can_compile(log.say)
 
     # The model, and how much goes through it at a time: that depends on the memory found
@@ -335,7 +330,7 @@ def warm_up(setup):
         padding = pack(rows, config.data.row_len, max_docs, stage.model.max_doc_len)
         loss = backward(setup, first_step[stage], [padding])  # compiles forward and backward
         ok = setup.guard.judge(0, loss, setup.optimizer.gradients())
-    for _ in range(config.optim.adam_every):
+    for _ in range(max(rule.every for rule in setup.optimizer.rules.values())):
         setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
 
     # One validation for each of its graphs
@@ -357,8 +352,8 @@ def train_to_the_end(setup, session):
     config, world = setup.config, setup.world
     model, optimizer, guard = setup.model, setup.optimizer, setup.guard
     first = session.at.step + 1
-    before = max(session.at.step, 1)  # the step behind us
-    model.enter(progress_at(config.schedule, before))
+    before = max(session.at.step, 1)  # the step that was taken last
+    model.enter(config.schedule.progress(before))
     session.start()
     if session.missed_validation():
         validate(setup, session)
@@ -371,13 +366,14 @@ def train_to_the_end(setup, session):
     with contextlib.closing(Prefetcher(micro_batches(), world.device)) as batches:
         for step, batch in zip(session.steps(), batches):
             stage = setup.stages[step]
-            progress = progress_at(config.schedule, step)
+            progress = config.schedule.progress(step)
 
             # A new stage: rotary tables and perhaps a head of its own, losses of another kind
             if stage.model != setup.stages[before].model:
                 model.enter(progress)
                 optimizer.copy(model.successors(setup.stages[before].model, stage.model))
-                guard.forget()
+                if config.model.is_new_loss(setup.stages[before].model, stage.model):
+                    guard.forget()
             before = step
 
             # Forward and backward; gradients add up in the parameters
@@ -391,11 +387,11 @@ def train_to_the_end(setup, session):
             # Log what is known by now, validate, stop or save, each when it is due
             n_tokens = stage.rows * config.data.row_len
             session.after_step(step, n_tokens, n_tokens * model.flops_per_token(stage.model))
-            if session.validates():
+            if session.validation_is_due():
                 validate(setup, session)
             if session.is_over():
                 break
-            if session.saves():
+            if session.checkpoint_is_due():
                 session.save()
         session.end()  # stops the clock before the prefetcher's thread is waited for
 
@@ -412,7 +408,7 @@ def backward(setup, step, batch):
     device = setup.world.device
     stage = setup.stages[step]
     n_tokens = stage.rows * config.data.row_len
-    weights = config.model.target_weights(progress_at(config.schedule, step))
+    weights = config.model.target_weights(config.schedule.progress(step))
     if weights is not None:
         weights = machine.to_device(weights, device)
     total = torch.zeros((), device=device)
@@ -425,7 +421,7 @@ def backward(setup, step, batch):
 
 
 def val_stage(setup, step):
-    """The template's stage for validation behind a step."""
+    """The template's stage for validation after a step."""
     config = setup.config
     return config.model.val_stage(setup.stages[step].model, config.data.val_row_len)
 
@@ -450,7 +446,9 @@ def run_once(setup, log, requests, store, found, started):
     config = setup.config
     setup.data.train.reseed(config.goal.seed)  # the order of documents
     setup.guard.reset()  # no bad step yet
-    setup.model.init_weights(config.goal.seed)
+    setup.model.reset_state()
+    if not found:
+        setup.model.init_weights(config.goal.seed)
     if config.run.warm_start and not found:
         resume.copy_weights(config.run.warm_start, setup.model)
     setup.optimizer.reset()  # moments at zero
@@ -495,7 +493,8 @@ def train(config, world=None, requests=None, report=lambda result: None):
     data = load_data(config, functools.partial(stage_at, config), world)  # prepared if need be
     setup = None  # made once, for all seeds
     started = START  # of the process, later of the run
-    for run_dir in resume.folders(folder, config.goal.seed, options.repeat):
+    for seed, run_dir in resume.folders(folder, config.goal.seed, options.repeat):
+        config = changed(config, seed=seed)
         with contextlib.ExitStack() as closing:
             # What is there already: a result, a checkpoint, or nothing
             fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
@@ -528,7 +527,6 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 report(result)
             machine.wait_for_first_rank(world)
         started = time.perf_counter()
-        config = changed(config, seed=config.goal.seed + 1)
     return result
 
 

@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line: what is wrong, where, what was expected, what to do. Programs print it
     after "error: " and exit with status 2.
     """
+
+
+class RankError(InputError):
+    """One that is of a single process among others, which says it itself, whatever its rank."""

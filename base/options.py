@@ -76,11 +76,23 @@ class Options:
     def __post_init__(self):
         check_options(self)
 
+    def refuse(self, field, expected):
+        """Raise InputError for the value of a field."""
+        refuse(field, getattr(self, field), expected)
+
 
 def refuse(field, value, expected):
     """Raise InputError for an option's value."""
     shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
     raise InputError(f"--{field.replace('_', '-')} {shown}: expected {expected}")
+
+
+def progress_of(step, steps, extension=0):
+    """The fraction of the scheduled steps that are taken before this one, numbered from 1.
+
+    From 0 in the first step to 1 in the extension, the last so many steps.
+    """
+    return min(1.0, (step - 1) / max(1, steps - extension))
 
 
 def stage_number(values, progress):

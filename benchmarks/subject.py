@@ -247,7 +247,7 @@ class Subject:
         setup = self.setup
         self.at = step
         before = setup.stages[max(step - 1, 1)].model
-        self.model.enter(tg.progress_at(self.c.config.schedule, step))
+        self.model.enter(self.c.config.schedule.progress(step))
         if setup.stages[step].model != before:
             successors = self.model.successors(before, setup.stages[step].model)
             setup.optimizer.copy(successors)
@@ -259,7 +259,7 @@ class Subject:
         Raises InputError for a step that does not count.
         """
         setup = self.setup
-        progress = tg.progress_at(self.c.config.schedule, self.at)
+        progress = self.c.config.schedule.progress(self.at)
         loss = tg.backward(setup, self.at, batch)
         with record_function(f"{MARK}guard"):
             ok = setup.guard.judge(number, loss, setup.optimizer.gradients())

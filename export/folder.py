@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from base import InputError, to_json, whole_file
 from base.files import sweep
+from base.options import progress_of
 from data import sources
 from models import load_template, template_names
 from records.add import PATHS
@@ -202,7 +203,7 @@ def unstack(tensors, config):
     Raises InputError where a bank does not have the matrices that the configuration promises:
     names would be wrong.
     """
-    elsewhere = config.field_names()
+    elsewhere = config.hf_names()
     out = {}
     for name, tensor in tensors.items():
         if not tensor.numel():  # a part that is switched off
@@ -228,7 +229,7 @@ def describe(model, config, tokenizer):
     """config.json: sizes under the field's names, and everything else that the model is a
     function of. config: the template's."""
     fields = model.config
-    [name] = [name for name, field in config.field_names().items() if field == EMBEDDING]
+    [name] = [name for name, field in config.hf_names().items() if field == EMBEDDING]
     embed = model.tensors[name]
     n_vocab = None
     if tokenizer:
@@ -237,10 +238,9 @@ def describe(model, config, tokenizer):
         n_vocab = 50257
     progress = 0.0
     if model.step:
-        scheduled = max(1, fields["steps"] - fields.get("extension", 0))
-        progress = min(1.0, (model.step - 1) / scheduled)
+        progress = progress_of(model.step, fields["steps"], fields.get("extension", 0))
     return dict(
-        config.field_config(progress),
+        config.hf_config(progress),
         torch_dtype=str(embed.dtype).removeprefix("torch."),
         vocab_size=len(embed),
         n_vocab=n_vocab,

@@ -7,8 +7,8 @@ import torch
 def generate(model, stage, tokens, n, context, seed=0, temperature=0.8, top_k=50):
     """Continue a list of token ids by n, computing the context anew each time. Returns all ids.
 
-    model: a template's Model; stage: the last one; context: the most tokens that are looked back
-    at; top_k: how many of the likeliest tokens are drawn from.
+    model: a template's Model; stage: one for validation; context: the most tokens that are looked
+    back at; top_k: how many of the likeliest tokens are drawn from.
     """
     g = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device

@@ -13,10 +13,11 @@ options. It offers
     val_stage(stage, max_doc_len)  the same for validation during or after that stage
     target_weights(progress)       a list of numbers that may change with every step and compile
                                    nothing, handed to forward(), or None
-    field_names()                  {parameter: the field's name, or a list of names of its matrices
-                                   along dim 0; ".T" behind one: stored transposed}; one of them is
-                                   model.embed_tokens.weight, with a row for each token
-    field_config(progress)         the field's words for the configuration, a dict
+    is_new_loss(before, after)     whether training losses of two stages cannot be compared
+    hf_names()                     {parameter: Hugging Face's name, or a list of names of its
+                                   matrices along dim 0; ".T" behind one: stored transposed}; one
+                                   is model.embed_tokens.weight, the embedding
+    hf_config(progress)            Hugging Face's words for the configuration, a dict
     head_dim                       only if it has attention: for choosing kernels
 
 `Model`: an nn.Module, built by Model(config, n_vocab, max_len, dtype, ops). max_len: the longest
@@ -38,6 +39,7 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
                                    when training passes from one stage to the next, or ends (None)}
     after_step()                   what the model keeps up to date besides parameters
     state()                        {name: tensor} of that, for checkpoints
+    reset_state()                  the same as in a new run
     flops_per_token(stage)         training FLOPs
     activation_bytes(rows, row_len, recompute)
                                    {part: bytes} that a forward pass keeps for backward
@@ -57,9 +59,9 @@ from kernels import choose_ops
 
 
 def template_names():
-    """Names of the templates in this folder."""
-    shared = {"__init__", "parts"}  # no templates
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in shared)
+    """Names of the templates in this folder: files with a Model."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return [p.stem for p in files if "\nclass Model(" in p.read_text(encoding="utf-8")]
 
 
 def load_template(name):

@@ -13,6 +13,7 @@ import math
 import typing
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,13 +26,14 @@ from base.options import (
     Options,
     by_stage,
     option,
-    refuse,
     stage_number,
 )
 from data.loader import IGNORE
 from kernels import choose_ops, embedding
 from kernels.sampled_softmax import sample_vocabulary
-from optim import Adam, Muon, RowAdam
+from optim.adam import Adam
+from optim.muon import Muon
+from optim.rows import RowAdam
 
 from .parts import (
     GATE_INPUTS,
@@ -155,9 +157,6 @@ class Config(Options):
         if self.softcap and not self.softcap_is_valid():
             self.refuse("softcap", "three numbers, or none")
 
-    def refuse(self, field, expected):
-        refuse(field, getattr(self, field), expected)
-
     def skip_is_valid(self):
         if len(self.skip) != 2:
             return False
@@ -217,6 +216,10 @@ class Config(Options):
             windows=self.windows(short, long), max_doc_len=max_doc_len, n_targets=1, n_sampled=0
         )
 
+    def is_new_loss(self, before, after):
+        """Whether the training losses of two stages cannot be compared."""
+        return before.n_sampled != after.n_sampled
+
     def target_weights(self, progress):
         """1, 1/2, 1/4, ... for the next tokens that are predicted; the farthest fades out over its
         stage. None for one."""
@@ -231,8 +234,9 @@ class Config(Options):
     # ----------------------------------------------------------------------------------------------
     # What others call it
 
-    def field_names(self):
-        """{parameter: names of its matrices along dim 0, or one name}; ".T": stored transposed.
+    def hf_names(self):
+        """{parameter: Hugging Face's names of its matrices along dim 0, or one name}; ".T": stored
+        transposed.
 
         Parameters that are not here have no other name.
         """
@@ -255,8 +259,8 @@ class Config(Options):
             ),
         }
 
-    def field_config(self, progress):
-        """Sizes and parts under the field's names, for weights of this progress."""
+    def hf_config(self, progress):
+        """Sizes and parts under Hugging Face's names, for weights of this progress."""
         return dict(
             architectures=["StopwatchGPT"],
             model_type="stopwatch",
@@ -369,8 +373,6 @@ class Model(nn.Module):
         # The residual stream as it is, nothing of the embedding again
         self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand_as(self.lambdas))
         self.scalars.copy_(torch.tensor([0.0, 0.2, -0.5]))
-        for scale in self.scales():
-            scale.reset()
 
     def enter(self, progress):
         """Fill the rotary tables for the stage that this progress is in."""
@@ -389,8 +391,19 @@ class Model(nn.Module):
         return [mlp.post for mlp in self.mlps if hasattr(mlp, "post")]
 
     def after_step(self):
-        for scale in self.scales():
+        """Each FP8 scale follows the largest activation of the step, over all ranks."""
+        scales = self.scales()
+        if scales and dist.is_initialized():  # they agree, so that one of them speaks for all
+            largest = torch.stack([scale.amax for scale in scales])
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            for scale, amax in zip(scales, largest):
+                scale.amax.copy_(amax)
+        for scale in scales:
             scale.roll()
+
+    def reset_state(self):
+        for scale in self.scales():
+            scale.reset()
 
     def state(self):
         return {f"fp8_scale.{i}": scale.scale for i, scale in enumerate(self.scales())}

@@ -1,4 +1,4 @@
-"""Parts that templates share: documents in a row, gates, rotary embedding, windows.
+"""Parts that templates share: documents in a row, gates, softcap, rotary embedding.
 
 Shapes: B rows, T tokens in a row, C width, H heads, D head width.
 """

@@ -15,7 +15,7 @@ class Turn(typing.NamedTuple):
 
     lr_scale: float  # the schedule's factor of the learning rate
     momentum: float  # the schedule's momentum, for rules that follow it
-    count: int  # how many times this rule has updated, with this one
+    count: int  # turns so far with this one, whether or not they counted
     ok: torch.Tensor | None  # the guard: None, or 0-d bool on the device
     scalar: typing.Callable  # float -> what pointwise functions take for a hyperparameter
     fast: typing.Callable  # pointwise function -> the same, compiled where the run compiles

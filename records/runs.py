@@ -7,6 +7,8 @@ import functools
 import math
 from typing import NamedTuple
 
+from base.options import progress_of, stage_number
+
 from .metrics import VAL_LOSS, meets
 
 
@@ -174,12 +176,11 @@ def stage_ends(steps, extension, n_stages):
     """The last step of each stage of a run.
 
     Stages divide training equally, but for the last `extension` steps: those stay in the last
-    stage. Rounding is the trainer's, which asks in every step how much of training is behind it.
+    stage. Rounding is the trainer's, which asks in every step how much of training was before it.
     """
 
-    def stage(behind):  # of the step that has so many behind it
-        progress = min(1.0, behind / max(1, steps - extension))
-        return min(int(progress * n_stages), n_stages - 1)
+    def stage(before):  # of the step that has so many before it
+        return stage_number(range(n_stages), progress_of(before + 1, steps, extension))
 
     return [bisect.bisect_left(range(steps), n, key=stage) for n in range(1, n_stages + 1)]
 

@@ -36,10 +36,13 @@ def announce(log, setup):
     log.say(f"memory by estimate: {setup.memory}{recomputed}")
     until = "to the last step"
     if goal.target is not None:
-        until = f"until {goal.target_metric} is {goal.target} or less"
+        until = f"until {goal.target_metric} reaches {goal.target}"
     log.say(
         f"training on {data.dataset.name} {until}, at most {config.schedule.steps} steps, seed "
         f"{goal.seed}; log in {log.folder}"
     )
     if data.val_bytes is None:
-        log.say("no bits per byte and no sample: the tokenizer's vocabulary cannot be downloaded")
+        log.say(
+            "no bits per byte and no sample: these tokens have no text, or their vocabulary is out "
+            "of reach"
+        )

@@ -46,7 +46,7 @@ class Report(typing.NamedTuple):
         """Why the run stopped, and what to do."""
         return (
             f"step {self.step}: {self.complaint}, so the run stopped there, with the weights as "
-            "they were before; lower --muon-lr and --adam-lr, try --dtype float32, or let it pass "
+            "they were before; lower the learning rates, try --dtype float32, or let it pass "
             "with --max-skips"
         )
 
@@ -84,8 +84,8 @@ class Guard:
         """Whether the step's update counts: a 0-d bool tensor, the same on all ranks; nothing
         waits for it.
 
-        loss: this rank's share, 0-d; grads: {name: tensor or None}; votes: numbers, any of them
-        this rank's.
+        loss: this rank's share, 0-d; grads: {name: tensor or None}; votes: this rank's,
+        0 or 1 each.
         """
         grads = {name: grad for name, grad in grads.items() if grad is not None}
         sums = self.sums_of_squares(list(grads.values()))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from base import InputError
+from base import InputError, RankError
 
 from .machine import World, lost_another
 from .signals import Requests
@@ -59,7 +59,7 @@ def join_world(gpus):
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         if local_rank >= gpus:
-            raise InputError(
+            raise RankError(
                 f"process {local_rank} has no GPU: this machine has {gpus}, lower --nproc_per_node"
             )
         torch.cuda.set_device(device)
@@ -107,7 +107,7 @@ def exit_status(program):
     try:
         return program()
     except InputError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, RankError):
             print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         else:
             time.sleep(2)  # for the first rank to say it

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from base import InputError
+from base import InputError, RankError
 from base.options import AUTO, Options, option
 
 from .environment import synchronize
@@ -84,15 +84,28 @@ def first_rank_first(world, prepare):
             try:
                 result = prepare()
             except InputError as e:
-                error = e
+                error = e if world.rank == 0 else RankError(str(e))
         if world.size > 1:
             failed = torch.tensor(float(error is not None), device=world.device)
             dist.all_reduce(failed)
             if failed and error is None:
-                error = InputError("another rank could not prepare the data")
+                error = InputError("another process could not go on; its own line says why")
         if error:
             raise error
     return result
+
+
+def refuse_difference(world, what, text):
+    """Raise InputError on all ranks if a text differs from the first rank's on one of them."""
+    first = share_text(world, text)
+
+    def compare():
+        if text != first:
+            raise RankError(
+                f"rank {world.rank} has other {what} than the first: {text}, not {first}"
+            )
+
+    first_rank_first(world, compare)
 
 
 def share_text(world, text):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from base import InputError
+from base.options import refuse
 
 from . import checkpoints
 from .machine import first_rank_first, share_text
@@ -65,7 +66,7 @@ def newest_unfinished(runs, track, seed, repeat):
     None."""
     for folder in sorted(Path(runs).glob(f"*-{track}"), reverse=True):
         parts = folders(folder, seed, repeat)
-        if begun(folder, repeat) and not all(finished(part) for part in parts):
+        if begun(folder, repeat) and not all(read_result(part) for _, part in parts):
             return folder
     return None
 
@@ -98,7 +99,7 @@ def refuse_older_checkpoint(given, folder, of_run):
         )
 
 
-def finished(run_dir):
+def read_result(run_dir):
     """The result of a finished run, else None."""
     try:
         return json.loads((run_dir / "result.json").read_text())
@@ -107,8 +108,12 @@ def finished(run_dir):
 
 
 def folders(run_dir, seed, repeat):
-    """Where the runs of `repeat` successive seeds are."""
-    return [run_dir / f"seed{s}" for s in range(seed, seed + repeat)] if repeat > 1 else [run_dir]
+    """[(seed, folder), ...]: where the runs of `repeat` successive seeds are. Raises InputError."""
+    if seed + repeat > 2**63:
+        refuse("seed", seed, f"seeds below 2**63, all {repeat} of them")
+    if repeat == 1:
+        return [(seed, run_dir)]
+    return [(s, run_dir / f"seed{s}") for s in range(seed, seed + repeat)]
 
 
 def begun(run_dir, repeat):
@@ -160,7 +165,7 @@ def begin(config, free, world, run_dir, resuming, fingerprint, closing):
         if world.rank:
             return None, None
         closing.enter_context(alone(run_dir))
-        result = finished(run_dir) if resuming else None
+        result = read_result(run_dir) if resuming else None
         found = None
         if resuming and not result:
             found = starting_point(config.run, run_dir)

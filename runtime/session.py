@@ -71,8 +71,7 @@ class Session:
             self.at.resumed_at.append(self.at.step)
             self.state.restore(tensors, self.at.step)
         self.first = self.at.step
-        self.wanted = set()  # which votes have been seen
-        self.better = False  # whether this step's validation was the best so far
+        self.wanted = set()  # what is asked of the run: out of VOTES
         self.clock = Clock(setup.world.device, self.at.train_time)
         self.save_steps, self.save_seconds = interval(self.options.checkpoint_every)
         self.save_at = time.monotonic() + self.save_seconds
@@ -96,8 +95,8 @@ class Session:
         self.requests.save = False
         return self.requests.stop > 0, save, self.clock.now() > self.max_time
 
-    def validates(self):
-        """Whether a validation is due behind this step."""
+    def validation_is_due(self):
+        """Whether a validation is due after this step."""
         if "stop" in self.wanted:
             return False
         return self.is_validation_step()
@@ -113,7 +112,7 @@ class Session:
         return self.at.step % self.options.eval_every == 0
 
     def is_over(self):
-        """Whether the step behind us was the last."""
+        """Whether the step that was taken was the last."""
         at = self.at
         if self.reached():
             return True
@@ -133,16 +132,9 @@ class Session:
         value = self.at.metrics.get(self.goal.target_metric)
         return value is not None and meets(value, self.goal.target, self.goal.target_metric)
 
-    def saves(self):
-        """Whether a checkpoint is due behind this step."""
-        if self.better and self.options.keep_best:
-            self.wanted.add("save")
-        if self.save_steps and self.at.step % self.save_steps == 0:
-            self.wanted.add("save")
-        if "save" not in self.wanted or not self.state.optimizer.is_settled():
-            return False
-        self.wanted.discard("save")
-        return True
+    def checkpoint_is_due(self):
+        """Whether one has been asked for, and no gradient waits that would not be saved."""
+        return "save" in self.wanted and self.state.optimizer.is_settled()
 
     # ----------------------------------------------------------------------------------------------
     # What the loop tells
@@ -152,12 +144,13 @@ class Session:
         self.clock.start()
 
     def after_step(self, step, tokens, flops):
-        """This step, of so many tokens and FLOPs over all ranks, is behind us."""
+        """This step, of so many tokens and FLOPs over all ranks, was taken."""
         self.at.step = step
         self.at.tokens += tokens
         self.at.flops += flops
-        self.better = False
         self.receive(step)
+        if self.save_steps and step % self.save_steps == 0:
+            self.wanted.add("save")
 
     def receive(self, step):
         """Look at what the steps up to this one have reported, log and show it."""
@@ -193,7 +186,7 @@ class Session:
         self.clock.start()
 
     def record(self, metrics):
-        """Take over the metrics of a validation behind this step, {name: value or None}."""
+        """Take over the metrics of a validation after this step, {name: value or None}."""
         at = self.at
         loss = metrics[VAL_LOSS]
         if not math.isfinite(loss):
@@ -203,10 +196,11 @@ class Session:
         at.metrics = metrics
         at.validated = at.step
         self.log.validation(at.step, self.steps_in_all, metrics, self.clock.total)
-        self.better = better(loss, at.best)
-        if self.better:
+        if better(loss, at.best):
             at.best = loss
             at.since_best = 0
+            if self.options.keep_best:
+                self.wanted.add("save")
         else:
             at.since_best += 1
 
@@ -216,6 +210,7 @@ class Session:
         Returns whether one was begun; with wait, whether it was written.
         """
         at = self.at
+        self.wanted.discard("save")
         if self.options.checkpoint_every == "off":
             return False
         self.receive(math.inf)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import train_gpt as tg
 from base.options import by_stage
-from train_gpt import Schedule, lr_scale, muon_momentum, progress_at, stage_at
+from train_gpt import Schedule, lr_scale, muon_momentum, stage_at
 
 quick = settings(deadline=None, max_examples=200, database=None)
 progresses = st.floats(0, 1)
@@ -44,8 +44,8 @@ def test_stages_never_go_back(a, b, n):
 
 
 def test_progress_is_the_part_of_the_scheduled_steps_that_is_behind():
-    assert [progress_at(Schedule(steps=4), step) for step in (1, 2, 3, 4)] == [0, 0.25, 0.5, 0.75]
-    assert progress_at(Schedule(steps=1), 1) == 0
+    assert [Schedule(steps=4).progress(step) for step in (1, 2, 3, 4)] == [0, 0.25, 0.5, 0.75]
+    assert Schedule(steps=1).progress(1) == 0
 
 
 def staged(**fields):
@@ -63,9 +63,9 @@ def staged(**fields):
 
 def test_the_extension_stays_where_the_schedules_end():
     c = staged(steps=12, extension=2, lr_floor=0.15, tied=1.0, mtp=(3, 2))
-    found = [progress_at(c.schedule, step) for step in range(1, 13)]
+    found = [c.schedule.progress(step) for step in range(1, 13)]
     assert found == [*(step / 10 for step in range(10)), 1.0, 1.0]
-    end = progress_at(c.schedule, 12)
+    end = c.schedule.progress(12)
     assert lr_scale(c.schedule, end) == pytest.approx(0.15)
     assert muon_momentum(end) == pytest.approx(0.85)
     assert c.model.target_weights(end) == [1.0, 0.0]

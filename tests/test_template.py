@@ -263,7 +263,7 @@ def test_it_is_exported_under_the_fields_names(whole, tmp_path):
         assert export.main(given) == 0
     tensors = load_file(to / "model.safetensors")
     weights = load_file(whole / "model.safetensors")
-    names = ngram_mlp.Config(**OWN).field_names() | {"bias": "bias"}
+    names = ngram_mlp.Config(**OWN).hf_names() | {"bias": "bias"}
     assert tensors.keys() == set(names.values())
     for name, field in names.items():
         assert torch.equal(tensors[field], weights[name]), name

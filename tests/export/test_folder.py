@@ -195,7 +195,7 @@ def test_no_element_is_lost_or_doubled(fields):
     out = unstack(tensors, c.model)
     assert torch.equal(bits(out.values()), bits(tensors.values()))
     assert torch.equal(out["new_table"], tensors["new_table"]) and out["a.new.scalar"].shape == ()
-    elsewhere = c.model.field_names()
+    elsewhere = c.model.hf_names()
     own = {name for name, t in tensors.items() if t.numel()} - elsewhere.keys()
     single = {name for name in elsewhere.values() if isinstance(name, str)}
     assert own <= out.keys()
@@ -206,7 +206,7 @@ def test_no_element_is_lost_or_doubled(fields):
 def test_every_bank_of_the_model_is_in_the_table():
     """A parameter with a matrix per layer would pass as it is, which is right but unkind."""
     c, model = everything()
-    elsewhere = c.model.field_names()
+    elsewhere = c.model.hf_names()
     names = {name for name, _ in model.named_parameters()}
     assert elsewhere.keys() <= names
     assert {name for name in names if name.endswith("_bank")} <= elsewhere.keys()

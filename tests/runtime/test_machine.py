@@ -142,7 +142,7 @@ def test_processes_of_a_machine_and_those_in_one_place_are_groups(machines, node
         assert f["first"] == f["rank"]  # each has its own result
         assert f["texts"] == TEXTS
         # Whoever fails ends all; those that did not are told
-        expected = ["another rank could not prepare the data"] * size
+        expected = ["another process could not go on; its own line says why"] * size
         expected[f["rank"]] = f"rank {f['rank']} cannot"
         assert f["failures"] == expected
 

@@ -403,7 +403,7 @@ def try_command(argv):
         return
     if max(c.model.n_layer, *c.model.mtp) < 1000:
         for step in (1, c.schedule.steps // 2 + 1, c.schedule.steps):
-            progress = tg.progress_at(c.schedule, step)
+            progress = c.schedule.progress(step)
             stage = tg.stage_at(c, step)
             val_stage = c.model.val_stage(stage.model, c.data.val_row_len)
             assert stage.rows > 0

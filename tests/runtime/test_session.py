@@ -88,11 +88,11 @@ class Toy:
                 ok = self.guard.judge(step, torch.tensor(2.0), gradients, session.votes())
                 self.optimizer.step(1.0, 0.9, ok)
                 session.after_step(step, 10, 100.0)
-                if session.validates():
+                if session.validation_is_due():
                     self.validate(session)
                 if session.is_over():
                     break
-                if session.saves():
+                if session.checkpoint_is_due():
                     self.saved.append(step)
                     session.save(wait=True)
             session.end()

@@ -42,14 +42,17 @@ class Config(Options):
     def target_weights(self, progress):
         return None
 
-    def field_names(self):
+    def is_new_loss(self, before, after):
+        return False
+
+    def hf_names(self):
         return {
             "tokens": "model.embed_tokens.weight",
             "matrix": "model.mlp.up_proj.weight",
             "head": "lm_head.weight",
         }
 
-    def field_config(self, progress):
+    def hf_config(self, progress):
         return dict(
             architectures=["NgramMLP"],
             model_type="ngram_mlp",
@@ -93,6 +96,9 @@ class Model(nn.Module):
 
     def state(self):
         return {"steps": self.steps}
+
+    def reset_state(self):
+        self.steps.zero_()
 
     def successors(self, before, after):
         return {}
