@@ -486,7 +486,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
     """
     world = world or World()  # alone, on the CPU
     options = config.run
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(options.cache_dir) / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", machine.compile_cache(options.cache_dir))
     folder, resuming = resume.choose_run_dir(config, world, ROOT / "runs")
     if world.device.type == "cpu":
         machine.keep_freed_memory()

@@ -2,10 +2,13 @@
 
 import ctypes
 import dataclasses
+import getpass
 import os
+import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import typing
 from pathlib import Path
@@ -174,6 +177,13 @@ def can_compile(say):
         missing = "a C++ compiler (g++)"
     elif not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing = "Python's headers (python3-dev)"
+    elif not is_plain(torch.__file__):
+        say(
+            "running without torch.compile, which is slower: its compiler cannot take the path "
+            f"{Path(torch.__file__).parent}; a checkout in a folder without spaces and quotes "
+            "compiles"
+        )
+        return False
     else:
         return True
     say(
@@ -181,6 +191,19 @@ def can_compile(say):
         "for it"
     )
     return False
+
+
+def is_plain(path):
+    """Whether PyTorch's compiler can take a path: its commands are split at spaces and quotes."""
+    return re.fullmatch(r"[^\s'\"\\\\$`&;|<>()*?#]+", str(path)) is not None
+
+
+def compile_cache(cache_dir):
+    """Where compiled code goes: in the cache, or where the path is plain if the cache's is not."""
+    folder = Path(cache_dir).absolute() / "inductor"
+    if not is_plain(folder):
+        folder = Path(tempfile.gettempdir(), f"stopwatch-{getpass.getuser()}", "inductor")
+    return str(folder)
 
 
 class Clock:

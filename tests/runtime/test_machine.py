@@ -273,3 +273,17 @@ def test_clock_runs_between_start_and_stop_and_goes_on_from_a_total(monkeypatch)
     at[0] = 201.0
     clock.stop()
     assert clock.total == 8.5 and waited == [CPU] * 4
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "so"', "a$b", "a;b", "(1)"])
+def test_paths_that_a_compiler_cannot_take(name, tmp_path, monkeypatch):
+    """Compiled code goes where the path is plain; with PyTorch itself in such a path the run goes
+    on uncompiled and says so."""
+    assert machine.is_plain(tmp_path) and not machine.is_plain(tmp_path / name)
+    assert machine.compile_cache(tmp_path) == str(tmp_path / "inductor")
+    elsewhere = machine.compile_cache(tmp_path / name)
+    assert machine.is_plain(elsewhere) and elsewhere.endswith("inductor")
+    said = []
+    monkeypatch.setattr(machine.torch, "__file__", str(tmp_path / name / "torch/__init__.py"))
+    assert not machine.can_compile(said.append)
+    assert str(tmp_path / name) in said[0] and "running without torch.compile" in said[0]
