@@ -137,7 +137,7 @@ def make_run(
 
 
 def main(capsys, *args):
-    """(exit status, stdout, stderr) of python -m records."""
+    """(exit status, stdout, stderr) of ./run.sh records."""
     capsys.readouterr()
     status = records.__main__.main([str(a) for a in args])
     return status, *capsys.readouterr()

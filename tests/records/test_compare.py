@@ -19,7 +19,7 @@ from records.runs import Point, Run
 
 
 def main(capsys, *args):
-    """(exit status, stdout, stderr) of python -m records."""
+    """(exit status, stdout, stderr) of ./run.sh records."""
     capsys.readouterr()  # what setting up the test had to say
     status = records.__main__.main([str(a) for a in args])
     return status, *capsys.readouterr()
