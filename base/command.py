@@ -1,6 +1,8 @@
 """A command line that says in one line what is wrong with it."""
 
 import argparse
+import os
+from pathlib import Path
 
 from .errors import InputError
 
@@ -10,3 +12,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message}; {self.prog} --help shows what is valid")
+
+
+def given_path(text):
+    """A Path from the command line; the shell leaves a ~ that follows a = as it is."""
+    return Path(os.path.expanduser(text))

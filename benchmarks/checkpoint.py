@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from base import InputError
+from base.command import given_path
 from benchmarks import subject
 from benchmarks.options import COUNT
 from benchmarks.report import document, say, table
@@ -229,5 +230,5 @@ def render(result):
 def add_arguments(parser):
     parser.option("--megabytes", COUNT, 100, "N", "size of the checkpoint")
     about = "write here, then delete it [runs]"
-    parser.add_argument("--folder", type=Path, default=RUNS, metavar="DIR", help=about)
+    parser.add_argument("--folder", type=given_path, default=RUNS, metavar="DIR", help=about)
     parser.option("--repeats", COUNT, 5, "N", "rounds, for medians")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from base import InputError, to_json, whole_file
+from base.command import given_path
 from base.files import sweep
 from base.options import progress_of
 from data import sources
@@ -41,16 +42,20 @@ configuration, and the tokenizer for Hugging Face's library. Nothing in it is a 
 docs/torchtitan.md tells how to train on from there."""
     parser.add_argument(
         "source",
-        type=Path,
+        type=given_path,
         metavar="RUN_OR_CHECKPOINT",
         help="folder of a finished run, or of a checkpoint (RUN/checkpoints/step-000123)",
     )
     parser.add_argument(
-        "--to", type=Path, required=True, metavar="FOLDER", help="folder to make; it must not exist"
+        "--to",
+        type=given_path,
+        required=True,
+        metavar="FOLDER",
+        help="folder to make; it must not exist",
     )
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="tokenizer.json of the prepared text, where it is not found in the run's --cache-dir",
     )

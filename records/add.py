@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base import InputError, whole_file
+from base.command import given_path
 from base.files import sweep
 
 from .compare import APART, losses_to_test, t_test
@@ -77,7 +78,7 @@ nothing is added."""
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=given_path,
         metavar="RUN_DIR",
         help="folder of a finished run, or of several, which are the seeds of one record",
     )
@@ -91,7 +92,7 @@ nothing is added."""
     )
     parser.add_argument(
         "--records",
-        type=Path,
+        type=given_path,
         default=RECORDS,
         metavar="DIR",
         help="where records are kept [records]",

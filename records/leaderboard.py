@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from base import InputError, write_text
+from base.command import given_path
 
 from .add import RECORDS, load_run, same_but_seeds, summarize
 from .metrics import meets, unit
@@ -28,7 +29,7 @@ beside them. Every record is checked on the way: its runs against their logs and
 its summary against its runs. Run it after records add, and commit what it wrote."""
     parser.add_argument(
         "--records",
-        type=Path,
+        type=given_path,
         default=RECORDS,
         metavar="DIR",
         help="where records are kept, and the page is written [records]",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base import InputError, whole_file
+from base.command import given_path
 
 from .add import OF_THE_RUN
 from .compare import APART, RUN_HELP
@@ -74,11 +75,11 @@ def add_arguments(parser):
 Draws validation loss against time and against tokens, side by side. Every line says at its
 end what it is. Runs that differ in the seed alone are one line, their mean, in a band from
 the lowest to the highest. A broken line is the target."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=RUN_HELP)
+    parser.add_argument("runs", nargs="+", type=given_path, metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=given_path,
         default=Path("loss"),
         metavar="FILE",
         help="picture to write, .png or .svg; without an ending, both [loss]",

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import os
+import re
 import typing
 from pathlib import Path
 
@@ -122,11 +124,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
             given = (message.split(": ", 1)[1].split() or ["''"])[0]
-            valid = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
-            near = difflib.get_close_matches(given, valid, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            message = f"unknown option {given}: {hint}valid are {' '.join(valid)}"
+            message = self.unknown(given)
+        on_off = re.match(r"argument (--\S+)/(--no-\S+): ignored explicit argument", message)
+        if on_off:
+            message = f"{on_off[1]} takes no value: expected {on_off[1]} or {on_off[2]}"
         raise InputError(message)
+
+    def unknown(self, given):
+        """What is wrong with a word that no option takes."""
+        valid = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
+        near = difflib.get_close_matches(given, valid, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        if given.startswith("-"):
+            return f"unknown option {given}: {hint}valid are {' '.join(valid)}"
+        # Such as the second of two files, or False behind an option that is on or off
+        return (
+            f"unexpected {given}: {hint}options begin with --; all but lists take one value, and "
+            "what is on or off takes none, but has a --no- form"
+        )
 
 
 def peek(argv, *names):
@@ -176,6 +191,41 @@ def add_option(group, f, default):
     if f.type is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
         return
-    if typing.get_origin(f.type) is tuple:
+    several = typing.get_origin(f.type) is tuple
+    if several:
         kwargs["nargs"] = "*"
-    group.add_argument(name, type=kind, metavar=kind.__name__.upper(), **kwargs)
+    parse = parser_of(kind, several)
+    group.add_argument(name, type=parse, metavar=kind.__name__.upper(), **kwargs)
+
+
+def parser_of(kind, several):
+    """The function that makes a value of this type of a word on the command line.
+
+    several: whether more of them may follow, for the message.
+    """
+    if kind is str:
+        return os.path.expanduser  # the shell does not where ~ follows a =
+    parse = whole_number if kind is int else kind
+    expected = "a whole number" if kind is int else "a number"
+    if several:
+        expected += ", and spaces between several"
+
+    def parse_or_explain(text):
+        try:
+            return parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}") from None
+
+    return parse_or_explain
+
+
+def whole_number(text):
+    """An int; 1e6 is one, too. Raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    # Beyond 2**53 a float is not exact
+    if not number.is_integer() or abs(number) > 2**53:
+        raise ValueError(text)
+    return int(number)

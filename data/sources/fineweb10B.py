@@ -29,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from base import InputError, write_text
-from base.command import Parser
+from base.command import Parser, given_path
 from base.files import aside, difference, one_at_a_time, sha256_of, sweep
 from data.dataset import Dataset
 from data.shards import read_shard
@@ -373,7 +373,7 @@ def main(argv):
     )
     parser.add_argument(
         "--folder",
-        type=Path,
+        type=given_path,
         default=Path(__file__).parents[2] / ".cache/data/fineweb10B",
         help="where the shards are kept (default: where the trainer looks, %(default)s)",
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import train_gpt as tg
 from base import InputError
+from base.command import given_path
 from base.options import (
     BY_STAGE,
     COUNT,
@@ -84,6 +85,9 @@ def parse(*argv, **shown):
             dict(run_dir="there", keep_last=5),
         ),  # of the other part
         (["--count", "-1"], dict(count=-1)),  # for the part to refuse
+        (["--count", "1e6"], dict(count=1_000_000)),
+        (["--sizes", "2.5e3", "1_000"], dict(sizes=(2500, 1000))),
+        (["--name", "a~b"], dict(name="a~b")),
         (["--name", ""], dict(name="")),
     ],
 )
@@ -98,21 +102,38 @@ def test_only_what_is_given_is_returned(argv, given):
             ["--nam", "b"],
             "unknown option --nam: did you mean --name? valid are --cache-dir",
         ),  # no abbreviations
-        (["stray"], "unknown option stray: valid are"),
-        ([""], "unknown option '': "),
-        (["  "], "unknown option '': "),
-        (["--count", "many"], "argument --count: invalid int value: 'many'"),
-        (["--count", "1.5"], "argument --count: invalid int value: '1.5'"),
+        (["stray"], "unexpected stray: options begin with --"),
+        (["count"], "unexpected count: did you mean --count? options begin with --"),
+        ([""], "unexpected '': "),
+        (["  "], "unexpected '': "),
+        (["\u2014count", "2"], "unexpected \u2014count: did you mean --count? "),  # a long dash
+        (["--name", "a.txt", "b.txt"], "unexpected b.txt: "),
+        (["--count", "many"], "argument --count: many: expected a whole number"),
+        (["--count", "1.5"], "argument --count: 1.5: expected a whole number"),
+        (["--count", "1e16"], "argument --count: 1e16: expected a whole number"),
+        (["--count", "inf"], "argument --count: inf: expected a whole number"),
         (["--count"], "argument --count: expected one argument"),
-        (["--sizes", "1", "x"], "argument --sizes: invalid int value: 'x'"),
-        (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
-        (["--no-fast=yes"], "--no-fast: ignored explicit argument 'yes'"),
+        (
+            ["--sizes", "1,2"],
+            "argument --sizes: 1,2: expected a whole number, and spaces between several",
+        ),
+        (["--rate", "0,5"], "argument --rate: 0,5: expected a number"),
+        (["--no-fast=yes"], "--fast takes no value: expected --fast or --no-fast"),
+        (["--fast=False"], "--fast takes no value: expected --fast or --no-fast"),
+        (["--fast", "False"], "unexpected False: "),
     ],
 )
 def test_what_cannot_be_parsed_is_one_line(argv, said):
     with pytest.raises(InputError) as e:
         parse(*argv)
     assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    """The shell passes --run-dir=~/a as it is: no folder is to be called ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("--run-dir=~/a", "--name", "~") == dict(run_dir="/home/me/a", name="/home/me")
+    assert str(given_path("~/a")) == "/home/me/a"
 
 
 def test_help_has_every_option_its_group_its_default_and_what_is_shown_instead(capsys):
