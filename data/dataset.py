@@ -1,7 +1,7 @@
 """A corpus that is ready to train on, and the loaders over it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ class Dataset:
     fingerprint: str  # tells this corpus from any other, such as a sha256 of its text in order
     folder: Path
     load_tokenizer: Callable | None = None  # returns its Tokenizer; None if no text is behind it
+    about: dict = field(default_factory=dict)  # what else its source says of it, for manifest()
 
     @cached_property
     def tokenizer(self):
@@ -35,6 +36,22 @@ class Dataset:
                 "none, such as val_loss"
             )
         return self.load_tokenizer()
+
+    def manifest(self):
+        """What a run keeps of the data it was trained on, as JSON can hold it: data.json."""
+        splits = {}
+        for name, shards in ("train", self.train), ("val", self.val):
+            shards = [Path(path) for path in shards]
+            tokens = sum(len(read_shard(path)) for path in shards)
+            splits[name] = dict(tokens=tokens, shards=[path.name for path in shards])
+        return dict(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            n_vocab=self.n_vocab,
+            eot=self.eot,
+            splits=splits,
+            **self.about,
+        )
 
 
 class Data(NamedTuple):

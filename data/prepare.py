@@ -30,7 +30,7 @@ from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer
 
 VAL_FRACTION = 0.1
 BPE_BYTES = 200_000_000  # a BPE vocabulary settles long before this much text
-LAYOUT = 5  # change it when what is written below changes, so old caches are not read
+LAYOUT = 6  # change it when what is written below changes, so old caches are not read
 MARK = END_OF_TEXT.encode()
 
 

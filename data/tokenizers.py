@@ -1,13 +1,14 @@
 """Tokenizers by name: `gpt2`, `bpe:N` (trained on the corpus), `bytes`, `chars`.
 
-All share one interface (`encode`, `decode`, `n_vocab`, `eot`, `token_bytes`) and one JSON file
-format. BPE is trained by Hugging Face `tokenizers` and run by `tiktoken`; nothing here is pickled.
+All share one interface (`encode`, `decode`, `n_vocab`, `eot`, `token_bytes`) and one file,
+tokenizer.json, which Hugging Face's library `tokenizers` reads as well. BPE is trained by that
+library and run by `tiktoken`, which is faster; nothing here is pickled.
 """
 
-import base64
 import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -19,10 +20,18 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-# The pattern's lookahead overflows tiktoken's stack on a very long run of spaces
-LONG_RUN = re.compile(r"\s{10000}")
+# The pattern's lookahead overflows tiktoken's stack on a very long run of spaces. It is looked for
+# from where a run begins: from everywhere, the search takes time quadratic in a run's length.
+LONG_RUN = re.compile(r"(?<!\s)\s{10000}")
 PIECE = re.compile(r"(?s).{1,5000}")
 MOST_TOKENS = 65535  # ids are uint16, and one is end-of-text
+
+# How tokenizer.json writes a byte, as a printable character: printable Latin-1 as itself, the
+# others from U+0100 on
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = sorted({*range(256)} - {*PRINTABLE})
+LETTER = {byte: chr(byte) for byte in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+BYTE = {letter: byte for byte, letter in LETTER.items()}
 
 
 class Tokenizer:
@@ -34,8 +43,8 @@ class Tokenizer:
     """
 
     def __init__(self, kind, tokens, pattern=None):
-        """kind: the name above; tokens: every id's bytes (str for chars) in id order,
-        end-of-text left out."""
+        """kind: bytes, chars or bpe; tokens: every id's bytes (str for chars) in id order,
+        end-of-text left out; pattern: a regular expression that bpe splits text by first."""
         self.kind = kind
         self.tokens = tokens
         self.pattern = pattern
@@ -94,29 +103,37 @@ class Tokenizer:
         return "".join(parts) if self.kind == "chars" else b"".join(parts).decode(errors="replace")
 
     def to_json(self):
-        tokens = self.tokens
-        if self.kind != "chars":
-            tokens = [base64.b64encode(t).decode() for t in tokens]
-        return json.dumps(dict(kind=self.kind, pattern=self.pattern, tokens=tokens))
+        """The text of tokenizer.json."""
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as HFTokenizer
+
+        if self.kind == "chars":
+            ids = {token: i for i, token in enumerate(self.tokens)}
+            hf = HFTokenizer(models.WordLevel(ids, unk_token="<unknown>"))  # which is an error
+            hf.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+            hf.decoder = decoders.Fuse()
+        else:
+            ids = {written(token): i for i, token in enumerate(self.tokens)}
+            hf = HFTokenizer(models.BPE(ids, merges(self.tokens), ignore_merges=True))
+            splits = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            if self.pattern:
+                splits.insert(0, pre_tokenizers.Split(Regex(self.pattern), "isolated"))
+            hf.pre_tokenizer = pre_tokenizers.Sequence(splits)
+            hf.decoder = decoders.ByteLevel()
+        hf.add_special_tokens([END_OF_TEXT])  # the last id, as here
+        return hf.to_str()
 
     @classmethod
     def from_json(cls, text, where="tokenizer.json"):
         """What to_json wrote, as str or bytes; where: what to call it. Raises InputError for
         what does not work."""
         try:
-            said = json.loads(text)
-            kind = said["kind"]
-            pattern = said["pattern"]
-            tokens = list(said["tokens"])
-            known = kind in ("bytes", "chars", "gpt2") or re.fullmatch(r"bpe:\d+", kind)
-            if not known or len(tokens) > MOST_TOKENS:
-                raise ValueError(f"{len(tokens)} tokens of kind {kind!r}")
-            if kind != "chars":
-                tokens = [base64.b64decode(t, validate=True) for t in tokens]
+            kind, tokens, pattern = _parts(json.loads(text))
+            if len(tokens) > MOST_TOKENS:
+                raise ValueError(f"{len(tokens)} tokens")
             units = len(tokens) if kind == "chars" else 256  # tokens of one character, or byte
-            complete = tokens and sum(len(t) == 1 for t in tokens) == units
-            if not complete or len(set(tokens)) < len(tokens):
-                raise ValueError("a byte without a token, or a token that is there twice")
+            if not tokens or sum(len(t) == 1 for t in tokens) != units:
+                raise ValueError("a byte without a token")
             if kind == "bytes" and tokens != [bytes([i]) for i in range(256)]:
                 raise ValueError("bytes out of order")
             tokenizer = cls(kind, tokens, pattern)
@@ -131,6 +148,60 @@ class Tokenizer:
             raise InputError(
                 f"{where}: not a tokenizer of this program ({type(e).__name__}: {reason})"
             ) from None
+
+
+def _parts(said):
+    """(kind, tokens, pattern) of a parsed tokenizer.json; an exception of any kind where it is
+    not one of ours."""
+    vocabulary = said["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    if [vocabulary[token] for token in tokens] != [*range(len(tokens))]:
+        raise ValueError("ids that are not 0, 1, 2, ...")
+    [special] = said["added_tokens"]
+    if (special["content"], special["id"]) != (END_OF_TEXT, len(tokens)) or said["normalizer"]:
+        raise ValueError(f"not with {END_OF_TEXT} as its last id, or with a normalizer")
+    if said["model"]["type"] == "WordLevel":
+        return "chars", tokens, None
+    tokens = [bytes(BYTE[letter] for letter in token) for token in tokens]
+    splits = said["pre_tokenizer"]["pretokenizers"]
+    if len(splits) == 1:
+        return "bytes", tokens, None
+    return "bpe", tokens, splits[0]["pattern"]["Regex"]
+
+
+def written(token):
+    """The bytes of a token as tokenizer.json writes them."""
+    return "".join(LETTER[byte] for byte in token)
+
+
+def merges(tokens):
+    """[(left, right), ...] for Hugging Face's library: any two neighbours that make a token are
+    merged, those of the lowest id first, as tiktoken does it."""
+    rank = {token: i for i, token in enumerate(tokens)}
+    found = []
+    for token in tokens:
+        for cut in range(1, len(token)):
+            left = token[:cut]
+            right = token[cut:]
+            if left in rank and right in rank:
+                found.append((rank[token], rank[left], rank[right]))
+    return [(written(tokens[left]), written(tokens[right])) for _, left, right in sorted(found)]
+
+
+def load_tokenizer(run_dir):
+    """The Tokenizer of a run, from the tokenizer.json that every run keeps in its folder.
+
+    Raises InputError where there is none: the run's tokens have no text, or it is from before runs
+    kept it.
+    """
+    path = Path(run_dir) / "tokenizer.json"
+    try:
+        text = path.read_bytes()
+    except OSError as e:
+        raise InputError(
+            f"{path}: {e.strerror}; expected the folder of a run that trained on text"
+        ) from None
+    return Tokenizer.from_json(text, path)
 
 
 def make_tokenizer(name, texts):
@@ -156,7 +227,7 @@ def make_tokenizer(name, texts):
         n = int(m[1])
         if not 257 <= n <= MOST_TOKENS + 1:
             raise InputError(f"--tokenizer {name}: expected a size from 257 to {MOST_TOKENS + 1}")
-        return Tokenizer(name, train_bpe(texts(), n - 1), PATTERN)
+        return Tokenizer("bpe", train_bpe(texts(), n - 1), PATTERN)
     raise InputError(
         f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096) or gpt2"
     )
@@ -174,7 +245,7 @@ def gpt2_tokenizer():
             "check the network, or use --tokenizer bpe:N, which needs none"
         ) from None
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    return Tokenizer("gpt2", tokens, encoding._pat_str)
+    return Tokenizer("bpe", tokens, encoding._pat_str)
 
 
 def train_bpe(texts, n_tokens):
@@ -193,12 +264,6 @@ def train_bpe(texts, n_tokens):
         texts,
         trainers.BpeTrainer(vocab_size=n_tokens, initial_alphabet=alphabet, show_progress=False),
     )
-    # Hugging Face writes each byte as a printable character: printable Latin-1 as itself, the rest
-    # from U+0100 on.
-    printable = [b for b in range(256) if chr(b) in alphabet]
-    others = sorted(set(range(256)) - set(printable))
-    to_byte = {chr(b): b for b in printable}
-    to_byte |= {chr(256 + i): b for i, b in enumerate(others)}
     vocabulary = hf.get_vocab()  # token -> id
     tokens = sorted(vocabulary, key=vocabulary.get)
-    return [bytes(to_byte[c] for c in token) for token in tokens]
+    return [bytes(BYTE[letter] for letter in token) for token in tokens]

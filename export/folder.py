@@ -7,13 +7,10 @@ A folder in the layout of the Hugging Face Hub, which others read without this p
 docs/torchtitan.md shows how torchtitan takes it from there.
 """
 
-import base64
 import dataclasses
-import json
 import os
 import shutil
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
@@ -24,13 +21,13 @@ from base import InputError, to_json, whole_file
 from base.command import given_path
 from base.files import sweep
 from base.options import progress_of
-from data import sources
+from data import Tokenizer, sources
+from data.tokenizers import END_OF_TEXT
 from models import load_template, template_names
 from records.add import PATHS
 from records.read import read_json
 
 SHARD_BYTES = 5_000_000_000  # of a file, as on the Hub; a larger tensor has one to itself
-END_OF_TEXT = "<|endoftext|>"
 EMBEDDING = "model.embed_tokens.weight"  # what every template calls its tokens' embedding
 
 
@@ -57,7 +54,7 @@ docs/torchtitan.md tells how to train on from there."""
         "--tokenizer",
         type=given_path,
         metavar="FILE",
-        help="tokenizer.json of the prepared text, where it is not found in the run's --cache-dir",
+        help="tokenizer.json of a run with the same tokens, where the run itself has none",
     )
     parser.add_argument(
         "--template",
@@ -72,8 +69,8 @@ def run(args):
     if os.path.lexists(args.to):
         raise InputError(f"--to {args.to}: is there already; choose a folder that is not")
     model = load_model(args.source)
-    file = args.tokenizer or find_tokenizer(model)
-    tokenizer = load_tokenizer(file) if file else None
+    file = args.tokenizer or find_tokenizer(args.source)
+    tokenizer = read_tokenizer(file) if file else None
     try:
         config = template_config(model.config, args.template)
         tensors = unstack(model.tensors, config)
@@ -83,7 +80,7 @@ def run(args):
             f"{args.source}: not the weights and the configuration of a run of train_gpt.py ({e!r})"
         ) from None
     if tokenizer is None:
-        why = "it is not where the run prepared its text; name it with --tokenizer"
+        why = "the run has no tokenizer.json; name one with --tokenizer"
         if uses_gpt2(model.config):
             why = "GPT-2's is on the Hub as openai-community/gpt2"
         print(f"no tokenizer is written: {why}", file=sys.stderr)
@@ -238,7 +235,7 @@ def describe(model, config, tokenizer):
     embed = model.tensors[name]
     n_vocab = None
     if tokenizer:
-        n_vocab = len(tokenizer["tokens"]) + 1
+        n_vocab = tokenizer.n_vocab
     elif uses_gpt2(fields):
         n_vocab = 50257
     progress = 0.0
@@ -301,44 +298,26 @@ def uses_gpt2(config):
     return (own or config.get("tokenizer")) == "gpt2"
 
 
-def find_tokenizer(model):
-    """tokenizer.json of the text that the run prepared, None if it is not there any more."""
-    cache = Path(model.config.get("cache_dir") or ".")
-    for meta in sorted(cache.glob("data/*/meta.json")):
-        try:
-            about = json.loads(meta.read_bytes())
-            same_text = about["fingerprint"] == model.data
-            if same_text and about["tokenizer"] == model.config["tokenizer"]:
-                return meta.with_name("tokenizer.json")
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-    return None
+def find_tokenizer(source):
+    """The tokenizer.json of a run or of the run that a checkpoint is of; None if it has none."""
+    run = source
+    if (source / "state.json").exists():
+        run = source.absolute().parent.parent
+    file = run / "tokenizer.json"
+    return file if file.exists() else None
 
 
-def load_tokenizer(file):
-    """dict(kind, pattern, tokens: bytes, or str for chars) from data/tokenizers.py's file.
-    Raises InputError."""
+def read_tokenizer(file):
+    """The Tokenizer in a tokenizer.json. Raises InputError."""
     try:
-        said = read_json(file)
-        tokens = said["tokens"]
-        if said["kind"] != "chars":
-            tokens = [base64.b64decode(token, validate=True) for token in tokens]
-        return dict(kind=said["kind"], pattern=said["pattern"], tokens=tokens)
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError) as e:
-        why = f"{type(e).__name__}: {e}" if file.exists() else "no such file"
-        raise InputError(f"{file}: expected a tokenizer of this program ({why})") from None
+        return Tokenizer.from_json(file.read_bytes(), file)
+    except OSError as e:
+        raise InputError(f"{file}: {reason(e)}; expected a run's tokenizer.json") from None
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write the same tokenizer for Hugging Face's library; end-of-text has the last id, as here."""
-    if tokenizer["kind"] == "chars":
-        theirs = characters(tokenizer["tokens"])
-    else:
-        theirs = byte_pairs(tokenizer["tokens"], tokenizer["pattern"])
-    theirs.add_special_tokens([END_OF_TEXT])
-    theirs.save(str(folder / "tokenizer.json"))
+    """Write what Hugging Face's library reads: the file itself, and how it is used."""
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     about = dict(
         tokenizer_class="PreTrainedTokenizerFast",
         bos_token=END_OF_TEXT,
@@ -346,53 +325,3 @@ def save_tokenizer(tokenizer, folder):
         add_bos_token=True,
     )
     write_json(folder / "tokenizer_config.json", about)
-
-
-def characters(tokens):
-    """Hugging Face's tokenizer with a token for each character; one that it does not know is an
-    error, as here."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    ids = {token: i for i, token in enumerate(tokens)}
-    theirs = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))
-    theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    theirs.decoder = decoders.Fuse()
-    return theirs
-
-
-def byte_pairs(tokens, pattern):
-    """Hugging Face's tokenizer with these tokens (bytes), for text that is first split by the
-    pattern, if there is one."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    # There a byte is written as a printable character: printable Latin-1 as itself, the rest from
-    # U+0100 on
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted({*range(256)} - {*printable})
-    letter = {byte: chr(byte) for byte in printable}
-    letter |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-    def written(token):
-        return "".join(letter[byte] for byte in token)
-
-    # Any two neighbours that make a token are merged, those of the lowest id first, as tiktoken
-    # does it
-    rank = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for token in tokens:
-        for cut in range(1, len(token)):
-            left = token[:cut]
-            right = token[cut:]
-            if left in rank and right in rank:
-                merges.append((rank[token], rank[left], rank[right]))
-    merges.sort()
-    pairs = [(written(tokens[left]), written(tokens[right])) for _, left, right in merges]
-
-    ids = {written(token): i for token, i in rank.items()}
-    theirs = Tokenizer(models.BPE(ids, pairs, ignore_merges=True))
-    splits = [pre_tokenizers.ByteLevel(False, use_regex=False)]
-    if pattern:
-        splits.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
-    theirs.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    theirs.decoder = decoders.ByteLevel()
-    return theirs

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from base import InputError, to_json
 from records.source import pack_source
 
 from .options import flat
@@ -16,6 +17,7 @@ def announce(log, setup):
     environment = setup.environment
     log.header(
         pack_source(ROOT) if log.active else None,
+        beside=about_data(data.dataset) if log.active else None,
         environment=environment,
         config=flat(config),
         data=data.dataset.fingerprint,
@@ -46,3 +48,14 @@ def announce(log, setup):
             "no bits per byte and no sample: these tokens have no text, or their vocabulary is out "
             "of reach"
         )
+
+
+def about_data(dataset):
+    """{name: content} of what a run's folder holds of its Dataset, so that it can be read where
+    the prepared data is gone: data.json, and tokenizer.json if there is a text."""
+    files = {"data.json": to_json(dataset.manifest(), indent=1).encode()}
+    try:
+        files["tokenizer.json"] = dataset.tokenizer.to_json().encode()
+    except InputError:
+        pass  # no text, or its vocabulary is out of reach
+    return files

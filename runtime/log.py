@@ -82,15 +82,17 @@ class Log:
     def say_resumed(self):
         self.say(f"resumed from step {self.resume_step}")
 
-    def header(self, source, **described):
+    def header(self, source, beside=None, **described):
         """Begin log.txt with the digest of the source and a description of what it runs on; the
         description is config.json as well, and the source source.tar.bz2.
 
-        source: a Source, of records/source.py; described: what JSON can hold, by name. A run that
-        is resumed keeps its first header; where this one differs, log.txt says so.
+        source: a Source, of records/source.py; beside: {name: content as bytes} of files that the
+        run's folder has besides; described: what JSON can hold, by name. A run that is resumed
+        keeps its first header; where this one differs, log.txt says so.
         """
         if not self.active:
             return
+        self.kept |= beside or {}
         text = to_json(dict(described, source=source.digest), indent=1)
         if self.first is None:
             self.begin(source, sources.ARCHIVE, text)

@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HF
 
 from base import InputError
-from data.tokenizers import Tokenizer, gpt2_tokenizer, make_tokenizer
+from data.tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = settings(deadline=None, max_examples=30)
@@ -90,6 +92,22 @@ def test_very_long_runs_of_whitespace(white):
     check_round_trip(tok, "one\ntwo" + white * 1_000_000 + "three\nfour\n")
 
 
+def test_runs_of_whitespace_take_the_usual_time():
+    """A run as long as is just not cut takes no more than words of the same length do."""
+    tok = make_tokenizer("bpe:300", once(SAMPLE))
+
+    def best(text):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            tok.encode([text])
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    # 20 times faster than the words; 70 times slower where every place begins a search
+    assert best((" " * 9999 + "x") * 20) < 5 * best("some words " * 20_000)
+
+
 @FAST
 @given(TEXT)
 @example("<|endoftext|>")
@@ -136,6 +154,27 @@ def test_json_round_trip_gives_the_same_ids(tokenizer, text):
         tokenizer.eot,
     )
     assert (again.token_bytes == tokenizer.token_bytes).all()
+
+
+@FAST
+@given(TEXT)
+def test_hugging_faces_library_reads_the_same_file(tokenizer, text):
+    theirs = HF.from_str(tokenizer.to_json())
+    assert theirs.encode(text.replace("<|endoftext|>", "")).ids == (
+        tokenizer.encode([text.replace("<|endoftext|>", "")])[0].tolist()
+    )
+    assert theirs.token_to_id("<|endoftext|>") == tokenizer.eot
+
+
+def test_a_run_s_tokenizer_is_loaded_from_its_folder(tmp_path):
+    tok = make_tokenizer("bpe:300", once(SAMPLE))
+    with pytest.raises(InputError, match="tokenizer.json: No such file.* expected the folder of"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tok.to_json())
+    assert load_tokenizer(tmp_path).tokens == tok.tokens
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer.json: not a tokenizer of this program"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +346,7 @@ def test_gpt2_is_what_tiktoken_ships(monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": fake_gpt2()}.__getitem__)
     tok = make_tokenizer("gpt2", never)
-    assert (tok.kind, tok.n_vocab, tok.eot) == ("gpt2", 258, 257)
+    assert (tok.kind, tok.n_vocab, tok.eot) == ("bpe", 258, 257)
     assert tok.tokens == [bytes([255 - i]) for i in range(256)] + [b"th"]
     for t in (tok, Tokenizer.from_json(tok.to_json())):
         text = "the thé <|endoftext|>"

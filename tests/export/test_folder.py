@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
+from tokenizers import Tokenizer as HF
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train_gpt as tg
-from data import DataConfig, open_dataset
-from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
+from data.tokenizers import PATTERN, Tokenizer, load_tokenizer, make_tokenizer
 from export import folder as export
 from export.__main__ import main as export_main
-from export.folder import load_tokenizer, save_tokenizer, template_config, unstack
+from export.folder import save_tokenizer, template_config, unstack
 from models import gpt
 from records.source import source_of
 from runtime.checkpoints import Checkpoints
@@ -444,20 +444,17 @@ LEAPS = [
     b"ll",
     b" the",
 ]  # that no merges lead to
-TOKENIZERS["leaps"] = Tokenizer("bpe:300", LEAPS, PATTERN)
-TOKENIZERS["gpt2"] = Tokenizer("gpt2", TOKENIZERS["bpe"].tokens, r50k_pat_str)
+TOKENIZERS["leaps"] = Tokenizer("bpe", LEAPS, PATTERN)
+TOKENIZERS["gpt2"] = Tokenizer("bpe", TOKENIZERS["bpe"].tokens, r50k_pat_str)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """{kind: (ours, Hugging Face's from the exported file)}"""
-    from tokenizers import Tokenizer as HF
-
     pairs = {}
     for kind, ours in TOKENIZERS.items():
         folder = tmp_path_factory.mktemp(kind)
-        (folder / "ours.json").write_text(ours.to_json())
-        save_tokenizer(load_tokenizer(folder / "ours.json"), folder)
+        save_tokenizer(ours, folder)
         pairs[kind] = ours, HF.from_file(str(folder / "tokenizer.json"))
     return pairs
 
@@ -489,50 +486,43 @@ def test_tokenizers_agree(exported, kind):
 
 
 def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
-    """A run of the trainer, with its prepared text in its cache."""
-
-    def of(path):
-        return DataConfig(data="text", text=str(path), tokenizer="bpe:300")
-
-    for name in (
-        "atext",
-        "text",
-        "ztext",
-    ):  # others in the same cache, with the same kind of tokenizer
-        path = write_text(tmp_path / f"{name}.txt", 5000 + len(name), seed=ord(name[0]))
-        open_dataset(of(path), tmp_path / "cache/data")
-    c = tiny(
-        tmp_path / "text.txt", tmp_path, steps=2, eval_every=2, tokenizer="bpe:300", sample_tokens=0
-    )
+    """In the run's folder, though the prepared text is gone; of a checkpoint in its run's."""
+    path = write_text(tmp_path / "text.txt", 5000)
+    c = tiny(path, tmp_path, steps=2, eval_every=2, tokenizer="bpe:300", checkpoint_every="2")
     tg.train(c)
-    status, out, err = main(capsys, tmp_path / "run", "--to", tmp_path / "out")
-    assert (status, err) == (0, "") and sorted(os.listdir(tmp_path / "out")) == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    from tokenizers import Tokenizer as HF
-
-    theirs, text = (
-        HF.from_file(str(tmp_path / "out/tokenizer.json")),
-        (tmp_path / "text.txt").read_text(),
-    )
-    ours = open_dataset(of(tmp_path / "text.txt"), tmp_path / "cache/data").tokenizer
-    assert theirs.encode(text).ids == ours.encode([text])[0].tolist()
-    n = theirs.get_vocab_size()
-    assert config["n_vocab"] == n <= config["vocab_size"] and config["bos_token_id"] == n - 1
     shutil.rmtree(tmp_path / "cache")
-    assert (
-        "name it with --tokenizer" in main(capsys, tmp_path / "run", "--to", tmp_path / "out2")[2]
-    )
-    for file in (tmp_path / "nowhere.json", tmp_path / "text.txt", tmp_path / "out/tokenizer.json"):
-        refused(
-            main(capsys, tmp_path / "run", "--to", tmp_path / "out3", "--tokenizer", file),
-            tmp_path / "out3",
-            file,
-        )
+    run = tmp_path / "run"
+    ours = load_tokenizer(run)
+    about = json.loads((run / "data.json").read_text())
+    assert (about["n_vocab"], about["eot"]) == (ours.n_vocab, ours.eot)
+    for source in run, run / "checkpoints/step-000002":
+        to = tmp_path / f"out-{source.name}"
+        status, out, err = main(capsys, source, "--to", to)
+        assert (status, err) == (0, "") and sorted(os.listdir(to)) == [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        theirs = HF.from_file(str(to / "tokenizer.json"))
+        text = path.read_text()
+        assert theirs.encode(text).ids == ours.encode([text])[0].tolist()
+        config = json.loads((to / "config.json").read_text())
+        n = theirs.get_vocab_size()
+        assert config["n_vocab"] == n <= config["vocab_size"] and config["bos_token_id"] == n - 1
+
+
+def test_a_run_without_a_tokenizer(copy, tmp_path, capsys):
+    """From before runs kept it: said, and another run's can be named."""
+    assert "name one with --tokenizer" in main(capsys, copy, "--to", tmp_path / "out")[2]
+    (tmp_path / "theirs.json").write_text(TOKENIZERS["bytes"].to_json())
+    given = "--to", tmp_path / "out2", "--tokenizer", tmp_path / "theirs.json"
+    assert main(capsys, copy, *given)[::2] == (0, "")
+    assert (tmp_path / "out2/tokenizer.json").exists()
+    (tmp_path / "text.txt").write_text("some text")
+    for file in (tmp_path / "nowhere.json", tmp_path / "text.txt"):
+        to = tmp_path / "out3"
+        refused(main(capsys, copy, "--to", to, "--tokenizer", file), to, file)
 
 
 def test_the_pattern_of_our_own_bpe_is_what_is_tested():
