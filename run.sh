@@ -1,7 +1,16 @@
 #!/usr/bin/env bash
 # The door: installs once into .venv beside this file, then trains or runs a verb.
+# Written for bash 3.2, which is what macOS has: no mapfile, no ${x,,}, no empty arrays.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+unset CDPATH PYTHONSAFEPATH  # with them cd prints, and Python does not look beside its script
+
+door=${BASH_SOURCE[0]}
+while [[ -L $door ]]; do  # a link to this file from elsewhere; macOS had no readlink -f for long
+    link=$(readlink "$door")
+    [[ $link == /* ]] || link=$(dirname "$door")/$link
+    door=$link
+done
+here=$(cd -- "$(dirname -- "$door")" && pwd)
 venv=$here/.venv
 
 usage() {
@@ -21,7 +30,8 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   benchmarks    time kernels, steps, loaders, start-up; ablations; other programs side by side
 
 Progress goes to stderr, results to stdout. The first call installs the pinned dependencies.
-Exit status: 0 done, 2 something to put right (one line says what), 3 target not reached.
+Exit status: 0 done, 2 something to put right (one line says what), 3 target not reached,
+1 something nobody expected (one line says where the report is; --debug shows it at once).
 END
 }
 
@@ -62,13 +72,14 @@ require() {
     fi
     if [[ ! -x $venv/bin/python ]]; then
         local python; python=$(find_python)
-        "$python" -m venv --clear "$venv" >&2
+        "$python" -m venv --clear "$venv" >&2 \
+            || fail "$venv was not made; the lines above say why. Mend that and start again"
     fi
     echo "installing ${file##*/} into .venv (once) ..." >&2
     pip_install "$file" \
         || fail "${file##*/} did not install; the lines above say why. Mend that and start again"
     [[ $1 == core ]] && try_flash_attention
-    echo "$wanted" > "$stamp"
+    echo "$wanted" > "$stamp" || fail "$stamp cannot be written; make room and start again"
 }
 
 # FlashAttention 4 is for Hopper and Blackwell; on older GPUs torch has FlashAttention 2 built in.
@@ -91,7 +102,7 @@ esac
 case $verb in
     train)
         require core
-        exec "$venv/bin/python" "$here/train_gpt.py" "$@"  # starts torchrun itself
+        exec "$venv/bin/python" "$here/door.py" train "$@"  # starts torchrun itself
         ;;
     test)
         require core
@@ -108,8 +119,7 @@ case $verb in
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         require "$verb"
-        export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
-        exec "$venv/bin/python" -m "$verb" "$@"
+        exec "$venv/bin/python" "$here/door.py" "$verb" "$@"
         ;;
     *)
         fail "unknown verb $verb; ./run.sh --help lists them, options begin with --"

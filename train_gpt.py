@@ -6,6 +6,13 @@ optim/, its tokens data/, and what any program stands on is runtime/. Tracks (tr
 sets of values. `./run.sh` starts it; `torchrun --nproc_per_node=N train_gpt.py` works as well.
 """
 
+if __name__ == "__main__":  # as torchrun starts it: first what goes before the import of torch
+    import sys
+
+    import door
+
+    sys.exit(door.main(["train", *sys.argv[1:]]))
+
 import contextlib
 import dataclasses
 import functools
@@ -19,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from base import InputError, to_json
+from base import InputError, RankError, last_resort, streams, to_json
 from base.clock import START
 from base.options import BY_STAGE, COUNT, FRACTION, POSITIVE, Options, by_stage, option, progress_of
 from data import Prefetcher, pack
@@ -33,10 +40,10 @@ from runtime import machine, memory, resume
 from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
-from runtime.environment import describe_environment, machine_probe
+from runtime.environment import best_seconds, describe_environment, machine_probe
 from runtime.guard import Guard, GuardConfig
 from runtime.launch import exit_status, run_on_all_gpus
-from runtime.log import Log
+from runtime.log import Log, show
 from runtime.machine import PrecisionConfig, World
 from runtime.options import RunConfig, build_parts, flat, parse_options, peek
 from runtime.session import Session
@@ -180,7 +187,7 @@ Train a GPT to a target loss against the clock. Without --track: gpt2-small wher
 GPU, else laptop; own-text with --text. Brackets hold the track's values; lists have an entry for
 each of the equally long stages of training, or one for all. The result is one line of JSON on
 stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input, 143 or 130 stopped by
-SIGTERM or Ctrl-C, with the work saved."""
+SIGTERM or Ctrl-C, with the work saved, 1 what nobody expected, of which --debug shows all."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,6 +257,7 @@ class Setup:
     guard: Guard
     stages: dict  # step -> Stage
     micro_rows: dict  # Stage -> rows in a forward pass
+    pass_seconds: dict  # Stage -> seconds of a step's passes, timed beforehand; empty if all alike
     val_batches: list  # this rank's part of the validation split
     environment: dict
     peak: float  # FLOP/s of all ranks in large matrix products, measured
@@ -308,6 +316,7 @@ def set_up(config, world, data, log):
         guard=guard,
         stages=stages,
         micro_rows=micro_rows,
+        pass_seconds={},
         val_batches=list(data.val.micro_batches(world.rank, world.size, val_rows)),
         environment=environment,
         peak=environment["probe"]["matmul"][environment["dtype"]] * world.size,
@@ -321,14 +330,8 @@ def warm_up(setup):
     # A stage may have a graph for validation, an update one for each size
     limit = 2 * len(setup.micro_rows) + 16
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-    first_step = {}  # of each stage
-    for step, stage in setup.stages.items():
-        first_step.setdefault(stage, step)
-    for stage in sorted(setup.micro_rows):
-        rows = [None] * setup.micro_rows[stage]
-        max_docs = setup.data.train.max_docs
-        padding = pack(rows, config.data.row_len, max_docs, stage.model.max_doc_len)
-        loss = backward(setup, first_step[stage], [padding])  # compiles forward and backward
+    for step, padding in padding_by_stage(setup):
+        loss = backward(setup, step, [padding])  # compiles forward and backward
         ok = setup.guard.judge(0, loss, setup.optimizer.gradients())
     for _ in range(max(rule.every for rule in setup.optimizer.rules.values())):
         setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
@@ -340,6 +343,48 @@ def warm_up(setup):
             graphs[val_stage(setup, step)] = setup.val_batches[:1]
     for stage, batches in graphs.items():
         evaluate(setup.forward, stage, batches, setup.data, setup.world)
+
+
+def padding_by_stage(setup):
+    """[(a step, a micro-batch of padding), ...] for every stage."""
+    first_step = {}
+    for step, stage in setup.stages.items():
+        first_step.setdefault(stage, step)
+    found = []
+    for stage in sorted(setup.micro_rows):
+        rows = [None] * setup.micro_rows[stage]
+        max_docs = setup.data.train.max_docs
+        padding = pack(rows, setup.config.data.row_len, max_docs, stage.model.max_doc_len)
+        found.append((first_step[stage], padding))
+    return found
+
+
+def warm_up_or_go_without(setup, log):
+    """warm_up(). Returns the Setup; where the compiler does not work, one that does without."""
+    try:
+        warm_up(setup)
+        return setup
+    except Exception as e:
+        if not machine.compiler_failed(e):
+            raise
+        last_resort.show_if_debugging(e)
+        why = f"torch.compile failed ({machine.compiler_said(e)})"
+        if setup.world.size > 1:  # the others may have compiled, and wait for this one
+            raise RankError(f"{why}; --no-compile trains without it") from None
+        report = last_resort.write_report(e, log.folder)
+        log.say(f"running without torch.compile, which is slower: {why}; the report is in {report}")
+    return set_up(changed(setup.config, compile=False), setup.world, setup.data, log)
+
+
+def time_passes(setup):
+    """Measure how long each stage's forward and backward passes take, for the time that is left."""
+    if len(setup.micro_rows) == 1:
+        return  # the first steps show it
+    for step, padding in padding_by_stage(setup):
+        stage = setup.stages[step]
+        passes = -(-stage.rows // (setup.micro_rows[stage] * setup.world.size))
+        work = functools.partial(backward, setup, step, [padding])
+        setup.pass_seconds[stage] = passes * best_seconds(setup.world.device, work, 3, budget=0.1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -486,7 +531,8 @@ def train(config, world=None, requests=None, report=lambda result: None):
     """
     world = world or World()  # alone, on the CPU
     options = config.run
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", machine.compile_cache(options.cache_dir))
+    machine.choose_compile_cache(options.cache_dir)
+    machine.use_threads()
     folder, resuming = resume.choose_run_dir(config, world, ROOT / "runs")
     if world.device.type == "cpu":
         machine.keep_freed_memory()
@@ -514,7 +560,10 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 announce(log, setup)
                 if new and setup.forward is not setup.model:
                     log.say("compiling ... (minutes the first time, seconds from then on)")
-                    warm_up(setup)
+                    setup = warm_up_or_go_without(setup, log)
+                    setup.config = config
+                if new:
+                    time_passes(setup)
                 store = None  # of checkpoints, on the first rank
                 if options.checkpoint_every != "off" and world.rank == 0:
                     keep = options.keep_last, options.keep_best
@@ -540,8 +589,11 @@ def main(argv=None):
     reached = []  # of each run: True, False, or None without a target
 
     def report(result):
-        print(to_json(result), flush=True)
         reached.append(result["reached"])
+        why = streams.put(to_json(result))
+        if why is not None:
+            path = Path(result["run_dir"], "result.json")
+            show(f"the result cannot be written to stdout ({why}); it is in {path}")
 
     def program():
         config = parse_args(argv)
@@ -552,7 +604,3 @@ def main(argv=None):
         return 3 if False in reached and not restarts else status
 
     return exit_status(program)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,9 +17,11 @@ import importlib
 import inspect
 import json
 import sys
+import tempfile
 from pathlib import Path
 
-from base import InputError
+from base import InputError, streams
+from base.command import refuse
 from base.files import write_text
 from benchmarks.options import Parser
 from benchmarks.report import say
@@ -180,16 +182,24 @@ def main(argv=None):
             result = run(name, save, **options)
         save(result)
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return refuse(e)
     except KeyboardInterrupt:
         kept = f"; {json_file} has what was measured" if json_file and json_file.exists() else ""
         print(f"interrupted{kept}", file=sys.stderr)
         return 130
-    if not json_file:
-        print(json.dumps(result, indent=1))
-    return 0
+    if json_file:
+        return 0
+    why = streams.put(json.dumps(result, indent=1))
+    if why is None:
+        return 0
+    # What took minutes to measure is worth a file
+    kept = Path(tempfile.mkdtemp(prefix=f"{name}-"), "result.json")
+    write(kept, json.dumps(result, indent=1) + "\n")
+    say(f"note: the result cannot be written to stdout ({why}); it is in {kept}")
+    return 1
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # as torchrun starts it
+    import door
+
+    sys.exit(door.main(["benchmarks", *sys.argv[1:]]))

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from base import InputError
-from base.command import Parser
+from base.command import Parser, refuse
 
 from . import sources
 
@@ -15,10 +15,7 @@ def main(argv=None):
     try:
         return run(argv)
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        return refuse(e)
 
 
 def run(argv):
@@ -59,7 +56,3 @@ def list_of_sources():
         network = " (over the network)" if source.network else ""
         lines.append(f"  {name:12}{source.about}{network}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,9 @@
 """./run.sh export: see folder.py."""
 
 import argparse
-import sys
 
 from base import InputError
-from base.command import Parser
+from base.command import Parser, refuse
 
 from . import folder
 
@@ -19,11 +18,4 @@ def main(argv=None):
     try:
         return folder.run(parser.parse_args(argv))
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return refuse(e)

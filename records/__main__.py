@@ -17,7 +17,7 @@ import os
 import sys
 
 from base import InputError
-from base.command import Parser
+from base.command import Parser, refuse
 
 COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
     "check": ("compare", "check_", "test the losses of a recipe's runs against its target"),
@@ -48,14 +48,9 @@ def main(argv=None):
         args = parser.parse_args(argv)
         return args.run(args)
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return refuse(e)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -25,6 +25,7 @@ ARCHIVE = "source.tar.bz2"
 ROOMS = ("base", "data", "inference", "kernels", "models", "optim", "runtime", "tracks")
 FILES = (
     "train_gpt.py",
+    "door.py",
     "run.sh",
     "requirements*.txt",
     # What training takes from this folder; the rest of it only reads results

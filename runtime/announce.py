@@ -5,6 +5,7 @@ from pathlib import Path
 from base import InputError, to_json
 from records.source import pack_source
 
+from .machine import mention_unused
 from .options import flat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ def announce(log, setup):
         f"{environment['world_size']} x {environment['device']}, {setup.peak / 1e12:.2f} TFLOP/s "
         "in matrix products"
     )
+    mention_unused(setup.world.device, log.say)
     recomputed = ", blocks recomputed" if setup.model.recompute else ""
     log.say(f"memory by estimate: {setup.memory}{recomputed}")
     until = "to the last step"

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from base import InputError, RankError
+from base import InputError, RankError, last_resort
+from base.command import refuse
 
 from .machine import World, lost_another
 from .signals import Requests
@@ -108,9 +109,8 @@ def exit_status(program):
         return program()
     except InputError as e:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, RankError):
-            print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
-        else:
-            time.sleep(2)  # for the first rank to say it
+            return refuse(e)
+        time.sleep(2)  # for the first rank to say it
         return 2
     except SystemExit as e:  # a signal
         return e.code
@@ -118,7 +118,7 @@ def exit_status(program):
         if not (dist.is_initialized() and lost_another(e)):
             raise
         reason = str(e).splitlines()[0]
-        print(f"error: another process has ended or cannot be reached: {reason}", file=sys.stderr)
+        last_resort.say(f"error: another process has ended or cannot be reached: {reason}")
         return 1
     finally:
         if dist.is_initialized():

@@ -13,7 +13,7 @@ records/source.py. With --repeat each seed's folder has its own, so that any of 
 and checked alone.
 
 A run that is resumed in its folder goes on in the same files. A full disk or a lost folder does
-not end a run.
+not end a run. What nobody expected ends it, and is in error.txt.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from base import InputError, to_json, whole_file
+from base import InputError, last_resort, to_json, whole_file
 from records import source as sources
 from records.metrics import METRICS, VAL_LOSS
 
@@ -212,6 +212,9 @@ class Log:
     def __exit__(self, kind, error, traceback):
         if isinstance(error, InputError):
             self.say(f"error: {error}", quiet=True)  # on the screen it comes from main()
+        elif isinstance(error, Exception) and self.active:
+            error.report = last_resort.write_report(error, self.folder)
+            self.say(f"error: {last_resort.explain(error)}; see {error.report}", quiet=True)
         if self.active:
             with contextlib.suppress(OSError, ValueError):
                 self.bar.close()

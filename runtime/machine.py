@@ -1,11 +1,14 @@
 """The machine a run finds: its processes and devices, what it computes in, how it is timed."""
 
+import contextlib
 import ctypes
 import dataclasses
-import getpass
+import math
 import os
 import re
 import shutil
+import stat
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -19,7 +22,10 @@ import torch.distributed as dist
 from base import InputError, RankError
 from base.options import AUTO, Options, option
 
+from . import limits
 from .environment import synchronize
+
+NVIDIA = Path("/proc/driver/nvidia/gpus")  # has an entry for each, whether it can be used or not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +148,9 @@ def native_dtype(device):
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        info = Path("/proc/cpuinfo")
-        flags = info.read_text() if info.exists() else ""
+        flags = ""
+        with contextlib.suppress(OSError):  # other systems than Linux have no such file
+            flags = Path("/proc/cpuinfo").read_text()
         native = any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
     return torch.bfloat16 if native else torch.float32
 
@@ -170,27 +177,63 @@ def keep_freed_memory():
         mallopt(-2, 2**26)  # M_TOP_PAD
 
 
+def use_threads():
+    """Give PyTorch no more threads than control groups give processors; it sees affinity itself.
+
+    The user's own settings stay, and what torchrun sets for its processes.
+    """
+    if any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return
+    allowed = limits.processors()
+    if allowed < torch.get_num_threads():
+        threads = max(1, math.ceil(allowed))
+        torch.set_num_threads(threads)
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+
+
+def mention_unused(device, say):
+    """Say what accelerator is here and not used, so that nobody waits for one in vain."""
+    if device.type == "cuda":
+        return
+    other = torch.accelerator.current_accelerator()
+    if other is not None and other.type != "cuda":
+        name = dict(mps="Apple's GPU (MPS)").get(other.type, f"the {other.type} device")
+        say(f"{name} is left alone: training runs on NVIDIA's GPUs or, as here, on the CPU")
+    elif "CUDA_VISIBLE_DEVICES" not in os.environ and any(NVIDIA.glob("*")):
+        say(
+            "there is an NVIDIA GPU, but PyTorch cannot use it, so training runs on the CPU; "
+            f"does the driver support CUDA {torch.version.cuda or '(this PyTorch has none)'}?"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# What torch.compile needs
+
+
 def can_compile(say):
     """Whether torch.compile finds what it needs; says what is missing."""
+    reason = lacks_for_compiling()
+    if reason:
+        say(f"running without torch.compile, which is slower: {reason}")
+    return reason is None
+
+
+def lacks_for_compiling():
+    """Why torch.compile cannot work here, as far as can be seen at once, or None."""
     compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
+    headers = sysconfig.get_path("include")
     if not any(shutil.which(name) for name in compilers):
-        missing = "a C++ compiler (g++)"
-    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
-        missing = "Python's headers (python3-dev)"
-    elif not is_plain(torch.__file__):
-        say(
-            "running without torch.compile, which is slower: its compiler cannot take the path "
-            f"{Path(torch.__file__).parent}; a checkout in a folder without spaces and quotes "
-            "compiles"
-        )
-        return False
-    else:
-        return True
-    say(
-        f"running without torch.compile, which is slower: {missing} would have to be installed "
-        "for it"
-    )
-    return False
+        return "a C++ compiler (g++) would have to be installed for it"
+    if not Path(headers, "Python.h").exists():
+        return "Python's headers (python3-dev) would have to be installed for it"
+    for folder in Path(torch.__file__).parent, headers:
+        if not is_plain(folder):
+            return (
+                f"its compiler cannot take the path {folder}; a checkout in a folder without "
+                "spaces and quotes compiles"
+            )
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        return "no folder can be written for compiled code; --cache-dir names one"
 
 
 def is_plain(path):
@@ -198,12 +241,63 @@ def is_plain(path):
     return re.fullmatch(r"[^\s'\"\\\\$`&;|<>()*?#]+", str(path)) is not None
 
 
-def compile_cache(cache_dir):
-    """Where compiled code goes: in the cache, or where the path is plain if the cache's is not."""
-    folder = Path(cache_dir).absolute() / "inductor"
-    if not is_plain(folder):
-        folder = Path(tempfile.gettempdir(), f"stopwatch-{getpass.getuser()}", "inductor")
-    return str(folder)
+def choose_compile_cache(cache_dir):
+    """Have compiled code kept where the user said, or in the cache, or else in a temporary folder:
+    in the first whose path the compiler can take and that can be written.
+
+    Triton's own kernels stay in the home folder, where there is one that can be written.
+    """
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ.setdefault("TRITON_HOME", str(Path(cache_dir).absolute()))
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    wanted = Path(os.environ.pop(name, None) or Path(cache_dir) / "inductor").absolute()
+    for choose in lambda: wanted, temporary_folder:
+        with contextlib.suppress(OSError):
+            folder = choose()
+            if not is_plain(folder):
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                os.environ[name] = str(folder)
+                return
+
+
+def temporary_folder():
+    """A folder that outlives this process and belongs to this user alone, since code that lies in
+    it is run. Raises OSError."""
+    if not hasattr(os, "getuid"):  # Windows, where the temporary folder is the user's
+        return Path(tempfile.gettempdir(), "stopwatch")
+    parents = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+    parent = next((p for p in parents if is_plain(p) and os.access(p, os.W_OK)), parents[0])
+    folder = Path(parent, f"stopwatch-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+        return folder
+    return Path(tempfile.mkdtemp(prefix="stopwatch-", dir=parent))  # somebody took the name
+
+
+def compiler_failed(error):
+    """Whether an error is torch.compile's and not the program's that it compiled: of the C++ or
+    Triton compiler, of a cache, of a library that is missing.
+
+    What its tracing does not support is the program's.
+    """
+    from torch._dynamo.exc import TorchDynamoException, Unsupported
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    if isinstance(error, Unsupported):
+        return False
+    kinds = TorchDynamoException, CppCompileError, InvalidCxxCompiler, OSError, ImportError
+    return isinstance(error, (*kinds, subprocess.SubprocessError))
+
+
+def compiler_said(error):
+    """The line of a compiler's error that says why, of at most 200 characters."""
+    said = str(error)
+    reason = re.search(r"(?<!\w)error: .*", said)
+    lines = [reason[0]] if reason else said.split("\n")
+    return lines[0].strip()[:200]
 
 
 class Clock:

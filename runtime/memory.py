@@ -2,12 +2,15 @@
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from base import InputError
+
+from . import limits
 
 CPU_MICRO_TOKENS = 16384  # more bring no speed there
 SHARE = 0.9  # of the free memory; the rest is for the allocator's gaps and libraries
@@ -17,7 +20,9 @@ def estimate(model, rules, rows, row_len, recompute, shards=1, cuda=False):
     """Bytes by part for forward passes of so many rows.
 
     model: a template's Model, may be on meta; rules: its update rules; shards: ranks that share the
-    optimizer. On an H200 gpt2-small's passes of 4, 6 and 12 rows took 94 to 97% of this.
+    optimizer. On an H200 gpt2-small's passes of 4, 6 and 12 rows took 94 to 97% of this. On a CPU
+    PyTorch's own attention and loss keep scores and logits that a GPU's kernels do not, in bf16
+    some of them in fp32: up to 1.5 times as much in all, in bf16 up to 2.3 times.
     """
     weights = 0
     optimizer = 0
@@ -27,31 +32,40 @@ def estimate(model, rules, rows, row_len, recompute, shards=1, cuda=False):
         missing = 4 - model.dtype.itemsize
         masters = missing if cuda else 2 * missing
         optimizer += rules[name].state_bytes(p) + masters * p.numel()
-    return dict(
-        weights=weights,
-        gradients=weights,
-        optimizer=optimizer // shards,
-        **model.activation_bytes(rows, row_len, recompute),
-    )
+    passes = model.activation_bytes(rows, row_len, recompute)
+    if not cuda:
+        halves = 3 if model.dtype == torch.float32 else 5
+        passes = {name: size * halves // 2 for name, size in passes.items()}
+    return dict(weights=weights, gradients=weights, optimizer=optimizer // shards, **passes)
 
 
 def free_memory(device, local_size=1):
-    """Bytes one process may use; None where it is not known."""
+    """Bytes that one of local_size processes may use; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = min(system_memory(), limits.memory_left())
+    return None if free == math.inf else int(free) // local_size
+
+
+def system_memory():
+    """Bytes that the system can give; where it does not say that, as macOS, all it has."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024 // local_size
+        return int(available.split()[1]) * 1024
     except (OSError, StopIteration, ValueError):
-        return None
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return math.inf
 
 
 def describe(parts, free):
     """One line: the parts, their sum and what is free, in GB."""
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     line = f"{sum(parts.values()) / 1e9:.2f} GB ({listed})"
-    return f"{line} of {free / 1e9:.2f} GB free" if free else line
+    return line if free is None else f"{line} of {free / 1e9:.2f} GB free"
 
 
 def fit(build, config, world):
@@ -81,7 +95,7 @@ def fit(build, config, world):
     def most_rows(recompute):
         """The most rows that fit, 0 if none does; only the given number if one was given."""
         for rows in [wanted] if micro_tokens else range(wanted, 0, -1):
-            if not free or sum(parts(rows, recompute).values()) <= SHARE * free:
+            if free is None or sum(parts(rows, recompute).values()) <= SHARE * free:
                 return rows
         return 0
 
@@ -116,7 +130,9 @@ def equal_passes(rows, most):
 
 def ran_out(error):
     """Whether memory did, on a GPU or a CPU, whose allocator raises a RuntimeError like others."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager
@@ -127,7 +143,7 @@ def explained(row_len, get_setup):
     """
     try:
         yield
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
         if not ran_out(e):
             raise
         setup = get_setup()

@@ -22,6 +22,7 @@ from .machine import Clock, wait_for_first_rank
 from .options import flat
 from .signals import Interrupted
 from .state import State
+from .time_left import TimeLeft
 
 VOTES = ("stop", "save", "end")
 
@@ -46,9 +47,10 @@ class Session:
     """One run of a program, from its first step or the one where it was stopped."""
 
     def __init__(self, setup, log, requests, store=None, found=None):
-        """setup: a trainer's Setup, with config, world, data, model, optimizer, guard, environment
-        and peak; log: Log; requests: what signals ask for; store: Checkpoints, on the first rank,
-        or None; found: (tensors, meta) of a checkpoint to go on from, or None."""
+        """setup: a trainer's Setup, with config, world, data, model, optimizer, guard, stages,
+        pass_seconds, environment and peak; log: Log; requests: what signals ask for; store:
+        Checkpoints, on the first rank, or None; found: (tensors, meta) of a checkpoint to go on
+        from, or None."""
         config = setup.config
         self.goal = config.goal
         self.options = config.run
@@ -76,6 +78,9 @@ class Session:
         self.save_steps, self.save_seconds = interval(self.options.checkpoint_every)
         self.save_at = time.monotonic() + self.save_seconds
         self.max_time = seconds(self.options.max_time) if self.options.max_time else math.inf
+        self.time_left = TimeLeft(setup.stages, setup.pass_seconds)
+        self.time_left.forget(self.first)
+        self.reported = self.at.train_time  # the clock at the last report
 
     # ----------------------------------------------------------------------------------------------
     # What the loop asks
@@ -169,7 +174,9 @@ class Session:
                 )
             elapsed = self.clock.now()
             self.log.step(report.step, self.steps_in_all, "train", report.loss, elapsed)
-            left = elapsed / report.step * (self.steps_in_all - report.step)
+            self.time_left.add(report.step, elapsed - self.reported)
+            self.reported = elapsed
+            left = min(self.time_left.seconds(), max(0.0, self.max_time - elapsed))
             self.log.progress(
                 report.step,
                 f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "

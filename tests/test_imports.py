@@ -20,6 +20,7 @@ KITS = {
 KITS["optim"] = {"base", "kernels"}
 KITS["models"] = {"base", "kernels", "data", "optim"}
 KITS["runtime"] = {"base", "kernels", "data", "records", "optim", "models"}
+KITS["door"] = {"base"}  # which imports the program it starts by its name
 PROGRAMS = {room: KITS.keys() | {"inference"} for room in ("train_gpt", "inference", "export")}
 ROOMS = KITS | PROGRAMS | {"benchmarks": KITS.keys() | PROGRAMS.keys()}
 
@@ -42,7 +43,7 @@ def imported(path):
 
 def test_every_folder_of_code_is_a_room():
     folders = {path.parent.name for path in ROOT.glob("[a-z]*/*.py")} - {"tests", "docs"}
-    assert folders | {"train_gpt"} == ROOMS.keys()
+    assert folders | {"door", "train_gpt"} == ROOMS.keys()
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -55,7 +56,7 @@ def test_imports_point_one_way(room):
     assert not wrong
 
 
-@pytest.mark.parametrize("room", ["base", "records", "tracks"])
+@pytest.mark.parametrize("room", ["base", "door", "records", "tracks"])
 def test_rooms_that_do_without_torch(room):
     for path in files_of(room):
         assert "torch" not in dict(imported(path)), path

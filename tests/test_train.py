@@ -696,3 +696,24 @@ def test_repeated_runs_are_a_line_of_json_each(text, tmp_path, capsys):
     assert tg.main(options(c)) == 3
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [0, 1]
+
+
+def test_passes_of_stages_that_differ_are_timed_beforehand(text, tmp_path, monkeypatch):
+    """Nothing of that is left in the gradients: weights are those of a run without it."""
+    fields = dict(steps=6, batch_tokens=(32, 256))
+    timed = []
+    time_passes = tg.time_passes
+
+    def keep(setup):
+        time_passes(setup)
+        timed.append(setup)
+
+    monkeypatch.setattr(tg, "time_passes", keep)
+    tg.train(tiny(text, tmp_path, **fields))
+    tg.train(tiny(text, tmp_path, steps=2, run_dir=str(tmp_path / "alike")))
+    assert sorted(stage.rows for stage in timed[0].pass_seconds) == [1, 8]
+    assert all(0 < seconds < 60 for seconds in timed[0].pass_seconds.values())
+    assert timed[1].pass_seconds == {}  # the first steps show it
+    monkeypatch.setattr(tg, "time_passes", lambda setup: None)
+    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "without"), **fields))
+    assert train_losses(tmp_path / "without") == train_losses(tmp_path / "run")

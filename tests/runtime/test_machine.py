@@ -3,16 +3,20 @@ clock."""
 
 import contextlib
 import json
+import math
 import os
 import socket
+import stat
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, tiny, write_text
 
-from base import InputError
+import train_gpt as tg
+from base import InputError, RankError
 from runtime import machine
 from runtime.launch import join_world
 from runtime.machine import (
@@ -161,7 +165,6 @@ def test_processes_of_a_machine_and_those_in_one_place_are_groups(machines, node
     ],
 )
 def test_native_dtype_of_a_cpu(flags, dtype, monkeypatch):
-    monkeypatch.setattr(machine.Path, "exists", lambda path: True)
     monkeypatch.setattr(machine.Path, "read_text", lambda path: flags)
     assert native_dtype(CPU) == dtype
 
@@ -175,8 +178,12 @@ def test_native_dtype_of_a_gpu(capability, dtype, monkeypatch):
     assert native_dtype(torch.device("cuda", 0)) == dtype
 
 
-def test_without_cpuinfo_it_is_float32(monkeypatch):
-    monkeypatch.setattr(machine.Path, "exists", lambda path: False)
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_without_cpuinfo_it_is_float32(error, monkeypatch):
+    def read_text(path):
+        raise error(0, "cannot")
+
+    monkeypatch.setattr(machine.Path, "read_text", read_text)
     assert native_dtype(CPU) == torch.float32
 
 
@@ -206,8 +213,18 @@ def test_which_errors_mean_that_another_process_is_gone(error, lost):
     assert lost_another(error) == lost
 
 
-def test_what_compiling_lacks(tmp_path, monkeypatch):
-    def lacks_for_compile():
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """The folder of compiled code, wherever that was chosen; TMPDIR is a folder of the test's."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    return lambda: os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_what_compiling_lacks(tmp_path, monkeypatch, cache):
+    def lacks():
         said = []
         assert can_compile(said.append) == (not said)
         if not said:
@@ -215,25 +232,32 @@ def test_what_compiling_lacks(tmp_path, monkeypatch):
         (line,) = said
         before, missing = line.split(": ")
         assert before == "running without torch.compile, which is slower"
-        assert missing.endswith(" would have to be installed for it")
         return missing.removesuffix(" would have to be installed for it")
 
+    machine.choose_compile_cache(tmp_path)
     headers = tmp_path / "include"
     headers.mkdir()
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(headers))
     monkeypatch.delenv("CXX", raising=False)
     there = set()
     monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in there else None)
-    assert lacks_for_compile() == "a C++ compiler (g++)"
+    assert lacks() == "a C++ compiler (g++)"
     there.add("clang++")
-    assert lacks_for_compile() == "Python's headers (python3-dev)"
+    assert lacks() == "Python's headers (python3-dev)"
     (headers / "Python.h").write_text("")
-    assert lacks_for_compile() is None
+    assert lacks() is None
     there.clear()
     monkeypatch.setenv("CXX", "/opt/own-c++")
-    assert lacks_for_compile() == "a C++ compiler (g++)"
+    assert lacks() == "a C++ compiler (g++)"
     there.add("/opt/own-c++")
-    assert lacks_for_compile() is None
+    assert lacks() is None
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert lacks().startswith("no folder can be written for compiled code")
+    with_a_space = tmp_path / "my python"
+    with_a_space.mkdir()
+    (with_a_space / "Python.h").write_text("")
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(with_a_space))
+    assert lacks().startswith(f"its compiler cannot take the path {with_a_space}; a checkout in")
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
@@ -275,15 +299,203 @@ def test_clock_runs_between_start_and_stop_and_goes_on_from_a_total(monkeypatch)
     assert clock.total == 8.5 and waited == [CPU] * 4
 
 
+# --- what the compiler sees
+
+
 @pytest.mark.parametrize("name", ["a b", "it's", 'say "so"', "a$b", "a;b", "(1)"])
-def test_paths_that_a_compiler_cannot_take(name, tmp_path, monkeypatch):
-    """Compiled code goes where the path is plain; with PyTorch itself in such a path the run goes
-    on uncompiled and says so."""
+def test_paths_that_a_compiler_cannot_take(name, tmp_path, monkeypatch, cache):
+    """Compiled code goes where the path is plain, whoever chose the other one; with PyTorch itself
+    in such a path the run goes on uncompiled and says so."""
     assert machine.is_plain(tmp_path) and not machine.is_plain(tmp_path / name)
-    assert machine.compile_cache(tmp_path) == str(tmp_path / "inductor")
-    elsewhere = machine.compile_cache(tmp_path / name)
-    assert machine.is_plain(elsewhere) and elsewhere.endswith("inductor")
+    machine.choose_compile_cache(tmp_path)
+    assert cache() == str(tmp_path / "inductor")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    elsewhere = str(tmp_path / f"tmp/stopwatch-{os.getuid()}")
+    machine.choose_compile_cache(tmp_path / name)
+    assert cache() == elsewhere
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name / "mine"))
+    machine.choose_compile_cache(tmp_path)
+    assert cache() == elsewhere
     said = []
     monkeypatch.setattr(machine.torch, "__file__", str(tmp_path / name / "torch/__init__.py"))
     assert not machine.can_compile(said.append)
     assert str(tmp_path / name) in said[0] and "running without torch.compile" in said[0]
+
+
+def test_a_cache_of_the_users_choice(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    machine.choose_compile_cache(tmp_path)
+    assert cache() == str(tmp_path / "mine") and (tmp_path / "mine").is_dir()
+
+
+def test_without_a_home_triton_keeps_its_kernels_in_the_cache(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("TRITON_HOME", "")  # so that it is put back
+    monkeypatch.delenv("TRITON_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    machine.choose_compile_cache(tmp_path / "cache")
+    assert "TRITON_HOME" not in os.environ
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    machine.choose_compile_cache(tmp_path / "cache")
+    assert os.environ["TRITON_HOME"] == str(tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, cache, monkeypatch):
+    (tmp_path / "file").write_text("")
+    machine.choose_compile_cache(tmp_path / "file")
+    ours = tmp_path / f"tmp/stopwatch-{os.getuid()}"
+    assert cache() == str(ours) and stat.S_IMODE(ours.stat().st_mode) == 0o700
+    # Nor can anything else: then nothing is compiled
+    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    machine.choose_compile_cache(tmp_path / "file")
+    assert cache() is None
+
+
+def test_code_is_not_run_from_a_folder_that_somebody_else_made(tmp_path, cache):
+    """In a temporary folder that all users share, somebody may take the name first."""
+    elsewhere = tmp_path / "theirs"
+    elsewhere.mkdir()
+    (tmp_path / f"tmp/stopwatch-{os.getuid()}").symlink_to(elsewhere)
+    machine.choose_compile_cache(tmp_path / "a b")
+    assert cache().startswith(str(tmp_path / "tmp/stopwatch-")) and not any(elsewhere.iterdir())
+    assert stat.S_IMODE(os.stat(cache()).st_mode) == 0o700
+
+
+def test_a_temporary_folder_with_a_space_in_its_path(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path / "t m p"))
+    assert str(machine.temporary_folder()) == f"/tmp/stopwatch-{os.getuid()}"
+
+
+@pytest.fixture
+def backend_error():
+    """backend_error(output): how Inductor reports what g++ said."""
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    def make(output):
+        return InductorError(CppCompileError(["g++", "x.cpp"], output), None)
+
+    return make
+
+
+def test_whose_fault_an_error_of_compiling_is(backend_error):
+    from torch._dynamo.exc import Unsupported
+
+    for error in (
+        backend_error("fatal"),
+        OSError(28, "No space left on device"),
+        FileNotFoundError(2, "No usable temporary directory found"),
+        ImportError("x.so: failed to map segment from shared object"),
+        subprocess.CalledProcessError(1, "g++"),
+    ):
+        assert machine.compiler_failed(error), error
+    for error in Unsupported("graph break", "x"), ValueError("shape"), RuntimeError("size"):
+        assert not machine.compiler_failed(error), error
+
+
+@pytest.mark.parametrize(
+    "output, said",
+    [
+        (
+            "In file x.h:3:\nx.h:4:9: fatal error: omp.h: No such file\n",
+            "error: omp.h: No such file",
+        ),
+        ("Killed", "CppCompileError: C++ compile error"),
+    ],
+)
+def test_what_a_compiler_said_is_one_line(output, said, backend_error):
+    assert machine.compiler_said(backend_error(output)) == said
+
+
+@pytest.mark.parametrize("failing", ["compiler", "program"])
+def test_a_compiler_that_does_not_work(failing, tmp_path, monkeypatch, capsys, backend_error):
+    """The run goes on uncompiled, says so in one line, and keeps the report; that tracing does not
+    support the program is no such thing."""
+    from torch._dynamo.exc import Unsupported
+
+    def warm_up(setup):
+        raise (
+            backend_error("a.cpp:1: error: no omp")
+            if failing == "compiler"
+            else Unsupported("x", "y")
+        )
+
+    monkeypatch.setattr(tg, "warm_up", warm_up)
+    monkeypatch.setattr(machine, "lacks_for_compiling", lambda: None)
+    config = tiny(write_text(tmp_path / "text", 2000), tmp_path, compile=True, steps=2, repeat=2)
+    if failing == "program":
+        with pytest.raises(Unsupported):
+            tg.train(config)
+        return
+    results = []
+    tg.train(config, report=results.append)
+    assert [r["steps"] for r in results] == [2, 2]
+    err = capsys.readouterr().err
+    said = [line for line in err.splitlines() if "torch.compile" in line]
+    assert len(said) == 1 and "Traceback" not in err
+    report = tmp_path / "run/seed0/error.txt"
+    assert said[0] == (
+        "running without torch.compile, which is slower: torch.compile failed (error: no omp); "
+        f"the report is in {report}"
+    )
+    assert "CppCompileError" in report.read_text()
+
+
+def test_one_rank_whose_compiler_does_not_work_ends_all(backend_error, monkeypatch, tmp_path):
+    """The others may have compiled, and would wait for it for ever."""
+
+    def fail(setup):
+        raise backend_error("a.cpp:1: error: no omp")
+
+    monkeypatch.setattr(tg, "warm_up", fail)
+    setup = types.SimpleNamespace(world=World(1, 2))
+    with pytest.raises(RankError, match=r"failed \(error: no omp\); --no-compile trains without"):
+        tg.warm_up_or_go_without(setup, log=None)
+
+
+# --- threads and devices
+
+
+@pytest.mark.parametrize(
+    "allowed, threads", [(math.inf, 8), (16.0, 8), (3.0, 3), (1.5, 2), (0.2, 1)]
+)
+def test_threads_follow_the_quota_and_the_user(allowed, threads, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(machine.limits, "processors", lambda: allowed)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    machine.use_threads()
+    expected = [threads] if threads < 8 else []
+    assert given == expected
+    assert os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") == (str(threads) if expected else None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    machine.use_threads()
+    assert given == expected
+
+
+def test_accelerators_that_are_not_used_are_mentioned(monkeypatch, tmp_path):
+    def said(device=CPU):
+        lines = []
+        machine.mention_unused(device, lines.append)
+        return lines
+
+    found = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: (found or [None])[0])
+    monkeypatch.setattr(machine, "NVIDIA", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert said() == []
+    found.append(torch.device("mps"))
+    assert said()[0].startswith("Apple's GPU (MPS) is left alone: training runs on")
+    found[0] = torch.device("xpu")
+    assert said()[0].startswith("the xpu device is left alone")
+    found[0] = torch.device("cuda")
+    assert said(torch.device("cuda", 0)) == said() == []
+    # A driver that is too old for this PyTorch, say
+    found.clear()
+    (tmp_path / "0000:01:00.0").mkdir()
+    assert said()[0].startswith("there is an NVIDIA GPU, but PyTorch cannot use it")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert said() == []

@@ -50,6 +50,8 @@ class Toy:
         self.guard = Guard(CPU, gradient_report, strict=not self.config.guard.max_skips)
         self.data = types.SimpleNamespace(dataset=types.SimpleNamespace(fingerprint="f" * 64))
         self.environment = dict(device="toy", world_size=1)
+        self.stages = dict.fromkeys(range(1, self.config.schedule.steps + 1), "alike")
+        self.pass_seconds = {}
         self.peak = 1e9
         self.taken = []  # steps
         self.validated = []  # steps
@@ -137,6 +139,32 @@ def clock(monkeypatch):
 
     clock.sleep = sleep
     return clock
+
+
+# --- the time that is left
+
+
+@pytest.mark.parametrize("max_time", ["", "20s"])
+def test_the_time_that_is_shown_is_that_of_the_steps_to_come(max_time, tmp_path, clock):
+    """20 steps of 0.2 s and 20 of 3 s, of which 0.1 and 2.9 s are in passes that were timed a
+    little wrong. At 15 steps, 61.0 s are left, where 15 steps took 3.0."""
+    toy = Toy(tmp_path, steps=40, max_time=max_time)
+    toy.stages = {step: "small" if step <= 20 else "large" for step in range(1, 41)}
+    toy.pass_seconds = dict(small=0.09, large=3.2)
+    seconds = dict(small=0.2, large=3.0)
+    toy.sleep = lambda _: clock.sleep(seconds[toy.stages[toy.taken[-1]]])
+    session = toy.session()
+    shown = {}
+    toy.log.progress = shown.__setitem__
+    toy.play(session)
+    for step in range(10, toy.taken[-1]):
+        truth = sum(seconds[toy.stages[s]] for s in range(step + 1, 41))
+        if max_time:
+            done = sum(seconds[toy.stages[s]] for s in range(1, step + 1))
+            truth = min(truth, max(0, 20 - done))
+        hours, minutes, secs = shown[step].split("  ")[-1].removesuffix(" left at most").split(":")
+        left = 3600 * int(hours) + 60 * int(minutes) + int(secs)
+        assert left == pytest.approx(truth, rel=0.25, abs=1)
 
 
 # --- steps and validations

@@ -1,0 +1,68 @@
+"""What ./run.sh hands a verb to: `python door.py VERB [OPTIONS]`.
+
+Streams, signals and threads are put right before anything large is imported, and an error that no
+program expected ends in one line: see base/last_resort.py. --debug shows all of it.
+"""
+
+import importlib
+import os
+import signal
+import sys
+
+from base import clock as clock  # start-up is counted from its import
+from base import last_resort, streams
+
+MODULES = dict(train="train_gpt")  # of verbs that are no package with a __main__
+
+
+def main(argv):
+    """Run a verb; argv: its name and its options. Returns the exit status."""
+    verb, *argv = argv
+    if "--debug" in argv:
+        argv.remove("--debug")
+        os.environ[last_resort.DEBUG] = "1"
+    streams.mend()
+    do_not_spin()
+    try:
+        status = run(MODULES.get(verb, f"{verb}.__main__"), argv)
+    except SystemExit as e:  # after --help
+        status = e.code or 0
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError as e:
+        # As if SIGPIPE had ended it, which Python ignores
+        status = 128 + 13 if streams.reader_is_gone() else last_resort.end(e)
+    except Exception as e:
+        status = last_resort.end(e)
+    lost = streams.close()
+    if lost is not None:
+        last_resort.say(f"error: stdout cannot be written: {last_resort.explain(lost)}")
+        status = status or 1
+    return status
+
+
+def run(module, argv):
+    """Import a module and call its main(argv)."""
+    # Imports take seconds, in which a Ctrl-C would come out of anywhere. There is nothing to save
+    # yet: it ends the process as it ends any other. Under nohup and the like it is ignored.
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        program = importlib.import_module(module)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    return program.main(argv)
+
+
+def do_not_spin():
+    """Have threads that wait for others sleep soon, which leaves the cores to other programs.
+
+    OpenMP reads this once, when PyTorch is loaded. What the user has set stays.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
