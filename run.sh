@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The door: installs once into .venv beside this file, then trains or runs a verb.
-# Written for bash 3.2, which is what macOS has: no mapfile, no ${x,,}, no empty arrays.
+# Written for bash 3.2, which is what macOS has: no mapfile, no ${x,,}, no =~.
 set -euo pipefail
 unset CDPATH PYTHONSAFEPATH  # with them cd prints, and Python does not look beside its script
 
@@ -87,7 +87,10 @@ try_flash_attention() {
     local capability
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
         | sort -n | head -n 1 || true)
-    [[ ${capability%%.*} =~ ^(9|10)$ ]] || return 0
+    case ${capability%%.*} in
+        9 | 10) ;;
+        *) return 0 ;;
+    esac
     pip_install "$here/requirements-flash.txt" \
         || echo "FlashAttention 4 did not install; going on with torch's attention" >&2
 }

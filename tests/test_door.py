@@ -327,6 +327,13 @@ def test_run_sh_where_nothing_can_be_installed(checkout, tmp_path):
     assert done.stderr.splitlines()[1].startswith(f"error: {checkout}/.venv was not made")
 
 
+def test_run_sh_keeps_to_bash_3_2():
+    """Which macOS has; it stops at what these are, wherever in the file they stand."""
+    text = "\n".join(line.partition("# ")[0] for line in (ROOT / "run.sh").open())
+    newer = r"=~|\bmapfile\b|\breadarray\b|declare -A|local -n|\$\{\w+(,,|\^\^|@)|\|&|&>>|;;&"
+    assert re.findall(newer, text) == []
+
+
 def test_run_sh_has_line_ends_of_unix_wherever_it_is_checked_out():
     assert b"\r" not in (ROOT / "run.sh").read_bytes()
     attributes = (ROOT / ".gitattributes").read_text()
