@@ -31,6 +31,7 @@ def verb(monkeypatch, tmp_path):
 
     def make(error):
         def main(argv):
+            assert "--debug" not in argv  # which is the door's
             if isinstance(error, BaseException):
                 raise error
             return error
@@ -158,7 +159,7 @@ PROGRAM = """
 import os, sys
 def main(argv):
     print("out é")
-    print("err é", file=sys.stderr)
+    print("err é", file=sys.stderr, flush=True)
     number = os.open(os.devnull, os.O_RDONLY)
     assert number > 2, number
     return 3

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -360,6 +361,13 @@ def test_code_is_not_run_from_a_folder_that_somebody_else_made(tmp_path, cache):
     machine.choose_compile_cache(tmp_path / "a b")
     assert cache().startswith(str(tmp_path / "tmp/stopwatch-")) and not any(elsewhere.iterdir())
     assert stat.S_IMODE(os.stat(cache()).st_mode) == 0o700
+
+
+def test_code_is_not_run_from_a_folder_of_another_user(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(machine.os, "getuid", lambda: 4242)
+    (tmp_path / "tmp/stopwatch-4242").mkdir()
+    machine.choose_compile_cache(tmp_path / "a b")
+    assert Path(cache()).parent == tmp_path / "tmp" and not cache().endswith("stopwatch-4242")
 
 
 def test_a_temporary_folder_with_a_space_in_its_path(tmp_path, cache, monkeypatch):
