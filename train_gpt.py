@@ -130,7 +130,8 @@ class Config:
 
 
 # What may differ between a run and its continuation; another text is found by its fingerprint
-FREE = {f.name for f in dataclasses.fields(RunConfig)} | {"target", "text", "max_skips"}
+FREE = {f.name for f in dataclasses.fields(RunConfig)} | {"target", "max_skips"}
+FREE |= {"text", "val_text", "encoding"}
 
 
 def config_classes(template="gpt"):

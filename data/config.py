@@ -4,7 +4,7 @@ import dataclasses
 
 from base.options import COUNT, POSITIVE, Options, option
 
-from . import sources
+from . import encodings, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,14 @@ class DataConfig(Options):
         group="data",
     )
     text: str = option("", "train on this file or folder of text")
+    val_text: str = option(
+        "", "validate on this file or folder, instead of on a tenth of the text held out"
+    )
+    encoding: str = option(
+        "",
+        "of text files without a byte-order mark, such as cp1252 or gb18030; empty finds out",
+        (encodings.known, "an encoding that Python knows, such as cp1252"),
+    )
     tokenizer: str = option("bpe:4096", "for text: chars, bytes, bpe:N or gpt2")
     train_shards: int = option(
         9, "how many training shards to use, of a source that has them ready-made", POSITIVE
@@ -36,3 +44,9 @@ class DataConfig(Options):
         group="batch, context and schedule",
     )
     val_row_len: int = option(1024, "the same for validation", POSITIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "val_text", "encoding":
+            if getattr(self, name) and self.data != "text":
+                self.refuse(name, f"only with --text, not with --data {self.data}")

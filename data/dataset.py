@@ -12,6 +12,8 @@ from . import sources
 from .loader import TrainLoader, ValLoader
 from .shards import read_shard
 
+LEAST_VAL_TOKENS = 64  # of a whole validation split
+
 
 @dataclass
 class Dataset:
@@ -25,6 +27,7 @@ class Dataset:
     fingerprint: str  # tells this corpus from any other, such as a sha256 of its text in order
     folder: Path
     load_tokenizer: Callable | None = None  # returns its Tokenizer; None if no text is behind it
+    notes: list = field(default_factory=list)  # lines that whoever trains on it should see
     about: dict = field(default_factory=dict)  # what else its source says of it, for manifest()
 
     @cached_property
@@ -102,6 +105,12 @@ def open_data(
     n_tokens = config.val_tokens
     if not sources.find(config.data).exact_val_tokens:
         there = sum(len(read_shard(path)) for path in dataset.val) - 1
+        if there < LEAST_VAL_TOKENS:
+            raise InputError(
+                f"{dataset.name}: {there} tokens to validate on say nothing, expected "
+                f"{LEAST_VAL_TOKENS} or more; give more text, or a text to validate on by "
+                "--val-text"
+            )
         n_tokens = min(n_tokens, there)
     val = ValLoader(
         dataset.val,

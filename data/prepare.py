@@ -2,8 +2,8 @@
 
 Documents are files (or the parts of a file between `<|endoftext|>` marks). Everything streams:
 memory does not grow with the corpus. The result is a folder of train and validation shards with
-`meta.json` beside them, cached under a key made of the files' paths, sizes, times and the
-tokenizer, so a second start only reads it.
+`meta.json` beside them, cached under a key made of what two texts cannot share (the files' whole
+paths, inodes, sizes and times of change) and of the tokenizer, so a second start only reads it.
 
 `meta.json` holds the size and SHA-256 of every file, and each start compares all of them: whatever
 happened to the shards since they were written is noticed, but not a change of `meta.json` made to
@@ -25,18 +25,22 @@ from base import InputError, write_text
 from base.files import aside, difference, one_at_a_time, sha256_of, sweep
 
 from .dataset import Dataset
+from .encodings import NotText, examine, write_utf8
+from .listing import named, path_hash
 from .shards import ShardWriter
 from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer
 
 VAL_FRACTION = 0.1
+LEAST_VAL, MOST_VAL = 0.05, 0.15  # the fractions that whole files may make of it
 BPE_BYTES = 200_000_000  # a BPE vocabulary settles long before this much text
 LAYOUT = 6  # change it when what is written below changes, so old caches are not read
 MARK = END_OF_TEXT.encode()
 
 
-def open_files(name, list_files, tokenizer, cache):
+def open_files(name, list_files, tokenizer, cache, list_val=None, encoding=""):
     """The Dataset of text files, prepared if that has not been done before; see prepare_files."""
-    folder, meta, tok = prepare_files(name, list_files, tokenizer, cache)
+    folder, meta, tok = prepare_files(name, list_files, tokenizer, cache, list_val, encoding)
+    about = {key: meta.get(key) for key in ("tokenizer", "split", "parts", "encodings", "left_out")}
     return Dataset(
         name=name,
         train=[folder / shard for shard in meta["train_shards"]],
@@ -46,36 +50,46 @@ def open_files(name, list_files, tokenizer, cache):
         fingerprint=meta["fingerprint"],
         folder=folder,
         load_tokenizer=lambda: tok,
+        about=about,
+        notes=meta["notes"],
     )
 
 
-def prepare_files(name, list_files, tokenizer, cache):
+def prepare_files(name, list_files, tokenizer, cache, list_val=None, encoding=""):
     """Tokenize text files into shards under `cache`; returns (folder, meta dict, Tokenizer).
 
-    name: of the source, for messages, the key and meta.json; list_files: function that returns
-    (root, relative paths in training order); tokenizer: a name make_tokenizer knows; cache: folder.
-    Several files are split by document: those whose hash of the relative path falls in the first
-    tenth are validation. A single file is split by position, its last tenth being validation.
-    Raises InputError for missing or empty text, text that changes while it is read, files that
-    cannot be written, and a prepared corpus that is no longer what was written.
+    name: of the source, for messages and meta.json; list_files: function that returns the Listing
+    of the files; tokenizer: a name make_tokenizer knows; cache: folder; list_val: the same as
+    list_files for files to validate on, without which a tenth of the bytes is held out (see
+    split_documents); encoding: of files without a byte-order mark, empty to find out. Raises
+    InputError for missing or empty text, text that changes while it is read, files that cannot be
+    written, and a prepared corpus that is no longer what was written.
     """
     try:
-        root, files = list_files()
-        if not files:
-            raise InputError(f"{name}: found no text files in this folder")
-        state = _state(root, files)
-        key = json.dumps([LAYOUT, name, tokenizer, *state])
+        listings = [list_files()]
+        if list_val:
+            listings.append(list_val())
+        if not listings[0].files:
+            _refuse_all(name, listings[0], [])
+        state = _state(listings)
+        key = json.dumps([LAYOUT, tokenizer, encoding, len(listings[0].files), *state])
         key = hashlib.sha256(key.encode()).hexdigest()[:16]
         short = re.sub(r"[^0-9a-z]", "", tokenizer)
         folder = Path(cache) / f"{Path(name).stem[:40]}-{short}-{key}"
         if not (folder / "meta.json").exists():
-            _prepare(name, root, files, state, tokenizer, folder)
+            _prepare(name, listings, state, tokenizer, encoding, folder)
     except OSError as e:
         raise InputError(
             f"{e.filename or cache}: cannot prepare {name}: {e.strerror or e}; "
             "put this right and start again"
         ) from None
     meta, tok = open_prepared(folder)
+
+    # What is left out by its name may be others today than when it was prepared
+    for listing in listings:
+        meta["left_out"] += listing.left_out
+    if meta["left_out"]:
+        meta["notes"].insert(1, left_out_line(meta["left_out"]))
     return folder, meta, tok
 
 
@@ -124,6 +138,8 @@ def _expected_files(meta):
         names += shards
     if not isinstance(meta["fingerprint"], str):
         raise ValueError("no fingerprint")
+    if not all(isinstance(meta[name], list) for name in ("parts", "left_out", "notes")):
+        raise ValueError("no account of the files")
     expected = {}
     for name in names:
         checksum = meta["checksums"][name]
@@ -131,16 +147,22 @@ def _expected_files(meta):
     return expected
 
 
-def _state(root, files):
-    """What tells whether a file has changed: [(relative path, bytes, ns)]."""
+def _state(listings):
+    """What tells whether a file has changed: [(whole path, inode, bytes, ns)].
+
+    A program can set the time of a change back, but not ctime.
+    """
     state = []
-    for rel in files:
-        stat = (root / rel).stat()
-        state.append((rel, stat.st_size, stat.st_mtime_ns))
+    for listing in listings:
+        root = os.path.realpath(listing.root)
+        for rel in listing.files:
+            path = os.path.join(root, rel)
+            stat = os.stat(path)
+            state.append((path, stat.st_ino, stat.st_size, stat.st_ctime_ns))
     return state
 
 
-def _prepare(name, root, files, state, tokenizer, folder):
+def _prepare(name, listings, state, tokenizer, encoding, folder):
     """Write the corpus aside and rename it into `folder`, meta.json last: without it a folder
     counts for nothing.
 
@@ -154,10 +176,10 @@ def _prepare(name, root, files, state, tokenizer, folder):
         with one_at_a_time(folder):
             if (folder / "meta.json").exists():  # another process has just prepared it
                 return
-            _write(name, root, files, tokenizer, temp)
-            if changed := sorted(set(state) - set(_state(root, files))):
+            _write(name, listings, tokenizer, encoding, temp)
+            if changed := sorted(set(state) - set(_state(listings))):
                 raise InputError(
-                    f"{root / changed[0][0]}: changed while it was read; start again when nothing "
+                    f"{changed[0][0]}: changed while it was read; start again when nothing "
                     "writes to it any more"
                 )
             folder.mkdir(exist_ok=True)  # another process that failed may have taken it away
@@ -173,57 +195,146 @@ def _prepare(name, root, files, state, tokenizer, folder):
 # Which files, and which part of them for what
 
 
-def files_under(root, keep, skip=()):
-    """Relative paths, in training order, of the files under a folder for which keep(path) is true.
+class TextFile(NamedTuple):
+    """A file of UTF-8: its name, and the bytes of it that are text."""
 
-    Empty and hidden files are left out, and folders that are hidden or named in skip. Raises
-    OSError if the folder cannot be read.
-    """
-    os.listdir(root)  # os.walk takes a folder that cannot be read for an empty one
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            d for d in subfolders if d not in skip and not d.startswith((".", "__pycache__"))
-        ]
-        for name in names:
-            path = Path(folder, name)
-            hidden = name.startswith(".")
-            if not hidden and path.is_file() and keep(path) and path.stat().st_size:
-                found.append(path.relative_to(root).as_posix())
-    return sorted(found, key=_path_hash)
+    rel: str  # path below the root
+    path: Path  # what to read: of another encoding, a copy
+    first: int
+    end: int
 
-
-def _path_hash(rel):
-    return hashlib.sha256(os.fsencode(rel)).hexdigest()
+    @property
+    def size(self):
+        return self.end - self.first
 
 
 class Part(NamedTuple):
     """Bytes [first, end) of a file, for a split."""
 
     split: str
-    rel: str  # path below the root
+    rel: str
+    path: Path
     first: int
     end: int
 
 
-def split_documents(root, files):
-    """Assign every file, or every file's head and tail, to a split: list of Part."""
-    threshold = f"{int(VAL_FRACTION * 16**8):08x}"
-    whole = []
-    for rel in files:
-        split = "val" if _path_hash(rel)[:8] < threshold else "train"
-        whole.append(Part(split, rel, 0, (root / rel).stat().st_size))
-    if {part.split for part in whole} == {"train", "val"}:
-        return whole
+def part_of(file, split):
+    """All of a TextFile, for a split."""
+    return Part(split, file.rel, file.path, file.first, file.end)
 
-    # Too few files to divide: the last tenth of each one is validation
+
+def split_documents(files):
+    """Divide TextFiles, in the order of path_hash: (list of Part, in words what was done).
+
+    Validation is whole files where some make between a twentieth and 15% of the bytes: those whose
+    hash falls into the first tenth, so that a file stays on its side when others come and go, and
+    more while there are too few. Else it is the last tenth of each file.
+    """
+    total = sum(file.size for file in files)
+    threshold = f"{int(VAL_FRACTION * 16**8):08x}"
+    val = set()
+    size = 0  # of validation
+    for file in files:
+        wanted = path_hash(file.rel)[:8] < threshold or size < LEAST_VAL * total
+        if wanted and size + file.size <= MOST_VAL * total:
+            val.add(file.rel)
+            size += file.size
+    if size >= LEAST_VAL * total:
+        parts = [part_of(file, "val" if file.rel in val else "train") for file in files]
+        return parts, f"{len(val)} whole files, {size / total:.1%} of the bytes"
+
     heads = []
     tails = []
-    for part in whole:
-        cut = int(part.end * (1 - VAL_FRACTION))
-        heads.append(Part("train", part.rel, 0, cut))
-        tails.append(Part("val", part.rel, cut, part.end))
-    return heads + tails
+    for file in files:
+        cut = file.first + int(file.size * (1 - VAL_FRACTION))
+        heads.append(Part("train", file.rel, file.path, file.first, cut))
+        tails.append(Part("val", file.rel, file.path, cut, file.end))
+    each = f" of each of the {len(files)} files" if len(files) > 1 else ""
+    return heads + tails, f"the last tenth{each}"
+
+
+# --------------------------------------------------------------------------------------------------
+# What the files are
+
+
+def read_listing(listing, encoding, folder):
+    """(list of TextFile, [(path, Found)], [(path, why)] of what is no text) of a Listing's files.
+
+    Files that are not in UTF-8 are copied in UTF-8 into the folder. Raises OSError where that
+    fails; files that cannot be read are left out, unless it is the only one.
+    """
+    files = []
+    found = []
+    left_out = []
+    bar = tqdm(listing.files, desc=f"looking into {listing.root}", delay=2, disable=None)
+    for rel in bar:
+        path = listing.root / rel
+        try:
+            one = examine(path, encoding)
+        except NotText as e:
+            left_out.append((rel, str(e)))
+            continue
+        except OSError as e:
+            if len(listing.files) == 1 or isinstance(e, FileNotFoundError):
+                raise
+            left_out.append((rel, e.strerror))
+            continue
+        found.append((rel, one))
+        first = 0
+        if one.encoding == "utf-8-sig":
+            first = 3
+        elif one.encoding != "utf-8":
+            folder.mkdir(parents=True, exist_ok=True)
+            copy = folder / f"{len(found)}.txt"
+            write_utf8(path, one.encoding, copy)
+            path = copy
+        end = path.stat().st_size
+        if end > first:
+            files.append(TextFile(rel, path, first, end))
+        else:
+            left_out.append((rel, "empty"))
+    return files, found, left_out
+
+
+def amount(files):
+    """In words: how many TextFiles, and how large together."""
+    size = tqdm.format_sizeof(sum(file.size for file in files), "B")
+    return f"{len(files)} file{'s' * (len(files) > 1)}, {size}"
+
+
+def left_out_line(left_out):
+    """In words: how many files and folders are left out, the first few by name, hidden ones last.
+
+    left_out: [(path, why)]; what is to be done about it is left out as well.
+    """
+    ordered = sorted(map(tuple, left_out), key=lambda item: (item[1] == "hidden", item))
+    folders = sum(path.endswith("/") for path, _ in ordered)
+    counts = [(len(ordered) - folders, "file"), (folders, "folder")]
+    counted = [f"{n} {what}{'s' * (n > 1)}" for n, what in counts if n]
+    items = [f"{path} ({why.split(';')[0]})" for path, why in ordered]
+    return f"left out {' and '.join(counted)}: {named(items)}"
+
+
+def remarks(found):
+    """Lines about files whose encoding was guessed, and about characters that were replaced.
+
+    found: [(path, Found)].
+    """
+    lines = []
+    for encoding in sorted({one.encoding for _, one in found if one.remark}):
+        alike = [(rel, one) for rel, one in found if one.remark and one.encoding == encoding]
+        remark = alike[0][1].remark
+        names = named([rel for rel, _ in alike])
+        lines.append(f"{names}: {remark}; --encoding NAME says otherwise")
+    damaged = [(rel, one) for rel, one in found if one.replaced]
+    if damaged:
+        names = named([rel for rel, _ in damaged])
+        replaced = sum(one.replaced for _, one in damaged)
+        share = replaced / sum(one.chars for _, one in damaged)
+        lines.append(
+            f"{names}: {replaced:,} characters ({share:.2%}) cannot be read and are U+FFFD"
+        )
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,9 +406,22 @@ def _cut(data, block):
 # Writing
 
 
-def _write(name, root, files, tokenizer_name, folder):
+def _write(name, listings, tokenizer_name, encoding, folder):
     """Tokenize into `folder`, meta.json last."""
-    parts = split_documents(root, files)
+    copies = folder / "copies"  # of files that are not in UTF-8
+    read = []
+    for i, listing in enumerate(listings):
+        read.append(read_listing(listing, encoding, copies / str(i)))
+    files = read[0][0]
+    for listing, (texts, _, no_text) in zip(listings, read):
+        if not texts:
+            _refuse_all(name, listing, no_text)
+    if len(read) == 1:
+        parts, said = split_documents(files)
+    else:
+        parts = [part_of(file, "train") for file in files]
+        parts += [part_of(file, "val") for file in read[1][0]]
+        said = f"--val-text, {amount(read[1][0])}"
     total = sum(part.end - part.first for part in parts)
     n_bytes = dict(train=0, val=0)  # of text
     digest = hashlib.sha256()
@@ -310,15 +434,19 @@ def _write(name, root, files, tokenizer_name, folder):
     ):
         bar.set_postfix_str("learning the vocabulary")
         all_of_it = tokenizer_name == "chars"  # every character must have an id
-        tokenizer = make_tokenizer(tokenizer_name, lambda: _texts(root, parts, all_of_it))
+        tokenizer = make_tokenizer(tokenizer_name, lambda: _texts(parts, all_of_it))
         bar.set_postfix_str("")
 
         writers = dict(train=train, val=val)
-        for blocks in _batches(_blocks(root, parts, digest, len(files) > 1)):
+        for blocks in _batches(_blocks(parts, digest, len(files) > 1)):
             _encode(blocks, tokenizer, writers, n_bytes)
             bar.update(sum(n_bytes.values()) - bar.n)
 
+    shutil.rmtree(copies, ignore_errors=True)
+
     meta = dict(source=name, tokenizer=tokenizer_name, n_vocab=tokenizer.n_vocab, files=len(files))
+    meta |= _notes(name, read, said)
+    meta["parts"] = [(part.split, part.rel, part.first, part.end) for part in parts]
     for split, writer in writers.items():
         if not writer.n_tokens:
             raise InputError(f"{name}: too little text: the {split} split is empty")
@@ -334,6 +462,31 @@ def _write(name, root, files, tokenizer_name, folder):
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
 
 
+def _refuse_all(name, listing, no_text):
+    """Raise InputError for a Listing in which there is no text."""
+    if len(no_text) == 1 and not listing.left_out:
+        [(rel, why)] = no_text
+        raise InputError(f"{listing.root / rel}: expected text, found a file that is {why}")
+    everything = listing.left_out + no_text
+    why = f"; {left_out_line(everything)}" if everything else ""
+    raise InputError(f"{name}: found no text files in {listing.root}{why}")
+
+
+def _notes(name, read, said):
+    """What meta.json tells about the files, and the lines that a start says of them.
+
+    read: what read_listing returned for each Listing; said: how they were split.
+    """
+    found = []
+    left_out = []
+    for _, theirs, no_text in read:
+        found += theirs
+        left_out += no_text
+    lines = [f"{name}: {amount(read[0][0])}; validation: {said}"]
+    encodings = [(rel, one.encoding) for rel, one in found if one.encoding != "utf-8"]
+    return dict(split=said, left_out=left_out, encodings=encodings, notes=lines + remarks(found))
+
+
 def _encode(blocks, tokenizer, writers, n_bytes):
     """Write the tokens of a list of Blocks; n_bytes counts their text."""
     arrays = tokenizer.encode([block.text for block in blocks])
@@ -344,12 +497,12 @@ def _encode(blocks, tokenizer, writers, n_bytes):
         n_bytes[block.split] += len(block.text.encode())
 
 
-def _texts(root, parts, all_of_it):
+def _texts(parts, all_of_it):
     """Yield the text a tokenizer learns from: of the train split as much as BPE_BYTES, or all."""
     seen = 0
     for part in parts:
         if part.split == "train" or all_of_it:
-            for text, _ in read_blocks(root / part.rel, part.first, part.end):
+            for text, _ in read_blocks(part.path, part.first, part.end):
                 yield text
                 seen += len(text)
                 if seen > BPE_BYTES and not all_of_it:
@@ -362,12 +515,12 @@ class Block(NamedTuple):
     starts: bool  # a document begins with it
 
 
-def _blocks(root, parts, digest, names):
+def _blocks(parts, digest, names):
     """Yield the corpus as Blocks; `digest` takes in all of it, with file names if names."""
     for part in parts:
         digest.update(f"\0{part.split}\0".encode())
         digest.update((os.fsencode(part.rel) if names else b"") + b"\0")
-        for text, starts in read_blocks(root / part.rel, part.first, part.end):
+        for text, starts in read_blocks(part.path, part.first, part.end):
             digest.update((b"\0" if starts else b"") + text.encode())
             yield Block(part.split, text, starts)
 

@@ -39,7 +39,7 @@ RECORDS = Path(__file__).parent
 MOST_BYTES = 10_000_000  # of a file; the public record's largest logs have 0.3 MB
 RULER = "\n" + "=" * 100 + "\n"  # around the description in log.txt
 # Fields of the configuration that say where, not what
-PATHS = ("run_dir", "cache_dir", "text", "resume", "warm_start")
+PATHS = ("run_dir", "cache_dir", "text", "val_text", "resume", "warm_start")
 # Of the environment: may differ between the runs of a record
 OF_THE_RUN = ("date", "git_dirty", "probe")
 STEP_LINE = re.compile(r"step:\d+/\d+ (?:train|val)_loss:\S+ train_time:\d+ms(?= )")

@@ -38,6 +38,8 @@ def announce(log, setup):
     mention_unused(setup.world.device, log.say)
     recomputed = ", blocks recomputed" if setup.model.recompute else ""
     log.say(f"memory by estimate: {setup.memory}{recomputed}")
+    for line in data.dataset.notes:
+        log.say(line)
     until = "to the last step"
     if goal.target is not None:
         until = f"until {goal.target_metric} reaches {goal.target}"

@@ -3,7 +3,8 @@
 import sysconfig
 from pathlib import Path
 
-from data.prepare import files_under, open_files
+from data.listing import Listing, files_under
+from data.prepare import open_files
 from data.sources import Source
 
 # Left out: what differs between distributions and versions, and what is generated: a file of prose,
@@ -25,15 +26,24 @@ LEFT_OUT = {
 }
 
 
-def is_source(path):
-    """_sysconfigdata_* holds the paths of the machine that Python was built on."""
-    return path.suffix == ".py" and not path.name.startswith("_sysconfigdata")
+def why_not_folder(path):
+    """What keeps a folder out: a reason or None."""
+    if path.name in LEFT_OUT or path.name.startswith((".", "__pycache__")):
+        return "not for training"
+
+
+def why_not_file(path):
+    """The same; _sysconfigdata_* holds the paths of the machine that Python was built on."""
+    if path.suffix != ".py" or path.name.startswith((".", "_sysconfigdata")):
+        return "not for training"
+    if not path.is_file() or not path.stat().st_size:
+        return "empty"
 
 
 def list_files():
-    """(root, relative paths in training order)."""
+    """The Listing of the sources; what is left out of it is nobody's concern."""
     root = Path(sysconfig.get_path("stdlib"))
-    return root, files_under(root, is_source, skip=LEFT_OUT)
+    return Listing(root, files_under(root, why_not_folder, why_not_file).files, [])
 
 
 def open_stdlib(config, cache):

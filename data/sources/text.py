@@ -1,4 +1,4 @@
-"""A text file of your own, or a folder of them: --text says which.
+"""A text file of your own, or a folder of them: --text says which, --val-text which to validate on.
 
 Documents are files, or the parts of a file between `<|endoftext|>` marks.
 """
@@ -8,46 +8,90 @@ from functools import partial
 from pathlib import Path
 
 from base import InputError
-from data.prepare import files_under, open_files
+from data.listing import Listing, files_under, once_each, without
+from data.prepare import open_files
 from data.sources import Source
 
+# What a folder holds that is not to be read, all of these files -> what the folder is
+SIGNS = [
+    (("log.txt", "metrics.jsonl"), "a run"),
+    (("model.safetensors",), "a model"),
+    (("model.safetensors.index.json",), "a model"),
+    (("state.json", "state.safetensors"), "a checkpoint"),
+    (("meta.json", "train_000000.bin"), "prepared data"),
+    (("CACHEDIR.TAG",), "a cache"),
+    (("pyvenv.cfg",), "a virtual environment"),
+]
+BY_NAME = {"node_modules": "node_modules", "__pycache__": "a cache"}
 
-def is_text(path):
-    """No NUL byte in the first 8 KiB, the rule git and grep use; an unreadable file is not text."""
-    try:
-        with open(path, "rb") as f:
-            return b"\0" not in f.read(8192)
-    except OSError:
-        return False
+
+def sign_of(folder):
+    """What a folder is instead of text, or None."""
+    for names, what in SIGNS:
+        if all((folder / name).is_file() for name in names):
+            return what
 
 
-def list_files(path):
-    """(root, relative paths in training order) of the text in a file or folder; hidden, empty and
-    binary files are left out. Raises InputError and OSError."""
+def why_not_folder(folder, cache):
+    """Why a subfolder is left out, or None; cache: the program's own."""
+    if folder.name.startswith("."):
+        return "hidden"
+    if folder.resolve() == cache:
+        return "a cache"
+    return BY_NAME.get(folder.name) or sign_of(folder)
+
+
+def why_not_file(path):
+    if path.name.startswith("."):
+        return "hidden"
+    if not path.is_file():
+        return "a link to nothing" if path.is_symlink() else "a pipe or device"
+    if not path.stat().st_size:
+        return "empty"
+
+
+def list_files(path, cache=Path(".cache"), option="--text"):
+    """The Listing of a file or a folder; cache: the folder that is not read though it is inside;
+    option: that gave the path. Raises InputError and OSError."""
     if not os.path.exists(path):  # unlike Path.exists, False for what cannot be a path
         raise InputError(
-            f"{path}: no such file or folder; --text expects a text file or a folder of them"
+            f"{path}: no such file or folder; {option} expects a text file or a folder of them"
         )
     if path.is_file():
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty")
-        path.open().close()  # a reason why it cannot be read is worth more than "binary"
-        if not is_text(path):
-            raise InputError(f"{path}: expected UTF-8 text, found a binary file")
-        return path.parent, [path.name]
+        return Listing(path.parent, [path.name], [])
     if not path.is_dir():
         raise InputError(
             f"{path}: expected a text file or a folder of them, found a pipe or device; "
             "save the text to a file first"
         )
-    return path, files_under(path, is_text)
+    if what := sign_of(path):
+        raise InputError(f"{path}: expected a folder of text, found {what}; name the text itself")
+    return once_each(files_under(path, partial(why_not_folder, cache=cache), why_not_file))
 
 
 def open_text(config, cache):
     if not config.text:
         raise InputError("--data text: expected --text with a text file or a folder of them")
-    path = Path(config.text)
-    return open_files(str(path), partial(list_files, path), config.tokenizer, cache)
+    # --cache-dir has compiled code beside the prepared data
+    whole_cache = (cache.parent if cache.name == "data" else cache).resolve()
+    text = Path(config.text)
+    list_val = None
+    list_text = partial(list_files, text, whole_cache)
+    if config.val_text:
+        list_val = partial(list_files, Path(config.val_text), whole_cache, "--val-text")
+
+        def list_text():
+            kept = without(list_files(text, whole_cache), list_val())
+            if not kept.files:
+                raise InputError(
+                    f"--val-text {config.val_text}: holds all of --text {text}; nothing is left "
+                    "to train on"
+                )
+            return kept
+
+    return open_files(str(text), list_text, config.tokenizer, cache, list_val, config.encoding)
 
 
 SOURCE = Source("a text file or folder of your own, which --text names", open_text)

@@ -10,6 +10,7 @@ import tempfile
 import tracemalloc
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +19,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from base import InputError
-from data import DataConfig, TrainLoader, open_dataset, prepare, tokenizers
-from data.prepare import open_prepared, read_blocks, split_documents
+from data import DataConfig, TrainLoader, open_data, open_dataset, prepare, tokenizers
+from data.listing import path_hash
+from data.prepare import TextFile, open_prepared, read_blocks, split_documents
 from data.shards import ShardWriter, read_shard
 from data.sources import stdlib
 from data.sources.text import list_files
+from runtime.corpus import load_data
+from runtime.machine import World
 
 MARK = "<|endoftext|>"
 FAST = settings(deadline=None, max_examples=80)
@@ -36,16 +40,6 @@ def put(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def is_val(rel):
-    """The rule, said again: the first tenth of the hashes of the relative paths."""
-    return int(hashlib.sha256(rel.encode()).hexdigest()[:8], 16) / 16**8 < 0.1
-
-
-def names(n, val):
-    """The first n names f0, f1, ... that belong to val, or to train."""
-    return [f"f{i}" for i in range(1000) if is_val(f"f{i}") == val][:n]
 
 
 def ids_of(folder, meta, split):
@@ -188,10 +182,9 @@ def test_multibyte_characters_at_the_cut(whole, block):
     with tempfile.TemporaryDirectory() as folder:
         put(Path(folder) / "x", whole)
         parts = {"train": "", "val": ""}
-        for split, rel, first, end in split_documents(Path(folder), ["x"]):
-            parts[split] += "".join(
-                part for part, _ in read_blocks(Path(folder) / rel, first, end, block)
-            )
+        file = TextFile("x", Path(folder) / "x", 0, len(whole.encode()))
+        for split, _, path, first, end in split_documents([file])[0]:
+            parts[split] += "".join(part for part, _ in read_blocks(path, first, end, block))
     assert parts["train"] + parts["val"] == whole
     size = len(whole.encode())
     assert abs(len(parts["train"].encode()) - int(size * 0.9)) < 4
@@ -288,32 +281,63 @@ def test_a_document_of_many_blocks_has_one_end_of_text(tmp_path, monkeypatch):
 # folders
 
 
-def test_folder_is_split_by_the_hash_of_the_path(tmp_path):
-    """A tenth of the files is val, in the order of the hashes, subfolders with "/" in their
-    names."""
-    rels = [f"sub{i % 3}/f{i}.txt" for i in range(200)] + ["top.txt"]
+def by_hash(rels):
+    """The order of training, said again."""
+    return sorted(rels, key=lambda rel: hashlib.sha256(rel.encode()).hexdigest())
+
+
+def test_a_folder_is_split_by_whole_files(tmp_path):
+    """Those whose hash of the path is in the first tenth, in the order of the hashes; subfolders
+    have "/" in their names."""
+    rels = by_hash([f"sub{i % 3}/f{i:03}.txt" for i in range(200)] + ["top.txt"])
     for rel in rels:
         put(tmp_path / "in" / rel, rel)
     got = prepared(tmp_path / "in", tmp_path / "cache")
-    rels.sort(key=lambda rel: hashlib.sha256(rel.encode()).digest())
-    assert got == {
-        "train": [r for r in rels if not is_val(r)],
-        "val": [r for r in rels if is_val(r)],
-    }
-    assert 5 < len(got["val"]) < 40
+    val = [rel for rel in rels if int(path_hash(rel)[:8], 16) / 16**8 < 0.1]
+    assert got == {"train": [r for r in rels if r not in val], "val": val}
+    assert 10 < len(got["val"]) < 30
 
 
 def test_adding_files_moves_none_to_the_other_split(tmp_path):
     """Nor does it change the order of those there were."""
     for i in range(40):
-        put(tmp_path / "in" / f"f{i}", f"f{i}")
+        put(tmp_path / "in" / f"f{i}", f"f{i:02}")
     before = prepared(tmp_path / "in", tmp_path / "cache")
     for i in range(40, 80):
-        put(tmp_path / "in" / f"f{i}", f"f{i}")
+        put(tmp_path / "in" / f"f{i}", f"f{i:02}")
     after = prepared(tmp_path / "in", tmp_path / "cache")
     for split in before:
         assert [d for d in after[split] if d in before[split]] == before[split]
         assert len(after[split]) > len(before[split])
+
+
+@pytest.mark.parametrize(
+    "sizes, whole",
+    [
+        ([600_000, 37], False),  # a book and a note
+        ([37, 600_000], False),
+        ([60_000, 60_000], False),
+        ([600_000, 3000], False),
+        ([60_000] * 6 + [2], False),
+        ([60_000] * 5 + [30_000] * 5, True),
+        ([900_000] + [10_000] * 10, True),
+        ([100_000] * 10, True),
+        ([5] * 3, False),
+    ],
+)
+@pytest.mark.parametrize("names", ["abcdefghijk", "zyxwvutsrqp", "kjihgfedcba"])
+def test_validation_is_close_to_a_tenth_of_the_bytes(sizes, whole, names):
+    """Whatever the files' sizes and names: whole files where that fits, else tails."""
+    files = [TextFile(name, Path(name), 0, size) for name, size in zip(names, sizes)]
+    files.sort(key=lambda file: path_hash(file.rel))
+    parts, said = split_documents(files)
+    val = sum(part.end - part.first for part in parts if part.split == "val")
+    assert sum(part.end - part.first for part in parts) == sum(sizes)
+    slack = 0 if whole else len(sizes)  # a byte of each file
+    assert 0.05 * sum(sizes) <= val <= 0.15 * sum(sizes) + slack
+    assert ("whole files" in said) == whole
+    if not whole:
+        assert {part.rel for part in parts if part.split == "val"} == {*names[: len(sizes)]}
 
 
 def test_listing_order_does_not_matter(tmp_path, monkeypatch):
@@ -322,8 +346,8 @@ def test_listing_order_does_not_matter(tmp_path, monkeypatch):
     folder, meta, _ = prepare_text(tmp_path / "in", "bytes", tmp_path / "cache1")
     walk = os.walk
 
-    def backwards(top):
-        for at, folders, files in walk(top):
+    def backwards(top, onerror):
+        for at, folders, files in walk(top, onerror=onerror):
             folders.sort(reverse=True)
             yield at, folders, sorted(files, reverse=True)
 
@@ -336,7 +360,8 @@ def test_listing_order_does_not_matter(tmp_path, monkeypatch):
     assert meta2 == meta and folder2.name == folder.name
 
 
-def test_hidden_binary_and_empty_files_are_left_out(tmp_path):
+def test_what_is_left_out_is_said(tmp_path):
+    """Once each, with the reason, the first few by name."""
     put(tmp_path / "in" / "sub" / "kept.txt", "kept")
     put(tmp_path / "in" / "no_suffix", "kept too")
     for rel in (".hidden", ".git/config", "__pycache__/x.txt", "sub/.x/y.txt"):
@@ -346,26 +371,183 @@ def test_hidden_binary_and_empty_files_are_left_out(tmp_path):
     put(tmp_path / "in" / "empty.txt", "")
     (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "in" / "pipe")
-    assert sorted(list_files(tmp_path / "in")[1]) == ["no_suffix", "sub/kept.txt"]
+    _, meta, _ = prepare_text(tmp_path / "in", "bytes", tmp_path / "cache")
+    assert sorted({rel for _, rel, *_ in meta["parts"]}) == ["no_suffix", "sub/kept.txt"]
+    why = {rel: why.split(";")[0] for rel, why in meta["left_out"]}
+    assert why == {
+        ".hidden": "hidden",
+        ".git/": "hidden",
+        "sub/.x/": "hidden",
+        "__pycache__/": "a cache",
+        "image.txt": "binary",
+        "late.txt": "binary",
+        "empty.txt": "empty",
+        "dangling": "a link to nothing",
+        "pipe": "a pipe or device",
+    }
+    line = meta["notes"][1]
+    assert line.startswith("left out 6 files and 3 folders: __pycache__/ (a cache), dangling (a ")
+    assert line.endswith(" and 6 more")
+    assert meta["notes"][0].endswith(
+        "in: 2 files, 12.0B; validation: the last tenth of each of the 2 files"
+    )
+
+
+FOLDERS = {
+    "a run": ["log.txt", "metrics.jsonl"],
+    "a model": ["config.json", "model.safetensors"],
+    "a checkpoint": ["state.json", "state.safetensors"],
+    "prepared data": ["meta.json", "train_000000.bin"],
+    "a cache": ["CACHEDIR.TAG"],
+    "a virtual environment": ["pyvenv.cfg"],
+}
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_folders_that_hold_no_text_are_left_out(tmp_path, what):
+    """Inside of a text, at any depth; one that is named outright is refused."""
+    put(tmp_path / "in" / "a.txt", LINES)
+    folder = tmp_path / "in" / "deep" / "it"
+    for name in FOLDERS[what]:
+        put(folder / name, "not a text to train on")
+    _, files, left_out = list_files(tmp_path / "in")
+    assert (files, left_out) == (["a.txt"], [("deep/it/", what)])
+    assert f"expected a folder of text, found {what}" in refused(folder, tmp_path / "cache")
+    (folder / FOLDERS[what][-1]).unlink()
+    assert "deep/it/" not in dict(list_files(tmp_path / "in")[2])
+
+
+def test_the_cache_in_the_text_folder_is_no_text(tmp_path):
+    """Compiled code and prepared data in it; so a second start finds what the first prepared."""
+    put(tmp_path / "a.txt", LINES)
+    put(tmp_path / "cache" / "inductor" / "x.py", "compiled")
+    config = DataConfig(data="text", text=str(tmp_path), tokenizer="bytes")
+    first = open_dataset(config, tmp_path / "cache" / "data")
+    again = open_dataset(config, tmp_path / "cache" / "data")
+    assert first.fingerprint == again.fingerprint and first.folder == again.folder
+    assert first.about["left_out"] == again.about["left_out"] == [("cache/", "a cache")]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_in_a_folder_is_left_out(tmp_path):
+    for rel in ("a.txt", "b.txt", "sub/c.txt"):
+        put(tmp_path / "in" / rel, LINES)
+    shut = [tmp_path / "in" / "b.txt", tmp_path / "in" / "sub"]
+    for path in shut:
+        path.chmod(0)
+    try:
+        meta = prepare_text(tmp_path / "in", "bytes", tmp_path / "cache")[1]
+    finally:
+        for path in shut:
+            path.chmod(0o700)
+    assert dict(meta["left_out"]) == {"b.txt": "Permission denied", "sub/": "Permission denied"}
+
+
+def test_a_file_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
+    for rel in ("a.txt", "b.txt"):
+        put(tmp_path / "in" / rel, LINES)
+    examine = prepare.examine
+
+    def denied(path, encoding):
+        if path.name == "b.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return examine(path, encoding)
+
+    monkeypatch.setattr(prepare, "examine", denied)
+    meta = prepare_text(tmp_path / "in", "bytes", tmp_path / "cache")[1]
+    assert dict(meta["left_out"]) == {"b.txt": "Permission denied"}
+    assert "b.txt: cannot prepare" in refused(tmp_path / "in" / "b.txt", tmp_path / "cache2")
+
+
+def test_a_file_under_two_names_is_read_once(tmp_path):
+    """Or validation would have what is trained on."""
+    put(tmp_path / "in" / "b.txt", LINES)
+    os.link(tmp_path / "in" / "b.txt", tmp_path / "in" / "c.txt")
+    (tmp_path / "in" / "a.txt").symlink_to("b.txt")
+    _, files, left_out = list_files(tmp_path / "in")
+    assert files == ["b.txt"]
+    assert left_out == [(name, "the same file as b.txt") for name in ("a.txt", "c.txt")]
+
+
+@pytest.mark.parametrize("size, there", [(600, 60), (640, 64)])
+def test_too_little_to_validate_on(tmp_path, size, there):
+    """A loss over a handful of tokens says nothing."""
+    config = DataConfig(
+        data="text", text=str(put(tmp_path / "a.txt", LINES[:size])), tokenizer="bytes", row_len=64
+    )
+    stages = dict(batch_rows=lambda step: 2, max_doc_len=lambda step: 64)
+    if there < 64:
+        with pytest.raises(InputError, match=f"a.txt: {there} tokens to validate on .*64 or more"):
+            open_data(config, tmp_path / "cache", **stages)
+    else:
+        assert open_data(config, tmp_path / "cache", **stages).val.n_targets == there
+
+
+# a text to validate on
+
+
+def val_of(tmp_path, text, val, tokenizer="bytes"):
+    config = DataConfig(data="text", text=str(text), val_text=str(val), tokenizer=tokenizer)
+    dataset = open_dataset(config, tmp_path / "cache")
+    tok = dataset.tokenizer
+    texts = [
+        "".join(tok.decode(read_shard(path)) for path in paths)
+        for paths in (dataset.train, dataset.val)
+    ]
+    return dataset, *texts
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:300"])
+def test_a_text_of_ones_own_to_validate_on(tmp_path, tokenizer):
+    """Then no part of the other is held out, and the vocabulary covers both."""
+    text, val = put(tmp_path / "a.txt", LINES), put(tmp_path / "b.txt", "zwölf §\n" * 30)
+    dataset, *texts = val_of(tmp_path, text, val, tokenizer)
+    assert texts == [LINES, "zwölf §\n" * 30]
+    assert ": 1 file, 11.9kB; validation: --val-text, 1 file, 300B" in dataset.notes[0]
+    plain = open_dataset(
+        DataConfig(data="text", text=str(text), tokenizer=tokenizer), tmp_path / "cache"
+    )
+    assert plain.folder != dataset.folder and plain.fingerprint != dataset.fingerprint
+
+
+def test_what_is_validated_on_is_not_trained_on(tmp_path):
+    """Though it lies in the same folder, or is linked to from there."""
+    for i in range(4):
+        put(tmp_path / "in" / f"{i}.txt", f"text {i}\n" * 50)
+    os.link(tmp_path / "in" / "3.txt", tmp_path / "val.txt")
+    for val in ("in/3.txt", "val.txt"):
+        dataset, train, held_out = val_of(tmp_path, tmp_path / "in", tmp_path / val)
+        assert held_out == "text 3\n" * 50 and "text 3" not in train and len(train) == 3 * 350
+        assert ("3.txt", "is validation") in dataset.about["left_out"]
+    with pytest.raises(InputError, match="nothing is left to train on"):
+        val_of(tmp_path, tmp_path / "in", tmp_path / "in")
+
+
+def test_validation_text_that_is_not_there(tmp_path):
+    text = put(tmp_path / "a.txt", LINES)
+    with pytest.raises(InputError, match="nowhere: no such file or folder; --val-text expects"):
+        val_of(tmp_path, text, tmp_path / "nowhere")
+    with pytest.raises(InputError, match="b.txt: expected text, found a file that is binary"):
+        val_of(tmp_path, text, put(tmp_path / "b.txt", b"\0"))
+
+
+@pytest.mark.parametrize("option", [dict(val_text="x"), dict(encoding="cp1252")])
+def test_options_of_text_are_refused_for_other_sources(option):
+    with pytest.raises(InputError, match="only with --text, not with --data stdlib"):
+        DataConfig(**option)
 
 
 def test_a_hidden_folder_named_outright_is_read(tmp_path):
     put(tmp_path / ".in" / "a.txt", "text")
-    assert list_files(tmp_path / ".in") == (tmp_path / ".in", ["a.txt"])
+    assert list_files(tmp_path / ".in") == (tmp_path / ".in", ["a.txt"], [])
 
 
-@pytest.mark.parametrize("val_files", [0, 1, 2])
-def test_two_files_give_a_train_and_a_val_part(tmp_path, val_files):
-    """If the hash puts both on one side, the last tenth of each is val."""
-    files = names(2 - val_files, False) + names(val_files, True)
-    for name in files:
+def test_of_two_files_the_last_tenths_are_validation(tmp_path):
+    for name in "ab":
         put(tmp_path / "in" / name, f"{name:10}" * 10)
-    files.sort(key=lambda rel: hashlib.sha256(rel.encode()).digest())
     got = prepared(tmp_path / "in", tmp_path / "cache")
-    if val_files == 1:
-        assert got == {s: [f"{f:10}" * 10 for f in files if is_val(f) == (s == "val")] for s in got}
-    else:
-        assert got == {"train": [f"{f:10}" * 9 for f in files], "val": [f"{f:10}" for f in files]}
+    files = by_hash("ab")
+    assert got == {"train": [f"{f:10}" * 9 for f in files], "val": [f"{f:10}" for f in files]}
 
 
 def test_file_names_that_are_not_utf8(tmp_path):
@@ -382,7 +564,7 @@ def test_file_names_that_are_not_utf8(tmp_path):
 def test_stdlib(tmp_path):
     """Python's own library without its tests, what was installed beside it, or the builder's
     paths."""
-    root, files = stdlib.list_files()
+    root, files, _ = stdlib.list_files()
     assert {"os.py", "json/decoder.py", "typing.py"} <= set(files) and len(files) > 300
     parts = {part for rel in files for part in rel.split("/")}
     assert not parts & {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
@@ -417,7 +599,8 @@ def test_second_call_only_looks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["content", "time", "tokenizer", "added", "removed", "renamed", "cache"]
+    "change",
+    ["content", "time", "exchanged", "tokenizer", "added", "removed", "renamed", "cache"],
 )
 def test_any_change_is_noticed(tmp_path, monkeypatch, change):
     for name in "abc":
@@ -431,6 +614,11 @@ def test_any_change_is_noticed(tmp_path, monkeypatch, change):
         )
     elif change == "time":
         os.utime(put(tmp_path / "in" / "a", LINES.upper()), ns=(0, 10**18))
+    elif change == "exchanged":  # for another of the same size and times
+        times = (tmp_path / "in" / "a").stat()
+        put(tmp_path / "new", LINES.upper())
+        os.utime(tmp_path / "new", ns=(times.st_atime_ns, times.st_mtime_ns))
+        os.replace(tmp_path / "new", tmp_path / "in" / "a")
     elif change == "tokenizer":
         tokenizer = "chars"
     elif change == "added":
@@ -451,6 +639,16 @@ def test_any_change_is_noticed(tmp_path, monkeypatch, change):
     monkeypatch.setattr(prepare, "make_tokenizer", notice)
     with pytest.raises(Noticed):
         prepare_text(tmp_path / "in", tokenizer, cache)
+
+
+def test_texts_of_one_name_size_and_time_are_told_apart(tmp_path, monkeypatch):
+    """Under the same relative path, in two folders that share a cache."""
+    found = []
+    for name, content in ("a", LINES), ("b", LINES.upper()):
+        os.utime(put(tmp_path / name / "novel.txt", content), ns=(10**18, 10**18))
+        monkeypatch.chdir(tmp_path / name)
+        found.append(prepared("novel.txt", tmp_path / "cache")["train"][0])
+    assert found[0].upper() == found[1] != found[0]
 
 
 def test_unfinished_folder_is_made_anew(tmp_path):
@@ -567,10 +765,10 @@ def test_fingerprint_tells_corpora_apart(tmp_path, other):
     """Different train tokens with the same val file."""
     found = []
     for i, contents in enumerate([["xyz" * 10, "pq" * 10], other]):
-        put(tmp_path / str(i) / names(1, True)[0], "validation")
-        for name, content in zip(names(2, False), contents):
+        put(tmp_path / "val", "validation")
+        for name, content in zip("ab", contents):
             put(tmp_path / str(i) / name, content)
-        found.append(fingerprint(tmp_path / str(i), tmp_path / "cache"))
+        found.append(val_of(tmp_path, tmp_path / str(i), tmp_path / "val")[0].fingerprint)
     assert found[0] != found[1]
 
 
@@ -582,7 +780,7 @@ def test_fingerprint_tells_corpora_apart(tmp_path, other):
     [
         ("", "is empty"),
         (b"\x89PNG\r\n\0\0", "binary"),
-        ("text".encode("utf-16"), "binary"),
+        ("text".encode("utf-16-le"), "binary"),
         ("a", "train split is empty"),
         ("🙂", "split is empty"),
         (MARK * 50, "too little"),
@@ -613,7 +811,8 @@ def test_empty_folders(tmp_path):
     put(tmp_path / "in" / "binary", b"\0")
     put(tmp_path / "in" / "empty", "")
     (tmp_path / "in" / "sub").mkdir()
-    assert "no text files" in refused(tmp_path / "in", tmp_path / "cache")
+    line = refused(tmp_path / "in", tmp_path / "cache")
+    assert "no text" in line and "binary (binary), empty (empty)" in line
 
 
 @pytest.mark.parametrize("tokenizer", ["nonsense", "bpe:12", "../x", "bpe:"])
@@ -622,7 +821,7 @@ def test_bad_tokenizers(tmp_path, tokenizer):
 
 
 def test_a_folder_of_one_byte_files(tmp_path):
-    for name in names(2, False):
+    for name in "ab":
         put(tmp_path / "in" / name, "x")
     assert "train split is empty" in refused(tmp_path / "in", tmp_path / "cache")
 
@@ -630,12 +829,8 @@ def test_a_folder_of_one_byte_files(tmp_path):
 @pytest.mark.parametrize("character", [" ", "x"])
 def test_megabytes_of_one_character_are_encoded(tmp_path, character):
     """A table padded with spaces, say. In val, because learning from it is another matter."""
-    (name,) = names(1, True)
-    put(tmp_path / "in" / name, character * 1_500_000 + "end")
-    for name in names(2, False):
-        put(tmp_path / "in" / name, LINES)
-    got = prepared(tmp_path / "in", tmp_path / "cache", "bpe:300")
-    assert got["val"] == [character * 1_500_000 + "end"]
+    text, val = put(tmp_path / "a", LINES), put(tmp_path / "b", character * 1_500_000 + "end")
+    assert val_of(tmp_path, text, val, "bpe:300")[2] == character * 1_500_000 + "end"
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
@@ -680,3 +875,20 @@ def test_open_dataset(tmp_path, tokenizer):
 def test_open_dataset_refuses_what_prepare_refuses(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         open_text(tmp_path / "no", "bytes", tmp_path / "cache")
+
+
+def test_a_cache_of_another_run_is_known_by_its_tag(tmp_path):
+    """Wherever it lies; the folder around it is not tagged, which may hold more than a cache."""
+    text = put(tmp_path / "in" / "a.txt", LINES)
+    config = SimpleNamespace(
+        data=DataConfig(data="text", text=str(text), tokenizer="bytes", row_len=64),
+        run=SimpleNamespace(cache_dir=str(tmp_path / "in")),
+        goal=SimpleNamespace(seed=0, target_metric="val_loss"),
+    )
+    stage = SimpleNamespace(rows=2, model=SimpleNamespace(max_doc_len=64))
+    load_data(config, lambda step: stage, World())
+    put(tmp_path / "in" / "inductor" / "compiled.py", "code")
+    assert list_files(tmp_path / "in")[1:] == (
+        ["a.txt"],
+        [("data/", "a cache"), ("inductor/", "a cache")],
+    )

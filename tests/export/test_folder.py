@@ -494,6 +494,7 @@ def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
     run = tmp_path / "run"
     ours = load_tokenizer(run)
     about = json.loads((run / "data.json").read_text())
+    assert "text.txt: 1 file, " in (run / "log.txt").read_text()
     assert (about["n_vocab"], about["eot"]) == (ours.n_vocab, ours.eot)
     for source in run, run / "checkpoints/step-000002":
         to = tmp_path / f"out-{source.name}"
