@@ -36,12 +36,12 @@ LISTING = fineweb.REVISION  # the last part of the listing's URL; for a file it 
 PINNED = fineweb.KNOWN_SHA256
 DOWNLOAD = "download", "fineweb10B"
 COMMAND = """
-import runpy, sys
+import sys
+from data.__main__ import main
 from data.sources import fineweb10B as fineweb
 assert "huggingface_hub" not in sys.modules, "importing a source must stay quick"
 fineweb.KNOWN_SHA256 = {fineweb.VAL: sys.argv.pop(1)}
-sys.argv[1:1] = "download", "fineweb10B"
-runpy.run_module("data", run_name="__main__")
+sys.exit(main(["download", "fineweb10B", *sys.argv[1:]]))
 """
 
 
