@@ -717,3 +717,19 @@ def test_passes_of_stages_that_differ_are_timed_beforehand(text, tmp_path, monke
     monkeypatch.setattr(tg, "time_passes", lambda setup: None)
     tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "without"), **fields))
     assert train_losses(tmp_path / "without") == train_losses(tmp_path / "run")
+
+
+def test_runs_and_cache_inside_the_text_folder_are_no_text(tmp_path):
+    """So the next run, or a resumed one, has the same data."""
+    book = tmp_path / "book"
+    book.mkdir()
+    for name in "ab":
+        write_text(book / f"{name}.txt", 3000, seed=ord(name))
+    fingerprints = set()
+    for name in ("run1", "run2"):
+        fields = dict(run_dir=str(book / name), cache_dir=str(book / "cache"), sample_tokens=0)
+        result = tg.train(tiny(book, tmp_path, steps=2, **fields))
+        fingerprints.add(result["data_fingerprint"])
+    assert len(fingerprints) == 1
+    said = (book / "run2" / "log.txt").read_text()
+    assert "left out 2 folders: cache/ (a cache), run1/ (a run)" in said
