@@ -275,7 +275,7 @@ def read_listing(listing, encoding, folder):
             left_out.append((rel, str(e)))
             continue
         except OSError as e:
-            if len(listing.files) == 1 or isinstance(e, FileNotFoundError):
+            if len(listing.files) == 1:
                 raise
             left_out.append((rel, e.strerror))
             continue

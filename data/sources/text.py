@@ -4,6 +4,7 @@ Documents are files, or the parts of a file between `<|endoftext|>` marks.
 """
 
 import os
+import stat
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ BY_NAME = {"node_modules": "node_modules", "__pycache__": "a cache"}
 def sign_of(folder):
     """What a folder is instead of text, or None."""
     for names, what in SIGNS:
-        if all((folder / name).is_file() for name in names):
+        if all(os.path.isfile(folder / name) for name in names):  # False where it may not look
             return what
 
 
@@ -44,9 +45,15 @@ def why_not_folder(folder, cache):
 def why_not_file(path):
     if path.name.startswith("."):
         return "hidden"
-    if not path.is_file():
-        return "a link to nothing" if path.is_symlink() else "a pipe or device"
-    if not path.stat().st_size:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return "a link to nothing"
+    except OSError as e:
+        return e.strerror
+    if not stat.S_ISREG(found.st_mode):
+        return "a pipe or device"
+    if not found.st_size:
         return "empty"
 
 

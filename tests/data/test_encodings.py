@@ -148,7 +148,7 @@ def test_characters_that_were_replaced_before_count(tmp_path):
         ("a.parquet", b"PAR1\x15", "parquet"),
         ("a.jsonl", b'{"text": "a"}\n', "JSON lines"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "JSON lines"),
-        ("random", bytes(i * i % 251 + 1 for i in range(9000)), "binary|not recognized"),
+        ("random", bytes(i * i % 251 + 1 for i in range(9000)), "binary"),
     ],
 )
 def test_what_is_no_text_yet(tmp_path, name, content, said):
@@ -178,6 +178,11 @@ def test_blocks_do_not_matter(tmp_path, monkeypatch):
         assert (found.chars, found.replaced) == (len(CHINESE) + 1, 0)
         encodings.write_utf8(path, found.encoding, tmp_path / "b.txt")
         assert (tmp_path / "b.txt").read_bytes() == (CHINESE + "🙂").encode()
+
+
+def test_half_a_character_at_the_end_is_counted(tmp_path):
+    found = examine(put(tmp_path / "a.txt", (GERMAN * 9).encode("utf-16") + b"x"))
+    assert (found.chars, found.replaced) == (len(GERMAN * 9) + 1, 1)
 
 
 def test_nothing_is_left_of_the_copies(tmp_path):

@@ -510,7 +510,14 @@ def test_links_pipes_and_devices_in_a_folder(tmp_path, cache):
         (tmp_path / "in" / name).symlink_to(target)
     (tmp_path / "in" / "sub" / "loop").symlink_to(tmp_path / "in")
     os.mkfifo(tmp_path / "in" / "pipe")
-    assert sorted(text.list_files(tmp_path / "in").files) == ["file", "sub/a.txt"]
+    _, files, left_out = text.list_files(tmp_path / "in")
+    assert sorted(files) == ["file", "sub/a.txt"]
+    why = dict(left_out)
+    assert {why[f"{name}/"] for name in ("loop", "up", "folder", "sub/loop")} == {
+        "a link to a folder"
+    }
+    assert why["dangling"] == "a link to nothing" and "symbolic links" in why["self"]
+    assert why["pipe"] == why["null"] == why["zero"] == "a pipe or device"
     assert len(decoded(tmp_path / "in", cache)) == len(LINES) + 900
 
 

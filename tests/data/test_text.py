@@ -510,6 +510,17 @@ def test_a_text_of_ones_own_to_validate_on(tmp_path, tokenizer):
     assert plain.folder != dataset.folder and plain.fingerprint != dataset.fingerprint
 
 
+def test_a_text_held_out_is_told_from_one_trained_on(tmp_path):
+    """The same two files in the same order: a folder, and one with the other to validate on."""
+    first, second = by_hash("ab")
+    for name in "ab":
+        put(tmp_path / "in" / name, f"{name} {LINES}")
+    whole = open_text(tmp_path / "in", "bytes", tmp_path / "cache")
+    apart = val_of(tmp_path, tmp_path / "in" / first, tmp_path / "in" / second)[0]
+    assert whole.folder.name.rsplit("-")[-1] != apart.folder.name.rsplit("-")[-1]
+    assert whole.fingerprint != apart.fingerprint
+
+
 def test_what_is_validated_on_is_not_trained_on(tmp_path):
     """Though it lies in the same folder, or is linked to from there."""
     for i in range(4):
