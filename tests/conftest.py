@@ -15,6 +15,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
+from processes import Nursery  # noqa: E402
+
+import train_gpt  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_probe():
+    """The machine's speed, which takes half a second to measure, at the start of every run."""
+    speed = dict(matmul=dict(float32=1e9, bfloat16=1e9), copy=1e9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "machine_probe", lambda device: speed)
+        yield
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """A parent to fork trainers from, started where a test first asks for it."""
+    with Nursery() as nursery:
+        yield nursery
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -156,6 +156,8 @@ def serve():
     import torch
 
     sys.path.insert(0, str(ROOT))
+    import torch.distributed.run  # what starts several
+
     import train_gpt as tg
     from runtime import log
 
@@ -169,24 +171,27 @@ def serve():
     for line in sys.stdin:
         job = json.loads(line)
         pids = []
-        ranks = job.pop("ranks", 1)
+        ranks = job.pop("ranks", None)  # without a number there is no group
         hosts = job.pop("hosts", 1)
+        machines = job.pop("machines", [(ranks or 1) // hosts] * hosts)  # processes of each
+        places = []  # (host, rank there, processes there)
+        for host, n in enumerate(machines):
+            places += [(host, local, n) for local in range(n)]
         with socket.create_server(("", 0)) as s:
             port = s.getsockname()[1]
-        for rank in range(ranks):
+        for rank, (host, local, n) in enumerate(places):
             pids.append(os.fork())
             if not pids[-1]:
-                local = ranks // hosts
-                if ranks > 1:  # what torchrun would set
+                if ranks or len(places) > 1:  # what torchrun would set
                     os.environ.update(
                         RANK=str(rank),
-                        LOCAL_RANK=str(rank % local),
-                        WORLD_SIZE=str(ranks),
-                        LOCAL_WORLD_SIZE=str(local),
+                        LOCAL_RANK=str(local),
+                        WORLD_SIZE=str(len(places)),
+                        LOCAL_WORLD_SIZE=str(n),
                         MASTER_PORT=str(port),
                     )
                     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-                child(tg, rank=rank, host=rank // local, **job)
+                child(tg, rank=rank, host=host, **job)
         print(json.dumps(pids), flush=True)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         print(json.dumps(statuses), flush=True)
@@ -234,6 +239,7 @@ def child(
     launch=(),
     stderr=None,
     nohup=False,
+    program=None,
 ):
     """One process of a job.
 
@@ -242,7 +248,8 @@ def child(
     if that is later; limit: bytes a file may have; clock: what time.time() gives, as a function of
     the true time t; networks: network namespace for each host; env: more of the environment, [name,
     value] pairs; launch: (processes, restarts), to start train_gpt.py with torchrun from here
-    instead; stderr: "broken" for a pipe that nobody reads any more; nohup: as that does.
+    instead; stderr: "broken" for a pipe that nobody reads any more; nohup: as that does;
+    program: Python to run in place of the trainer.
     """
     from runtime.launch import launch as start_with_torchrun
 
@@ -282,7 +289,10 @@ def child(
             real_time = time.time
             time.time = lambda: eval(clock, dict(t=real_time()))
         tg.START = time.perf_counter()
-        if launch:
+        if program:
+            exec(program, {})
+            status = 0
+        elif launch:
             status = start_with_torchrun(f"{ROOT}/train_gpt.py", argv, *launch)
         else:
             status = tg.main(argv)

@@ -9,48 +9,45 @@ import subprocess
 import sys
 
 import pytest
-from helpers import EVERYTHING, ROOT, options, run_trainer, tiny, train_losses, write_text
+from helpers import EVERYTHING, ROOT, options, tiny, train_losses, write_text
 
 import train_gpt as tg
 
-TORCHRUN = ("-m", "torch.distributed.run")
 
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def run_machines(machines, processes, *args, timeout=300):
-    """torchrun once for each of so many machines, with so many processes each; returns them
-    finished, the one with the result on its stdout first."""
+def run_torchrun(machines, processes, argv, timeout=300):
+    """torchrun once for each of so many machines, with so many processes each; returns the
+    stdout of the one with the result."""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
     command = [
         sys.executable,
-        *TORCHRUN,
+        *("-m", "torch.distributed.run"),
         f"--nnodes={machines}",
         f"--nproc_per_node={processes}",
         "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
         "--rdzv_id=test",
         "--local_addr=127.0.0.1",
         str(ROOT / "train_gpt.py"),
-        *map(str, args),
+        *argv,
     ]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     pipe = subprocess.PIPE
     started = []
     for _ in range(machines):
         started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env))
-    done = []
+    said = []
     try:
         for p in started:
             out, err = p.communicate(timeout=timeout)
-            done.append(subprocess.CompletedProcess(command, p.returncode, out, err))
+            assert p.returncode == 0, err
+            said.append(out)
     finally:
         for p in started:
             p.kill()
-    return sorted(done, key=lambda d: -len(d.stdout))
+    *others, one = sorted(said, key=len)
+    assert set(others) <= {""}
+    return one
 
 
 CASES = {
@@ -70,90 +67,100 @@ CASES = {
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """case -> (losses of one process, tokens)."""
-    return functools.cache(lambda case: run(case, tmp_path_factory.mktemp("alone"), 1, 0))
+    return functools.cache(lambda case: run(case, tmp_path_factory.mktemp("alone")))
 
 
-def run(case, tmp_path, machines, processes):
-    """(losses by step and at the end, tokens) of a run; with no processes, in this one."""
-    text = write_text(tmp_path / "words.txt")
+def run(case, tmp_path, start=None):
+    """(losses by step and at the end, tokens) of a run; start(command line) starts its processes
+    and returns its result, else it is in this one."""
+    text = write_text(tmp_path / "words.txt", 4000)
     if CASES[case]:  # many documents, so that cutting them leaves something
         text.write_text(text.read_text().replace(".\n", "<|endoftext|>"))
     c = tiny(text, tmp_path, **CASES[case])
-    if not processes:
-        result = tg.train(c)
-        return train_losses(tmp_path / "run") + [result["val_loss"]], result["tokens"]
-    if machines == 1:
-        launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"]
-        done = run_trainer(*options(c), launcher=launcher)
-    else:
-        done, *others = run_machines(machines, processes, *options(c))
-        assert all(other.returncode == 0 and other.stdout == "" for other in others), others
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)  # one line, from the first rank only
-    assert result["world_size"] == machines * processes
+    result = start(options(c)) if start else tg.train(c)
     losses = train_losses(tmp_path / "run") + [result["val_loss"]]
     assert len(losses) == 21
     return losses, result["tokens"]
 
 
 @pytest.mark.parametrize(
-    "case, processes",
+    "case, processes, hosts",
     [
-        ("one batch", 1),
-        ("one batch", 2),
-        ("everything", 2),
-        ("stages, accumulation, nothing divides", 3),
-        pytest.param("one batch", 3, marks=pytest.mark.slow),
-        pytest.param("everything", 3, marks=pytest.mark.slow),
-        pytest.param("stages, accumulation, nothing divides", 2, marks=pytest.mark.slow),
+        ("one batch", 1, 1),
+        ("one batch", 2, 1),
+        ("everything", 2, 1),
+        ("stages, accumulation, nothing divides", 3, 1),
+        ("everything", 4, 2),  # parts are shared out on each host, and summed between them
+        pytest.param("one batch", 3, 1, marks=pytest.mark.slow),
+        pytest.param("everything", 3, 1, marks=pytest.mark.slow),
+        pytest.param("stages, accumulation, nothing divides", 2, 1, marks=pytest.mark.slow),
+        pytest.param("one batch", 4, 2, marks=pytest.mark.slow),
     ],
 )
-def test_losses_of_several_processes_are_those_of_one(tmp_path, alone, case, processes):
-    losses, tokens = run(case, tmp_path, 1, processes)
+def test_losses_of_several_processes_are_those_of_one(
+    nursery, tmp_path, alone, case, processes, hosts
+):
+    def start(argv):
+        done = nursery.run(argv, tmp_path / "output", ranks=processes, hosts=hosts)
+        assert set(done.statuses) == {0}, done.err
+        for rank in range(1, processes):  # the first one alone tells the result
+            assert (tmp_path / f"output/stdout{rank}").read_text() == ""
+        assert done.result["world_size"] == processes
+        return done.result
+
+    losses, tokens = run(case, tmp_path, start)
     expected, same = alone(case)
     assert losses == pytest.approx(expected, rel=1e-4) and tokens == same
 
 
-@pytest.mark.parametrize("case", ["everything", pytest.param("one batch", marks=pytest.mark.slow)])
-def test_losses_of_two_machines_are_those_of_one_process(tmp_path, alone, case):
-    """Two machines with two processes each: parts are shared out on each, and summed between
-    them."""
-    losses, tokens = run(case, tmp_path, 2, 2)
-    expected, same = alone(case)
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
+def test_what_torchrun_starts_has_the_losses_of_one_process(tmp_path, alone, machines):
+    def start(argv):
+        result = json.loads(run_torchrun(machines, 2, argv))
+        assert result["world_size"] == 2 * machines
+        return result
+
+    losses, tokens = run("everything", tmp_path, start)
+    expected, same = alone("everything")
     assert losses == pytest.approx(expected, rel=1e-4) and tokens == same
 
 
-def test_bad_input_ends_every_process(tmp_path):
-    c = tiny(tmp_path / "missing.txt", tmp_path)
-    done = run_trainer(*options(c), launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
-    assert done.returncode != 0
-    assert done.stderr.count("missing.txt: no such file or folder") == 1
-    assert done.stdout == ""
+def test_bad_input_ends_every_process(nursery, tmp_path):
+    argv = options(tiny(tmp_path / "missing.txt", tmp_path))
+    done = nursery.run(argv, tmp_path / "output", ranks=2)
+    assert done.statuses == [2, 2]
+    assert done.err.count("missing.txt: no such file or folder") == 1
+    assert done.out == ""
 
 
-def test_launching_several_processes_keeps_the_exit_status(tmp_path):
+def test_launching_several_processes_keeps_the_exit_status(nursery, tmp_path):
     """What --gpus N does: torchrun itself would turn every failure into status 1."""
-    text = write_text(tmp_path / "words.txt")
-    for target, status in ((9.0, 0), (0.1, 3)):
-        c = tiny(text, tmp_path, run_dir=str(tmp_path / f"run{status}"), steps=4, target=target)
-        program = (
-            "import sys\n"
-            "from runtime.launch import launch\n"
-            f"sys.exit(launch('train_gpt.py', {options(c)!r}, 2))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT
-        )
-        assert done.returncode == status, done.stderr
-        assert json.loads(done.stdout)["world_size"] == 2
-        assert "Traceback" not in done.stderr
+    text = write_text(tmp_path / "words.txt", 4000)
+    argv = options(tiny(text, tmp_path, steps=4, target=0.1))
+    done = nursery.run(argv, tmp_path / "output", launch=(2, 0))
+    assert done.status == 3, done.err
+    assert done.result["world_size"] == 2
+    assert "Traceback" not in done.err
 
 
-def test_a_loss_that_is_not_finite_ends_every_process_at_its_step(tmp_path):
+@pytest.mark.parametrize("statuses, status", [((0, 0), 0), ((0, 7), 7)])
+def test_the_status_of_what_was_launched_is_that_of_the_first_that_failed(
+    nursery, tmp_path, statuses, status
+):
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"import os, sys; sys.exit({statuses}[int(os.environ['RANK'])])")
+    program = (
+        f"import sys\nfrom runtime.launch import launch\nsys.exit(launch({str(worker)!r}, [], 2))"
+    )
+    assert nursery.run([], tmp_path / "output", program=program).status == status
+
+
+def test_a_loss_that_is_not_finite_ends_every_process_at_its_step(nursery, tmp_path):
     """All ranks judge by the same sum, so none goes on."""
-    text = write_text(tmp_path / "words.txt")
-    c = tiny(text, tmp_path, muon_lr=1e30, adam_lr=1e30)
-    done = run_trainer(*options(c), launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
-    assert done.returncode != 0 and done.stdout == ""
+    text = write_text(tmp_path / "words.txt", 4000)
+    argv = options(tiny(text, tmp_path, muon_lr=1e30, adam_lr=1e30))
+    done = nursery.run(argv, tmp_path / "output", ranks=2)
+    assert done.statuses == [2, 2] and done.out == ""
     said = "so the run stopped there, with the weights as they were before"
-    assert done.stderr.count(said) == 1, done.stderr
+    assert done.err.count(said) == 1, done.err

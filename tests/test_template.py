@@ -33,15 +33,6 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "words.txt", 4000)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_probe():
-    """The machine's speed, which takes a second to measure."""
-    speed = dict(matmul=dict(float32=1e9, bfloat16=1e9), copy=1e9)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "machine_probe", lambda device: speed)
-        yield
-
-
 def command(text, run_dir, own=OWN, **options):
     """The command line of a run that trains in a second."""
     values = dict(
@@ -143,7 +134,7 @@ def test_options_are_the_templates(text, tmp_path, capsys, more, expected):
 
 
 @pytest.fixture(scope="module")
-def whole(no_probe, text, tmp_path_factory):
+def whole(text, tmp_path_factory):
     """The folder of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert tg.main(command(text, folder)) == 0

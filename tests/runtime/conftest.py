@@ -1,19 +1,12 @@
-"""What the tests of runs share: a text, a parent to fork trainers from, a command line."""
+"""What the tests of runs share: a text, a command line."""
 
 import pytest
 from helpers import options, tiny, write_text
-from processes import Nursery
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "words.txt", 4000)
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, tiny, write_text
+from helpers import tiny, write_text
 
 import train_gpt as tg
 from base import InputError, RankError
@@ -86,45 +85,6 @@ dist.destroy_process_group()
 """
 
 
-def run_processes(machines):
-    """What PROGRAM says on so many machines, given as their numbers of processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    places = []  # (local rank, processes on its machine)
-    for n in machines:
-        places += [(local, n) for local in range(n)]
-    started = []
-    for rank, (local, n) in enumerate(places):
-        env = os.environ | dict(
-            RANK=str(rank),
-            LOCAL_RANK=str(local),
-            WORLD_SIZE=str(len(places)),
-            LOCAL_WORLD_SIZE=str(n),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            cwd=ROOT,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        started.append(process)
-    try:
-        ended = [p.communicate(timeout=240) for p in started]
-    finally:
-        for p in started:
-            p.kill()
-    found = []
-    for p, (out, err) in zip(started, ended):
-        assert p.returncode == 0, err
-        found.append(json.loads(out))
-    return found
-
-
 @pytest.mark.parametrize(
     "machines, nodes, across",
     [
@@ -135,8 +95,12 @@ def run_processes(machines):
     ],
     ids=str,
 )
-def test_processes_of_a_machine_and_those_in_one_place_are_groups(machines, nodes, across):
-    found = run_processes(machines)
+def test_processes_of_a_machine_and_those_in_one_place_are_groups(
+    nursery, tmp_path, machines, nodes, across
+):
+    run = nursery.run([], tmp_path / "output", machines=machines, program=PROGRAM)
+    assert set(run.statuses) == {0}, run.err
+    found = [json.loads(path.read_text()) for path in sorted((tmp_path / "output").glob("stdout*"))]
     size = sum(machines)
     assert [f["rank"] for f in found] == list(range(size))
     assert {f["size"] for f in found} == {size}
