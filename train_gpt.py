@@ -535,12 +535,13 @@ def train(config, world=None, requests=None, report=lambda result: None):
     machine.choose_compile_cache(options.cache_dir)
     machine.use_threads()
     folder, resuming = resume.choose_run_dir(config, world, ROOT / "runs")
+    runs = resume.folders(folder, config.goal.seed, options.repeat)
     if world.device.type == "cpu":
         machine.keep_freed_memory()
     data = load_data(config, functools.partial(stage_at, config), world)  # prepared if need be
     setup = None  # made once, for all seeds
     started = START  # of the process, later of the run
-    for seed, run_dir in resume.folders(folder, config.goal.seed, options.repeat):
+    for seed, run_dir in runs:
         config = changed(config, seed=seed)
         with contextlib.ExitStack() as closing:
             # What is there already: a result, a checkpoint, or nothing

@@ -5,9 +5,15 @@ Where there is no GPU, Triton kernels run in Triton's interpreter, which has to 
 triton is imported.
 """
 
+import getpass
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where PyTorch has it by itself, but for all tests, and both workers: what one of them, or an
+# earlier start of the tests, has compiled is not compiled again
+cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 import torch  # noqa: E402
 
@@ -19,11 +25,23 @@ from processes import Nursery  # noqa: E402
 
 import train_gpt  # noqa: E402
 
+# Files of ten seconds and more, the longest first: none is left to one worker at the end
+LONG = (
+    "test_train test_signals test_resume test_cross_entropy test_distributed test_checkpoints "
+    "test_run_faults test_rules test_attention test_mlp test_training test_resources test_fp8 "
+    "test_peers test_gpt test_ablate test_trainer"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def no_probe():
     """The machine's speed, which takes half a second to measure, at the start of every run."""
-    speed = dict(matmul=dict(float32=1e9, bfloat16=1e9), copy=1e9)
+    speed = dict(matmul=dict(float32=1e12, bfloat16=1e12), copy=1e10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "machine_probe", lambda device: speed)
         yield

@@ -62,14 +62,13 @@ def test_rooms_that_do_without_torch(room):
         assert "torch" not in dict(imported(path)), path
 
 
-@pytest.mark.parametrize("module", ["train_gpt", "models.gpt", "optim", "runtime.session"])
-def test_importing_does_nothing(module):
+def test_importing_does_nothing():
     """No output, no process group, no device touched, no argument parsed."""
     program = (
-        f"import sys; sys.argv = ['x', '--nonsense']; import {module}, torch; "
+        "import sys; sys.argv = ['x', '--nonsense']; "
+        "import optim, models.gpt, runtime.session, train_gpt, torch; "
         "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""

@@ -3,15 +3,12 @@ and two processes."""
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, options, tiny, write_text
+from helpers import options, tiny, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -399,39 +396,16 @@ def test_time_is_booked_where_it_is_spent(tiny_options, monkeypatch):
     )
 
 
-def test_of_two_processes_one_reports(tiny_options, tmp_path):
+def test_of_two_processes_one_reports(nursery, tiny_options, tmp_path):
     out = tmp_path / "out.json"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "-m",
-            "benchmarks",
-            "trainer",
-            *tiny_options,
-            "--steps",
-            "2",
-            "--tokens",
-            "64",
-            "128",
-            "--json",
-            str(out),
-        ],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    argv = ["trainer", *tiny_options, "--steps", "2", "--tokens", "64", "128", "--json", str(out)]
+    program = f"import sys\nfrom benchmarks.__main__ import main\nsys.exit(main({argv!r}))"
+    done = nursery.run([], tmp_path / "output", ranks=2, program=program)
+    assert done.statuses == [0, 0], done.err
     result = json.loads(out.read_text())
     assert result["world_size"] == 2 and [s["tokens"] for s in result["stages"]] == [128, 256]
-    assert done.stderr.count("Where the time goes") == 1 and math.isfinite(
-        result["fit"]["fixed_ms"]
-    )
+    assert done.err.count("Where the time goes") == 1
+    assert math.isfinite(result["fit"]["fixed_ms"])
 
 
 @pytest.mark.parametrize(

@@ -503,8 +503,18 @@ def test_bad_arguments_are_named():
 
 @functions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("grad_scale", [1.0, 2.0, 1 / 49152])
-@pytest.mark.parametrize("factor", [2.0, 1.0005, -0.5, 0.0, 1 / 49152])
+@pytest.mark.parametrize(
+    "factor, grad_scale",
+    [
+        (2.0, 1.0),
+        (2.0, 2.0),
+        (1.0005, 1.0),
+        (-0.5, 2.0),
+        (0.0, 1 / 49152),
+        (1 / 49152, 1.0),
+        (1 / 49152, 1 / 49152),
+    ],
+)
 def test_upstream_gradient_is_honoured(fn, factor, grad_scale, dtype):
     logits, targets = draw(7, 41, dtype)
     gradient = loss_and_gradient(fn, logits, targets, cap=RECORD)[1]

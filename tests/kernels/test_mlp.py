@@ -71,7 +71,7 @@ def test_relu2_mlp_is_as_exact_as_eager(shape, dtype, kernel):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of 4 bytes, of 2
 def test_strided_inputs_and_expanded_upstream_gradients(dtype):
     wide, weights = (
         draw(40, 4, 200, dtype=dtype),

@@ -15,7 +15,7 @@ ONE_LAYER = dict(n_layer=1, value_embed_layers=(0,))
 @pytest.mark.parametrize(
     "dtype, steps, allowed, fields",
     [
-        ("float32", 6, 1e-3, ONE_LAYER),
+        ("float32", 3, 1e-3, ONE_LAYER),
         ("bfloat16", 2, 0.02, ONE_LAYER),
         ("float32", 3, 1e-3, EVERYTHING),  # a step in each of its stages
     ],
@@ -44,7 +44,6 @@ def test_losses_with_kernels_are_those_without(
         )
         result = tg.train(tiny(text, tmp_path, **fields | run), tg.World(device=DEVICE))
         losses[kernels] = torch.tensor(train_losses(tmp_path / kernels) + [result["val_loss"]])
-    if steps == 6:
-        assert losses["reference"][-1] < losses["reference"][0] - 0.2  # it has learnt something
+    assert losses["reference"][-1] < losses["reference"][0] - 0.05  # it has learnt something
     difference = (losses["all"] - losses["reference"]).abs().max()
     assert difference < allowed, difference

@@ -167,10 +167,10 @@ def test_two_processes_go_on_bit_for_bit(whole):
 
 
 def test_two_hosts_of_two_processes_go_on_bit_for_bit(whole):
-    job = dict(ranks=4, hosts=2)
-    assert whole("whole4", job=job).status == 0
-    whole.stop("stopped4", 9, job=job)
-    assert whole("stopped4", "--resume", "auto", job=job).status == 0
+    fields = dict(job=dict(ranks=4, hosts=2), steps=12)
+    assert whole("whole4", **fields).status == 0
+    whole.stop("stopped4", 5, **fields)
+    assert whole("stopped4", "--resume", "auto", **fields).status == 0
     same(whole.tmp / "stopped4", whole.tmp / "whole4")
 
 

@@ -160,7 +160,7 @@ def test_one_of_two_processes_killed_ends_the_other(nursery, argv, tmp_path):
 
 def test_a_folder_in_which_somebody_trains(nursery, argv, tmp_path, whole, capsys):
     """A job that is started twice, or again before the first is gone."""
-    run = nursery.start(argv("run"), tmp_path / "output", step=0.5)
+    run = nursery.start(argv("run"), tmp_path / "output", step=0.2)
     run.until(lambda: len(rows(tmp_path / "run")) >= 2)
     assert tg.main([*argv("run"), "--resume", "auto"]) == 2
     out, err = capsys.readouterr()

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, options, tiny, write_text
+from helpers import ROOT, options, tiny
 from processes import alive, remains, rows, same, wait_for
 
 from runtime import checkpoints
@@ -124,24 +124,14 @@ def test_usr1_saves_and_goes_on(nursery, argv, tmp_path, whole):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_before_training_there_is_nothing_to_save(argv, tmp_path, number, status):
-    """While data is prepared, as a user starts it: a text that takes many seconds."""
-    big = write_text(tmp_path / "big.txt", 2_000_000)
-    command = [
-        sys.executable,
-        ROOT / "train_gpt.py",
-        *argv("run"),
-        "--text",
-        str(big),
-        "--tokenizer",
-        "bpe:4096",
-    ]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    cache = tmp_path / "cache/data"
-    wait_for(lambda: cache.exists() or run.poll() is not None)
-    run.send_signal(number)
-    out, err = run.communicate(timeout=60)
-    assert (run.returncode, out) == (status, "") and "Traceback" not in err, err
+def test_before_training_there_is_nothing_to_save(nursery, argv, text, tmp_path, number, status):
+    """While data is prepared: a text that takes many seconds."""
+    big = tmp_path / "big.txt"
+    big.write_text(text.read_text() * 500)
+    more = ["--text", str(big), "--tokenizer", "bpe:4096"]
+    run = nursery.start([*argv("run"), *more], tmp_path / "output")
+    run.until((tmp_path / "cache/data").exists).kill(number).wait()
+    assert (run.status, run.out) == (status, "") and "Traceback" not in run.err, run.err
     assert not (tmp_path / "run").exists()
 
 
