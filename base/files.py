@@ -23,14 +23,13 @@ def aside(path):
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def sweep(folder):
-    """Delete what killed processes left aside in `folder`, a day later."""
+def sweep(folder, seconds=ABANDONED):
+    """Delete what killed processes left aside in `folder`, a day later; at once with seconds=None,
+    for the one process that may write there."""
     for path in folder.glob("*.tmp"):
         with suppress(OSError):
-            if (
-                re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", path.name)
-                and time.time() - path.lstat().st_mtime > ABANDONED
-            ):
+            left = seconds is None or time.time() - path.lstat().st_mtime > seconds
+            if left and re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", path.name):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

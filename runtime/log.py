@@ -31,6 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from base import InputError, last_resort, to_json, whole_file
+from base.files import sweep
 from records import source as sources
 from records.metrics import METRICS, VAL_LOSS
 
@@ -61,6 +62,7 @@ class Log:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
+            sweep(self.folder, seconds=None)  # whoever wrote here was killed
             self.first = drop_beyond(self.folder, resume_step)
         elif any((self.folder / name).exists() for name in ("log.txt", "metrics.jsonl")):
             raise FileExistsError(errno.EEXIST, "holds a run already", str(self.folder))

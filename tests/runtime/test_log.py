@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base import to_json
+from base.files import aside
 from base.json import finite
 from records.read import read_runs
 from records.source import digest_of, header_line, source_of
@@ -193,6 +194,14 @@ def test_resumed_twice(tmp_path):
             f"resumed from step {step}"
         ]
         assert (folder / "metrics.jsonl").read_bytes() == whole
+
+
+def test_what_a_killed_process_left_aside_is_deleted(tmp_path):
+    folder = whole_run(tmp_path / "run", 7)
+    aside(folder / "source.tar.bz2").write_text("half")
+    (folder / "mine.tmp").touch()
+    resume(folder, 5)
+    assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == ["mine.tmp"]
 
 
 def test_losses_that_come_in_after_a_validation_beyond_are_kept(tmp_path):
