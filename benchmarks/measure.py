@@ -1,7 +1,7 @@
 """Measuring cases: compare every variant with the reference, time the right ones.
 
 A variant that raises costs one line in the result. After an illegal memory access nothing on the
-GPU works any more: what is left of the plan is not run, and the result says so.
+GPU works any more, and each case that is left says so.
 """
 
 import dataclasses
@@ -12,13 +12,8 @@ import time
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import BF16, BOTH, CASES, FORWARD, GPT2_SMALL, INFERENCE, Draw
+from benchmarks.cases import BF16, BOTH, FORWARD, INFERENCE, Draw
 from benchmarks.report import say
-
-
-class Lost(Exception):
-    """The device does not answer any more, or a capture failed, which leaves allocator and random
-    numbers unusable: only a new process could go on."""
 
 
 @dataclasses.dataclass
@@ -33,14 +28,11 @@ class Machine:
     rates: dict = dataclasses.field(default_factory=dict)
 
     def clean(self):
-        """Give memory back; raises Lost where the device is."""
+        """Give memory back; raises RuntimeError where the device does not answer any more."""
         gc.collect()
-        try:
-            self.clock.wait()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        except Exception as e:
-            raise Lost(one_line(e)) from None
+        self.clock.wait()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def one_line(e):
@@ -49,7 +41,8 @@ def one_line(e):
 
 def failure(case, tokens, error, direction=None, variant=None):
     """The row of what was not measured."""
-    return dict(case=case, tokens=tokens, direction=direction, variant=variant, error=error)
+    said = one_line(error)
+    return dict(case=case, tokens=tokens, direction=direction, variant=variant, error=said)
 
 
 # --- one case
@@ -110,12 +103,12 @@ def compare(results, reference, tolerance):
 class Measurement:
     """One case on one machine: rows collects what was measured and what went wrong."""
 
-    def __init__(self, name, case, tokens, machine):
+    def __init__(self, name, case, tokens, machine, rows):
         self.name = name
         self.case = case
         self.tokens = tokens
         self.machine = machine
-        self.rows = []
+        self.rows = rows
         self.fns = {}  # variant -> its function, where it is right
         self.difference = {}  # variant -> its relative error
         self.draw = Draw(machine.device)
@@ -133,7 +126,7 @@ class Measurement:
                 inputs[i].requires_grad_()
 
     def failed(self, variant, direction, e):
-        self.rows.append(failure(self.name, self.tokens, one_line(e), direction, variant))
+        self.rows.append(failure(self.name, self.tokens, e, direction, variant))
 
     def attempt(self, variant, direction, fn, *args):
         """fn(*args), or None and a row that says why not."""
@@ -141,8 +134,6 @@ class Measurement:
             result = fn(*args)
             self.machine.clock.wait()
             return result
-        except Lost:
-            raise
         except Exception as e:
             self.failed(variant, direction, e)
         self.machine.clean()  # out here, where the exception no longer holds memory
@@ -176,10 +167,7 @@ class Measurement:
         call = call_of(self.case, self.fns[variant], self.sets, self.upstream, direction)
         s = timing.Sampler(call, len(self.sets), self.machine.clock)
         if pool and not timing.synchronizes(call):
-            try:
-                s.capture(pool)
-            except Exception as e:
-                raise Lost(f"{variant}, {direction}: {one_line(e)}") from None
+            s.capture(pool)
         s.run()
         return s
 
@@ -228,16 +216,22 @@ class Measurement:
         )
 
 
-def measure(name, case, tokens, machine):
-    """All variants of a case in all directions -> rows. Raises Lost."""
+def measure(name, make, tokens, machine):
+    """All variants of the case that make() gives, in all directions -> rows."""
     begin = time.perf_counter()
-    m = Measurement(name, case, tokens, machine)
-    m.compare()
-    for direction in case.work:
-        m.time(direction)
-        machine.clean()
+    rows = []
+    try:
+        torch._dynamo.reset()
+        case = make()
+        m = Measurement(name, case, tokens, machine, rows)
+        m.compare()
+        for direction in case.work:
+            m.time(direction)
+            machine.clean()
+    except Exception as e:
+        rows.append(failure(name, tokens, e))
     say(f"{name}, {tokens:,} tokens: {time.perf_counter() - begin:.1f} s")
-    return m.rows
+    return rows
 
 
 def call_of(case, fn, sets, upstream, direction):
@@ -300,57 +294,3 @@ def measured_rates(machine, n=8192, elements=2**28):
         call = sampler = None  # their tensors are large
         machine.clean()
     return rates
-
-
-# --- a plan
-
-
-def work(plan, deadline, saw):
-    """Measure [(name, tokens), ...] on the GPU, case after case until the deadline (as
-    time.time() has it).
-
-    saw(rows, rates) is called on news. Returns (rows, rates), the rates before and after.
-    """
-    from torch._functorch import config as functorch_config
-
-    machine = Machine(
-        device=torch.device("cuda"),
-        clock=timing.CudaClock(),
-        cache_bytes=torch.cuda.get_device_properties(0).L2_cache_size,
-        graphs=True,
-    )
-    rows = []
-    # Graphs cannot be captured on the default stream, and compiled backward passes are run many
-    # times over
-    with torch.cuda.stream(torch.cuda.Stream()), functorch_config.patch(donated_buffer=False):
-        machine.rates = measured_rates(machine)
-        rates = [machine.rates]
-        if work_off(plan, deadline, machine, rows, lambda: saw(rows, rates)):
-            rates.append(measured_rates(machine))  # again, to see a drift
-    return rows, rates
-
-
-def work_off(plan, deadline, machine, rows, saw, size=GPT2_SMALL):
-    """Add the rows of case after case; returns whether the device still answers."""
-    gc.collect()
-    gc.freeze()  # torch's own objects need no second look; collecting is part of every case
-    reason = None
-    for name, tokens in plan:
-        if not reason and time.time() > deadline:
-            reason = "out of time"
-        if reason:
-            rows.append(failure(name, tokens, f"not run: {reason}"))
-            continue
-        try:
-            torch._dynamo.reset()
-            rows += measure(name, CASES[name](size._replace(tokens=tokens)), tokens, machine)
-            machine.clean()
-        except Lost as e:
-            reason = str(e)
-            rows.append(failure(name, tokens, reason))
-        except Exception as e:
-            rows.append(failure(name, tokens, one_line(e)))
-        saw()
-    gc.unfreeze()
-    saw()
-    return reason in (None, "out of time")
