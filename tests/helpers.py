@@ -78,6 +78,9 @@ PIECES = dict(
     yarn=True,
 )
 
+# The same in fewer layers, for what compiles them
+THREE_LAYERS = dict(n_layer=3, long_layers=(), value_embed_layers=(0, 2), skip=(0, 1), backout=1)
+
 # and every other one, for a whole run of two or three stages
 EVERYTHING = PIECES | dict(
     mtp=(3, 2, 1),

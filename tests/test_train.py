@@ -8,7 +8,16 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import EVERYTHING, PIECES, options, run_trainer, tiny, train_losses, write_text
+from helpers import (
+    EVERYTHING,
+    PIECES,
+    THREE_LAYERS,
+    options,
+    run_trainer,
+    tiny,
+    train_losses,
+    write_text,
+)
 from safetensors.torch import load_file
 
 import train_gpt as tg
@@ -319,8 +328,8 @@ def test_a_compiled_run_of_every_piece_agrees_with_eager_and_compiles_nothing_in
     text, tmp_path, monkeypatch, backend, recompute
 ):
     # Two stages, with a graph each for training and validation
-    stages = dict(mtp=(2, 1), n_layer=4, steps=8, eval_every=3)
-    fields = EVERYTHING | stages | dict(recompute=recompute)
+    stages = dict(mtp=(2, 1), steps=8, eval_every=3, recompute=recompute)
+    fields = EVERYTHING | THREE_LAYERS | stages
     eager = tg.train(tiny(text, tmp_path, **fields))
     run = tg.train_to_the_end
     compile = torch.compile

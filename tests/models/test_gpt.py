@@ -8,7 +8,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EVERYTHING, PIECES, stage_of, tiny, tiny_model, train_losses, write_text
+from helpers import (
+    EVERYTHING,
+    PIECES,
+    THREE_LAYERS,
+    stage_of,
+    tiny,
+    tiny_model,
+    train_losses,
+    write_text,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,12 +41,9 @@ ALONE = dict(
     attn_gate=dict(attn_gate=True),
     key_offset=dict(key_offset=True),
 )
+
+
 # Everything in as few layers as will hold it, for what is slow
-PIECES_IN_THREE = PIECES | dict(
-    n_layer=3, long_layers=(), value_embed_layers=(0, 2), skip=(0, 1), backout=1
-)
-
-
 def batch(n_rows=2, T=24, n_vocab=257, seed=0):
     """(inputs, targets, cu_seqlens): rows of documents, with padding among the targets."""
     g = torch.Generator().manual_seed(seed)
@@ -652,7 +658,7 @@ def test_yarn_rotates_by_the_stage_and_only_then():
 @pytest.mark.parametrize(
     "backend, fields, recompute",
     [
-        ("aot_eager", PIECES_IN_THREE, True),
+        ("aot_eager", PIECES | THREE_LAYERS, True),
         pytest.param("inductor", PIECES, False, marks=pytest.mark.slow),
         pytest.param("inductor", PIECES, True, marks=pytest.mark.slow),
     ],
