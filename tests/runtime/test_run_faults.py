@@ -90,7 +90,7 @@ def test_killed_again_and_again(nursery, argv, tmp_path, whole):
     while len(hits) < 12 or not resumed:
         hit, resumed_at = kill_until_done(nursery, argv, tmp_path, whole, seed, [{}, SLOW_DISK])
         hits, resumed, seed = hits + hit, resumed + resumed_at, seed + 1
-        assert seed < 12, hits
+        assert seed < 40, hits  # how many a slow disk needs is chance
 
 
 @pytest.mark.slow
