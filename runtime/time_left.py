@@ -17,8 +17,8 @@ class TimeLeft:
         self.to_come = {}  # stage -> number of steps
         for stage in stages.values():
             self.to_come[stage] = self.to_come.get(stage, 0) + 1
-        self.steps = 0
-        self.taken = {}  # stage -> (steps, seconds)
+        self.first = {}  # stage -> seconds of its first step here, which sets things up
+        self.taken = {}  # stage -> (steps, seconds) of the others
 
     def forget(self, step):
         """Steps up to this one are done, whenever that was: a run goes on from there."""
@@ -29,11 +29,11 @@ class TimeLeft:
         """A step was taken and took so long."""
         stage = self.stages[step]
         self.to_come[stage] -= 1
+        if stage not in self.first:
+            self.first[stage] = seconds
+            return
         count, total = self.taken.get(stage, (0, 0.0))
-        if self.steps == 1 and count == 1:
-            count, total = 0, 0.0  # the first step of all sets things up: the second one counts
         self.taken[stage] = (count + 1, total + seconds)
-        self.steps += 1
 
     def seconds(self):
         """Seconds that all steps to come will take; 0.0 before the first step."""
@@ -46,11 +46,12 @@ class TimeLeft:
     def of_one(self, stage):
         """Seconds of one step of a stage."""
         means = {other: total / count for other, (count, total) in self.taken.items()}
+        means = means or self.first  # better than nothing
         if stage in means or not means:
             return means.get(stage, 0.0)
         seen = sorted((self.passes[s], mean) for s, mean in means.items() if s in self.passes)
         if stage not in self.passes or not seen:
-            return sum(means.values()) / len(means)
+            return self.first.get(stage, sum(means.values()) / len(means))
 
         expected = self.passes[stage]
         least, took_least = seen[0]
