@@ -27,16 +27,17 @@ import torch
 import torch.distributed as dist
 
 from base import InputError, RankError, last_resort, streams, to_json
-from base.clock import START
+from base.clock import START, Parts
 from base.options import BY_STAGE, COUNT, FRACTION, POSITIVE, Options, by_stage, option, progress_of
 from data import Prefetcher, pack
 from data.config import DataConfig
+from data.loader import IGNORE
 from inference.sampling import sample
 from kernels import choose_ops
 from models import load_template, option_names, outline, template_names
 from optim import OptimConfig, Optimizer, gradient_report
 from records.metrics import METRICS, VAL_LOSS, Evaluation, measure
-from runtime import machine, memory, resume
+from runtime import compiling, machine, memory, resume
 from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
@@ -211,6 +212,11 @@ def stage_at(config, step):
     return Stage(rows, config.model.stage(progress, max_doc_len))
 
 
+def n_tokens(config, stage):
+    """Of a step's batch, over all ranks."""
+    return stage.rows * config.data.row_len
+
+
 def lr_scale(schedule, progress):
     """Flat at the stage's multiplier, then linearly down to lr_floor over the cooldown."""
     t = 0.0
@@ -229,16 +235,39 @@ def muon_momentum(progress):
 # Evaluation
 
 
+class Split(typing.NamedTuple):
+    """A validation split, or a part of it."""
+
+    batches: list  # this rank's micro-batches
+    n_targets: int  # over all ranks
+    n_bytes: int | None  # of UTF-8 that these targets stand for; None if not to be known
+
+
+def part_of(split, tokens, data, world):
+    """Batches of a Split, evenly spread, of about this many tokens a rank, as a Split."""
+    n = max(1, tokens // split.batches[0].inputs.numel())
+    batches = split.batches[:: max(1, len(split.batches) // n)]
+    targets = torch.cat([micro.targets[micro.targets != IGNORE] for micro in batches])
+    n_bytes = 0
+    if split.n_bytes is not None:
+        n_bytes = int(data.dataset.tokenizer.token_bytes[targets.numpy()].sum())
+    counts = torch.tensor([len(targets), n_bytes], device=world.device)
+    if world.size > 1:
+        dist.all_reduce(counts)
+    n_targets, n_bytes = counts.tolist()
+    return Split(batches, n_targets, n_bytes or None)
+
+
 @torch.no_grad()
-def evaluate(forward, stage, batches, data, world):
-    """Metrics by name over all ranks' batches; stage: the template's."""
+def evaluate(forward, stage, split, world):
+    """Metrics by name over all ranks' batches of a Split; stage: the template's."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)  # nats
-    for micro in batches:
+    for micro in split.batches:
         inputs, targets, cu_seqlens = (t.to(world.device, non_blocking=True) for t in micro)
         total += forward(inputs, targets, cu_seqlens, stage)
     if world.size > 1:
         dist.all_reduce(total)
-    return measure(Evaluation(total.item(), data.val.n_targets, data.val_bytes))
+    return measure(Evaluation(total.item(), split.n_targets, split.n_bytes))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,7 +288,8 @@ class Setup:
     stages: dict  # step -> Stage
     micro_rows: dict  # Stage -> rows in a forward pass
     pass_seconds: dict  # Stage -> seconds of a step's passes, timed beforehand; empty if all alike
-    val_batches: list  # this rank's part of the validation split
+    val: Split
+    quick_val: Split | None  # a part that says when all of it is due
     environment: dict
     peak: float  # FLOP/s of all ranks in large matrix products, measured
     memory: str  # the estimate, in words
@@ -276,7 +306,6 @@ def set_up(config, world, data, log):
     except ValueError as e:
         raise InputError(e) from None
     machine.refuse_difference(world, "kernels", to_json(ops.named()))
-    compiled = config.run.compile and machine.can_compile(log.say)
 
     # The model, and how much goes through it at a time: that depends on the memory found
     max_len = max(config.data.row_len, config.data.val_row_len)  # of rotary tables
@@ -286,6 +315,28 @@ def set_up(config, world, data, log):
     with device:
         model = build()  # weights are drawn in run_once()
     model.recompute = recompute
+
+    # Passes of equal size, by stage; validation goes by about as many tokens
+    stages = {step: stage_at(config, step) for step in range(1, config.schedule.steps + 1)}
+    micro_rows = {}
+    for stage in set(stages.values()):
+        micro_rows[stage] = memory.equal_passes(-(-stage.rows // world.size), most)
+    val_tokens = min(micro_rows[stages[config.schedule.steps]] * config.data.row_len, 16384)
+    val_rows = max(1, val_tokens // config.data.val_row_len)
+    val_batches = list(data.val.micro_batches(world.rank, world.size, val_rows))
+    val = Split(val_batches, data.val.n_targets, data.val_bytes)
+    quick_val = None
+    if config.run.quick_val and config.goal.target is not None:
+        quick_val = part_of(val, config.run.quick_val // world.size, data, world)
+
+    environment = describe_environment(device)
+    environment |= dict(dtype=str(dtype).removeprefix("torch."), kernels=ops.named())
+    environment |= dict(world_size=world.size, probe=machine_probe(device))
+    peak = environment["probe"]["matmul"][environment["dtype"]] * world.size
+
+    # The optimizer and the guard; what of all this is compiled
+    flops = sum(n_tokens(config, s) * model.flops_per_token(s.model) for s in stages.values())
+    compiled = compiling.choose(config.run.compile, flat(config), flops / peak, world, log.say)
     skips = config.guard.max_skips > 0  # whether bad steps may pass
     optimizer = Optimizer(model, model.update_rules(config.optim), world, compiled, skips)
 
@@ -295,17 +346,6 @@ def set_up(config, world, data, log):
         report = torch.compile(report, dynamic=False)
     guard = Guard(device, report, strict=not skips, spike_sigmas=config.guard.spike_sigmas)
 
-    # Passes of equal size, by stage; validation goes by about as many tokens
-    stages = {step: stage_at(config, step) for step in range(1, config.schedule.steps + 1)}
-    micro_rows = {}
-    for stage in set(stages.values()):
-        micro_rows[stage] = memory.equal_passes(-(-stage.rows // world.size), most)
-    val_tokens = min(micro_rows[stages[config.schedule.steps]] * config.data.row_len, 16384)
-    val_rows = max(1, val_tokens // config.data.val_row_len)
-
-    environment = describe_environment(device)
-    environment |= dict(dtype=str(dtype).removeprefix("torch."), kernels=ops.named())
-    environment |= dict(world_size=world.size, probe=machine_probe(device))
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     return Setup(
         config=config,
@@ -318,9 +358,10 @@ def set_up(config, world, data, log):
         stages=stages,
         micro_rows=micro_rows,
         pass_seconds={},
-        val_batches=list(data.val.micro_batches(world.rank, world.size, val_rows)),
+        val=val,
+        quick_val=quick_val,
         environment=environment,
-        peak=environment["probe"]["matmul"][environment["dtype"]] * world.size,
+        peak=peak,
         memory=estimate,
     )
 
@@ -341,9 +382,9 @@ def warm_up(setup):
     graphs = {}
     for step in setup.stages:
         if step % config.run.eval_every == 0 or step == config.schedule.steps:
-            graphs[val_stage(setup, step)] = setup.val_batches[:1]
-    for stage, batches in graphs.items():
-        evaluate(setup.forward, stage, batches, setup.data, setup.world)
+            graphs[val_stage(setup, step)] = setup.val._replace(batches=setup.val.batches[:1])
+    for stage, split in graphs.items():
+        evaluate(setup.forward, stage, split, setup.world)
 
 
 def padding_by_stage(setup):
@@ -431,8 +472,8 @@ def train_to_the_end(setup, session):
             model.after_step()
 
             # Log what is known by now, validate, stop or save, each when it is due
-            n_tokens = stage.rows * config.data.row_len
-            session.after_step(step, n_tokens, n_tokens * model.flops_per_token(stage.model))
+            tokens = n_tokens(config, stage)
+            session.after_step(step, tokens, tokens * model.flops_per_token(stage.model))
             if session.validation_is_due():
                 validate(setup, session)
             if session.is_over():
@@ -453,14 +494,14 @@ def backward(setup, step, batch):
     config = setup.config
     device = setup.world.device
     stage = setup.stages[step]
-    n_tokens = stage.rows * config.data.row_len
+    tokens = n_tokens(config, stage)
     weights = config.model.target_weights(config.schedule.progress(step))
     if weights is not None:
         weights = machine.to_device(weights, device)
     total = torch.zeros((), device=device)
     for micro in batch:
         inputs, targets, cu_seqlens = (t.to(device) for t in micro)
-        loss = setup.forward(inputs, targets, cu_seqlens, stage.model, weights) / n_tokens
+        loss = setup.forward(inputs, targets, cu_seqlens, stage.model, weights) / tokens
         loss.backward()  # adds to .grad
         total += loss.detach()
     return total
@@ -474,20 +515,24 @@ def val_stage(setup, step):
 
 def validate(setup, session):
     stage = val_stage(setup, session.at.step)
-    with session.clock_stopped():
-        batches = setup.val_batches
-        session.record(evaluate(setup.forward, stage, batches, setup.data, setup.world))
+    with session.clock_stopped(), session.parts.part("validation_s"):
+        # A part of the split says whether the target may have been reached
+        if setup.quick_val and not session.is_last_step():
+            quick = evaluate(setup.forward, stage, setup.quick_val, setup.world)
+            if not session.is_near(quick):
+                return
+        session.record(evaluate(setup.forward, stage, setup.val, setup.world))
 
 
 # --------------------------------------------------------------------------------------------------
 # A run and its result
 
 
-def run_once(setup, log, requests, store, found, started):
+def run_once(setup, log, requests, store, found, parts):
     """Train from the configuration's seed, or from what was found; returns the result, a dict.
 
     store: Checkpoints, on the first rank; found: (tensors, meta) of a checkpoint, the tensors on
-    the first rank only, or None; started: perf_counter() when this run began.
+    the first rank only, or None; parts: Parts of the process since this run began.
     """
     config = setup.config
     setup.data.train.reseed(config.goal.seed)  # the order of documents
@@ -498,8 +543,8 @@ def run_once(setup, log, requests, store, found, started):
     if config.run.warm_start and not found:
         resume.copy_weights(config.run.warm_start, setup.model)
     setup.optimizer.reset()  # moments at zero
-    session = Session(setup, log, requests, store, found)
-    cold_start = time.perf_counter() - started
+    session = Session(setup, log, requests, store, found, parts)
+    cold_start = parts.elapsed()
     requests.training = True  # from now on signals wait for the end of a step
     train_to_the_end(setup, session)
     return dict(
@@ -510,17 +555,38 @@ def run_once(setup, log, requests, store, found, started):
     )
 
 
-def save_result(setup, result, log):
-    """The result and the weights into the run's folder, and a sample of text on the screen."""
-    weights = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
-    log.finish(result, weights)
+PARTS = "imports_s", "data_s", "compile_s", "train_s", "validation_s", "sample_s", "save_s"
+
+
+def time_by_part(parts, result):
+    """{process_s and a name for each part: seconds}; what is in none of them is start-up."""
+    seconds = dict(parts.seconds, train_s=result["train_time_s"])
+    found = {name: round(seconds.get(name, 0.0), 2) for name in PARTS}
+    return dict(process_s=round(parts.elapsed(), 2), **found)
+
+
+def in_words(result):
+    """The parts of the process's time in a line."""
+    others = result["process_s"] - sum(result[name] for name in PARTS)
+    parts = [f"{name.removesuffix('_s')} {result[name]:.1f}" for name in PARTS if result[name]]
+    return f"{result['process_s']:.1f} s: {', '.join(parts)}, the rest {others:.1f}"
+
+
+def save_result(setup, result, log, parts):
+    """The weights and the result into the run's folder, and a sample of text on the screen."""
+    with parts.part("save_s"):
+        log.save_weights({name: p.detach().cpu() for name, p in setup.model.named_parameters()})
     config = setup.config
     if setup.data.val_bytes and config.run.sample_tokens:
         row_len = config.data.row_len
         stage = config.model.val_stage(setup.stages[result["steps"]].model, row_len)
         options = dict(n=config.run.sample_tokens, context=row_len, seed=config.goal.seed)
-        text = sample(setup.model, stage, setup.data.dataset, **options)
+        with parts.part("sample_s"):
+            text = sample(setup.model, stage, setup.data.dataset, **options)
         log.say(f"--- a sample\n{text}\n---")
+    result |= time_by_part(parts, result)
+    log.say(in_words(result))
+    log.finish(result)
 
 
 def train(config, world=None, requests=None, report=lambda result: None):
@@ -538,9 +604,10 @@ def train(config, world=None, requests=None, report=lambda result: None):
     runs = resume.folders(folder, config.goal.seed, options.repeat)
     if world.device.type == "cpu":
         machine.keep_freed_memory()
-    data = load_data(config, functools.partial(stage_at, config), world)  # prepared if need be
+    parts = Parts(START, imports_s=time.perf_counter() - START)  # of the process, later of the run
+    with parts.part("data_s"):  # prepared if need be
+        data = load_data(config, functools.partial(stage_at, config), world)
     setup = None  # made once, for all seeds
-    started = START  # of the process, later of the run
     for seed, run_dir in runs:
         config = changed(config, seed=seed)
         with contextlib.ExitStack() as closing:
@@ -562,7 +629,10 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 announce(log, setup)
                 if new and setup.forward is not setup.model:
                     log.say("compiling ... (minutes the first time, seconds from then on)")
-                    setup = warm_up_or_go_without(setup, log)
+                    with parts.part("compile_s"):
+                        setup = warm_up_or_go_without(setup, log)
+                    if setup.forward is not setup.model:
+                        compiling.remember(flat(config), parts.seconds["compile_s"])
                     setup.config = config
                 if new:
                     time_passes(setup)
@@ -571,13 +641,13 @@ def train(config, world=None, requests=None, report=lambda result: None):
                     keep = options.keep_last, options.keep_best
                     store = Checkpoints(run_dir / "checkpoints", *keep, log.say)
                     closing.enter_context(contextlib.closing(store))
-                result = run_once(setup, log, requests or Requests(), store, found, started)
+                result = run_once(setup, log, requests or Requests(), store, found, parts)
                 if world.rank == 0:
-                    save_result(setup, result, log)
+                    save_result(setup, result, log, parts)
             if world.rank == 0:
                 report(result)
             machine.wait_for_first_rank(world)
-        started = time.perf_counter()
+        parts = Parts()
     return result
 
 

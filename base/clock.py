@@ -1,5 +1,6 @@
-"""When this process began."""
+"""When this process began, and what its time went into."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -17,3 +18,31 @@ def process_age():
 
 
 START = time.perf_counter() - process_age()  # what start-up is counted from
+
+
+class Parts:
+    """Seconds of a process by part. A part inside another counts for itself alone."""
+
+    def __init__(self, began=None, **seconds):
+        """began: perf_counter() at the start, now if None; seconds: {name: seconds} of what has
+        gone by since."""
+        self.began = time.perf_counter() if began is None else began
+        self.seconds = seconds
+        self.inside = 0.0  # seconds of the parts within the one that runs
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """What is done inside belongs to this part."""
+        begin = time.perf_counter()
+        outer = self.inside
+        self.inside = 0.0
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self.inside
+            self.inside = outer + took
+
+    def elapsed(self):
+        """Seconds since the beginning."""
+        return time.perf_counter() - self.began

@@ -170,6 +170,16 @@ class Log:
         others = {name: value for name, value in measured.items() if name != VAL_LOSS}
         self.step(step, total, "val", measured[VAL_LOSS], seconds, **others)
 
+    def quick(self, step, total, name, value, seconds):
+        """The lines of a look at a part of the validation split. name: of the metric."""
+        self.say(
+            f"step:{step}/{total} part_{name}:{value:{METRICS[name].format}} "
+            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+        )
+        if self.active:
+            row = {"step": step, f"part_{name}": value, "train_time": seconds}
+            self.metrics.add(to_json(row))
+
     def progress(self, step, text):
         """Show where training is; text: what to put beside the bar."""
         if not self.active:
@@ -182,9 +192,8 @@ class Log:
             show(f"step {step}/{self.bar.total}  {text}")
             self.shown = now
 
-    def finish(self, result, weights):
-        """Write model.safetensors (name -> CPU tensor) and then result.json, the mark of a
-        finished run."""
+    def save_weights(self, weights):
+        """Write model.safetensors; weights: {name: CPU tensor}."""
         if not self.active:
             return
         from safetensors.torch import save_file  # loads torch, which reading logs does without
@@ -194,6 +203,11 @@ class Log:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.keep()
         self.write("model.safetensors", lambda path: save_file(weights, path))
+
+    def finish(self, result):
+        """Write result.json, the mark of a finished run."""
+        if not self.active:
+            return
         text = to_json(result, indent=1)
         self.write("result.json", lambda path: path.write_text(text, encoding="utf-8"))
 

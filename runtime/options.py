@@ -28,6 +28,12 @@ class RunConfig(Options):
     eval_every: int = option(
         125, "steps between validations; there is always one at the end", POSITIVE
     )
+    quick_val: int = option(
+        0,
+        "with a target: tokens of a fixed part of the validation split that say when the target "
+        "is near enough to validate on all of it; 0: every validation is on all of it",
+        COUNT,
+    )
     repeat: int = option(
         1, "runs from this many successive seeds, one after the other in one process", POSITIVE
     )
@@ -50,7 +56,9 @@ class RunConfig(Options):
     kernels: tuple[str, ...] = option(
         ("auto",), "auto, reference (PyTorch only), all, or names of ops to run by Triton"
     )
-    compile: bool = option(True, "torch.compile; off, a run starts at once and is slower")
+    compile: bool | None = option(
+        None, "torch.compile; None: where it is expected to save more time than it takes"
+    )
     checkpoint_every: str = option(
         "10m",
         "so many steps, or such a time; also at the end and on SIGTERM, SIGINT and "
@@ -188,7 +196,7 @@ def add_option(group, f, default):
     name = "--" + f.name.replace("_", "-")
     arguments = typing.get_args(f.type)
     kind = arguments[0] if arguments else f.type
-    if f.type is bool:
+    if f.type in (bool, bool | None):
         group.add_argument(name, action=argparse.BooleanOptionalAction, **kwargs)
         return
     several = typing.get_origin(f.type) is tuple

@@ -15,14 +15,20 @@ import signal
 import time
 
 from base import InputError
+from base.clock import Parts
 from base.options import interval, seconds
-from records.metrics import VAL_LOSS, better, meets
+from records.metrics import VAL_LOSS, better, lower_is_better, meets
 
 from .machine import Clock, wait_for_first_rank
 from .options import flat
 from .signals import Interrupted
 from .state import State
 from .time_left import TimeLeft
+
+# How far from the target, as a fraction of it, a part of the validation split makes all of it due:
+# before it is known how the two differ, and after
+FIRST_MARGIN = 0.06
+MARGIN = 0.01
 
 VOTES = ("stop", "save", "end")
 
@@ -37,6 +43,8 @@ class Position:
     train_time: float = 0.0  # seconds
     metrics: dict = dataclasses.field(default_factory=dict)  # of the last validation
     validated: int = -1  # its step
+    looked: int = -1  # the step of the last look at a part of the validation split
+    gap: float | None = None  # what the target's metric was higher on all of it, when last known
     best: float | None = None  # lowest validation loss
     since_best: int = 0  # validations since
     skipped: int = 0  # steps whose update did not count
@@ -46,11 +54,11 @@ class Position:
 class Session:
     """One run of a program, from its first step or the one where it was stopped."""
 
-    def __init__(self, setup, log, requests, store=None, found=None):
+    def __init__(self, setup, log, requests, store=None, found=None, parts=None):
         """setup: a trainer's Setup, with config, world, data, model, optimizer, guard, stages,
         pass_seconds, environment and peak; log: Log; requests: what signals ask for; store:
         Checkpoints, on the first rank, or None; found: (tensors, meta) of a checkpoint to go on
-        from, or None."""
+        from, or None; parts: Parts of the process."""
         config = setup.config
         self.goal = config.goal
         self.options = config.run
@@ -72,7 +80,9 @@ class Session:
             self.at = Position(**meta["progress"])
             self.at.resumed_at.append(self.at.step)
             self.state.restore(tensors, self.at.step)
+        self.parts = parts or Parts()
         self.first = self.at.step
+        self.quick = None  # the target's metric on a part of the split, at the last look
         self.wanted = set()  # what is asked of the run: out of VOTES
         self.clock = Clock(setup.world.device, self.at.train_time)
         self.save_steps, self.save_seconds = interval(self.options.checkpoint_every)
@@ -109,12 +119,36 @@ class Session:
     def missed_validation(self):
         """Whether a signal stopped the run in a step before its validation."""
         at = self.at
-        return at.step > 0 and self.is_validation_step() and at.validated != at.step
+        if at.step in (at.validated, at.looked):
+            return False
+        return at.step > 0 and self.is_validation_step()
 
     def is_validation_step(self):
-        if self.at.step == self.steps_in_all or "end" in self.wanted:
-            return True
-        return self.at.step % self.options.eval_every == 0
+        return self.is_last_step() or self.at.step % self.options.eval_every == 0
+
+    def is_last_step(self):
+        """Whether the run is over after this step, whatever a validation says."""
+        return self.at.step == self.steps_in_all or "end" in self.wanted
+
+    def is_near(self, quick):
+        """Whether the target may have been reached, by the metrics of a part of the split.
+
+        The part and the whole differ by about as much from step to step, so what they differed by
+        at the last validation of the whole says what to expect; before the first one there is a
+        margin. A run that is near pays for a validation or two too many, one that is not near goes
+        on without.
+        """
+        at = self.at
+        name = self.goal.target_metric
+        target = self.goal.target
+        self.quick = quick[name]
+        at.looked = at.step
+        self.log.quick(at.step, self.steps_in_all, name, self.quick, self.clock.total)
+        missing = self.quick + (at.gap or 0.0) - target
+        if not lower_is_better(name):
+            missing = -missing
+        margin = FIRST_MARGIN if at.gap is None else MARGIN
+        return missing <= margin * abs(target)
 
     def is_over(self):
         """Whether the step that was taken was the last."""
@@ -202,6 +236,8 @@ class Session:
             )
         at.metrics = metrics
         at.validated = at.step
+        if at.looked == at.step and self.quick is not None:
+            at.gap = metrics[self.goal.target_metric] - self.quick
         self.log.validation(at.step, self.steps_in_all, metrics, self.clock.total)
         if better(loss, at.best):
             at.best = loss

@@ -51,7 +51,8 @@ def validate(c, model, step=None):
     data = open_data(c)
     stage = tg.stage_at(c, step or c.schedule.steps).model
     stage = c.model.val_stage(stage, c.data.val_row_len)
-    return tg.evaluate(model, stage, data.val.micro_batches(), data, tg.World())
+    split = tg.Split(list(data.val.micro_batches()), data.val.n_targets, data.val_bytes)
+    return tg.evaluate(model, stage, split, tg.World())
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,8 @@ def test_a_run_as_a_user_starts_it(users):
         "val_bpb",
         "train_time_s",
         "cold_start_s",
+        "process_s",
+        *tg.PARTS,
         "steps",
         "tokens",
         "tokens_per_s",
@@ -96,6 +99,11 @@ def test_a_run_as_a_user_starts_it(users):
     assert result["reached"] and result["val_loss"] <= 5.5
     assert result["steps"] < 30 and result["tokens"] == result["steps"] * 256
     assert "a sample" in done.stderr
+    # The process's time, most of which has a name
+    named = sum(result[name] for name in tg.PARTS)
+    assert result["train_s"] > 0 and result["imports_s"] > 0.1 and result["validation_s"] > 0
+    assert 0.5 * result["process_s"] < named <= result["process_s"] + 0.05
+    assert f"{result['process_s']:.1f} s: imports" in done.stderr
     assert json.loads((run / "result.json").read_text()) == result
     assert json.loads((run / "config.json").read_text())["config"]["target"] == 5.5
     log = (run / "log.txt").read_text()
@@ -470,7 +478,7 @@ def test_bad_options_are_refused_in_one_line(argv, said, capsys, tmp_path):
     "content, said",
     [
         (b"", "the file is empty"),
-        (b"a\0b" * 1000, "binary file"),
+        (b"a\0b" * 1000, "a file that is binary"),
         (b"short", "fills a row"),
         (b"many words " * 300, "one batch needs"),
         (b"x", "too little text"),
@@ -741,3 +749,24 @@ def test_runs_and_cache_inside_the_text_folder_are_no_text(tmp_path):
     assert len(fingerprints) == 1
     said = (book / "run2" / "log.txt").read_text()
     assert "left out 2 folders: cache/ (a cache), run1/ (a run)" in said
+
+
+def test_a_part_of_the_split_has_bytes_and_targets_of_its_own(text, tmp_path):
+    """The part's metrics are those of its batches alone, the whole's of all."""
+    c = tiny(text, tmp_path)
+    data = open_data(c)
+    whole = tg.Split(list(data.val.micro_batches(rows=1)), data.val.n_targets, data.val_bytes)
+    part = tg.part_of(whole, len(whole.batches) * c.data.val_row_len // 2, data, tg.World())
+    assert 1 < len(part.batches) < len(whole.batches)
+    targets = torch.cat([micro.targets.flatten() for micro in part.batches])
+    targets = targets[targets != tg.IGNORE]
+    assert part.n_targets == len(targets)
+    assert part.n_bytes == int((targets < 256).sum())  # bytes are tokens; end-of-text has none
+    assert tg.part_of(whole, 10**9, data, tg.World()) == whole
+
+
+def test_a_run_that_looks_at_a_part_first_ends_with_the_whole_splits_loss(text, tmp_path):
+    fields = dict(steps=12, eval_every=2, target=5.0, target_metric="val_loss")
+    plain = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "plain"), **fields))
+    looks = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "looks"), quick_val=128, **fields))
+    assert looks["val_loss"] == plain["val_loss"] and looks["steps"] == plain["steps"]

@@ -32,4 +32,5 @@ TRACK = dict(
     normuon=True,
     row_moments=True,
     eval_every=8,
+    quick_val=8192,
 )

@@ -71,7 +71,8 @@ def make_run(folder, c, model, step=7, checkpoint=None):
     with Log(folder, 20) as log:
         source = source_of({"train_gpt.py": b"the source"})
         log.header(source, environment=dict(git_commit="abc"), config=config, data="f00d")
-        log.finish(dict(steps=step), {name: p.detach() for name, p in model.named_parameters()})
+        log.save_weights({name: p.detach() for name, p in model.named_parameters()})
+        log.finish(dict(steps=step))
     if checkpoint is not None:
         tensors = {
             f"{kind}/{name}": t for kind in ("weights", "m", "v") for name, t in checkpoint.items()

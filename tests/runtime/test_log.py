@@ -77,7 +77,8 @@ def whole_run(folder, last=20, finish=False):
         header(log)
         train(log, 1, last)
         if finish:
-            log.finish(RESULT, {"w": torch.ones(3)})
+            log.save_weights({"w": torch.ones(3)})
+            log.finish(RESULT)
     return folder
 
 
@@ -86,7 +87,8 @@ def resume(folder, step, last=20, pace=0.1, finish=False, **changed):
         header(log, **changed)
         train(log, step + 1, last, pace)
         if finish:
-            log.finish(RESULT, {"w": torch.ones(3)})
+            log.save_weights({"w": torch.ones(3)})
+            log.finish(RESULT)
     return folder
 
 
@@ -305,7 +307,8 @@ def test_other_ranks_write_nothing(tmp_path):
         header(log)
         train(log, 1, 20)
         log.progress(3, "x")
-        log.finish(RESULT, {})
+        log.save_weights({})
+        log.finish(RESULT)
     assert not (tmp_path / "run").exists()
 
 
@@ -350,7 +353,8 @@ def test_a_disk_that_fills_up_and_is_emptied(small_disk, tmp_path, capfd):
         assert "No space left on device" in one_complaint(capfd.readouterr().err, "log.txt")
         filler.unlink()
         train(log, 13, 20)
-        log.finish(RESULT, {"w": torch.ones(3)})
+        log.save_weights({"w": torch.ones(3)})
+        log.finish(RESULT)
     whole = whole_run(tmp_path / "whole", finish=True)
     assert without(small_disk / "run", "x" * 3000) == without(whole)
     for name in ALL[2:]:
@@ -369,7 +373,8 @@ def test_a_disk_that_stays_full(small_disk, capfd):
                 f.write(bytes(512))
         log.say("x" * 5000, quiet=True)
         train(log, 6, 20)
-        log.finish(RESULT, {"w": torch.ones(10**6)})
+        log.save_weights({"w": torch.ones(10**6)})
+        log.finish(RESULT)
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("step:")]
     assert len(said) == 3 and "training goes on" in said[0]
     assert (
@@ -391,7 +396,8 @@ def test_a_limit_on_the_size_of_files(tmp_path, capsys):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
             train(log, 1, 20)
-            log.finish(RESULT, dict(w=torch.ones(1000)))
+            log.save_weights(dict(w=torch.ones(1000)))
+            log.finish(RESULT)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         left = content(folder)
@@ -418,7 +424,8 @@ def test_a_folder_that_is_removed_comes_back_with_the_result(tmp_path, capsys):
         train(log, 9, 20)
         assert not folder.exists()  # whoever removed it meant to
         assert "No such file or directory" in one_complaint(capsys.readouterr().err, "log.txt")
-        log.finish(RESULT, {"w": torch.ones(3)})
+        log.save_weights({"w": torch.ones(3)})
+        log.finish(RESULT)
     assert content(folder) == content(whole)
 
 
@@ -430,7 +437,8 @@ def test_files_that_are_removed(tmp_path, capsys):
         for name in ALL[:3]:
             (folder / name).unlink()
         train(log, 9, 20)
-        log.finish(RESULT, {"w": torch.ones(3)})
+        log.save_weights({"w": torch.ones(3)})
+        log.finish(RESULT)
     assert content(folder) == content(whole) and "cannot" not in capsys.readouterr().err
 
 
@@ -441,7 +449,8 @@ def test_a_folder_that_became_a_file(tmp_path, capsys):
         shutil.rmtree(folder)
         folder.write_text("mine")
         train(log, 1, 20)
-        log.finish(RESULT, {"w": torch.ones(3)})
+        log.save_weights({"w": torch.ones(3)})
+        log.finish(RESULT)
     assert folder.read_text() == "mine"
     err = capsys.readouterr().err
     one_complaint(err, "log.txt")
@@ -456,7 +465,8 @@ def test_a_folder_that_may_not_be_written(tmp_path, capsys):
         header(log)
         folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
         train(log, 1, 20)
-        log.finish(RESULT, {"w": torch.ones(3)})
+        log.save_weights({"w": torch.ones(3)})
+        log.finish(RESULT)
         folder.chmod(stat.S_IRWXU)
     assert capsys.readouterr().err.count("could not be written") == 2
     assert sorted(os.listdir(folder)) == [*ALL[:3], ALL[-1]]
@@ -471,7 +481,8 @@ def test_a_read_only_file_system(small_disk, capfd):
         log.metrics.drop()
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
         train(log, 6, 20)
-        log.finish(RESULT, {"w": torch.ones(3)})
+        log.save_weights({"w": torch.ones(3)})
+        log.finish(RESULT)
         assert content(small_disk / "run") == before
     err = capfd.readouterr().err
     assert (
@@ -493,7 +504,8 @@ def test_stderr_that_is_full_or_closed(tmp_path, monkeypatch, how):
         train(log, 1, 20)
         log.shown -= 60
         log.progress(20, "x")
-        log.finish(RESULT, dict(w=torch.ones(3)))
+        log.save_weights(dict(w=torch.ones(3)))
+        log.finish(RESULT)
     with contextlib.suppress(OSError):
         stderr.close()
     monkeypatch.undo()
@@ -548,7 +560,8 @@ def test_no_nan_in_any_json(tmp_path):
         header(log, probe=dict(copy=math.inf))
         log.step(1, 20, "train", math.nan, 0.1)
         log.step(1, 20, "val", math.inf, 0.1, val_bpb=-math.inf)
-        log.finish(RESULT | dict(val_loss=math.nan), {"w": torch.ones(3)})
+        log.save_weights({"w": torch.ones(3)})
+        log.finish(RESULT | dict(val_loss=math.nan))
     assert strict((folder / "config.json").read_text())["environment"]["probe"] == {"copy": None}
     assert [strict(line) for line in open(folder / "metrics.jsonl")] == [
         {"step": 1, "train_loss": None, "train_time": 0.1},

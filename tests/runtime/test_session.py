@@ -562,3 +562,71 @@ def test_the_second_seed_in_fp8_is_that_seed_alone(text, tmp_path, monkeypatch):
     alone = tg.train(tiny(text, tmp_path, seed=1, run_dir=str(tmp_path / "alone"), **fields))
     assert train_losses(results[1]["run_dir"]) == train_losses(alone["run_dir"])
     assert results[1]["val_loss"] == alone["val_loss"]
+
+
+# --- a part of the validation split says when all of it is due
+
+
+class Looks(Toy):
+    """A Toy that looks at a part of the split first, which has other losses than the whole.
+
+    gap: what the whole's are higher.
+    """
+
+    def __init__(self, folder, gap, **fields):
+        super().__init__(folder, eval_every=1, target_metric="val_loss", **fields)
+        self.gap = gap
+        self.looks = []  # steps
+
+    def validate(self, session):
+        step = session.at.step
+        loss = self.val_losses.get(step, 9.0)
+        with session.clock_stopped():
+            if not session.is_last_step():
+                self.looks.append(step)
+                quick = dict(val_loss=loss - self.gap, val_bpb=None)
+                if not session.is_near(quick):
+                    return
+            self.validated.append(step)
+            session.record(dict(val_loss=loss, val_bpb=None))
+
+
+@pytest.mark.parametrize("gap", [-0.1, 0.0, 0.1])
+def test_the_whole_split_is_validated_on_when_the_target_is_near(tmp_path, gap):
+    losses = {1: 5.0, 2: 4.0, 3: 3.1, 4: 3.07, 5: 3.05, 6: 3.02, 7: 2.99, 8: 2.0}
+    toy = Looks(tmp_path, gap, val_losses=losses, target=3.0)
+    at = toy.run().at
+    assert at.step == 7 and at.metrics["val_loss"] == 2.99  # all of the split's, not the part's
+    assert toy.looks == [1, 2, 3, 4, 5, 6, 7]
+    # Once to learn how the two differ, then only within the margin of 1%
+    assert toy.validated[0] in (3, 4) and toy.validated[1:] == [6, 7]
+    assert at.gap == pytest.approx(gap)
+
+
+def test_the_last_step_is_validated_on_the_whole_split(tmp_path):
+    toy = Looks(tmp_path, 0.0, target=1.0)
+    at = toy.run().at
+    assert toy.validated == [10] and at.metrics["val_loss"] == 9.0
+    assert toy.looks == list(range(1, 10))
+
+
+def test_a_look_is_no_validation_in_the_logs(tmp_path):
+    Looks(tmp_path, 0.0, val_losses={3: 1.04, 4: 0.9}, target=1.0).run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 4]
+    assert [row["step"] for row in rows if "part_val_loss" in row] == [1, 2, 3, 4]
+    log = (tmp_path / "log.txt").read_text()
+    assert "step:2/10 part_val_loss:9.0000 train_time:" in log
+    assert log.count(" val_loss:") == 2
+
+
+def test_after_a_resume_the_difference_is_known(tmp_path):
+    losses = {1: 3.1, 2: 3.05, 3: 3.05, 4: 2.9}
+    fields = dict(val_losses=losses, target=3.0, checkpoint_every="1")
+    toy = Looks(tmp_path, 0.1, asks={2: "stop"}, **fields)
+    with pytest.raises(Interrupted):
+        toy.run()
+    assert toy.validated == [1]
+    again = Looks(tmp_path, 0.1, **fields)
+    at = again.run(resume=True).at
+    assert again.validated == [4] and at.gap == pytest.approx(0.1)
