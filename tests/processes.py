@@ -72,9 +72,13 @@ class Run:
     def __init__(self, nursery, pids, folder):
         self.nursery, self.pids, self.folder, self.statuses = nursery, pids, folder, None
 
-    def wait(self):
+    def wait(self, seconds=200):
+        """The same, ended; whoever waits for ever is killed."""
         if self.statuses is None:
+            timer = threading.Timer(seconds, self.kill, kwargs=dict(each=True))
+            timer.start()
             self.statuses = json.loads(self.nursery.parent.stdout.readline())
+            timer.cancel()
             self.nursery.running = None
         return self
 
