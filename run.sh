@@ -2,7 +2,8 @@
 # The door: installs once into .venv beside this file, then trains or runs a verb.
 # Written for bash 3.2, which is what macOS has: no mapfile, no ${x,,}, no =~.
 set -euo pipefail
-unset CDPATH PYTHONSAFEPATH  # with them cd prints, and Python does not look beside its script
+# With these cd prints, and Python does not look beside its script or takes another one's library
+unset CDPATH PYTHONSAFEPATH PYTHONHOME
 
 door=${BASH_SOURCE[0]}
 while [[ -L $door ]]; do  # a link to this file from elsewhere; macOS had no readlink -f for long
@@ -52,11 +53,20 @@ find_python() {
         "PYTHON=/path/to/python3.12 ./run.sh"
 }
 
+# venv_works: whether .venv's Python starts and finds its packages. It does not once the Python that
+# made it has been removed, or upgraded to a version with another folder for packages.
+venv_works() {
+    local check='import sys; ours = [p for p in sys.path if p.startswith(sys.prefix)]
+sys.exit(not any(p.endswith("site-packages") for p in ours))'
+    [[ -x $venv/bin/python ]] && "$venv/bin/python" -c "$check" >/dev/null 2>&1
+}
+
 # pip_install FILE: the requirements in FILE, kept to the versions that requirements.txt pins.
 pip_install() {
     local quiet=-qq
     [[ -t 2 ]] && quiet=  # someone is watching: show pip's progress
-    "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
+    # PIP_USER=0: where pip is set to install for the user, it refuses to install into .venv
+    PIP_USER=0 "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
         -c "$here/requirements.txt" -r "$1" >&2
 }
 
@@ -67,10 +77,10 @@ require() {
     [[ -f $file ]] || return 0
     local stamp=$venv/.installed-$1
     local wanted; wanted=$(<"$file")
-    if [[ -f $stamp && -x $venv/bin/python ]] && [[ $(<"$stamp") == "$wanted" ]]; then
+    if [[ -f $stamp ]] && [[ $(<"$stamp") == "$wanted" ]] && venv_works; then
         return 0
     fi
-    if [[ ! -x $venv/bin/python ]]; then
+    if ! venv_works; then
         local python; python=$(find_python)
         "$python" -m venv --clear "$venv" >&2 \
             || fail "$venv was not made; the lines above say why. Mend that and start again"
@@ -101,6 +111,9 @@ case ${1:-} in
     "" | -*) ;;  # options of train
     *) verb=$1; shift ;;
 esac
+
+# PyTorch cannot be loaded there
+pwd -P >/dev/null 2>&1 || fail "the folder you are in has been deleted; change to another one"
 
 case $verb in
     train)

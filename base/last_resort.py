@@ -9,6 +9,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from .terminal import printable
+
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = "STOPWATCH_DEBUG"  # in the environment, where processes that we start find it, too
 NAME = "error.txt"  # of a report in a run's folder
@@ -103,4 +105,4 @@ def write_report(error, folder=None):
 def say(text):
     """A line on stderr, if that can be written."""
     with contextlib.suppress(OSError, ValueError):
-        print(text.rstrip(), file=sys.stderr, flush=True)
+        print(printable(text.rstrip()), file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ Every document starts with the end-of-text token. Files are written aside and re
 under its final name is always whole.
 """
 
+import errno
 import os
 import stat
 from contextlib import ExitStack, suppress
@@ -24,7 +25,8 @@ SHARD_TOKENS = 100_000_000  # 200 MB a file
 
 
 def read_shard(path, n_vocab=None):
-    """Map a shard into memory, refusing anything that is not one.
+    """Map a shard into memory, refusing anything that is not one. Where a file system does not
+    map files, as some network and shared folders, it is read.
 
     path: file; n_vocab: if given, every token must be below it (reads the whole file once).
     Returns a read-only uint16 array (n_tokens,). Raises InputError naming file, expected and found.
@@ -39,7 +41,7 @@ def read_shard(path, n_vocab=None):
             size = os.fstat(f.fileno()).st_size
             header = f.read(HEADER_BYTES)
             n_tokens = _tokens_in(path, size, header)
-            tokens = np.memmap(f, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+            tokens = _map(f, n_tokens)
     except InputError:
         raise
     except (OSError, ValueError) as e:
@@ -75,6 +77,21 @@ def _tokens_in(path, size, header):
             "truncated or altered; delete the file and prepare it again"
         )
     return n_tokens
+
+
+def _map(f, n_tokens):
+    """The tokens (n_tokens,) uint16 of an open shard, read-only. Raises OSError and ValueError."""
+    try:
+        return np.memmap(f, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+    except OSError as e:
+        if e.errno not in (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    f.seek(HEADER_BYTES)
+    tokens = np.fromfile(f, dtype="<u2", count=n_tokens)
+    if len(tokens) != n_tokens:
+        raise ValueError("it became shorter")
+    tokens.flags.writeable = False
+    return tokens
 
 
 class ShardWriter:

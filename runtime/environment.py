@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+# Variables by which git is told of another repository than that of the folder it is started in
+GIT_ELSEWHERE = {"GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE"}
+
 
 def describe_environment(device):
     """Machine, versions and the state of the source, as a dict for JSON."""
@@ -45,8 +48,14 @@ def git(*args):
     """What git prints for this checkout, None where there is no git or no repository."""
     if not shutil.which("git"):
         return None
-    command = ["git", "-C", Path(__file__).parent, *args]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Of this checkout: neither the repository that a hook or a shell has named, nor one that this
+    # folder was copied into
+    here = Path(__file__).resolve().parent
+    env = {name: value for name, value in os.environ.items() if name not in GIT_ELSEWHERE}
+    env["GIT_CEILING_DIRECTORIES"] = str(here.parent.parent)
+    command = ["git", "-C", here, *args]
+    text = dict(encoding="utf-8", errors="replace")  # names in other encodings too
+    done = subprocess.run(command, capture_output=True, env=env, **text)
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -1,11 +1,13 @@
 """Processes of a run: started by torchrun, joined to a World, ended with a status."""
 
+import contextlib
 import ctypes
 import datetime
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from base.command import refuse
 
 from .machine import World, lost_another
 from .signals import Requests
+
+PATIENCE = 10  # seconds after which a process says that it waits for others
+UNSET = "start with torchrun, or unset RANK, WORLD_SIZE and their like"
 
 
 def launch(program, argv, n, max_restarts=0):
@@ -36,6 +41,8 @@ def launch(program, argv, n, max_restarts=0):
     # The workers' own line says it all
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = ["--standalone", f"--nproc_per_node={n}", f"--max-restarts={max_restarts}"]
+    # Else the processes look for the first one under this machine's name, which need not lead there
+    options += ["--local-addr=127.0.0.1"]
     try:
         torchrun(torchrun_args([*options, str(Path(program).resolve()), *argv]))
     except ChildFailedError as e:
@@ -45,18 +52,43 @@ def launch(program, argv, n, max_restarts=0):
     return 0
 
 
+def said(name, otherwise):
+    """A number that torchrun sets in its processes' environment. Raises RankError where something
+    else, a cluster or a shell, has set it to what is none."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return otherwise
+    if not (text.isascii() and text.isdecimal()):
+        raise RankError(f"{name}={text} in the environment: expected a number; {UNSET}")
+    return int(text)
+
+
+def is_started():
+    """Whether this is one of the processes that torchrun, or a cluster in its place, has started.
+
+    Some clusters say RANK=0 and WORLD_SIZE=1 to a machine that they give several GPUs.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return "RANK" in os.environ and (by_torchrun or said("WORLD_SIZE", 1) > 1)
+
+
 def join_world(gpus):
     """The World that torchrun's environment describes, with its process group.
 
-    gpus: how many this machine has.
+    gpus: how many this machine has. Raises RankError where the environment does not fit.
     """
-    if sys.platform == "linux" and "RANK" in os.environ:
+    if sys.platform == "linux" and is_started():
         # PR_SET_PDEATHSIG: if torchrun is killed, stop as it would have said
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank = said("RANK", 0)
+    local_rank = said("LOCAL_RANK", 0)
+    size = said("WORLD_SIZE", 1)
+    local_size = said("LOCAL_WORLD_SIZE", 1)
+    if rank >= size:
+        raise RankError(f"RANK={rank} in the environment: expected less than {size}; {UNSET}")
+    for name in "MASTER_ADDR", "MASTER_PORT":
+        if size > 1 and not os.environ.get(name):
+            raise RankError(f"WORLD_SIZE={size} in the environment, but no {name}; {UNSET}")
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         if local_rank >= gpus:
@@ -67,12 +99,13 @@ def join_world(gpus):
     if size == 1:
         return World(rank, size, device, size)
 
-    # The first rank may be downloading for a long time while the others wait
-    dist.init_process_group(
-        "nccl" if gpus else "gloo",
-        timeout=datetime.timedelta(hours=6),
-        device_id=device if gpus else None,
-    )
+    with waiting_for(size), ended_by_signals():
+        # The first rank may be downloading for a long time while the others wait
+        dist.init_process_group(
+            "nccl" if gpus else "gloo",
+            timeout=datetime.timedelta(hours=6),
+            device_id=device if gpus else None,
+        )
     # Groups inside a machine and across machines, where all have as many processes
     sizes = torch.tensor([local_size, -local_size], device=device)
     dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
@@ -83,6 +116,41 @@ def join_world(gpus):
     return World(rank, size, device, local_size, nodes[rank // local_size], across[local_rank])
 
 
+@contextlib.contextmanager
+def waiting_for(size):
+    """Inside, this process waits for the others to start; after a while it says so. Raises
+    RankError where they cannot be reached, or the port is another program's."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    line = f"note: waiting for all {size} processes to come to {place} ..."
+    timer = threading.Timer(PATIENCE, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except dist.DistError as e:
+        reason = str(e).split("\n")[0]
+        raise RankError(f"the {size} processes cannot meet at {place}: {reason}") from None
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """Inside, a signal to stop ends the process. Python's handlers would have their turn only once
+    the wait for others is over."""
+    before = {}  # signal -> its handler until now
+    with contextlib.suppress(ValueError):  # not the main thread
+        for name in "SIGTERM", "SIGINT", "SIGHUP":
+            number = getattr(signal, name, None)  # Windows lacks one
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_on_all_gpus(program, argv, body, gpus=0, max_restarts=0):
     """Call body(world, requests), in a process for each GPU if there are several.
 
@@ -90,12 +158,17 @@ def run_on_all_gpus(program, argv, body, gpus=0, max_restarts=0):
     for all there are. Returns the exit status of torchrun, else 0. Raises what body raises.
     """
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if "RANK" not in os.environ:
+    if not is_started():
         if gpus > here:
             raise InputError(
                 f"--gpus {gpus}: this machine has {here}; leave the option out to use all"
             )
         if (gpus or here) > 1:
+            if not (dist.is_available() and dist.is_nccl_available()):
+                raise InputError(
+                    f"{gpus or here} GPUs: expected NCCL to connect them, which this PyTorch lacks "
+                    "(on Windows all do); give --gpus 1"
+                )
             return launch(program, argv, gpus or here, max_restarts)
     with Requests().listen() as requests:
         body(join_world(here), requests)
@@ -108,7 +181,9 @@ def exit_status(program):
     try:
         return program()
     except InputError as e:
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(e, RankError):
+        rank = os.environ.get("RANK", "")
+        is_first = not rank.isdecimal() or int(rank) == 0
+        if is_first or isinstance(e, RankError):
             return refuse(e)
         time.sleep(2)  # for the first rank to say it
         return 2

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from base import InputError, last_resort, to_json, whole_file
 from base.files import sweep
+from base.terminal import printable
 from records import source as sources
 from records.metrics import METRICS, VAL_LOSS
 
@@ -295,7 +296,7 @@ def show(line):
     """A line on stderr, above the progress bar. Where stderr is a file on a full disk, there is
     nobody to tell."""
     with contextlib.suppress(OSError, ValueError):
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -220,6 +220,9 @@ def can_compile(say):
 
 def lacks_for_compiling():
     """Why torch.compile cannot work here, as far as can be seen at once, or None."""
+    for name in "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE":
+        if os.environ.get(name, "0") not in ("", "0"):
+            return f"{name} in the environment turns it off"
     compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
     headers = sysconfig.get_path("include")
     if not any(shutil.which(name) for name in compilers):

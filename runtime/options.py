@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import difflib
-import os
 import re
 import typing
 from pathlib import Path
 
 from base import InputError
+from base.command import path_text
 from base.options import AUTO, COUNT, POSITIVE, Options, interval, option, seconds, valid
 
 
@@ -212,7 +212,7 @@ def parser_of(kind, several):
     several: whether more of them may follow, for the message.
     """
     if kind is str:
-        return os.path.expanduser  # the shell does not where ~ follows a =
+        return path_text  # as most texts are
     parse = whole_number if kind is int else kind
     expected = "a whole number" if kind is int else "a number"
     if several:

@@ -278,9 +278,10 @@ def run_sh(script, *argv, env=(), **options):
     return subprocess.run(command, capture_output=True, text=True, env=env, **options)
 
 
-def installed(checkout):
+def installed(checkout, program='printf "%s|" "$@"'):
     """As if the core had been installed."""
-    toy_python(checkout / ".venv/bin/python", 'printf "%s|" "$@"')
+    given = "[[ ${PYTHONHOME:-} || ${PYTHONSAFEPATH:-} ]] && exit 70\n"  # no Python works then
+    toy_python(checkout / ".venv/bin/python", given + program)
     shutil.copy(checkout / "requirements.txt", checkout / ".venv/.installed-core")
 
 
@@ -292,7 +293,7 @@ def test_run_sh_from_anywhere(checkout, tmp_path):
     links.mkdir()
     (links / "one").symlink_to("../my checkout/run.sh")
     (links / "two").symlink_to(links / "one")
-    env = dict(CDPATH=f".:{tmp_path}", PYTHONSAFEPATH="1")
+    env = dict(CDPATH=f".:{tmp_path}", PYTHONSAFEPATH="1", PYTHONHOME="/usr")
     for script, cwd in (
         ("run.sh", checkout),
         ("my checkout/run.sh", tmp_path),
@@ -318,6 +319,30 @@ def test_run_sh_takes_a_python_in_a_path_with_a_space(checkout, tmp_path):
     ]
     done = run_sh(checkout / "run.sh", "--help", env=dict(PYTHON=str(own)))
     assert done.stdout.startswith("Train a GPT") and done.stderr == ""
+
+
+def test_run_sh_after_its_python_was_upgraded(checkout, tmp_path):
+    """.venv is made anew: its Python starts, and has none of the packages. pip is told that it is
+    not for the user, whatever its settings say."""
+    installed(checkout, "[[ $1 != -c ]]")
+    own = tmp_path / "python3"
+    made = 'echo \\"\\$2 PIP_USER=\\${PIP_USER:-}\\" >&2'
+    making = f'mkdir -p "$4/bin"; printf "#!/bin/bash\n{made}\n" > "$4/bin/python"'
+    toy_python(own, f'[[ $1 == -c ]] && exit 0\n{making}; chmod +x "$4/bin/python"')
+    done = run_sh(checkout / "run.sh", "--steps", env=dict(PYTHON=str(own), PIP_USER="1"))
+    said = done.stderr.splitlines()
+    assert said[0] == "installing requirements.txt into .venv (once) ..."
+    assert said[1:] == ["pip PIP_USER=0", "train PIP_USER=1"]
+
+
+def test_run_sh_in_a_folder_that_is_gone(checkout, tmp_path):
+    installed(checkout)
+    script = (
+        f"mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; '{checkout}/run.sh'"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: the folder you are in has been deleted")
 
 
 def test_run_sh_where_nothing_can_be_installed(checkout, tmp_path):

@@ -64,6 +64,25 @@ def test_tokens_are_mapped_not_copied_and_read_only(tmp_path):
         tokens[0] = 1
 
 
+def test_where_files_cannot_be_mapped_they_are_read(tmp_path, monkeypatch):
+    """As on some network and shared folders."""
+    path = put(tmp_path, header(n_tokens=3) + body(7, 0, 65535))
+
+    def refuse(number):
+        def memmap(*args, **kwargs):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(np, "memmap", memmap)
+
+    refuse(errno.ENODEV)
+    tokens = read_shard(path)
+    assert tokens.tolist() == [7, 0, 65535] and tokens.dtype == np.uint16
+    with pytest.raises(ValueError):
+        tokens[0] = 1
+    refuse(errno.EIO)  # a bad disk is no reason to go on
+    refusal(path, "Input/output error")
+
+
 def test_missing_file(tmp_path):
     refusal(tmp_path / "no.bin", "No such file")
 

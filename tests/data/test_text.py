@@ -360,6 +360,18 @@ def test_listing_order_does_not_matter(tmp_path, monkeypatch):
     assert meta2 == meta and folder2.name == folder.name
 
 
+def test_a_link_to_a_folder_is_left_out_and_said(tmp_path):
+    """It may lead back to where it stands."""
+    put(tmp_path / "in" / "a.txt", "a")
+    put(tmp_path / "elsewhere" / "b.txt", "b")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "other").symlink_to(tmp_path / "elsewhere")
+    listing = list_files(tmp_path / "in")
+    assert listing.files == ["a.txt"]
+    why = "a link to a folder"
+    assert listing.left_out == [("loop/", why), ("other/", why)]
+
+
 def test_what_is_left_out_is_said(tmp_path):
     """Once each, with the reason, the first few by name."""
     put(tmp_path / "in" / "sub" / "kept.txt", "kept")

@@ -1,6 +1,8 @@
-"""runtime/environment.py: what the machine is measured to do."""
+"""runtime/environment.py: what the machine is measured to do, and which commit this is."""
 
 import math
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -46,3 +48,30 @@ def test_best_seconds(monkeypatch, seconds, calls):
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert best_seconds(CPU, work) == pytest.approx(seconds + 0.001) and len(took) == calls
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_of_this_checkout(tmp_path, monkeypatch):
+    """Not of a repository that a hook or a shell has named, nor of one around a copied folder."""
+
+    def repository(folder):
+        commit = ["-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "--allow-empty"]
+        for args in ["init", "-q"], [*commit, "-m", str(folder)]:  # no two commits are the same
+            subprocess.run(["git", "-C", folder, *args], check=True)
+        return subprocess.check_output(["git", "-C", folder, "rev-parse", "HEAD"], text=True)
+
+    outer = repository(tmp_path)
+    checkout = tmp_path / "checkout"
+    (checkout / "runtime").mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(checkout / "runtime" / "environment.py"))
+    assert environment.git("rev-parse", "HEAD") is None
+
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    assert environment.git("rev-parse", "HEAD") is None
+    monkeypatch.delenv("GIT_DIR")
+    monkeypatch.delenv("GIT_WORK_TREE")
+
+    inner = repository(checkout)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert environment.git("rev-parse", "HEAD") == inner.strip() != outer.strip()

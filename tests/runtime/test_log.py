@@ -55,6 +55,14 @@ ALL = [
 ]
 
 
+def test_control_characters_stay_off_the_terminal(tmp_path, capsys):
+    """A model says what it has read: sequences that color a screen, too. The file has them."""
+    with Log(tmp_path, 1) as log:
+        log.say("\x1b[31mred\ttab\r\nline\rover\x9b")
+    assert "\\x1b[31mred\ttab\nline\\x0dover\\x9b\n" in capsys.readouterr().err
+    assert "\x1b[31mred\ttab\r\nline\rover\x9b" in (tmp_path / "log.txt").read_bytes().decode()
+
+
 SOURCE = source_of({"train_gpt.py": b"the source\n"})
 
 

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from helpers import tiny, write_text
 
 import train_gpt as tg
 from base import InputError, RankError
-from runtime import machine
-from runtime.launch import join_world
+from runtime import launch, machine
+from runtime.launch import exit_status, join_world
 from runtime.machine import (
     Clock,
     World,
@@ -32,13 +33,14 @@ from runtime.machine import (
 )
 
 CPU = torch.device("cpu")
+PLACE = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
 
 # --- processes
 
 
 def test_a_process_alone_needs_no_group(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in PLACE:
         monkeypatch.delenv(name, raising=False)
     assert join_world(0) == World() == (0, 1, CPU, 1, None, None)
     assert not torch.distributed.is_initialized()
@@ -51,6 +53,102 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         InputError, match="^process 2 has no GPU: this machine has 2, lower --nproc_per_node$"
     ):
         join_world(2)
+
+
+@pytest.mark.parametrize(
+    "env, what",
+    [
+        (dict(RANK="x"), "^RANK=x in the environment: expected a number; start with torchrun"),
+        (dict(WORLD_SIZE="-2"), "^WORLD_SIZE=-2 in the environment: expected a number"),
+        (dict(RANK="1"), "^RANK=1 in the environment: expected less than 1"),
+        (dict(RANK="0", WORLD_SIZE="2"), "^WORLD_SIZE=2 in the environment, but no MASTER_ADDR"),
+        (
+            dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"),
+            "^WORLD_SIZE=2 in the environment, but no MASTER_PORT",
+        ),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make(monkeypatch, env, what):
+    for name in (*PLACE, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=what):
+        join_world(0)
+    # Whoever is not the first to speak still does
+    assert exit_status(lambda: join_world(0)) == 2
+
+
+def test_empty_variables_say_nothing(monkeypatch):
+    for name in PLACE:
+        monkeypatch.setenv(name, "")
+    assert join_world(0) == World()
+
+
+def test_an_error_is_one_line_that_hides_nothing(capsys):
+    """Such as a name that ends in a carriage return, from a script with Windows' line ends."""
+
+    def fail():
+        raise InputError("a.txt\r: no such file;\nnothing was done")
+
+    assert exit_status(fail) == 2
+    assert capsys.readouterr().err == "error: a.txt\\x0d: no such file; nothing was done\n"
+
+
+@pytest.mark.parametrize(
+    "env, n",
+    [
+        ({}, 8),
+        (dict(RANK="0", WORLD_SIZE="1"), 8),  # as some clusters set them for a whole machine
+        (dict(RANK="0", WORLD_SIZE="1", TORCHELASTIC_RUN_ID="none"), None),
+        (dict(RANK="0", WORLD_SIZE="2"), None),
+    ],
+)
+def test_all_gpus_are_used_unless_torchrun_has_started_this(monkeypatch, env, n):
+    for name in (*PLACE, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    launched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(launch, "launch", lambda program, argv, n, restarts: launched.append(n))
+    monkeypatch.setattr(launch, "join_world", lambda gpus: None)
+    launch.run_on_all_gpus("p", [], lambda world, requests: launched.append(None))
+    assert launched == [n]
+    if n:
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+        with pytest.raises(InputError, match="^8 GPUs: expected NCCL .* give --gpus 1$"):
+            launch.run_on_all_gpus("p", [], None)
+
+
+def test_processes_of_one_machine_do_not_need_its_name(monkeypatch):
+    """A laptop's or a container's name may lead nowhere: torchrun would wait there for half an
+    hour."""
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    monkeypatch.setattr(launch.signal, "signal", lambda *args: None)
+    for name in "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT":
+        monkeypatch.setenv(name, "1")  # which launch() leaves alone
+    assert launch.launch("program.py", ["--steps", "1"], 4, 2) == 0
+    [args] = started
+    assert args.standalone and args.local_addr == "127.0.0.1"
+    assert (args.nproc_per_node, args.max_restarts) == ("4", 2)
+    assert args.training_script_args == ["--steps", "1"]
+
+
+def test_a_long_wait_for_other_processes_is_said(monkeypatch, capsys):
+    monkeypatch.setenv("MASTER_ADDR", "somewhere")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    with launch.waiting_for(2):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(launch, "PATIENCE", 0.01)
+    with launch.waiting_for(2):
+        time.sleep(0.2)
+    said = "note: waiting for all 2 processes to come to somewhere:1234 ...\n"
+    assert capsys.readouterr().err == said
 
 
 TEXTS = ["", "é" * 1000, '{"a": [1, null]}']
@@ -223,6 +321,8 @@ def test_what_compiling_lacks(tmp_path, monkeypatch, cache):
     (with_a_space / "Python.h").write_text("")
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(with_a_space))
     assert lacks().startswith(f"its compiler cannot take the path {with_a_space}; a checkout in")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert lacks() == "TORCH_COMPILE_DISABLE in the environment turns it off"
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])

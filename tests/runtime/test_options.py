@@ -121,6 +121,8 @@ def test_only_what_is_given_is_returned(argv, given):
         (["--no-fast=yes"], "--fast takes no value: expected --fast or --no-fast"),
         (["--fast=False"], "--fast takes no value: expected --fast or --no-fast"),
         (["--fast", "False"], "unexpected False: "),
+        (["--run-dir", "a" * 300], f"argument --run-dir: {'a' * 40}...: too long for a path"),
+        (["--run-dir", "a/" * 2100], f"argument --run-dir: {'a/' * 20}...: too long for a path"),
     ],
 )
 def test_what_cannot_be_parsed_is_one_line(argv, said):

@@ -1,10 +1,12 @@
 """Signals end a run with its work saved, with one process and with several, with and without
 torchrun."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +180,34 @@ def test_a_finished_run_is_not_undone_by_a_signal(nursery, argv, tmp_path, whole
     ).wait()
     assert run.status in (0, 143)
     goes_on(nursery, argv, "run", tmp_path, whole)
+
+
+def listens(port):
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_others_can_be_stopped(nursery, argv, tmp_path, number):
+    """They never come, and it waits in a call that no handler of Python's interrupts."""
+    with socket.create_server(("", 0)) as s:
+        port = s.getsockname()[1]
+    env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run = nursery.start(argv("run"), tmp_path / "output", env=list(env.items()))
+    run.until(lambda: listens(port)).kill(number).wait()
+    assert run.status == -number and "Traceback" not in run.err
+
+
+def test_a_port_of_another_program(nursery, argv, tmp_path):
+    with socket.create_server(("", 0)) as s:
+        port = s.getsockname()[1]
+        env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        run = nursery.run(argv("run"), tmp_path / "output", env=list(env.items()))
+    assert run.status == 2
+    line = f"error: the 2 processes cannot meet at 127.0.0.1:{port}: "
+    assert run.err.splitlines()[-1].startswith(line) and "Traceback" not in run.err
 
 
 def test_stopping_one_of_several_seeds(nursery, argv, tmp_path):
