@@ -196,7 +196,7 @@ def test_a_process_that_waits_for_others_can_be_stopped(nursery, argv, tmp_path,
         port = s.getsockname()[1]
     env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     run = nursery.start(argv("run"), tmp_path / "output", env=list(env.items()))
-    run.until(lambda: listens(port)).kill(number).wait()
+    run.until(lambda: listens(port)).kill(number).until(lambda: False, seconds=20).wait()
     assert run.status == -number and "Traceback" not in run.err
 
 
