@@ -12,7 +12,8 @@ import sys
 from base import clock as clock  # start-up is counted from its import
 from base import last_resort, streams
 
-MODULES = dict(train="train_gpt")  # of verbs that are no package with a __main__
+# Of verbs that are no package with a __main__
+MODULES = dict(train="train_gpt", sample="inference.sample", chat="inference.chat")
 
 
 def main(argv):

@@ -26,6 +26,8 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   train         what ./run.sh does without a verb; --help lists every option of training
   test          the tests; takes pytest's arguments
   data          fetch what a source has ahead of time
+  sample        text from a run's model, with prompts and settings of yours
+  chat          the same as a conversation in the terminal
   export        write a run's weights, configuration and tokenizer into a folder for others
   records       add, check, compare, plot and list results
   benchmarks    time kernels, steps, loaders, start-up; ablations; other programs side by side
@@ -131,7 +133,7 @@ case $verb in
         fi
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    data | export | records | benchmarks)
+    data | sample | chat | export | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         require "$verb"

@@ -32,7 +32,8 @@ from base.options import BY_STAGE, COUNT, FRACTION, POSITIVE, Options, by_stage,
 from data import Prefetcher, pack
 from data.config import DataConfig
 from data.loader import IGNORE
-from inference.sampling import sample
+from inference.engine import Engine, Request
+from inference.sampling import default_sampling
 from kernels import choose_ops
 from models import load_template, option_names, outline, template_names
 from optim import OptimConfig, Optimizer, gradient_report
@@ -180,7 +181,7 @@ def parse_args(argv):
     # Own text on a track made for other data: no target, and every token is kept
     if "text" in given and fields.get("data") != "text":
         fields |= dict(data="text", target=None, tokenizer=DataConfig.tokenizer)
-        fields |= dict(long_docs="split", shuffle=True)
+        fields |= dict(long_docs="split", shuffle=True, sample_prompts=())
     return configure(**(fields | given | dict(track=track)))
 
 
@@ -478,6 +479,9 @@ def train_to_the_end(setup, session):
                 validate(setup, session)
             if session.is_over():
                 break
+            if session.samples_are_due():
+                with session.clock_stopped(), session.parts.part("sample_s"):
+                    show_samples(setup, step, session.log)
             if session.checkpoint_is_due():
                 session.save()
         session.end()  # stops the clock before the prefetcher's thread is waited for
@@ -573,20 +577,41 @@ def in_words(result):
 
 
 def save_result(setup, result, log, parts):
-    """The weights and the result into the run's folder, and a sample of text on the screen."""
+    """The weights and the result into the run's folder, and samples of text on the screen."""
     with parts.part("save_s"):
         log.save_weights({name: p.detach().cpu() for name, p in setup.model.named_parameters()})
-    config = setup.config
-    if setup.data.val_bytes and config.run.sample_tokens:
-        row_len = config.data.row_len
-        stage = config.model.val_stage(setup.stages[result["steps"]].model, row_len)
-        options = dict(n=config.run.sample_tokens, context=row_len, seed=config.goal.seed)
-        with parts.part("sample_s"):
-            text = sample(setup.model, stage, setup.data.dataset, **options)
-        log.say(f"--- a sample\n{text}\n---")
+    with parts.part("sample_s"):
+        shown = show_samples(setup, result["steps"], log)
+    if shown:
+        log.say(f'more: ./run.sh sample --run {log.folder} --prompt "..."')
     result |= time_by_part(parts, result)
     log.say(in_words(result))
     log.finish(result)
+
+
+def show_samples(setup, step, log):
+    """What the model makes of the track's prompts, or of how documents of validation begin.
+
+    Returns whether there was something to show: one rank speaks for all, and of a text.
+    """
+    run = setup.config.run
+    if setup.world.rank or not setup.data.val_bytes or not run.sample_tokens:
+        return False
+    dataset = setup.data.dataset
+    stage = val_stage(setup, step)
+    engine = Engine(setup.model, stage, dataset.tokenizer, setup.config.data.val_row_len)
+    sampling = default_sampling(dataset.tokenizer)
+    requests = []
+    try:
+        for prompt in run.sample_prompts or dataset.beginnings() or ("",):
+            seed = setup.config.goal.seed + len(requests)
+            requests.append(Request(prompt, run.sample_tokens, sampling, seed))
+        for done in engine.generate(requests):
+            log.say(f"--- a sample after step {step}\n{done.request.prompt}{done.text}\n---")
+    except InputError as e:  # such as a prompt with characters that the tokenizer has not seen
+        log.say(f"no samples: {e}")
+        return False
+    return True
 
 
 def train(config, world=None, requests=None, report=lambda result: None):

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from base import InputError
 
 from . import sources
@@ -13,6 +15,7 @@ from .loader import TrainLoader, ValLoader
 from .shards import read_shard
 
 LEAST_VAL_TOKENS = 64  # of a whole validation split
+SEARCHED = 1_000_000  # tokens of the validation split, for how documents begin
 
 
 @dataclass
@@ -55,6 +58,21 @@ class Dataset:
             splits=splits,
             **self.about,
         )
+
+    def beginnings(self, n=3, length=8):
+        """Texts that n documents of the validation split begin with, of so many tokens each; fewer
+        where there are fewer documents. Raises InputError."""
+        tokens = read_shard(self.val[0])[:SEARCHED]
+        starts = np.flatnonzero(tokens == self.eot)
+        places = np.linspace(0, len(starts) - 1, min(n, len(starts)))
+        texts = []
+        for start in starts[places.astype(int)]:
+            document = tokens[start + 1 : start + 1 + length]
+            ends = np.flatnonzero(document == self.eot)
+            document = document[: ends[0]] if len(ends) else document
+            # What is left of a character that was cut is no text
+            texts.append(self.tokenizer.decode(document).rstrip("\ufffd"))
+        return texts
 
 
 class Data(NamedTuple):

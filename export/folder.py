@@ -7,7 +7,6 @@ A folder in the layout of the Hugging Face Hub, which others read without this p
 docs/torchtitan.md shows how torchtitan takes it from there.
 """
 
-import dataclasses
 import os
 import shutil
 import sys
@@ -23,9 +22,9 @@ from base.files import sweep
 from base.options import progress_of
 from data import Tokenizer, sources
 from data.tokenizers import END_OF_TEXT
-from models import load_template, template_names
 from records.add import PATHS
 from records.read import read_json
+from runtime.saved import template_config
 
 SHARD_BYTES = 5_000_000_000  # of a file, as on the Hub; a larger tensor has one to itself
 EMBEDDING = "model.embed_tokens.weight"  # what every template calls its tokens' embedding
@@ -173,30 +172,6 @@ def load_model(source):
     environment = said.get("environment")
     commit = environment.get("git_commit") if isinstance(environment, dict) else None
     return Model(tensors, said["config"], step, said.get("data"), commit, checkpoint)
-
-
-def template_config(fields, template=None):
-    """The template's Config of a run, from the options in its config.json.
-
-    template: the dotted name of a module that may be imported, besides those in models/: a folder
-    from elsewhere must not name one. Raises InputError.
-    """
-    name = fields.get("template", "gpt")
-    if name not in (*template_names(), template):
-        raise InputError(
-            f"the run's template is {name}, which is not in models/: if you trust that module, "
-            f"allow it with --template {name}"
-        )
-    template = load_template(name)
-    own = {}
-    for f in dataclasses.fields(template.Config):
-        if f.name in fields:
-            value = fields[f.name]
-            own[f.name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return template.Config(**own)
-    except InputError as e:
-        raise TypeError(f"its options do not fit: {e}") from None
 
 
 def unstack(tensors, config):

@@ -1,27 +1,161 @@
-"""Text from a model."""
+"""Which token comes next: what is done to a model's logits, and the draw.
+
+All are pure functions on logits (B, V) in fp32 that return new ones, with the names, the meaning
+and the order of Hugging Face's transformers (generation/logits_process.py): a token that is ruled
+out has -inf. Frequency and presence penalty are OpenAI's and come between those that transformers
+has. `tokens`, `written`: B lists of token ids, of any length.
+"""
+
+import dataclasses
 
 import torch
 
+from base.options import COUNT, FRACTION, POSITIVE, RATE, Options, option
 
-@torch.no_grad()
-def generate(model, stage, tokens, n, context, seed=0, temperature=0.8, top_k=50):
-    """Continue a list of token ids by n, computing the context anew each time. Returns all ids.
+NEVER = float("-inf")
+PENALTY = lambda x: -2 <= x <= 2, "a number from -2 to 2"
 
-    model: a template's Model; stage: one for validation; context: the most tokens that are looked
-    back at; top_k: how many of the likeliest tokens are drawn from.
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Options):
+    """How the next token is drawn; by default as the model's own distribution has it. Raises
+    InputError for what is not valid."""
+
+    temperature: float = option(
+        1.0, "below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest", RATE
+    )
+    top_k: int = option(0, "draw from so many of the likeliest tokens; 0 is all", COUNT)
+    top_p: float = option(
+        1.0, "draw from the fewest tokens that have this probability together", FRACTION
+    )
+    min_p: float = option(
+        0.0, "leave out tokens below this part of the likeliest one's probability", FRACTION
+    )
+    repetition_penalty: float = option(
+        1.0, "divide logits of tokens that are there already, prompt included; 1 is off", POSITIVE
+    )
+    no_repeat_ngram: int = option(
+        0, "never the same so many tokens in a row a second time; 0 is off", COUNT
+    )
+    frequency_penalty: float = option(
+        0.0, "subtract this for each time that a token was written, prompt not included", PENALTY
+    )
+    presence_penalty: float = option(
+        0.0, "subtract this for tokens that were written at all, prompt not included", PENALTY
+    )
+    logit_bias: tuple = option((), "pairs of a token's id and what is added to its logit")
+
+
+# What small models write well with. Where tokens are characters, all of them are there after a few
+# lines, and a penalty for that would leave only the rare ones
+OF_WORDS = dict(temperature=0.7, top_p=0.9, repetition_penalty=1.2, no_repeat_ngram=4)
+OF_CHARACTERS = dict(temperature=0.8, top_p=0.95)
+
+
+def default_sampling(tokenizer, **given):
+    """A Sampling that suits the tokens, but for what is given. Raises InputError."""
+    default = OF_CHARACTERS if tokenizer.kind in ("chars", "bytes") else OF_WORDS
+    return Sampling(**(default | given))
+
+
+def process(logits, sampling, tokens, written):
+    """(B, V) logits whose softmax the next tokens are drawn from.
+
+    tokens: what each row holds, prompt included; written: the same without the prompt.
     """
-    g = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    for _ in range(n):
-        inputs = torch.tensor([tokens[-context:]], device=device)
-        cu_seqlens = torch.tensor([0, inputs.size(1)], dtype=torch.int32, device=device)
-        last = model.logits(inputs, cu_seqlens, stage, last_only=True)[0, -1].cpu()
-        top = last.topk(min(top_k, len(last)))
-        choice = torch.multinomial((top.values / temperature).softmax(-1), 1, generator=g)
-        tokens = tokens + [top.indices[choice].item()]
-    return tokens
+    s = sampling
+    if s.logit_bias:
+        logits = logit_bias(logits, s.logit_bias)
+    if s.repetition_penalty != 1:
+        logits = repetition_penalty(logits, tokens, s.repetition_penalty)
+    if s.no_repeat_ngram:
+        logits = no_repeat_ngram(logits, tokens, s.no_repeat_ngram)
+    if s.frequency_penalty or s.presence_penalty:
+        logits = count_penalties(logits, written, s.frequency_penalty, s.presence_penalty)
+    if s.temperature == 0:
+        return top_k(logits, 1)
+    logits = logits / s.temperature
+    if s.top_k:
+        logits = top_k(logits, s.top_k)
+    if s.top_p < 1:
+        logits = top_p(logits, s.top_p)
+    if s.min_p:
+        logits = min_p(logits, s.min_p)
+    return logits
 
 
-def sample(model, stage, dataset, **options):
-    """Text that begins as a document does; options: what generate() takes."""
-    return dataset.tokenizer.decode(generate(model, stage, [dataset.eot], **options))
+def draw(logits, generator=None):
+    """A token id from (V,) logits; generator: a CPU torch.Generator. The likeliest one where no
+    other is left."""
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).item()
+
+
+# --------------------------------------------------------------------------------------------------
+# By what was said before
+
+
+def logit_bias(logits, pairs):
+    """Add a number to the logits of some tokens; pairs: (id, number) each."""
+    bias = torch.zeros_like(logits[0])
+    for token, number in pairs:
+        bias[token] += number
+    return logits + bias
+
+
+def repetition_penalty(logits, tokens, penalty):
+    """Make tokens that are there already less likely, each by the same, however often it is there:
+    positive logits are divided by the penalty, negative ones multiplied."""
+    logits = logits.clone()
+    for row, ids in zip(logits, tokens):
+        ids = torch.tensor(sorted(set(ids)), dtype=torch.long)
+        there = row[ids]
+        row[ids] = torch.where(there < 0, there * penalty, there / penalty)
+    return logits
+
+
+def no_repeat_ngram(logits, tokens, n):
+    """Rule out each token that would complete n tokens in a row that are there already. Where that
+    would rule out all of them, it rules out none."""
+    logits = logits.clone()
+    for row, ids in zip(logits, tokens):
+        end = ids[len(ids) - n + 1 :] if n > 1 else []  # n - 1 tokens
+        again = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == end]
+        ruled_out = row.clone()
+        ruled_out[torch.tensor(again, dtype=torch.long)] = NEVER
+        if ruled_out.max() > NEVER:
+            row.copy_(ruled_out)
+    return logits
+
+
+def count_penalties(logits, written, frequency, presence):
+    """Subtract `frequency` for each time that a token was written, and `presence` once."""
+    logits = logits.clone()
+    for row, ids in zip(logits, written):
+        counts = torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(row))
+        row -= counts * frequency + (counts > 0) * presence
+    return logits
+
+
+# --------------------------------------------------------------------------------------------------
+# By the distribution
+
+
+def top_k(logits, k):
+    """Rule out all but the k likeliest, and those equal to the last of them."""
+    kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
+    return logits.masked_fill(logits < kth, NEVER)
+
+
+def top_p(logits, p):
+    """Rule out the least likely ones, as many as have a probability of 1 - p together."""
+    ascending, order = logits.sort()
+    ruled_out = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    ruled_out[:, -1] = False  # the likeliest stays
+    return logits.masked_fill(ruled_out.scatter(-1, order, ruled_out), NEVER)
+
+
+def min_p(logits, p):
+    """Rule out those less likely than p times the likeliest."""
+    probabilities = logits.softmax(-1)
+    least = p * probabilities.amax(-1, keepdim=True)
+    return logits.masked_fill(probabilities < least, NEVER)

@@ -33,6 +33,14 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
                                    document starts in the flattened rows
     logits(inputs, cu_seqlens, stage, last_only=False)
                                    (B, T, n_vocab) fp32, for sampling; or of the last tokens only
+    new_cache(rows)                what decode() keeps of earlier tokens: none yet. It has lengths,
+                                   how many each row holds, and keep(rows), to forget all rows but
+                                   these; models/cache.py has one for attention
+    decode(inputs, counts, cache, stage)
+                                   (B, n_vocab) fp32, what follows the new tokens of each row, which
+                                   is a document; inputs: (B, S) int64, padded on the right; counts:
+                                   how many are no padding, 1 or more. Without these two, sampling
+                                   calls logits() with all tokens each time
     update_rules(optim)            {parameter name: optim.Rule}, from an OptimConfig; the order is
                                    that in which gradients are reduced and updated
     successors(before, after)      {parameter: the parameter whose weights and moments it takes over

@@ -35,6 +35,7 @@ from optim.adam import Adam
 from optim.muon import Muon
 from optim.rows import RowAdam
 
+from .cache import KVCache
 from .parts import (
     GATE_INPUTS,
     document_starts,
@@ -290,10 +291,11 @@ class Batch(typing.NamedTuple):
     """What every block sees."""
 
     inputs: torch.Tensor  # (B, T) int64
-    starts: torch.Tensor  # (B, T) bool: where documents begin
-    cu_seqlens: torch.Tensor  # (n,) int32
     stage: Stage
-    x0: torch.Tensor  # (B, T, C): what the residual stream begins with
+    # Rows of packed documents in training; in decoding a cache has what was before these tokens
+    starts: torch.Tensor | None  # (B, T) bool: where documents begin
+    cu_seqlens: torch.Tensor | None  # (n,) int32
+    cache: KVCache | None = None
 
 
 class Model(nn.Module):
@@ -416,11 +418,15 @@ class Model(nn.Module):
     # ----------------------------------------------------------------------------------------------
     # Forward
 
-    def hidden(self, inputs, cu_seqlens, stage):
-        """inputs: (B, T) int64; stage: a Stage -> (B, T, C) ready for the head."""
+    def hidden(self, inputs, cu_seqlens, stage, cache=None):
+        """inputs: (B, T) int64; stage: a Stage -> (B, T, C) ready for the head.
+
+        cache: what was before in each row, instead of cu_seqlens.
+        """
         c = self.c
         ops = self.ops
-        starts = document_starts(inputs, cu_seqlens)  # (B, T)
+        starts = document_starts(inputs, cu_seqlens) if cache is None else None  # (B, T)
+        batch = Batch(inputs, stage, starts, cu_seqlens, cache)
         layers = self.layers()
         smear, skip, backout = self.scalars.unbind(0)
 
@@ -429,21 +435,21 @@ class Model(nn.Module):
         x = embedding(inputs, self.lm_head if stage.tied else self.embed)  # (B, T, C)
         if c.tied:
             x = ops.rms_norm(x)  # to the size of the n-grams' embeddings
-        x = ops.rms_norm(x + self.embed_ngrams(inputs, starts))
+        x = ops.rms_norm(x + self.embed_ngrams(batch))
 
         # Smear: a gated share of the token before
         for w_gate in self.smear_gate.unbind(0):  # one, or none where it is off
             share = smear * gate(x, w_gate[None])  # (B, T, 1)
-            x = x + share * previous(x, starts[..., None], torch.zeros_like(x))
+            x = x + share * self.one_before(x, batch, torch.zeros_like(x), "smear")
 
-        batch = Batch(inputs, starts, cu_seqlens, stage, x)
+        x0 = x  # what the residual stream begins with
         outputs = []  # of each block: (B, T, C)
         for layer in layers:
             # A layer without attention gets an earlier one's output in its place
             instead = None
             if layer.w_qkvo is None:
                 instead = skip, outputs[c.skip[0]]
-            x = self.keep_less(self.block, layer, x, batch, instead)
+            x = self.keep_less(self.block, layer, x, x0, batch, instead)
             outputs.append(x)
 
         # Backout: what an earlier layer has said is taken out before the head
@@ -474,14 +480,14 @@ class Model(nn.Module):
             )
         return layers
 
-    def block(self, layer, x, batch, instead=None):
-        """One block on the residual stream x: (B, T, C) -> (B, T, C).
+    def block(self, layer, x, x0, batch, instead=None):
+        """One block on the residual stream x, which began as x0: (B, T, C) -> (B, T, C).
 
         instead: (weight, (B, T, C)) for a layer without attention.
         """
         # The stream, and again some of what it began with
         i = layer.number
-        x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * batch.x0
+        x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
         if instead is None:
             y = self.attention(layer, x, batch)
         else:
@@ -495,7 +501,6 @@ class Model(nn.Module):
         c = self.c
         ops = self.ops
         i = layer.number
-        starts = batch.starts
         B, T = batch.inputs.shape
         H = c.n_head
         D = c.head_dim
@@ -510,13 +515,13 @@ class Model(nn.Module):
         if pair:
             w_qkv = w_qkv.view(3, 2, -1, c.n_embd).transpose(0, 1).flatten(0, 2)
         qkv = F.linear(h, w_qkv).view(B, n * T, 3 * H // n, D)
-        q, k, v = ops.qk_norm_rope(qkv, self.cos, self.sin)  # (B, n T, H / n, D) each
+        q, k, v = self.qk_norm_rope(qkv, n, batch)  # (B, n T, H / n, D) each
 
         # Key offset: what stands still of a key is its predecessor's, so that a query finds what
         # came after a token
         if c.key_offset and c.sees_far(i) and not pair:
             still = torch.arange(D, device=x.device) % (D // 2) >= D // 4  # (D,)
-            k = torch.where(still, previous(k, starts[..., None, None], k), k)
+            k = torch.where(still, self.one_before(k, batch, k, f"key {i}"), k)
 
         # Value embedding: a second embedding of the token joins its values, gated by head
         if layer.value_embed is not None:
@@ -524,26 +529,18 @@ class Model(nn.Module):
             ve = gate(h, w_gate)[..., None] * embedding(batch.inputs, table).view(B, T, H, D)
             v = v + ve.view(v.shape)
 
-        y = ops.attention(
-            q,
-            k,
-            v,
-            cu_seqlens=n * batch.cu_seqlens,
-            max_seqlen=n * batch.stage.max_doc_len,
-            window=n * batch.stage.windows[i],
-            scale=batch.stage.attn_scale,
-        )  # (B, n T, H / n, D)
+        y = self.attend(i, q, k, v, n, batch)  # (B, n T, H / n, D)
         if layer.w_out_gate is not None:
             y = gate(h, layer.w_out_gate)[..., None] * y.reshape(B, T, H, D)
         return F.linear(y.reshape(B, T, c.n_embd), w_o)
 
-    def embed_ngrams(self, inputs, starts):
+    def embed_ngrams(self, batch):
         """Sum of the embeddings of the 2-gram, 3-gram, ... that end at each token, within its
         document: (B, T, C)."""
-        key = before = inputs
+        key = before = batch.inputs
         total = 0
-        for table in self.ngram_embeds.unbind(0):
-            before = previous(before, starts, torch.zeros_like(before))
+        for i, table in enumerate(self.ngram_embeds.unbind(0)):
+            before = self.one_before(before, batch, torch.zeros_like(before), f"token {i}")
             # An odd factor, so that rows of a power of two still depend on all tokens
             key = key * (self.n_vocab | 1) + before
             x = embedding(key % len(table), table)
@@ -551,6 +548,42 @@ class Model(nn.Module):
                 x = x * F.embedding(key // len(table) % len(self.signs), self.signs)
             total = total + x
         return total
+
+    # What tokens know of those before them: in the same rows, or in decoding in a cache
+
+    def one_before(self, x, batch, first, name):
+        """(B, T, ...) -> the value one token earlier; `first` where documents begin. name: under
+        which the last value is kept for the tokens to come."""
+        if batch.cache is not None:
+            return batch.cache.previous(name, x, first)
+        starts = batch.starts.view(*batch.starts.shape, *[1] * (x.dim() - 2))
+        return previous(x, starts, first)
+
+    def qk_norm_rope(self, qkv, n, batch):
+        """(B, n T, 3 H / n, D) -> queries and keys, normalised and rotated, and values."""
+        if batch.cache is None:
+            return self.ops.qk_norm_rope(qkv, self.cos, self.sin)
+        # Each row is at positions of its own, so all are one row with the angles of those
+        at = batch.cache.positions(n).flatten()
+        in_one_row = qkv.flatten(0, 1)[None]
+        qkv_ = self.ops.qk_norm_rope(in_one_row, self.cos[at], self.sin[at])
+        return [x[0].unflatten(0, qkv.shape[:2]) for x in qkv_]
+
+    def attend(self, layer, q, k, v, n, batch):
+        """(B, n T, H / n, D) each -> the same; n: heads that take turns in time."""
+        stage = batch.stage
+        if batch.cache is not None:
+            window = min(n * stage.windows[layer], n * stage.max_doc_len - 1)
+            return batch.cache.attend(layer, q, k, v, window, stage.attn_scale)
+        return self.ops.attention(
+            q,
+            k,
+            v,
+            cu_seqlens=n * batch.cu_seqlens,
+            max_seqlen=n * stage.max_doc_len,
+            window=n * stage.windows[layer],
+            scale=stage.attn_scale,
+        )
 
     def keep_less(self, function, *args):
         """function(*args); with recompute, backward computes it again instead of keeping what is
@@ -599,8 +632,26 @@ class Model(nn.Module):
     def logits(self, inputs, cu_seqlens, stage, last_only=False):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""
         x = self.hidden(inputs, cu_seqlens, stage)
-        if last_only:
-            x = x[:, -1:]
+        return self.head(x[:, -1:] if last_only else x)
+
+    def new_cache(self, rows):
+        """An empty cache for decode()."""
+        return KVCache(rows, self.embed.device)
+
+    def decode(self, inputs, counts, cache, stage):
+        """The new tokens of each row, and what follows them: (B, n_vocab) fp32.
+
+        inputs: (B, S) int64, padded on the right; counts: B numbers of tokens without the padding,
+        each 1 or more; cache: has the tokens before, and then these as well. A row's first token
+        begins a document, and all are part of it.
+        """
+        cache.begin(inputs.size(1), counts)
+        x = self.hidden(inputs, None, stage, cache)
+        cache.end()
+        return self.head(cache.of_last(x)[:, 0])
+
+    def head(self, x):
+        """(..., C) -> logits (..., n_vocab), fp32."""
         logits = F.linear(x, self.lm_head[: self.n_vocab]).float()
         return softcap(logits, self.c.softcap)
 

@@ -28,6 +28,8 @@ APART = (
     "micro_tokens",
     "recompute",
     "sample_tokens",
+    "sample_every",
+    "sample_prompts",
     "resume",
     "checkpoint_every",
     "keep_last",

@@ -45,7 +45,13 @@ class RunConfig(Options):
     patience: int = option(
         0, "end after so many validations without a better one; 0 goes on", COUNT
     )
-    sample_tokens: int = option(120, "length of the text sample at the end", COUNT)
+    sample_tokens: int = option(120, "length of each text sample at the end; 0 is none", COUNT)
+    sample_every: int = option(
+        0, "steps between samples in the course of training; 0 is only at the end", COUNT
+    )
+    sample_prompts: tuple[str, ...] = option(
+        (), "what samples begin with; empty: as documents of the validation split do"
+    )
     gpus: int = option(0, "how many GPUs; 0 is all there are", COUNT, group="machine")
     micro_tokens: int = option(0, "tokens per forward pass; 0 fits them to the memory found", COUNT)
     recompute: str = option(

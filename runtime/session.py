@@ -171,6 +171,11 @@ class Session:
         value = self.at.metrics.get(self.goal.target_metric)
         return value is not None and meets(value, self.goal.target, self.goal.target_metric)
 
+    def samples_are_due(self):
+        """Whether samples are asked for after this step, before training is over."""
+        every = self.options.sample_every
+        return every > 0 and self.at.step % every == 0
+
     def checkpoint_is_due(self):
         """Whether one has been asked for, and no gradient waits that would not be saved."""
         return "save" in self.wanted and self.state.optimizer.is_settled()

@@ -9,6 +9,7 @@ import shlex
 import pytest
 from helpers import ROOT
 
+import door
 import train_gpt
 from base import InputError
 from benchmarks import __main__ as benchmarks
@@ -72,8 +73,9 @@ def parse_only(verb, arguments, monkeypatch):
         return options
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    module = door.MODULES.get(verb, f"{verb}.__main__")
     try:
-        status = importlib.import_module(f"{verb}.__main__").main(arguments)
+        status = importlib.import_module(module).main(arguments)
     except Parsed:
         return
     raise InputError(f"{verb} {' '.join(arguments)} ended with status {status}")
@@ -102,6 +104,7 @@ def test_commands_are_found():
         "benchmarks nothing",
         "data download fineweb10B --shards x",
         "export runs/a --too b",
+        "sample --promt x",
         "records chekc a",
     ],
 )
@@ -111,8 +114,8 @@ def test_commands_that_are_none_are_noticed(wrong, monkeypatch, capsys):
 
 
 def test_verbs_are_those_of_the_door():
-    door = (ROOT / "run.sh").read_text(encoding="utf-8")
-    listed = re.findall(r"^  (\w+) {2,}\S", door.split("END")[1], re.M)
+    usage = (ROOT / "run.sh").read_text(encoding="utf-8").split("END")[1]
+    listed = re.findall(r"^  (\w+) {2,}\S", usage, re.M)
     for arguments in (parameter.values[0] for parameter in COMMANDS):
         if arguments and not arguments[0].startswith("-"):
             assert arguments[0] in listed, arguments

@@ -16,8 +16,10 @@ from templates import ngram_mlp
 import models
 import train_gpt as tg
 from base import InputError
+from data import Tokenizer
 from export import __main__ as export
-from inference.sampling import generate
+from inference.engine import Engine, Request
+from inference.sampling import Sampling
 from kernels import choose_ops
 from models import gpt, load_template, template_names
 from optim import OptimConfig
@@ -88,7 +90,8 @@ def test_what_is_listed_is_what_templates_have():
     """And the smallest one has no more, but its options and how it computes."""
     listed = set(re.findall(r"^    (\w+)(?:\(| {3,})", models.__doc__, re.M))
     assert listed <= public(gpt)
-    assert listed - {"head_dim"} == public(ngram_mlp) - set(OWN) - {"features"}
+    optional = {"head_dim", "new_cache", "decode"}
+    assert listed - optional == public(ngram_mlp) - set(OWN) - {"features"}
 
 
 def test_templates_are_found_by_name():
@@ -168,7 +171,7 @@ def test_it_says_what_memory_it_needs_and_samples(text, tmp_path, capsys):
     assert status == 0, err
     assert "memory by estimate: " in err
     assert "blocks recomputed" in err
-    assert re.search(r"--- a sample\n.+\n---", err, re.S)
+    assert re.search(r"--- a sample after step 2\n.+\n---", err, re.S)
 
 
 @pytest.mark.parametrize("stop", [7, 20, 27])
@@ -237,12 +240,12 @@ def test_the_estimate_is_the_sum_of_its_parts(model):
 def test_it_continues_a_text_by_what_it_looks_back_at(model):
     with torch.no_grad():
         model.head.normal_(generator=torch.Generator().manual_seed(0))
-    stage = model.c.stage(1.0, 32)
-    one = generate(model, stage, [1, 2, 3, 4], 8, context=32)
-    assert len(one) == 12
-    assert max(one) < 257
-    other = generate(model, stage, [7, 2, 3, 4], 8, context=32)
-    assert one[4:] == other[4:]  # three tokens are seen
+    tokenizer = Tokenizer("bytes", [bytes([i]) for i in range(256)])
+    engine = Engine(model, model.c.stage(1.0, 32), tokenizer, 32)
+    endless = Sampling(logit_bias=((tokenizer.eot, -100.0),))
+    one, other = engine.generate([Request(text, 40, endless) for text in ("abcd", "zbcd")])
+    assert one.text == other.text  # three tokens are seen
+    assert len(one.tokens) == 1 + 4 + 40  # more than the model has room for
 
 
 def test_it_is_exported_under_the_fields_names(whole, tmp_path):

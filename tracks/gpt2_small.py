@@ -51,4 +51,5 @@ TRACK = dict(
     adam_every=2,
     fp8="auto",
     eval_every=250,
+    sample_prompts=("The capital of France is", "Once upon a time", "The best way to"),
 )

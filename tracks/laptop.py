@@ -33,4 +33,5 @@ TRACK = dict(
     row_moments=True,
     eval_every=8,
     quick_val=8192,
+    sample_prompts=("def ", "class ", "import "),
 )

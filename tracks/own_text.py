@@ -2,4 +2,4 @@
 
 from tracks.laptop_deep import TRACK
 
-TRACK = TRACK | dict(data="text", target=None)
+TRACK = TRACK | dict(data="text", target=None, sample_prompts=())

@@ -11,7 +11,7 @@ import pytest
 
 import train_gpt as tg
 from base import InputError
-from data import DataConfig, Dataset, ShardWriter, open_data, open_dataset, sources
+from data import DataConfig, Dataset, ShardWriter, Tokenizer, open_data, open_dataset, sources
 from data.__main__ import main
 from data.sources import Source, fineweb10B
 
@@ -253,3 +253,21 @@ def test_help(argv, capsys):
         main(argv.split())
     out = capsys.readouterr().out
     assert e.value.code == 0 and f"./run.sh data {argv}"[: -len(" --help")] in out
+
+
+def test_texts_that_documents_of_validation_begin_with(tmp_path):
+    """Spread over the split, without a character that is cut, and never beyond a document."""
+    tokenizer = Tokenizer("bytes", [bytes([i]) for i in range(256)])
+    documents = ["first words", "a", "three", "é" * 9, "x🙂yz", "the last one"]
+
+    def open_documents(documents):
+        with ShardWriter(tmp_path / str(len(documents)), "val") as val:
+            for text in documents:
+                val.write(np.array([tokenizer.eot, *text.encode()]))
+        return Dataset("bytes", [], val.paths, 257, 256, "1", tmp_path, lambda: tokenizer)
+
+    dataset = open_documents(documents)
+    assert dataset.beginnings(3, 5) == ["first", "three", "the l"]
+    assert dataset.beginnings(6, 5) == ["first", "a", "three", "éé", "x🙂", "the l"]
+    assert dataset.beginnings(9, 4)[4] == "x"
+    assert open_documents(documents[:1]).beginnings() == ["first wo"]

@@ -1,0 +1,93 @@
+"""Options that sampling and chatting share: which run, and how tokens are drawn."""
+
+import argparse
+import dataclasses
+import sys
+
+import torch
+
+from base import InputError
+from base.command import Parser, given_path
+from runtime.options import add_option
+from runtime.saved import load_run, newest_run
+
+from .engine import Engine
+from .sampling import OF_CHARACTERS, OF_WORDS, Sampling
+
+# All but the one that a command line has no good form for
+KNOBS = [f for f in dataclasses.fields(Sampling) if f.name != "logit_bias"]
+
+
+def make_parser(verb, description, epilog, tokens):
+    """A Parser with the shared options; tokens: default of -n."""
+
+    def layout(prog):
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=100)
+
+    parser = Parser(
+        prog=f"./run.sh {verb}", description=description, epilog=epilog, formatter_class=layout
+    )
+    parser.add_argument(
+        "--run", type=given_path, metavar="RUN", help="a run's folder [the newest in runs/]"
+    )
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="the run's template, where it is a module from outside models/",
+    )
+    parser.add_argument(
+        "-n",
+        "--tokens",
+        type=int,
+        default=tokens,
+        metavar="N",
+        help=f"tokens to write at most [{tokens}]",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given again",
+    )
+    drawing = parser.add_argument_group("how tokens are drawn")
+    for field in KNOBS:
+        default = OF_WORDS.get(field.name, field.default)
+        characters = OF_CHARACTERS.get(field.name, field.default)
+        if default != characters:
+            default = f"{default}; {characters} where tokens are characters"
+        add_option(drawing, field, default)
+    return parser
+
+
+def check(args):
+    """{field of Sampling: value} that was given. Raises InputError for options that are not
+    valid."""
+    if args.tokens < 1:
+        raise InputError(f"--tokens {args.tokens}: expected a positive number")
+    if not 0 <= args.seed < 2**62:
+        raise InputError(f"--seed {args.seed}: expected zero or more")
+    if "" in args.stop:
+        raise InputError("--stop: expected a text, found an empty one")
+    given = {f.name: getattr(args, f.name) for f in KNOBS}
+    given = {name: value for name, value in given.items() if value is not None}
+    Sampling(**given)
+    return given
+
+
+def open_run(args):
+    """(what the run left, an Engine with its model). Raises InputError."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    saved = load_run(args.run or newest_run(), device, args.template)
+    return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len)
+
+
+def say(line):
+    """A line that is no text of the model's."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def is_text(given):
+    """Whether a string from the command line was UTF-8."""
+    return not any("\ud800" <= c <= "\udfff" for c in given)

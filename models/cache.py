@@ -1,0 +1,164 @@
+"""What a template remembers of earlier tokens, so that decoding computes only the new ones.
+
+Rows have lengths of their own: a row's token at position p keeps its keys at index p, whatever the
+other rows do. Inputs of different lengths are padded on the right. Padding is computed as if it
+were text and then forgotten, since the row's next tokens are written over it before anything sees
+it.
+
+Shapes: B rows, S new tokens in a row, H heads, D head width.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CAPACITY = 256  # tokens a row has room for at first; doubled when they are used up
+
+
+class KVCache:
+    """Keys and values of each layer, and the last token's value of whatever a model looks back at.
+
+    A model's decode() calls begin(), computes the new tokens, and calls end().
+    """
+
+    def __init__(self, rows, device=None):
+        self.lengths = [0] * rows  # tokens that each row holds
+        self.device = device
+        self.kv = {}  # layer -> keys and values, (B, capacity, H, D) each
+        self.last = {}  # name -> (B, 1, ...): of each row's last token
+        # Of the tokens that are being computed
+        self.counts = None
+        self.n_new = 0
+        self.tables = {}  # what layers have in common
+
+    @property
+    def rows(self):
+        return len(self.lengths)
+
+    def begin(self, n_new, counts):
+        """Begin with n_new tokens in every row, of which the first counts[b] are row b's; each row
+        has one or more."""
+        self.n_new = n_new
+        self.counts = counts
+        self.tables = {}
+
+    def end(self):
+        self.lengths = [length + n for length, n in zip(self.lengths, self.counts)]
+
+    def keep(self, rows):
+        """Forget all rows but these; `rows` are their numbers, in the order they will have."""
+        index = torch.tensor(rows, device=self.device)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.last = {name: x[index] for name, x in self.last.items()}
+        self.kv = {layer: (keys[index], values[index]) for layer, (keys, values) in self.kv.items()}
+
+    # ----------------------------------------------------------------------------------------------
+    # What a model asks for between begin() and end()
+
+    def of_last(self, x):
+        """(B, S, ...) -> (B, 1, ...): each row's last token that is no padding."""
+        if self.n_new == 1:
+            return x
+        rows = torch.arange(self.rows, device=self.device)
+        return x[rows, torch.tensor(self.counts, device=self.device) - 1][:, None]
+
+    def previous(self, name, x, first):
+        """(B, S, ...) -> the value one token earlier; `first` before a row's first token.
+
+        name: of x, under which the last value is kept for the next call.
+        """
+        before = self.last.get(name, first[:, :1])
+        self.last[name] = self.of_last(x)
+        return torch.cat([before, x[:, :-1]], dim=1)
+
+    def positions(self, n=1):
+        """(B, n S) int64: of the new tokens in their rows; n: turns that each token takes."""
+        if ("positions", n) not in self.tables:
+            start = torch.tensor(self.lengths, device=self.device)[:, None]
+            new = torch.arange(n * self.n_new, device=self.device)
+            self.tables["positions", n] = n * start + new
+        return self.tables["positions", n]
+
+    def attend(self, layer, q, k, v, window, scale):
+        """Attention of the new tokens to what their rows hold, and to themselves.
+
+        q, k, v: (B, n S, H, D), where each token takes n turns -> (B, n S, H, D). window: turns
+        before a query that it may see; scale: of the products.
+        """
+        n = q.size(1) // self.n_new
+        end = n * (max(self.lengths) + self.n_new)
+        keys, values = self.room(layer, k, end)
+        rows = torch.arange(self.rows, device=self.device)[:, None]
+        keys[rows, self.positions(n)] = k
+        values[rows, self.positions(n)] = v
+
+        # Only what a query may see is read
+        begin = max(0, n * min(self.lengths) - window)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys[:, begin:end].transpose(1, 2),
+            values[:, begin:end].transpose(1, 2),
+            attn_mask=self.mask(n, window, begin, end),
+            scale=scale,
+        )
+        return y.transpose(1, 2)
+
+    def room(self, layer, k, end):
+        """The layer's keys and values with room up to index `end`; like k otherwise."""
+        keys, values = self.kv.get(layer, (k[:, :0], k[:, :0]))
+        if keys.size(1) < end:
+            capacity = max(end, 2 * keys.size(1), CAPACITY)
+            more = (0, 0, 0, 0, 0, capacity - keys.size(1))
+            keys = F.pad(keys, more)
+            values = F.pad(values, more)
+            self.kv[layer] = keys, values
+        return keys, values
+
+    def mask(self, n, window, begin, end):
+        """(B, 1, n S, end - begin) bool: which keys each query sees."""
+        if (n, window) not in self.tables:
+            at = self.positions(n)[:, None, :, None]
+            seen = torch.arange(begin, end, device=self.device)
+            self.tables[n, window] = (seen <= at) & (seen >= at - window)
+        return self.tables[n, window]
+
+
+# --------------------------------------------------------------------------------------------------
+# Templates that have no decode()
+
+
+def decoder_of(model):
+    """What has new_cache() and decode(): the model, or something that computes all tokens anew."""
+    return model if hasattr(model, "decode") else Recomputing(model)
+
+
+class Recomputing:
+    """new_cache() and decode() by a model's logits()."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def new_cache(self, rows):
+        return TokenCache(rows)
+
+    def decode(self, inputs, counts, cache, stage):
+        logits = []
+        for row, new, n in zip(cache.tokens, inputs.tolist(), counts):
+            row += new[:n]
+            text = torch.tensor([row], device=inputs.device)
+            cu_seqlens = torch.tensor([0, len(row)], dtype=torch.int32, device=inputs.device)
+            logits.append(self.model.logits(text, cu_seqlens, stage, last_only=True)[0, -1])
+        return torch.stack(logits)
+
+
+class TokenCache:
+    """The tokens of each row."""
+
+    def __init__(self, rows):
+        self.tokens = [[] for _ in range(rows)]
+
+    @property
+    def lengths(self):
+        return [len(row) for row in self.tokens]
+
+    def keep(self, rows):
+        self.tokens = [self.tokens[row] for row in rows]

@@ -1,0 +1,135 @@
+"""A finished run read back from its folder, for the programs that put its model to use."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from base import InputError
+from base.options import progress_of
+from data import Tokenizer
+from data.tokenizers import load_tokenizer
+from kernels import choose_ops
+from models import load_template, template_names
+
+RUNS = Path(__file__).resolve().parent.parent / "runs"
+
+
+class Saved(NamedTuple):
+    """What a run left."""
+
+    folder: Path
+    options: dict  # of its configuration, by name
+    model: torch.nn.Module
+    stage: tuple  # the template's, for validation after the last step
+    tokenizer: Tokenizer
+    max_len: int  # tokens in the longest row, of training or of validation
+
+
+def newest_run(runs=None):
+    """The folder of the run that finished last. Raises InputError where there is none."""
+    runs = runs or RUNS
+    found = [*Path(runs).glob("*/result.json"), *Path(runs).glob("*/seed*/result.json")]
+    found = [result.parent for result in found if result.with_name("model.safetensors").exists()]
+    if not found:
+        raise InputError(
+            f"{runs}: no finished run yet; train one with ./run.sh, or name a run's folder with "
+            "--run"
+        )
+    return max(found, key=lambda folder: (folder / "result.json").stat().st_mtime)
+
+
+def load_run(folder, device="cpu", template=None):
+    """The Saved run of a folder, its model on the device. Raises InputError.
+
+    template: the dotted name of a module that may be imported, besides those in models/.
+    """
+    folder = Path(folder)
+    said = read_object(folder / "config.json")
+    steps = read_object(folder / "result.json").get("steps")
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as e:
+        why = " ".join(str(e).split())
+        raise InputError(f"{folder / 'model.safetensors'}: cannot be read: {why}") from None
+    tokenizer = load_tokenizer(folder)
+
+    # What no longer fits is another version's
+    try:
+        options = said["config"]
+        config = template_config(options, template)
+        max_len = max(options["row_len"], options["val_row_len"])
+        progress = progress_of(steps, options["steps"], options["extension"])
+        stage = config.val_stage(config.stage(progress, max_len), max_len)
+        # Gates and the like are fp32 in every run
+        dtypes = {w.dtype for w in weights.values() if w.dtype != torch.float32}
+        dtype = dtypes.pop() if dtypes else torch.float32
+        ops = choose_ops("cpu")  # plain PyTorch, which starts at once and runs on any device
+        module = load_template(options["template"])
+        with torch.device(device):
+            model = module.Model(config, tokenizer.n_vocab, max_len, dtype, ops)
+        with torch.no_grad():
+            model.enter(progress)
+            fill(model, weights)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(
+            f"{folder}: a run of another version ({type(e).__name__}: {e}); expected one that this "
+            "version trained. The one that did is in its source.tar.bz2"
+        ) from None
+    return Saved(folder, options, model, stage, tokenizer, max_len)
+
+
+def fill(model, weights):
+    """Copy weights by name into a model's parameters. Raises ValueError where they differ in names
+    or shapes."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != weights.keys():
+        raise ValueError(f"weights of {min(parameters.keys() ^ weights.keys())}")
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            found = tuple(weights[name].shape)
+            raise ValueError(f"{name} of shape {found}, not {tuple(parameter.shape)}")
+        parameter.copy_(weights[name])
+
+
+def template_config(fields, template=None):
+    """The template's Config of a run, from the options in its config.json.
+
+    template: the dotted name of a module that may be imported, besides those in models/: a folder
+    from elsewhere must not name one. Raises InputError.
+    """
+    name = fields.get("template", "gpt")
+    if name not in (*template_names(), template):
+        raise InputError(
+            f"the run's template is {name}, which is not in models/: if you trust that module, "
+            f"allow it with --template {name}"
+        )
+    template = load_template(name)
+    own = {}
+    for f in dataclasses.fields(template.Config):
+        if f.name in fields:
+            value = fields[f.name]
+            own[f.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return template.Config(**own)
+    except InputError as e:
+        raise TypeError(f"its options do not fit: {e}") from None
+
+
+def read_object(path):
+    """A file's JSON object. Raises InputError."""
+    try:
+        said = json.loads(path.read_bytes())
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}; expected the folder of a finished run") from None
+    except ValueError as e:
+        raise InputError(f"{path}: not JSON: {e}; expected what a run wrote") from None
+    if not isinstance(said, dict):
+        raise InputError(f"{path}: expected a JSON object, as a run writes it")
+    return said

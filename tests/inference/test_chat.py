@@ -1,0 +1,101 @@
+"""A conversation goes on from line to line, and no command or interruption ends the program."""
+
+import builtins
+
+import pytest
+
+from inference import chat
+from inference.engine import Engine
+
+
+@pytest.fixture
+def talk(trained, monkeypatch, capsys):
+    """Function of the lines typed, and of options: (exit status, stdout, stderr)."""
+
+    def talk(*lines, options=()):
+        typed = iter(lines)
+
+        def read(prompt):
+            line = next(typed, EOFError)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr(builtins, "input", read)
+        argv = ["--run", trained[0].run.run_dir, "-n", 12, *options]
+        status = chat.main([*map(str, argv)])
+        return status, *capsys.readouterr()
+
+    return talk
+
+
+def test_it_says_what_kind_of_model_it_is_and_ends_with_the_input(talk):
+    status, out, err = talk()
+    assert status == 0 and out == "\n"
+    assert "a base model, which continues what you write" in err
+
+
+def test_the_text_goes_on_and_reset_forgets_it(talk, tmp_path):
+    file = tmp_path / "said.txt"
+    _, first, _ = talk("the cat ")
+    talk("the cat ", "a dog ", f"/save {file}")
+    text = file.read_text()
+    assert text.startswith(first.rstrip("\n")) and "\na dog " in text
+    talk("the cat ", "/reset", "a dog ", f"/save {file}")
+    assert file.read_text().startswith("a dog ")
+
+
+def test_every_answer_has_a_seed_of_its_own(talk):
+    _, out, _ = talk("the ", "/reset", "the ")
+    one, other = out.strip().splitlines()[0], out.strip().splitlines()[-1]
+    assert one != other
+
+
+def test_options_are_changed(talk):
+    greedy = ["/set temperature 0", "/set repetition-penalty 1", "/set tokens 20"]
+    _, one, _ = talk(*greedy, "the ")
+    options = ["--temperature", 0, "--repetition-penalty", 1, "--seed", 5, "-n", 20]
+    assert talk("the ", options=options)[1] == one
+
+
+@pytest.mark.parametrize(
+    ["line", "message"],
+    [
+        ("/set temperature -1", "--temperature -1.0: expected zero or more"),
+        ("/set temperature warm", "/set temperature warm: expected a number"),
+        ("/set nothing 1", "expected one of temperature"),
+        ("/set tokens 0", "--tokens 0: expected a positive number"),
+        ("/dance", "/help lists them"),
+        ("/save", "/help lists them"),
+        ("/save /nowhere/file", "/save /nowhere/file: No such file"),
+        ("a\udcff", "not UTF-8"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_it_goes_on(talk, line, message):
+    _, right, _ = talk("the ")
+    status, out, err = talk(line, "the ")
+    assert status == 0 and out == right
+    [error] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert message in error
+
+
+def test_an_interruption_ends_the_answer_and_not_the_program(talk, monkeypatch, tmp_path):
+    run = Engine.run
+
+    def interrupted(engine, completions):
+        for i, piece in enumerate(run(engine, completions)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(Engine, "run", interrupted)
+    file = tmp_path / "said.txt"
+    status, out, _ = talk("the ", KeyboardInterrupt, f"/save {file}", "/quit", "never ")
+    assert status == 0 and "never" not in out
+    assert out.startswith(file.read_text())  # what was shown is what is kept
+    assert len(file.read_text()) == len("the ") + 3
+
+
+def test_options_that_are_wrong_end_it_at_once(talk):
+    status, out, err = talk("the ", options=["--top-p", 2])
+    assert status == 2 and out == "" and "--top-p 2.0: expected a fraction" in err
