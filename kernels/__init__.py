@@ -10,6 +10,7 @@ from .cross_entropy import softcap_cross_entropy
 from .embedding import embedding
 from .fp8_linear import fp8_linear
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_log_prob import linear_log_prob
 from .mlp import linear_relu2, relu2_mlp
 from .polar_express import polar_express
 from .qk_norm_rope import qk_norm_rope
@@ -24,6 +25,7 @@ __all__ = [
     "embedding",
     "fp8_linear",
     "linear_cross_entropy",
+    "linear_log_prob",
     "linear_relu2",
     "polar_express",
     "qk_norm_rope",

@@ -25,6 +25,7 @@ class KVCache:
         self.device = device
         self.kv = {}  # layer -> keys and values, (B, capacity, H, D) each
         self.last = {}  # name -> (B, 1, ...): of each row's last token
+        self.texts = []  # (T,) int64 of each row, where a model asks for them
         # Of the tokens that are being computed
         self.counts = None
         self.n_new = 0
@@ -49,6 +50,7 @@ class KVCache:
         index = torch.tensor(rows, device=self.device)
         self.lengths = [self.lengths[row] for row in rows]
         self.last = {name: x[index] for name, x in self.last.items()}
+        self.texts = [self.texts[row] for row in rows if self.texts]
         self.kv = {layer: (keys[index], values[index]) for layer, (keys, values) in self.kv.items()}
 
     # ----------------------------------------------------------------------------------------------
@@ -60,6 +62,15 @@ class KVCache:
             return x
         rows = torch.arange(self.rows, device=self.device)
         return x[rows, torch.tensor(self.counts, device=self.device) - 1][:, None]
+
+    def texts_with(self, inputs):
+        """The tokens of each row so far, with the new ones; a model that asks for them does so at
+        every call."""
+        new = [row[:n] for row, n in zip(inputs, self.counts)]
+        if self.texts:
+            new = [torch.cat(pair) for pair in zip(self.texts, new)]
+        self.texts = new
+        return new
 
     def previous(self, name, x, first):
         """(B, S, ...) -> the value one token earlier; `first` before a row's first token.

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from base.options import (
     BY_STAGE,
+    COUNT,
     FRACTION,
     PAIR,
     POSITIVE,
@@ -29,12 +30,13 @@ from base.options import (
     stage_number,
 )
 from data.loader import IGNORE
-from kernels import choose_ops, embedding
+from kernels import choose_ops, embedding, linear_log_prob
 from kernels.sampled_softmax import sample_vocabulary
 from optim.adam import Adam
 from optim.muon import Muon
 from optim.rows import RowAdam
 
+from . import copies
 from .cache import KVCache
 from .parts import (
     GATE_INPUTS,
@@ -131,6 +133,12 @@ class Config(Options):
         "should be fewer, and random others; 0 is all",
         SAMPLED,
     )
+    copies: int = option(
+        0,
+        "mix in what followed the same 0, 1, ... tokens earlier in the document, for n-grams up to "
+        "this length",
+        COUNT,
+    )
     tied: float = option(
         0.0, "fraction of training in which the head is the embedding as well", FRACTION
     )
@@ -155,6 +163,8 @@ class Config(Options):
             )
         if not -1 <= self.backout < self.n_layer - 1:
             self.refuse("backout", "a layer before the last, or -1")
+        if self.copies and any(n > 1 for n in self.mtp):
+            self.refuse("copies", "0 where several next tokens are predicted (--mtp)")
         if self.softcap and not self.softcap_is_valid():
             self.refuse("softcap", "three numbers, or none")
 
@@ -331,6 +341,11 @@ class Model(nn.Module):
         self.value_gates = parameter(n_value, H, GATE_INPUTS, dtype=torch.float32)
         self.attn_gates = parameter(n_attn * c.attn_gate, H, GATE_INPUTS, dtype=torch.float32)
         self.smear_gate = parameter(int(c.smear), GATE_INPUTS, dtype=torch.float32)
+        # Gates of the model's own distribution and of each length's copies: by the token, and by
+        # how often the context was there
+        n_mixed = c.copies + 1 if c.copies else 0
+        self.mix_gates = parameter(n_mixed, C, dtype=torch.float32)
+        self.mix_counts = parameter(n_mixed, 2 * c.copies + 1, dtype=torch.float32)
         self.lambdas = parameter(L, 2, dtype=torch.float32)  # of residual stream, of embedding
         self.scalars = parameter(3, dtype=torch.float32)  # weights of smear, skip and backout
 
@@ -372,6 +387,9 @@ class Model(nn.Module):
         # A gate's weights of zero are a gate of 1: 2 sigmoid(0)
         for gates in self.value_gates, self.attn_gates, self.smear_gate:
             gates.zero_()
+        # At first all of a mixture's parts have equal shares
+        self.mix_gates.zero_()
+        self.mix_counts.zero_()
         # The residual stream as it is, nothing of the embedding again
         self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand_as(self.lambdas))
         self.scalars.copy_(torch.tensor([0.0, 0.2, -0.5]))
@@ -600,6 +618,7 @@ class Model(nn.Module):
         # Every token is a row of its own from here on
         x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
         starts = document_starts(inputs, cu_seqlens)
+        counts = copies.earlier(inputs, targets, starts, self.c.copies) if self.c.copies else None
         targets = later_targets(targets, starts, stage.n_targets).flatten(0, 1)  # (B T, n)
 
         # Sampled softmax: only some columns of the head take part. Seeded by the tokens, so that a
@@ -611,12 +630,17 @@ class Model(nn.Module):
                 targets, len(w), stage.n_sampled, inputs.sum(), IGNORE
             )
             w = embedding(tokens, w)
-        loss = functools.partial(
-            self.ops.linear_cross_entropy,
-            cap=self.c.softcap or None,
-            target_weights=target_weights,
-            sampled=sampled,
-        )
+        if counts:
+            loss = functools.partial(self.mixed_loss, sampled=sampled)
+            rows = x, targets[:, 0], *(n.flatten(0, 1) for n in counts)
+        else:
+            loss = functools.partial(
+                self.ops.linear_cross_entropy,
+                cap=self.c.softcap or None,
+                target_weights=target_weights,
+                sampled=sampled,
+            )
+            rows = x, targets
 
         # Only a chunk's logits exist at one time
         chunk = len(x)
@@ -625,14 +649,39 @@ class Model(nn.Module):
         elif self.recompute:
             chunk = RECOMPUTED_TOKENS
         total = 0
-        for h, t in zip(x.split(chunk), targets.split(chunk)):
-            total = total + self.keep_less(loss, h, w, t)
+        for h, *rest in zip(*(r.split(chunk) for r in rows)):
+            total = total + self.keep_less(loss, h, w, *rest)
         return total
+
+    def mixed_loss(self, x, w, targets, seen, hits, sampled):
+        """Summed loss of the head's distribution mixed with what followed before.
+
+        x: (N, C), w: (V, C), targets: (N,), seen, hits: (N, copies); sampled: as for the head.
+        """
+        cap = self.c.softcap or None
+        own = linear_log_prob(x, w, targets, cap=cap, sampled=sampled, ignore_index=IGNORE)
+        log_prob = copies.mixed(own, self.mix(x, seen), seen, hits)
+        return -log_prob.where(targets != IGNORE, 0.0).sum()
+
+    def mix(self, x, seen):
+        """Gates of the mixture: (..., C), (..., copies) -> (..., copies + 1) fp32."""
+        by_token = F.linear(x.float(), self.mix_gates)
+        return by_token + F.linear(copies.about(seen), self.mix_counts)
 
     def logits(self, inputs, cu_seqlens, stage, last_only=False):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""
         x = self.hidden(inputs, cu_seqlens, stage)
-        return self.head(x[:, -1:] if last_only else x)
+        first = inputs.size(1) - 1 if last_only else 0
+        logits = self.head(x[:, first:])
+        if not self.c.copies:
+            return logits
+        starts = document_starts(inputs, cu_seqlens)
+        for row, marks in enumerate(starts):
+            for t in range(first, inputs.size(1)):
+                begin = marks[: t + 1].nonzero()[-1]  # of the document
+                text = inputs[row, begin : t + 1]
+                logits[row, t - first] = self.mix_in(x[row, t], logits[row, t - first], text)
+        return logits
 
     def new_cache(self, rows):
         """An empty cache for decode()."""
@@ -647,13 +696,29 @@ class Model(nn.Module):
         """
         cache.begin(inputs.size(1), counts)
         x = self.hidden(inputs, None, stage, cache)
+        x = cache.of_last(x)[:, 0]  # (B, C)
+        logits = self.head(x)
+        if self.c.copies:
+            texts = cache.texts_with(inputs)
+            rows = [self.mix_in(*row) for row in zip(x, logits, texts)]
+            logits = torch.stack(rows)
         cache.end()
-        return self.head(cache.of_last(x)[:, 0])
+        return logits
 
     def head(self, x):
         """(..., C) -> logits (..., n_vocab), fp32."""
         logits = F.linear(x, self.lm_head[: self.n_vocab]).float()
         return softcap(logits, self.c.softcap)
+
+    def mix_in(self, x, logits, text):
+        """Log probabilities (n_vocab) of the head's distribution mixed with what followed before.
+
+        x: (C,), of the last token; text: (T,) int64, the document so far.
+        """
+        hits = copies.what_followed(text, self.c.copies, self.n_vocab)
+        seen = hits.sum(0)
+        gates = self.mix(x, seen).expand(self.n_vocab, -1)
+        return copies.mixed(logits.log_softmax(-1), gates, seen.expand_as(hits), hits)
 
     # ----------------------------------------------------------------------------------------------
     # What others need to know of the parameters
@@ -682,12 +747,15 @@ class Model(nn.Module):
         # steps
         scalars = adam(lr * 5, betas=(0.9, 0.99), eps=1e-6, sharded=False)
         gates = adam(lr, betas=(0.9, 0.99), sharded=False)
+        counts = adam(lr * 10, betas=(0.9, 0.99), sharded=False)
         return {
             "lambdas": scalars,
             "scalars": scalars,
             "smear_gate": gates,
             "attn_gates": gates,
             "value_gates": gates,
+            "mix_gates": gates,
+            "mix_counts": counts,
             "value_embeds": tables,
             "embed": head if self.c.tied else tables,  # it takes over the head's moments
             "ngram_embeds": tables,

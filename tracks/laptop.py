@@ -12,6 +12,7 @@ TRACK = dict(
     data="stdlib",
     tokenizer="bpe:4096",
     val_tokens=131_072,
+    val_row_len=2048,
     # model
     n_layer=1,
     n_embd=128,
@@ -24,8 +25,9 @@ TRACK = dict(
     short_window=(128,),
     long_window=(256,),
     sampled_softmax=(1536,),
+    copies=4,
     # schedule and optimizer
-    steps=136,
+    steps=48,
     batch_tokens=(4096,),
     adam_lr=0.014,
     weight_decay=1.2,

@@ -355,7 +355,15 @@ def test_a_piece_with_neutral_parameters_is_the_model_without_it(field, value, n
 def test_off_no_piece_has_an_element():
     _, model = tiny_model(n_gram=1, value_embed_layers=())
     empty = {name for name, p in model.named_parameters() if not p.numel()}
-    assert empty == {"value_embeds", "ngram_embeds", "value_gates", "attn_gates", "smear_gate"}
+    assert empty == {
+        "value_embeds",
+        "ngram_embeds",
+        "value_gates",
+        "attn_gates",
+        "smear_gate",
+        "mix_gates",
+        "mix_counts",
+    }
     assert model.signs.numel() == 0
 
 

@@ -1,0 +1,94 @@
+"""The logarithm of the probability that an LM head gives each target.
+
+    z = cap(h w^T) + b,   log_prob_i = z_i,t_i - log(sum_j exp z_ij)
+    dz_ij = g_i (1[j = t_i] - softmax(z_i)_j),   dh = dz w,   dw = dz^T h
+
+h: (N, C), w: (V, C); b: what a sampled softmax adds to columns. Unlike linear_cross_entropy it
+gives a number for each target, whose gradient g_i comes from outside: for mixing the model's
+probabilities with others', and for losses over sequences.
+
+Bytes beyond the three products: N V elements of h's dtype written and read twice. Rows go through
+the caches a few at a time, since outside of torch.compile every operation passes over its operands
+again. Plain PyTorch on every device; torch.compile gets the reference, which it fuses itself.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .cross_entropy import check, sigmoid_cap
+from .sampled_softmax import stands_for
+
+CACHED_ROWS = 256  # of some thousand columns in fp32 fill a core's second cache
+
+
+def linear_log_prob_reference(h, w, targets, *, cap=None, sampled=None, ignore_index=-100):
+    """linear_log_prob in plain PyTorch."""
+    logits = F.linear(h, w)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if cap is not None:
+        a, b, c = sigmoid_cap(cap)
+        z = a * torch.sigmoid((z + b) / c)
+    if sampled is not None:
+        z = z + stands_for(sampled, z.size(1))
+    return -F.cross_entropy(z, targets, ignore_index=ignore_index, reduction="none")
+
+
+def linear_log_prob(h, w, targets, *, cap=None, sampled=None, ignore_index=-100):
+    """(N,) log probabilities in at least fp32, 0 where a target is ignore_index.
+
+    h: (N, C), w: (V, C), same dtype; targets: (N,) int64; cap: (a, b, c), a number or None as in
+    softcap_cross_entropy; sampled: as there, for columns that stand for several tokens.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    if h.dim() != 2 or w.dim() != 2 or h.size(1) != w.size(1):
+        raise ValueError(
+            f"linear_log_prob: h {tuple(h.shape)}, w {tuple(w.shape)}; expected (N, C), (V, C)"
+        )
+    check(h, targets, None, 1.0)
+    if targets.dim() != 1:
+        raise ValueError(f"linear_log_prob: targets {tuple(targets.shape)}; expected (N,)")
+    if torch.compiler.is_compiling() or cap is not None:
+        return linear_log_prob_reference(
+            h, w, targets, cap=cap, sampled=sampled, ignore_index=ignore_index
+        )
+    return _LinearLogProb.apply(h, w, targets, sampled, ignore_index)
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, w, targets, sampled, ignore_index):
+        wanted = any(ctx.needs_input_grad[:2])
+        wide = torch.promote_types(h.dtype, torch.float32)
+        bias = None if sampled is None else stands_for(sampled, len(w)).to(h.dtype)
+        counted = targets != ignore_index
+        columns = targets.where(counted, 0)[:, None]  # (N, 1)
+        log_prob = torch.empty(len(h), dtype=wide, device=h.device)
+        total = torch.empty(len(h), 1, dtype=wide, device=h.device)
+        # exp of the logits less the largest of their row
+        exps = h.new_empty(len(h), len(w)) if wanted else None
+        for start in range(0, len(h), CACHED_ROWS):
+            rows = slice(start, start + CACHED_ROWS)
+            logits = F.linear(h[rows], w, bias)
+            most = logits.amax(1, keepdim=True).to(wide)
+            e = logits.to(wide).sub_(most)
+            target = e.gather(1, columns[rows])
+            e.exp_()
+            total[rows] = e.sum(1, keepdim=True)
+            log_prob[rows] = (target - total[rows].log())[:, 0]
+            if wanted:
+                exps[rows] = e
+        ctx.save_for_backward(h, w, columns, counted, total, exps)
+        return log_prob.where(counted, 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        h, w, columns, counted, total, exps = ctx.saved_tensors
+        g = grad.where(counted, 0.0)[:, None]  # (N, 1)
+        dz = torch.empty_like(exps)
+        for start in range(0, len(h), CACHED_ROWS):
+            rows = slice(start, start + CACHED_ROWS)
+            torch.mul(exps[rows], (-g[rows] / total[rows]).to(dz.dtype), out=dz[rows])
+            dz[rows].scatter_add_(1, columns[rows], g[rows].to(dz.dtype))
+        return dz @ w, dz.t() @ h, None, None, None

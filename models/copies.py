@@ -1,0 +1,97 @@
+"""What has followed the last tokens before, earlier in the same document.
+
+A document repeats itself: names, phrases, whole lines. For each length n, the n - 1 tokens before a
+target are looked up in what the model has read of the document; `seen` says how often they were
+there, `hits` how often the target followed them. hits / seen is a distribution over what followed,
+one for each n, which a model mixes with its own: no weights, and right from the first step.
+
+Source: caches of n-grams in language models, Kuhn and De Mori 1990; as heads of a transformer,
+Akyurek et al., arXiv:2401.12973; mixing by a learned gate, Grave et al., arXiv:1612.04426.
+
+Shapes: B rows, T tokens in a row, N lengths from 1 to N.
+"""
+
+import torch
+import torch.nn.functional as F
+
+FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd; 2^64 over the golden ratio
+
+
+def mix(key, x):
+    """A new 64-bit hash of a hash and a number, elementwise."""
+    key = key * FACTOR + x  # small keys and numbers must not make up for each other
+    return key ^ (key >> 29)
+
+
+def rank(keys):
+    """(B, T) int64 -> (B, T): how many equal keys stand before each one in its row."""
+    order = keys.argsort(dim=1, stable=True)
+    ordered = keys.gather(1, order)
+    at = torch.arange(keys.size(1), device=keys.device).expand_as(keys)
+    new = torch.ones_like(keys, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    first = at.where(new, 0).cummax(dim=1).values  # of each run of equal keys
+    return torch.empty_like(keys).scatter_(1, order, at - first)
+
+
+def contexts(inputs, starts, n):
+    """n hashes (B, T) int64: of the document and its last 0, 1, ..., n - 1 tokens. Where the
+    document does not have so many yet, a number of its own."""
+    at = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
+    inside = at - at.where(starts, 0).cummax(dim=1).values  # tokens of the document before
+    key = starts.long().cumsum(dim=1)
+    found = [key]
+    for back in range(n - 1):
+        key = mix(key, inputs.roll(back, dims=1))
+        found.append(key.where(inside >= back, -1 - at))
+    return found
+
+
+def earlier(inputs, targets, starts, n):
+    """(seen, hits), each (B, T, n) int64.
+
+    inputs, targets: (B, T) int64; starts: (B, T) bool, where documents begin. What is found for a
+    target that is negative means nothing.
+    """
+    keys = contexts(inputs, starts, n)
+    seen = [rank(key) for key in keys]
+    hits = [rank(mix(key, targets)) for key in keys]
+    return torch.stack(seen, dim=-1), torch.stack(hits, dim=-1)
+
+
+def what_followed(tokens, n, n_vocab):
+    """(n_vocab, n) int64: how often each token followed the last 0, 1, ..., n - 1 tokens.
+
+    tokens: (T,) int64, a document so far. A column's sum is `seen`, its entries are `hits`.
+    """
+    T = len(tokens)
+    hits = torch.zeros(n_vocab, n, dtype=torch.int64, device=tokens.device)
+    same = torch.ones(T - 1, dtype=torch.bool, device=tokens.device)  # contexts that end at t
+    followed = tokens[1:]
+    for length in range(min(n, T)):
+        if length:
+            same = same.clone()
+            # One token more has to agree: that `length - 1` before t, with that before the last
+            same[: length - 1] = False
+            same[length - 1 :] &= tokens[: T - length] == tokens[T - length]
+        hits[:, length] = torch.bincount(followed[same], minlength=n_vocab)
+    return hits
+
+
+def about(seen):
+    """(..., n) counts -> (..., 2 n + 1) fp32, what a gate is told: how often each context was
+    there, whether it was at all, and 1."""
+    seen = seen.float()
+    return torch.cat([seen.log1p(), (seen > 0).float(), torch.ones_like(seen[..., :1])], dim=-1)
+
+
+def mixed(own, gates, seen, hits):
+    """Log probabilities (...) of a mixture: of a model's own, and of each length's.
+
+    own: (...) log probabilities; gates: (..., n + 1), of the model and of each length, which count
+    among those whose context was seen; seen, hits: (..., n).
+    """
+    none = F.pad(seen == 0, (1, 0))  # the model itself always has something to say
+    share = gates.masked_fill(none, -torch.inf).log_softmax(-1)
+    copied = hits.to(own.dtype) / seen.clamp(min=1)
+    return (share + torch.cat([own[..., None], copied.log()], dim=-1)).logsumexp(-1)

@@ -1,0 +1,191 @@
+"""models/copies.py beside loops over the definition, and as part of a model."""
+
+import math
+
+import pytest
+import torch
+from helpers import tiny, train_losses, write_text
+
+import train_gpt as tg
+from base import InputError
+from models import copies, gpt
+
+
+def by_definition(tokens, targets, n):
+    """[(seen, hits)] at each place of one document, for contexts of 0 to n - 1 tokens."""
+    found = []
+    for t in range(len(tokens)):
+        row = []
+        for length in range(n):
+            context = tokens[t + 1 - length : t + 1]
+            seen = 0
+            hits = 0
+            if len(context) == length:
+                for before in range(t):
+                    if tokens[before + 1 - length : before + 1] == context and (
+                        before + 1 >= length
+                    ):
+                        seen += 1
+                        hits += targets[before] == targets[t]
+            row.append((seen, hits))
+        found.append(row)
+    return found
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two rows of two documents each, of few tokens, so that much is repeated, with padding."""
+    g = torch.Generator().manual_seed(0)
+    stream = torch.randint(3, (2, 41), generator=g)
+    inputs = stream[:, :-1].contiguous()
+    targets = stream[:, 1:].clone()
+    targets[1, 35:] = -100
+    starts = torch.zeros_like(inputs, dtype=torch.bool)
+    starts[:, 0] = True
+    starts[0, 13] = True
+    starts[1, 30] = True
+    return inputs, targets, starts
+
+
+def documents(starts):
+    """[(row, first, end)]"""
+    found = []
+    for row, marks in enumerate(starts):
+        at = [*marks.nonzero().flatten().tolist(), len(marks)]
+        found += [(row, first, end) for first, end in zip(at, at[1:])]
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_counts_are_those_of_the_definition(batch, n):
+    inputs, targets, starts = batch
+    seen, hits = copies.earlier(inputs, targets, starts, n)
+    for row, first, end in documents(starts):
+        wanted = by_definition(inputs[row, first:end].tolist(), targets[row, first:end].tolist(), n)
+        for t, counts in enumerate(wanted, first):
+            assert seen[row, t].tolist() == [c[0] for c in counts]
+            if targets[row, t] >= 0:
+                assert hits[row, t].tolist() == [c[1] for c in counts]
+
+
+def test_nothing_depends_on_what_comes_later(batch):
+    inputs, targets, starts = batch
+    seen, hits = copies.earlier(inputs, targets, starts, 3)
+    half = 20
+    first = copies.earlier(inputs[:, :half], targets[:, :half], starts[:, :half], 3)
+    assert torch.equal(first[0], seen[:, :half]) and torch.equal(first[1], hits[:, :half])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17])
+def test_what_followed_has_every_tokens_counts(length):
+    """The counts of a whole vocabulary are those of earlier() with each token as the target."""
+    n, n_vocab = 4, 3
+    tokens = torch.randint(n_vocab, (length,), generator=torch.Generator().manual_seed(1))
+    found = copies.what_followed(tokens, n, n_vocab)
+    starts = torch.zeros(1, length, dtype=torch.bool)
+    starts[0, 0] = True
+    for token in range(n_vocab):
+        targets = torch.cat([tokens[1:], torch.tensor([token])])
+        seen, hits = copies.earlier(tokens[None], targets[None], starts, n)
+        assert found[token].tolist() == hits[0, -1].tolist()
+        assert found.sum(0).tolist() == seen[0, -1].tolist()
+
+
+def test_the_mixture_is_a_distribution():
+    """Over the vocabulary it sums to one, whatever the gates are."""
+    g = torch.Generator().manual_seed(2)
+    n, n_vocab = 3, 5
+    tokens = torch.randint(n_vocab, (12,), generator=g)
+    hits = copies.what_followed(tokens, n, n_vocab)
+    seen = hits.sum(0).expand_as(hits)
+    own = torch.randn(n_vocab, generator=g, dtype=torch.float64).log_softmax(-1)
+    gates = torch.randn(n + 1, generator=g, dtype=torch.float64).expand(n_vocab, -1)
+    log_prob = copies.mixed(own, gates, seen, hits)
+    assert log_prob.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+    none = torch.zeros_like(hits)
+    assert torch.equal(copies.mixed(own, gates, none, none), own)
+
+
+def test_the_mixture_by_hand():
+    own = torch.tensor(0.5).log()
+    gates = torch.tensor([0.0, math.log(2.0), 7.0])  # the last has not been seen
+    seen = torch.tensor([4, 0])
+    hits = torch.tensor([1, 0])
+    assert copies.mixed(own, gates, seen, hits).exp().item() == pytest.approx(
+        (1 * 0.5 + 2 * 0.25) / 3
+    )
+
+
+def test_gradients_are_finite_where_nothing_was_hit():
+    own = torch.tensor([-1.0, -2.0], requires_grad=True)
+    gates = torch.zeros(2, 3, requires_grad=True)
+    seen = torch.tensor([[0, 0], [5, 0]])
+    copies.mixed(own, gates, seen, torch.zeros_like(seen)).sum().backward()
+    assert own.grad.tolist() == [1.0, 1.0] and gates.grad.isfinite().all()
+    assert gates.grad[0].abs().sum() == 0 and gates.grad[1, 1] < 0
+
+
+# --- in a model
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Of 11 tokens, with gates that differ by token and by count."""
+    model = gpt.Model(
+        gpt.Config(n_layer=1, n_embd=16, n_head=2, value_embed_layers=(), copies=3), 11, 64
+    )
+    model.init_weights(0)
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(3)
+        for p in model.lm_head, model.mix_gates, model.mix_counts:
+            p.copy_(torch.randn(p.shape, generator=g))
+    return model
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """(inputs, targets, cu_seqlens): two rows, the first of two documents, with padding."""
+    stream = torch.randint(4, (2, 25), generator=torch.Generator().manual_seed(4))
+    targets = stream[:, 1:].clone()
+    targets[1, 20:] = -100
+    cu_seqlens = torch.tensor([0, 10, 24, 48], dtype=torch.int32)
+    return stream[:, :-1].contiguous(), targets, cu_seqlens
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_the_distributions(model, packed):
+    inputs, targets, cu_seqlens = packed
+    stage = model.c.val_stage(model.c.stage(0.0, 24), 24)
+    log_prob = model.logits(inputs, cu_seqlens, stage)
+    torch.testing.assert_close(log_prob.exp().sum(-1), torch.ones(2, 24))
+    counted = targets >= 0
+    of_targets = log_prob.gather(-1, targets.where(counted, 0)[..., None])[..., 0]
+    loss = model(inputs, targets, cu_seqlens, stage)
+    torch.testing.assert_close(loss, -of_targets[counted].sum(), rtol=1e-5, atol=1e-4)
+    last = model.logits(inputs, cu_seqlens, stage, last_only=True)
+    torch.testing.assert_close(last, log_prob[:, -1:])
+
+
+def test_they_learn_what_a_model_alone_has_to_learn(tmp_path):
+    """A text that repeats itself is predicted from the first steps on."""
+    text = write_text(tmp_path / "text", 20000)
+    fields = dict(steps=6, adam_lr=0.02)
+    alone = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "alone"), **fields))
+    with_copies = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "with"), copies=4, **fields))
+    assert with_copies["val_loss"] < alone["val_loss"] - 0.3
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
+    text = write_text(tmp_path / "text", 20000)
+    fields = dict(steps=6, copies=3, checkpoint_every="3")
+    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "whole"), **fields))
+    half = fields | dict(max_time="0.000001s")
+    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "parts"), **half))
+    (tmp_path / "parts" / "result.json").unlink()
+    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "parts"), resume="auto", **fields))
+    assert train_losses(tmp_path / "parts") == train_losses(tmp_path / "whole")
+
+
+def test_several_targets_are_refused():
+    with pytest.raises(InputError, match="copies"):
+        gpt.Config(copies=2, mtp=(2, 1))
