@@ -92,6 +92,6 @@ def mixed(own, gates, seen, hits):
     among those whose context was seen; seen, hits: (..., n).
     """
     none = F.pad(seen == 0, (1, 0))  # the model itself always has something to say
-    share = gates.masked_fill(none, -torch.inf).log_softmax(-1)
+    share = gates.masked_fill(none, -torch.inf).log_softmax(-1).to(own.dtype)
     copied = hits.to(own.dtype) / seen.clamp(min=1)
     return (share + torch.cat([own[..., None], copied.log()], dim=-1)).logsumexp(-1)

@@ -665,8 +665,8 @@ class Model(nn.Module):
 
     def mix(self, x, seen):
         """Gates of the mixture: (..., C), (..., copies) -> (..., copies + 1) fp32."""
-        by_token = F.linear(x.float(), self.mix_gates)
-        return by_token + F.linear(copies.about(seen), self.mix_counts)
+        by_token = F.linear(x.to(self.mix_gates.dtype), self.mix_gates)
+        return by_token + F.linear(copies.about(seen).to(self.mix_counts.dtype), self.mix_counts)
 
     def logits(self, inputs, cu_seqlens, stage, last_only=False):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""

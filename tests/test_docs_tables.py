@@ -55,7 +55,7 @@ def test_the_options_of_the_recipe_are_valid():
     for part in rows(read("docs/recipe.md"), "part")[2:]:
         options = shlex.split(part[1].strip("`"))
         # Values are checked against a model that has the layers they name
-        sizes = ["--track", "laptop-deep", "--value-embed-layers", "0"]
+        sizes = ["--track", "laptop-deep", "--value-embed-layers", "0", "--copies", "0"]
         tg.parse_args(sizes + options)
 
 

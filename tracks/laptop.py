@@ -33,7 +33,7 @@ TRACK = dict(
     weight_decay=1.2,
     normuon=True,
     row_moments=True,
-    eval_every=8,
+    eval_every=6,
     quick_val=8192,
     sample_prompts=("def ", "class ", "import "),
 )

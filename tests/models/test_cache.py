@@ -16,7 +16,7 @@ ALL = {f.name: EVERYTHING[f.name] for f in dataclasses.fields(gpt.Config) if f.n
 MODELS = [
     pytest.param({}, {}, id="plain"),
     pytest.param(dict(softcap=(), n_gram=1), {}, id="laptop's head"),
-    pytest.param(dict(copies=3), {}, id="copies"),
+    pytest.param(dict(copies=3, mtp=(1,)), {}, id="copies"),
     pytest.param(PIECES, {}, id="every piece"),
     pytest.param(ALL, {}, id="everything"),
     pytest.param(ALL, dict(tied=False), id="everything, untied"),

@@ -130,10 +130,9 @@ def test_gradients_are_finite_where_nothing_was_hit():
 
 @pytest.fixture(scope="module")
 def model():
-    """Of 11 tokens, with gates that differ by token and by count."""
-    model = gpt.Model(
-        gpt.Config(n_layer=1, n_embd=16, n_head=2, value_embed_layers=(), copies=3), 11, 64
-    )
+    """Of 64 tokens, so that the head has no padding, with gates that differ."""
+    config = gpt.Config(n_layer=1, n_embd=16, n_head=2, value_embed_layers=(), copies=3)
+    model = gpt.Model(config, 64, 64)
     model.init_weights(0)
     with torch.no_grad():
         g = torch.Generator().manual_seed(3)
