@@ -28,7 +28,17 @@ import torch.distributed as dist
 
 from base import InputError, RankError, last_resort, streams, to_json
 from base.clock import START, Parts
-from base.options import BY_STAGE, COUNT, FRACTION, POSITIVE, Options, by_stage, option, progress_of
+from base.options import (
+    BY_STAGE,
+    COUNT,
+    FRACTION,
+    POSITIVE,
+    Options,
+    by_stage,
+    option,
+    progress_of,
+    remembered,
+)
 from data import Prefetcher, pack
 from data.config import DataConfig
 from data.loader import IGNORE
@@ -38,7 +48,7 @@ from kernels import choose_ops
 from models import load_template, option_names, outline, template_names
 from optim import OptimConfig, Optimizer, gradient_report
 from records.metrics import METRICS, VAL_LOSS, Evaluation, measure
-from runtime import compiling, machine, memory, resume
+from runtime import compiling, folders, machine, memory, resume, warm_start
 from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
@@ -93,6 +103,8 @@ class Schedule(Options):
         0.6, "fraction of training over which the learning rate falls linearly", FRACTION
     )
     lr_floor: float = option(0.15, "where it falls to, as a fraction", FRACTION)
+    # (step after which steps were added, how many there were to be until then, --extend) each time
+    earlier: tuple = remembered(())
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,7 +112,22 @@ class Schedule(Options):
             self.refuse("extension", f"fewer than steps ({self.steps})")
 
     def progress(self, step):
-        return progress_of(step, self.steps, self.extension)
+        """What stages follow: the fraction of training before a step. No stage ever comes back."""
+        return progress_of(step, self.steps, self.extension, self.earlier)
+
+    def annealing(self, step):
+        """What learning rate and momentum follow: the same, but where steps were added the rate
+        may rise again, to fall once more until the new end."""
+        first, steps, extend = 0, self.steps, "replan"
+        for after, planned, how in reversed(self.earlier):
+            if step > after:
+                first, extend = after, how
+                break
+            steps = planned
+        if extend == "cooldown":
+            share = progress_of(step - first, steps - first, self.extension)
+            return 1 - self.cooldown * (1 - share)
+        return progress_of(step, steps, self.extension)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +159,8 @@ class Config:
 
 
 # What may differ between a run and its continuation; another text is found by its fingerprint
-FREE = {f.name for f in dataclasses.fields(RunConfig)} | {"target", "max_skips"}
-FREE |= {"text", "val_text", "encoding"}
+FREE = {f.name for f in dataclasses.fields(RunConfig)}
+FREE |= {"target", "target_metric", "text", "val_text", "encoding", "vocabulary", "max_skips"}
 
 
 def config_classes(template="gpt"):
@@ -148,26 +175,44 @@ def configure(**fields):
     return Config(**build_parts(classes, fields))
 
 
+def known(fields, template):
+    """Those of these options that a Config with this template has."""
+    names = set()
+    for cls in config_classes(template).values():
+        names |= {f.name for f in dataclasses.fields(cls)}
+    return {name: value for name, value in fields.items() if name in names}
+
+
 def changed(config, **fields):
     """The Config with some of its options changed. Raises InputError."""
     return configure(**(flat(config) | fields))
 
 
+def expanded(path):
+    """A path that peek() gives, with its ~ as parse_options() has it."""
+    return os.path.expanduser(path or "")
+
+
 def parse_args(argv):
     """Command line -> Config: defaults, then the track's values, then the options given."""
     # The track and the template come first, since they say which other options there are
-    first = peek(argv, "track", "template", "text")  # each None if not given
+    first = peek(argv, "track", "template", "text", "resume", "warm_start")  # None if not given
+    run = resume.options_of(expanded(first["resume"]))  # of the run to go on with, if it is named
     if first["track"]:
         track = first["track"]
+    elif run:
+        track = run["track"]
     elif first["text"]:
         track = "own-text"
     else:
         track = "gpt2-small" if torch.cuda.is_available() else "laptop"
-    fields = load_track(track)  # {option: value}
+    fields = run or load_track(track)  # {option: value}
     template = first["template"] or fields.get("template", Goal.template)
     # Another template than the track's has no use for options that it does not know
     foreign = option_names(fields.get("template", Goal.template)) - option_names(template)
     fields = {name: value for name, value in fields.items() if name not in foreign}
+    if run:  # of another version, it may have options that this one lacks
+        fields = known(fields, template)
 
     given = parse_options(
         config_classes(template).values(),
@@ -182,6 +227,10 @@ def parse_args(argv):
     if "text" in given and fields.get("data") != "text":
         fields |= dict(data="text", target=None, tokenizer=DataConfig.tokenizer)
         fields |= dict(long_docs="split", shuffle=True, sample_prompts=())
+    # Weights to begin with stand for their own tokens
+    if first["warm_start"]:
+        name = warm_start.tokenizer_name(expanded(first["warm_start"]))
+        fields["tokenizer"] = name or fields.get("tokenizer", DataConfig.tokenizer)
     return configure(**(fields | given | dict(track=track)))
 
 
@@ -218,12 +267,38 @@ def n_tokens(config, stage):
     return stage.rows * config.data.row_len
 
 
-def lr_scale(schedule, progress):
-    """Flat at the stage's multiplier, then linearly down to lr_floor over the cooldown."""
+def lr_scale(schedule, progress, annealing=None):
+    """Flat at the stage's multiplier, then linearly down to lr_floor over the cooldown.
+
+    progress: of the stages; annealing: of the cooldown, where that is another one.
+    """
     t = 0.0
     if schedule.cooldown:
-        t = max(0.0, (progress - (1 - schedule.cooldown)) / schedule.cooldown)
+        at = progress if annealing is None else annealing
+        t = max(0.0, (at - (1 - schedule.cooldown)) / schedule.cooldown)
     return by_stage(schedule.stage_lr, progress) * (1 - t) + schedule.lr_floor * t
+
+
+def added_steps_in_words(schedule, at):
+    """What happens to the learning rate of a run that goes on after step `at`, if it is there that
+    steps were added to it; else None."""
+    if not schedule.earlier or schedule.earlier[-1][0] != at:
+        return None
+    _, planned, extend = schedule.earlier[-1]
+    before, after = (
+        lr_scale(schedule, schedule.progress(step), schedule.annealing(step))
+        for step in (max(at, 1), at + 1)
+    )
+    how = dict(
+        replan=f"the learning rate is that of a run of {schedule.steps} steps from here on",
+        cooldown="the learning rate falls from its peak over the added steps",
+    )
+    others = dict(replan="cooldown", cooldown="replan")
+    return (
+        f"{schedule.steps - planned} steps more than the {planned} planned: {how[extend]}, "
+        f"{before:.2f} of its peak in step {at}, {after:.2f} in the next (--extend {extend}; the "
+        f"other choice is {others[extend]})"
+    )
 
 
 def muon_momentum(progress):
@@ -445,6 +520,7 @@ def train_to_the_end(setup, session):
     session.start()
     if session.missed_validation():
         validate(setup, session)
+        session.save()  # the checkpoint of this step learns how good it is
 
     def micro_batches():
         for step in range(first, config.schedule.steps + 1):
@@ -455,6 +531,7 @@ def train_to_the_end(setup, session):
         for step, batch in zip(session.steps(), batches):
             stage = setup.stages[step]
             progress = config.schedule.progress(step)
+            annealing = config.schedule.annealing(step)
 
             # A new stage: rotary tables and perhaps a head of its own, losses of another kind
             if stage.model != setup.stages[before].model:
@@ -469,7 +546,8 @@ def train_to_the_end(setup, session):
 
             # The update counts if loss and gradients are finite, on all ranks
             ok = guard.judge(step, loss, optimizer.gradients(), session.votes())
-            optimizer.step(lr_scale(config.schedule, progress), muon_momentum(progress), ok)
+            lr = lr_scale(config.schedule, progress, annealing)
+            optimizer.step(lr, muon_momentum(annealing), ok)
             model.after_step()
 
             # Log what is known by now, validate, stop or save, each when it is due
@@ -545,7 +623,7 @@ def run_once(setup, log, requests, store, found, parts):
     if not found:
         setup.model.init_weights(config.goal.seed)
     if config.run.warm_start and not found:
-        resume.copy_weights(config.run.warm_start, setup.model)
+        warm_start.copy_weights(config.run.warm_start, setup.model)
     setup.optimizer.reset()  # moments at zero
     session = Session(setup, log, requests, store, found, parts)
     cold_start = parts.elapsed()
@@ -625,29 +703,43 @@ def train(config, world=None, requests=None, report=lambda result: None):
     options = config.run
     machine.choose_compile_cache(options.cache_dir)
     machine.use_threads()
-    folder, resuming = resume.choose_run_dir(config, world, ROOT / "runs")
-    runs = resume.folders(folder, config.goal.seed, options.repeat)
+    resume.refuse_other_options(config, FREE, world)
+    folder, resuming = folders.choose_run_dir(config, world)
     if world.device.type == "cpu":
         machine.keep_freed_memory()
+    vocabulary = warm_start.choose_vocabulary(config, world, folder, resuming)
+    config = changed(config, vocabulary=vocabulary)
     parts = Parts(START, imports_s=time.perf_counter() - START)  # of the process, later of the run
-    with parts.part("data_s"):  # prepared if need be
-        data = load_data(config, functools.partial(stage_at, config), world)
+    with parts.part("data_s"):
+        # Prepared if need be; its rows are those of the seed in turn, and of steps added to it
+        data = load_data(config, lambda step: stage_at(config, step), world)
+    if folder is None:
+        fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
+        folder = folders.find_run_dir(config, FREE, world, ROOT / "runs", resuming, fingerprint)
     setup = None  # made once, for all seeds
-    for seed, run_dir in runs:
-        config = changed(config, seed=seed)
+    for seed, run_dir in folders.by_seed(folder, config.goal.seed, options.repeat):
+        config = changed(config, seed=seed, earlier=())
         with contextlib.ExitStack() as closing:
             # What is there already: a result, a checkpoint, or nothing
-            fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
             result, found = resume.begin(
-                config, FREE, world, run_dir, resuming, fingerprint, closing
+                config, FREE, world, run_dir, resuming, data.dataset, closing
             )
             if not result:
                 if options.warm_start and not found:  # do they fit? before anything is written
-                    resume.copy_weights(options.warm_start, outline(config, data.dataset.n_vocab))
-                at = found[1]["progress"]["step"] if found else 0
+                    warm_start.check_vocabulary(options.warm_start, data.dataset)
+                    model = outline(config, data.dataset.n_vocab)
+                    warm_start.copy_weights(options.warm_start, model)
+                at = 0
+                if found:
+                    at = found[1]["progress"]["step"]
+                    config = changed(config, earlier=resume.added_steps(config, found[1]))
                 log = Log(run_dir, config.schedule.steps, not world.rank, at if resuming else None)
                 closing.enter_context(log)
                 closing.enter_context(memory.explained(config.data.row_len, lambda: setup))
+                if added := added_steps_in_words(config.schedule, at):
+                    log.say(added)
+                if setup and setup.config.schedule != config.schedule:
+                    setup = None  # steps were added to one seed's run and not to another's
                 new = setup is None  # then everything has to be compiled
                 setup = setup or set_up(config, world, data, log)
                 setup.config = config  # of this seed

@@ -60,6 +60,11 @@ def option(default, help, expect=None, group=None):
     return dataclasses.field(default=default, metadata=dict(help=help, expect=expect, group=group))
 
 
+def remembered(default):
+    """A dataclass field that is no option: a program fills it in, and keeps it with the others."""
+    return dataclasses.field(default=default, metadata=dict(help=None, expect=None, group=None))
+
+
 def check_options(config):
     """Raises InputError for the first field that is not what its option expects."""
     for f in dataclasses.fields(config):
@@ -87,12 +92,19 @@ def refuse(field, value, expected):
     raise InputError(f"--{field.replace('_', '-')} {shown}: expected {expected}")
 
 
-def progress_of(step, steps, extension=0):
+def progress_of(step, steps, extension=0, earlier=()):
     """The fraction of the scheduled steps that are taken before this one, numbered from 1.
 
-    From 0 in the first step to 1 in the extension, the last so many steps.
+    From 0 in the first step to 1 in the extension, the last so many steps. earlier: (step after
+    which steps were added, how many there were to be until then, ...) for each time that was done;
+    progress never falls there, so that no stage of training comes back.
     """
-    return min(1.0, (step - 1) / max(1, steps - extension))
+    reached = 0.0
+    for after, planned, *_ in earlier:
+        reached = max(reached, progress_of(min(step, after), planned, extension))
+        if step <= after:
+            return reached
+    return max(reached, min(1.0, (step - 1) / max(1, steps - extension)))
 
 
 def stage_number(values, progress):

@@ -47,7 +47,7 @@ CONFIDENCE = 0.95
 # nothing but its numbers
 REFUSED = tuple(
     "--run-dir --repeat --max-time --patience --sample-tokens --checkpoint-every --keep-last "
-    "--keep-best --resume --max-restarts --gpus".split()
+    "--keep-best --resume --extend --warm-start --max-restarts --gpus".split()
 )
 
 

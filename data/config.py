@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from base.options import COUNT, POSITIVE, Options, option
+from base.options import COUNT, POSITIVE, Options, option, remembered
 
 from . import encodings, sources
 
@@ -27,6 +27,8 @@ class DataConfig(Options):
         (encodings.known, "an encoding that Python knows, such as cp1252"),
     )
     tokenizer: str = option("bpe:4096", "for text: chars, bytes, bpe:N or gpt2")
+    # The file of a tokenizer that is there already, in place of one that --tokenizer makes
+    vocabulary: str = remembered("")
     train_shards: int = option(
         9, "how many training shards to use, of a source that has them ready-made", POSITIVE
     )
@@ -50,3 +52,8 @@ class DataConfig(Options):
         for name in "val_text", "encoding":
             if getattr(self, name) and self.data != "text":
                 self.refuse(name, f"only with --text, not with --data {self.data}")
+
+    @property
+    def encoder(self):
+        """What make_tokenizer() is to be given."""
+        return self.vocabulary or self.tokenizer

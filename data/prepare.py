@@ -59,7 +59,7 @@ def prepare_files(name, list_files, tokenizer, cache, list_val=None, encoding=""
     """Tokenize text files into shards under `cache`; returns (folder, meta dict, Tokenizer).
 
     name: of the source, for messages and meta.json; list_files: function that returns the Listing
-    of the files; tokenizer: a name make_tokenizer knows; cache: folder; list_val: the same as
+    of the files; tokenizer: what make_tokenizer takes; cache: folder; list_val: the same as
     list_files for files to validate on, without which a tenth of the bytes is held out (see
     split_documents); encoding: of files without a byte-order mark, empty to find out. Raises
     InputError for missing or empty text, text that changes while it is read, files that cannot be
@@ -72,9 +72,11 @@ def prepare_files(name, list_files, tokenizer, cache, list_val=None, encoding=""
         if not listings[0].files:
             _refuse_all(name, listings[0], [])
         state = _state(listings)
-        key = json.dumps([LAYOUT, tokenizer, encoding, len(listings[0].files), *state])
+        given = tokenizer.endswith(".json")  # by its content, wherever the file lies
+        encoder = sha256_of(Path(tokenizer)) if given else tokenizer
+        key = json.dumps([LAYOUT, encoder, encoding, len(listings[0].files), *state])
         key = hashlib.sha256(key.encode()).hexdigest()[:16]
-        short = re.sub(r"[^0-9a-z]", "", tokenizer)
+        short = "given" if given else re.sub(r"[^0-9a-z]", "", tokenizer)
         folder = Path(cache) / f"{Path(name).stem[:40]}-{short}-{key}"
         if not (folder / "meta.json").exists():
             _prepare(name, listings, state, tokenizer, encoding, folder)

@@ -93,7 +93,7 @@ class Tokenizer:
         if len(unknown):
             raise InputError(
                 f"character {chr(unknown[0])!r} is not among the {len(self.tokens)} the tokenizer "
-                "knows"
+                "knows: expected a text in those, or a run with a tokenizer of its own"
             )
         return ids.astype(np.uint16)
 
@@ -205,11 +205,16 @@ def load_tokenizer(run_dir):
 
 
 def make_tokenizer(name, texts):
-    """Build the tokenizer `name`; texts: function returning an iterator of str, read only if it
-    must be.
+    """Build the tokenizer `name`, or read it where that is the path of a tokenizer.json.
 
-    Raises InputError for an unknown name, and when GPT-2's vocabulary cannot be downloaded.
+    texts: function returning an iterator of str, read only if it must be. Raises InputError for an
+    unknown name or a file that is none, and when GPT-2's vocabulary cannot be downloaded.
     """
+    if name.endswith(".json"):
+        try:
+            return Tokenizer.from_json(Path(name).read_bytes(), name)
+        except OSError as e:
+            raise InputError(f"{name}: cannot be read: {e.strerror or e}") from None
     if name == "bytes":
         return Tokenizer("bytes", [bytes([i]) for i in range(256)])
     if name == "chars":

@@ -215,7 +215,8 @@ def describe(model, config, tokenizer):
         n_vocab = 50257
     progress = 0.0
     if model.step:
-        progress = progress_of(model.step, fields["steps"], fields.get("extension", 0))
+        added = fields.get("extension", 0), fields.get("earlier", ())
+        progress = progress_of(model.step, fields["steps"], *added)
     return dict(
         config.hf_config(progress),
         torch_dtype=str(embed.dtype).removeprefix("torch."),

@@ -39,7 +39,7 @@ RECORDS = Path(__file__).parent
 MOST_BYTES = 10_000_000  # of a file; the public record's largest logs have 0.3 MB
 RULER = "\n" + "=" * 100 + "\n"  # around the description in log.txt
 # Fields of the configuration that say where, not what
-PATHS = ("run_dir", "cache_dir", "text", "val_text", "resume", "warm_start")
+PATHS = ("run_dir", "cache_dir", "text", "val_text", "vocabulary", "resume", "warm_start")
 # Of the environment: may differ between the runs of a record
 OF_THE_RUN = ("date", "git_dirty", "probe")
 STEP_LINE = re.compile(r"step:\d+/\d+ (?:train|val)_loss:\S+ train_time:\d+ms(?= )")
@@ -221,6 +221,11 @@ def checked(folder):
     if len(parts) < 3:
         raise altered(folder, "log.txt ends before the first step")
     head, description, steps = parts
+    pattern = r"^resumed with (?:.*, )?(config\.(?:steps|target|target_metric) .*)$"
+    if changed := re.search(pattern, steps, re.MULTILINE):
+        raise InputError(
+            f"{folder}: it was resumed with {changed[1]}, so it cannot become a record; run it anew"
+        )
     if (folder / "config.json").is_file() and read_text(folder, "config.json") != description:
         raise altered(folder, "log.txt and config.json describe different runs")
     described = json.loads(description)

@@ -31,6 +31,8 @@ APART = (
     "sample_every",
     "sample_prompts",
     "resume",
+    "extend",
+    "vocabulary",
     "checkpoint_every",
     "keep_last",
     "keep_best",

@@ -163,24 +163,30 @@ def tokens_at(run, step):
     if not run.total_steps or not isinstance(batches, list) or not all(map(whole, batches)):
         return None
     extension = whole(run.config.get("extension")) or 0
+    try:
+        earlier = tuple((int(a), int(n)) for a, n, *_ in run.config.get("earlier", ()))
+    except (TypeError, ValueError):
+        return None
     tokens = 0
     start = 0
-    for batch, end in zip(batches, stage_ends(run.total_steps, extension, len(batches))):
+    ends = stage_ends(run.total_steps, extension, len(batches), earlier)
+    for batch, end in zip(batches, ends):
         tokens += batch * max(0, min(step, end) - start)
         start = end
     return tokens
 
 
 @functools.lru_cache(maxsize=16)
-def stage_ends(steps, extension, n_stages):
+def stage_ends(steps, extension, n_stages, earlier=()):
     """The last step of each stage of a run.
 
     Stages divide training equally, but for the last `extension` steps: those stay in the last
-    stage. Rounding is the trainer's, which asks in every step how much of training was before it.
+    stage. earlier: where steps were added, see progress_of. Rounding is the trainer's, which asks
+    in every step how much of training was before it.
     """
 
     def stage(before):  # of the step that has so many before it
-        return stage_number(range(n_stages), progress_of(before + 1, steps, extension))
+        return stage_number(range(n_stages), progress_of(before + 1, steps, extension, earlier))
 
     return [bisect.bisect_left(range(steps), n, key=stage) for n in range(1, n_stages + 1)]
 

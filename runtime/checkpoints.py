@@ -77,9 +77,20 @@ def load(path):
     The tensors are on the CPU, mapped from the file and private. Raises InputError for what is not
     a complete and unaltered checkpoint of this version.
     """
+    return readable(path, read_whole)
+
+
+def load_meta(path):
+    """The meta that was given to save(), for which no tensor is read. Raises InputError as load()
+    does."""
+    return readable(path, read_state)["meta"]
+
+
+def readable(path, read):
+    """read(path) of a checkpoint. Raises InputError, whatever is wrong with it."""
     path = Path(path)
     try:
-        return read_whole(path)
+        return read(path)
     except InputError:
         raise
     except OSError as e:
@@ -92,8 +103,8 @@ def load(path):
         )
 
 
-def read_whole(path):
-    """What load() returns. Raises InputError, and other errors for damage it does not expect."""
+def read_state(path):
+    """What state.json holds. Raises InputError, and other errors for damage it does not expect."""
     files = manifest(path)
     if TENSORS not in files or STATE not in files:
         if path.is_dir():
@@ -110,8 +121,13 @@ def read_whole(path):
             f"expected format version {VERSION}, found {state['version']}: the version of this "
             "program that wrote it can read it",
         )
+    return state
 
-    verify(path, TENSORS, files)
+
+def read_whole(path):
+    """What load() returns; it raises what read_state() does."""
+    state = read_state(path)
+    verify(path, TENSORS, manifest(path))
     tensors = load_file(path / TENSORS)
     held = listing(tensors)
     listed = state["tensors"]
@@ -214,6 +230,9 @@ class Checkpoints:
         self.keep_best = keep_best
         self.say = say
         self._thread = None
+        self._lock = threading.Lock()
+        self._next = None  # arguments of _write(), for the thread to take
+        self._running = False  # whether the thread will look for more
         self._written = False
         try:
             with locked(self.folder, seconds=0):
@@ -229,20 +248,22 @@ class Checkpoints:
     @property
     def busy(self):
         """Whether one is being written."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._running
 
-    def save(self, step, tensors, meta, metric=None, wait=False):
+    def save(self, step, tensors, meta, metric=None, wait=False, queue=False):
         """Begin to write a checkpoint; one of the same step is replaced.
 
         tensors: {name: CPU tensor}, not to be changed until busy is False; meta: a dict for JSON;
         metric: lower is better, None and NaN are never among the best. While another one is being
-        written, wait=False returns False at once; wait=True waits for it, and for this one too.
-        Returns whether it was begun, with wait whether it was written.
+        written, wait=False returns False at once, unless queue: then this one is written after it,
+        in place of one that waits already. wait=True waits for all of them, and for this one too.
+        Returns whether it was begun or waits, with wait whether it was written.
         """
         assert step >= 0, step
-        if self.busy and not wait:
+        if self.busy and not (wait or queue):
             return False
-        self.close()
+        if wait:
+            self.close()
         # Here and not in the thread: the caller may change meta, and what cannot be written is the
         # caller's mistake.
         metric = None if metric is None or math.isnan(metric) else float(metric)
@@ -251,34 +272,50 @@ class Checkpoints:
             STATE: [json.dumps(state, indent=1).encode()],
             TENSORS: list(safetensors_file(tensors)),
         }
-        self._thread = threading.Thread(
-            target=self._write, args=(step, files, not wait), name="checkpoint"
-        )
+        with self._lock:
+            self._next = step, files
+            if self._running:
+                return True  # the thread takes it when it is done
+            self._running = True
+        self._thread = threading.Thread(target=self._work, args=(not wait,), name="checkpoint")
         self._thread.start()  # not a daemon: the interpreter waits for it at its end
         if wait:
             self.close()
         return self._written if wait else True
 
     def close(self):
-        """Wait for the one being written."""
+        """Wait for what is being written, or waits for that."""
         if self.busy:
             self._thread.join(2)
             if self.busy:
                 self.say(f"waiting for a checkpoint to be written to {self.folder} ...")
+        if self._thread:
             self._thread.join()
         self._thread = None
 
-    def _write(self, step, files, training):
-        """The thread: write, then delete what is not kept any longer. So that training hardly
+    def _work(self, training):
+        """The thread: write what is to be written, until nothing waits. So that training hardly
         notices, it needs Python's lock a few times per tensor only, and has low priority where
         threads have their own."""
+        if training and sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                os.nice(10)  # of this thread alone, there
+        while True:
+            with self._lock:
+                job = self._next
+                self._next = None
+                if job is None:
+                    self._running = False
+                    return
+            self._write(*job)
+            del job  # its tensors are as large as the model
+
+    def _write(self, step, files):
+        """Write one, then delete what is not kept any longer."""
         path = self.folder / f"step-{step:06d}"
         aside = beside(path, ".aside")
         self._written = False
         try:
-            if training and sys.platform == "linux":
-                with contextlib.suppress(OSError):
-                    os.nice(10)  # of this thread alone, there
             with locked(self.folder, LOCK_SECONDS):
                 try:
                     self._clean()

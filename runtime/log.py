@@ -39,7 +39,13 @@ from records.metrics import METRICS, VAL_LOSS
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
 RULE = "=" * 100
 STEP_LINE = re.compile(rb"step:(\d+)/\d+ ")
-OF_THE_START = ("date", "probe", "resume", "run_dir")  # described, but new at every start
+OF_THE_START = (
+    "date",
+    "probe",
+    "resume",
+    "run_dir",
+    "vocabulary",
+)  # described, but new at every start
 SHOW_EVERY = 15  # seconds between lines of progress where nobody watches a terminal
 
 
@@ -91,7 +97,8 @@ class Log:
 
         source: a Source, of records/source.py; beside: {name: content as bytes} of files that the
         run's folder has besides; described: what JSON can hold, by name. A run that is resumed
-        keeps its first header; where this one differs, log.txt says so.
+        keeps its first header; where this one differs, log.txt says so, and where steps were added
+        config.json is this one.
         """
         if not self.active:
             return
@@ -117,6 +124,10 @@ class Log:
                 self.kept[named[0]] = source.archive
                 if changes := differences(description, text):
                     self.say(f"resumed with {', '.join(changes)}")
+            if any(change.startswith("config.steps ") for change in differences(description, text)):
+                # Whoever reads the weights asks config.json where in training they are from
+                self.kept["config.json"] = text.encode()
+                self.write("config.json", lambda path: path.write_text(text, encoding="utf-8"))
         self.keep()
 
     def begin(self, source, name, text):

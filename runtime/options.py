@@ -81,10 +81,19 @@ class RunConfig(Options):
     )
     resume: str = option(
         "",
-        "go on from a run's folder or a checkpoint in it; auto: from --run-dir or the newest "
-        "unfinished run of the track, or begin if there is none",
+        "go on from a run's folder or a checkpoint in it, with its options where others are not "
+        "given; auto: from --run-dir or the newest run of this recipe and data that has something "
+        "left to do, or begin if there is none",
     )
-    warm_start: str = option("", "take the weights of a run or checkpoint, and nothing else")
+    extend: str = option(
+        "replan",
+        "the learning rate where --steps grows on resuming; replan: that of a run of so many "
+        "steps, cooldown: from its peak straight down over the added ones",
+        ("replan", "cooldown"),
+    )
+    warm_start: str = option(
+        "", "take weights and tokenizer of a run or checkpoint, and nothing else"
+    )
     max_restarts: int = option(
         0, "with several GPUs: how often torchrun may start again after a failure, resuming", COUNT
     )
@@ -162,7 +171,7 @@ def peek(argv, *names):
     """{name: value or None} of a few options, before it is known which others there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
-        parser.add_argument(f"--{name}", nargs="?")
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs="?")
     return vars(parser.parse_known_args(argv)[0])
 
 
@@ -182,6 +191,8 @@ def parse_options(classes, argv, shown, **texts):
     heading = "options"
     for cls in classes:
         for f in dataclasses.fields(cls):
+            if f.metadata["help"] is None:
+                continue  # remembered, and no option
             heading = f.metadata["group"] or heading
             if heading not in groups:
                 groups[heading] = parser.add_argument_group(heading)

@@ -1,178 +1,205 @@
-"""Where a run is kept, and whether it can go on from a checkpoint.
+"""What a run has left in its folder, and whether it can go on from there.
 
 RUN_DIR/log.txt, metrics.jsonl, config.json       from the start
 RUN_DIR/checkpoints/step-000123/                  see checkpoints.py
 RUN_DIR/result.json, model.safetensors            once it has finished
+
+A result counts until there is a checkpoint of a later step: then the run has gone on since.
 """
 
 import contextlib
-import datetime
 import json
 import os
+import socket
+import typing
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from base import InputError
-from base.options import refuse
+from base import InputError, RankError, to_json
+from base.options import seconds
+from records.metrics import METRICS, VAL_LOSS, meets
 
 from . import checkpoints
+from .log import show
 from .machine import first_rank_first, share_text
 from .options import defaults, flat
+from .warm_start import differences, load_weights, other_tokens
+
+# Options that say when a run ends: they may differ from the finished run's, and then it may go on
+ENDS = ("target", "target_metric", "steps", "max_time", "patience")
+# What has a check of its own besides
+APART = {"steps", "earlier", "extend", "warm_start"}
+# Options that belong to a command and its machine, and not to the run it goes on with
+OF_A_COMMAND = {"run_dir", "cache_dir", "resume", "repeat", "gpus", "max_restarts"}
+OF_A_COMMAND |= {"micro_tokens", "recompute", "kernels", "compile", "earlier"}
 
 
-def choose_run_dir(config, world, runs):
-    """(folder, resuming): where a run goes, and whether it may go on with what is there, on the
-    first rank; others get no folder.
+class Left(typing.NamedTuple):
+    """What a run has left in its folder."""
 
-    config: of parts, with goal and run; runs: parent of unnamed runs. Raises InputError.
-    """
-
-    def choose():
-        if world.rank:
-            return Path(), False
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        return run_dir_of(config.run, config.goal.track, config.goal.seed, runs, restarted)
-
-    return first_rank_first(world, choose)
+    folder: Path
+    result: dict | None  # of a run that has finished and not gone on since
+    checkpoint: Path | None  # the newest complete one
+    # config, data_fingerprint and progress, of the checkpoint, or of the result where there is no
+    # checkpoint; None if nothing says what the run is
+    meta: dict | None
 
 
-def run_dir_of(options, track, seed, runs, restarted):
-    """The same for a RunConfig and its first seed; restarted: by torchrun, after a failure."""
-    folder = Path(options.run_dir) if options.run_dir else None
-    resume = options.resume
-    if restarted and not resume:
-        resume = "auto"
-    if folder is None and resume == "auto":
-        folder = newest_unfinished(runs, track or "run", seed, options.repeat)
-    elif resume and resume != "auto":
-        of_run = run_of(Path(resume))
-        folder = folder or of_run
-        refuse_older_checkpoint(Path(resume), folder, of_run)
-    if folder is None:
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-        folder = Path(runs) / f"{stamp}-{track or 'run'}"
-    if not resume and folder.is_dir() and next(folder.rglob("log.txt"), None):
-        raise InputError(
-            f"--run-dir {folder}: holds a run already; choose another folder, or --resume auto to "
-            "go on"
-        )
-    return folder, bool(resume)
+def left_by(folder):
+    """What a run has Left in a folder. Raises InputError for a checkpoint that cannot be read."""
+    result = read_result(folder)
+    checkpoint = checkpoints.latest(folder / "checkpoints")
+    if checkpoint is None:
+        return Left(folder, result, None, described(folder, result))
+    meta = checkpoints.load_meta(checkpoint)
+    if result and meta["progress"]["step"] > result["steps"]:
+        result = None
+    return Left(folder, result, checkpoint, meta)
 
 
-def newest_unfinished(runs, track, seed, repeat):
-    """The newest folder in `runs` of a run of the track that has begun and not finished, or
-    None."""
-    for folder in sorted(Path(runs).glob(f"*-{track}"), reverse=True):
-        parts = folders(folder, seed, repeat)
-        if begun(folder, repeat) and not all(read_result(part) for _, part in parts):
-            return folder
-    return None
-
-
-def run_of(given):
-    """The run's folder that `--resume given` names, itself or by one of its checkpoints."""
-    if not given.is_dir():
-        raise InputError(
-            f"--resume {given}: no such folder; give a run's folder, a checkpoint in it, or auto"
-        )
-    if (given / "state.json").exists():
-        return given.parent.parent
-    if next(given.rglob("log.txt"), None) is None:
-        raise InputError(
-            f"--resume {given}: neither a run nor a checkpoint; give a run's folder, a checkpoint "
-            "in it, or auto"
-        )
-    return given
-
-
-def refuse_older_checkpoint(given, folder, of_run):
-    """A run goes on in its own folder only from its newest checkpoint."""
-    if folder != of_run or given == of_run:
-        return
-    newest = checkpoints.latest(folder / "checkpoints")
-    if newest and newest.resolve() != given.resolve():
-        raise InputError(
-            f"--resume {given}: {newest.name} is newer in this run; give another --run-dir to go "
-            "on from the older one"
-        )
-
-
-def read_result(run_dir):
+def read_result(folder):
     """The result of a finished run, else None."""
     try:
-        return json.loads((run_dir / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text())
     except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and "steps" in result else None
+
+
+def described(folder, result):
+    """What a checkpoint's meta would say, from a run's config.json and result; None without them.
+
+    Without a result there is no progress in it.
+    """
+    try:
+        said = json.loads((folder / "config.json").read_text())
+        meta = dict(
+            config=said["config"],
+            data_fingerprint=said["data"],
+            environment=said["environment"],
+        )
+        if result:
+            meta["progress"] = progress_at(result, said["environment"])
+        return meta
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def folders(run_dir, seed, repeat):
-    """[(seed, folder), ...]: where the runs of `repeat` successive seeds are. Raises InputError."""
-    if seed + repeat > 2**63:
-        refuse("seed", seed, f"seeds below 2**63, all {repeat} of them")
-    if repeat == 1:
-        return [(seed, run_dir)]
-    return [(s, run_dir / f"seed{s}") for s in range(seed, seed + repeat)]
+def progress_at(result, environment):
+    """The fields of a session's Position at the end of a run, from its result."""
+    rate = environment["probe"]["matmul"][environment["dtype"]] * environment["world_size"]
+    return dict(
+        step=result["steps"],
+        tokens=result["tokens"],
+        flops=result["peak_share"] * result["train_time_s"] * rate,
+        train_time=result["train_time_s"],
+        metrics={name: result[name] for name in METRICS if name in result},
+        validated=result["steps"],
+        best=result[VAL_LOSS],
+        resumed_at=result["resumed_at"],
+    )
 
 
-def begun(run_dir, repeat):
-    """Whether a run, or one of several seeds where that is asked for, has begun there."""
-    return next(run_dir.glob("seed*/log.txt" if repeat > 1 else "log.txt"), None) is not None
+# --------------------------------------------------------------------------------------------------
+# Whether it fits
 
 
-@contextlib.contextmanager
-def alone(run_dir):
-    """Hold a run's folder against other processes that would train in it. Raises InputError."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(checkpoints.locked(run_dir, seconds=0))
-        except BlockingIOError:
-            raise InputError(
-                f"{run_dir}: another process is training there; wait for it, or choose another "
-                "--run-dir"
-            ) from None
-        except OSError as e:
-            raise InputError(
-                f"--run-dir {run_dir}: {e.strerror}; choose a folder that can be written"
-            ) from None
-        yield
+def misfits(config, free, fingerprint, meta):
+    """What keeps a configuration from going on with a run, a readable line for each; [] if it fits.
+
+    free: options that may differ; fingerprint: of the data; meta: of the run. What the
+    configuration has and the run does not was added since, and had its default then.
+    """
+    ours = flat(config)
+    theirs = defaults(config) | meta["config"]
+    apart = free | APART
+    # How steps were added before is part of the recipe, until some are added again
+    if ours["steps"] == theirs["steps"] and theirs["earlier"]:
+        theirs["extend"] = theirs["earlier"][-1][2]
+        apart = apart - {"extend"}
+    # Weights to begin with are not for a run that has begun with others
+    if ours["warm_start"]:
+        apart = apart - {"warm_start"}
+    lines = []
+    if fingerprint != meta["data_fingerprint"]:
+        here = f"{ours['text'] or ours['data']}, {fingerprint[:16]}"
+        there = f"{theirs['text'] or theirs['data']}, {meta['data_fingerprint'][:16]}"
+        lines.append(f"data: {here} here, {there} in the run")
+    lines += differences(
+        {name: value for name, value in ours.items() if name not in apart},
+        {name: value for name, value in theirs.items() if name not in apart},
+    )
+    if ours["steps"] < theirs["steps"]:
+        lines.append(
+            f"steps: {ours['steps']} here, {theirs['steps']} in the run: they can only grow"
+        )
+    return lines
 
 
-def starting_point(options, run_dir):
-    """(tensors, meta) of the checkpoint to go on from, None to start anew. Raises InputError."""
-    # The run's own come first: it may have been resumed before
-    path = checkpoints.latest(run_dir / "checkpoints")
-    if path is None and options.resume not in ("", "auto"):
-        given = Path(options.resume)
-        is_checkpoint = (given / "state.json").exists()
-        path = given if is_checkpoint else checkpoints.latest(given / "checkpoints")
-        if path is None and options.repeat == 1:
-            raise InputError(f"--resume {given}: holds no complete checkpoint")
-    return checkpoints.load(path) if path else None
+def check_fit(config, free, dataset, left):
+    """Refuse to go on with a run of another recipe or other data, naming what differs. Raises
+    InputError."""
+    lines = misfits(config, free, dataset.fingerprint, left.meta)
+    # The same name and text, but not what learns a vocabulary from them
+    if not lines and (other := other_tokens(left.folder, dataset)):
+        lines.append(other)
+    if lines:
+        raise InputError(
+            f"{left.folder}: the run does not fit: {'; '.join(lines)}. Give what it was made with, "
+            "or --warm-start to take its weights only"
+        )
 
 
-def begin(config, free, world, run_dir, resuming, fingerprint, closing):
+def why_ended(config, left):
+    """Why a finished run has nothing left to do under these options, in words; None if it has."""
+    result = left.result
+    goal = config.goal
+    value = result.get(goal.target_metric)
+    if goal.target is not None and value is not None:
+        if meets(value, goal.target, goal.target_metric):
+            return f"its {goal.target_metric} of {value:.4f} meets the target of {goal.target}"
+    if result["steps"] >= config.schedule.steps:
+        return f"it took all {result['steps']} steps"
+    trained = result["train_time_s"]
+    if config.run.max_time and trained >= seconds(config.run.max_time):
+        return f"it trained for {trained:.1f} s of at most {config.run.max_time}"
+
+    # Without a checkpoint of its end nobody knows how patient it was
+    since_best = left.meta["progress"].get("since_best", 0)
+    if config.run.patience and since_best >= config.run.patience:
+        return f"its last {since_best} validations brought no better one"
+    ours = flat(config)
+    theirs = defaults(config) | left.meta["config"]
+    if all(ours[name] == theirs[name] for name in ENDS):
+        return "it ended as these options say"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# Going on
+
+
+def begin(config, free, world, run_dir, resuming, dataset, closing):
     """(result, found): what is in a run's folder to go on from, None where there is nothing.
 
-    A result if it has finished; else (tensors, meta) of a checkpoint, the tensors on the first rank
-    only. config: of parts, with a RunConfig `run`; free: options that
-    may differ from the checkpoint's; fingerprint: of the data; closing: an ExitStack until whose
-    end the folder is held against other processes. Raises InputError.
+    A result if it has finished and has nothing left to do; else (tensors, meta) of a checkpoint,
+    the tensors on the first rank only. config: of parts, with goal, schedule and a RunConfig `run`;
+    free: options that may differ from the run's; dataset: a Dataset; closing: an ExitStack until
+    whose end the folder is held against other processes. Raises InputError.
     """
 
     def look():
         if world.rank:
             return None, None
+        if resuming:
+            # Only read: the folder may be of somebody else
+            result = finished(config, free, dataset, run_dir)
+            if result:
+                return result, None
         closing.enter_context(alone(run_dir))
-        result = read_result(run_dir) if resuming else None
-        found = None
-        if resuming and not result:
-            found = starting_point(config.run, run_dir)
-        if not found:
-            return result, None
-        check_fit(config, free, fingerprint, found[1])
-        return result, found
+        if not resuming:
+            refuse_run_in_the_way(run_dir)
+            return None, None
+        return None, starting_point(config, free, dataset, run_dir)
 
     result, found = first_rank_first(world, look)
     tensors, meta = found or ({}, None)
@@ -180,95 +207,180 @@ def begin(config, free, world, run_dir, resuming, fingerprint, closing):
     return result, (tensors, meta) if meta else None
 
 
-def check_fit(config, free, fingerprint, meta):
-    """Refuse a checkpoint of another recipe or other data, naming what differs.
-
-    What the configuration has and the checkpoint does not was added since, and had its default
-    then.
-    """
-    ours = {k: v for k, v in flat(config).items() if k not in free}
-    theirs = {k: v for k, v in (defaults(config) | meta["config"]).items() if k not in free}
-    differing = differences(ours, theirs)
-    if fingerprint != meta["data_fingerprint"]:
-        differing.append(
-            f"data: {fingerprint[:16]} here, {meta['data_fingerprint'][:16]} in the checkpoint"
-        )
-    if differing:
-        raise InputError(
-            f"the checkpoint does not fit: {'; '.join(differing)}. Give what it was made with, or "
-            "--warm-start to take its weights only"
-        )
-
-
-def differences(ours, theirs):
-    """What differs between two dicts of JSON-able fields, a readable line for each.
-
-    ours: of this run; theirs: the checkpoint's. A tuple is a list; a field of an inner dict is
-    named outer.inner.
-    """
-    ours = dict(leaves(json.loads(json.dumps(ours))))
-    theirs = dict(leaves(json.loads(json.dumps(theirs))))
-    lines = []
-    for name in [*ours, *(name for name in theirs if name not in ours)]:
-        a = json.dumps(ours[name]) if name in ours else "nothing"
-        b = json.dumps(theirs[name]) if name in theirs else "nothing"
-        if a == b:
-            continue  # NaN is not equal to itself, but its text is
-        if name in ours and name in theirs and ours[name] == theirs[name]:
-            continue  # 1 and 1.0 have other texts, but are equal
-        if max(len(a), len(b)) > 80:
-            start = max(0, len(os.path.commonprefix([a, b])) - 20)
-            a = excerpt(a, start)
-            b = excerpt(b, start)
-        lines.append(f"{name}: {a} here, {b} in the checkpoint")
-    return lines
-
-
-def excerpt(text, start):
-    """60 characters of it, from where two texts part."""
-    before = "..." if start else ""
-    after = "..." if len(text) > start + 60 else ""
-    return before + text[start : start + 60] + after
-
-
-def leaves(tree, prefix=""):
-    """(dotted name, value) for each leaf of nested dicts."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def read_weights(given):
-    """{parameter: tensor} of a run or a checkpoint, fp32 masters where there are. Raises
+def finished(config, free, dataset, run_dir):
+    """The result of a run that has nothing left to do, having said so; else None. Raises
     InputError."""
-    path = Path(given)
-    if not (path / "model.safetensors").exists() and (path / "checkpoints").is_dir():
-        path = checkpoints.latest(path / "checkpoints") or path
-    if (path / "state.json").exists():
-        return {
-            name.removeprefix("weights/"): x
-            for name, x in checkpoints.load(path)[0].items()
-            if name.startswith("weights/")
-        }
-    try:
-        return {name: x for name, x in load_file(path / "model.safetensors").items() if x.numel()}
-    except (OSError, SafetensorError) as e:
+    left = left_by(run_dir)
+    if not left.result:
+        return None
+    if not left.meta:
         raise InputError(
-            f"--warm-start {given}: expected a run's folder with model.safetensors, or a "
-            f"checkpoint ({' '.join(str(e).split())})"
-        ) from None
+            f"{run_dir}: holds a result, and neither a checkpoint nor the config.json that says of "
+            "what; restore one of them, or choose another --run-dir"
+        )
+    check_fit(config, free, dataset, left)
+    why = why_ended(config, left)
+    if not why:
+        return None
+    show(
+        f"{run_dir} had finished before: {why}. This is its result again; more --steps, another "
+        "--target or more --max-time go on from there"
+    )
+    # The target may be another one by now, which it meets or not as it is
+    goal = config.goal
+    reached = None
+    if goal.target is not None:
+        value = left.result.get(goal.target_metric)
+        reached = value is not None and meets(value, goal.target, goal.target_metric)
+    asked = dict(target_metric=goal.target_metric, target=goal.target, reached=reached)
+    return left.result | asked
 
 
-def copy_weights(given, model):
-    """Copy what read_weights gives into a model's parameters, unless they are on meta. Raises
-    InputError naming what does not fit."""
-    tensors, parameters = read_weights(given), dict(model.named_parameters())
-    wanted = {name: list(p.shape) for name, p in parameters.items() if p.numel()}
-    differing = differences(wanted, {name: list(x.shape) for name, x in tensors.items()})
-    if differing:
-        raise InputError(f"--warm-start {given} does not fit this model: {'; '.join(differing)}")
-    for name, x in tensors.items():
-        if parameters[name].device.type != "meta":
-            parameters[name].data.copy_(x)
+def starting_point(config, free, dataset, run_dir):
+    """(tensors, meta) to go on from, None to start anew. Raises InputError."""
+    # The run's own come first: it may have been resumed before
+    left = left_by(run_dir)
+    given = config.run.resume
+    if not (left.checkpoint or left.result) and given not in ("", "auto"):
+        left = left_by_given(Path(given))
+        if not (left.checkpoint or left.result):
+            if config.run.repeat > 1:
+                return None  # not begun with this seed
+            raise InputError(f"--resume {given}: holds no complete checkpoint")
+    if not (left.checkpoint or left.result):
+        return None
+    check_fit(config, free, dataset, left)
+    if left.checkpoint:
+        return checkpoints.load(left.checkpoint)
+    return weights_alone(left)
+
+
+def left_by_given(given):
+    """What there is to go on from in the folder of a run or of a checkpoint."""
+    if (given / "state.json").exists():
+        return Left(given, None, given, checkpoints.load_meta(given))
+    return left_by(given)
+
+
+def weights_alone(left):
+    """(tensors, meta) of a finished run whose checkpoints are gone. Raises InputError."""
+    weights = load_weights(left.folder, "--resume")
+    kinds = sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})
+    show(
+        f"{left.folder} has no checkpoint: it goes on with the weights of model.safetensors "
+        f"({', '.join(kinds)}), and the optimizer's moments begin at zero"
+    )
+    return {f"weights/{name}": x for name, x in weights.items()}, left.meta
+
+
+def refuse_other_options(config, free, world):
+    """All ranks have to train the same: where the folder to go on from is not on every machine,
+    its options are not either. Raises InputError."""
+    ours = {name: value for name, value in flat(config).items() if name not in free}
+    theirs = json.loads(share_text(world, to_json(ours)))
+
+    def compare():
+        if lines := differences(ours, theirs, "on the first rank"):
+            raise RankError(f"rank {world.rank} has other options: {'; '.join(lines)}")
+
+    first_rank_first(world, compare)
+
+
+def added_steps(config, meta):
+    """Schedule.earlier of a run that goes on: as it was, and the steps that are added now."""
+    earlier = tuple(tuple(entry) for entry in meta["config"].get("earlier", ()))
+    planned = meta["config"]["steps"]
+    if config.schedule.steps != planned:
+        earlier += ((meta["progress"]["step"], planned, config.run.extend),)
+    return earlier
+
+
+def options_of(given):
+    """{option: value} of the run that `--resume given` names, but for what is of a command and its
+    machine; {} where it names none. Raises InputError for a checkpoint that cannot be read."""
+    if not given or given == "auto" or not os.path.isdir(given):
+        return {}
+    folder = Path(given)
+    left = left_by_given(folder)
+    own = {}
+    if not left.meta:
+        # The folders of several seeds: the first one speaks for all
+        seeds = sorted(folder.glob("seed*/config.json"), key=lambda path: seed_of(path.parent))
+        left = left_by(seeds[0].parent) if seeds else left
+        own = dict(repeat=len(seeds)) if seeds else {}
+    if not left.meta:
+        return {}
+    for name, value in left.meta["config"].items():
+        if name not in OF_A_COMMAND:
+            own[name] = tuple(value) if isinstance(value, list) else value
+    return own
+
+
+def seed_of(folder):
+    """What sorts the folders of several seeds."""
+    digits = folder.name.removeprefix("seed")
+    return int(digits) if digits.isdecimal() else -1
+
+
+# --------------------------------------------------------------------------------------------------
+# A folder for one process
+
+
+@contextlib.contextmanager
+def alone(run_dir):
+    """Hold a run's folder against other processes that would train in it. Raises InputError."""
+    with contextlib.ExitStack() as held:
+        lock = run_dir / ".lock"
+        try:
+            held.enter_context(checkpoints.locked(run_dir, seconds=0))
+        except BlockingIOError:
+            raise InputError(
+                f"{run_dir}: another process is training there{holder(lock)}; wait for it, or "
+                "choose another --run-dir"
+            ) from None
+        except OSError as e:
+            raise InputError(
+                f"--run-dir {run_dir}: {e.strerror}; choose a folder that can be written"
+            ) from None
+        with contextlib.suppress(OSError):  # on a full disk others do not learn who it is
+            lock.write_text(f"{os.getpid()} {socket.gethostname()}")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.truncate(lock, 0)
+
+
+def holder(lock):
+    """Who holds a lock, in words, as it has written there itself."""
+    try:
+        pid, host = lock.read_text().split()
+    except (OSError, ValueError):
+        return ""
+    return f" (pid {pid} on {host})"
+
+
+def is_held(run_dir):
+    """Whether another process trains in a folder."""
+    try:
+        with checkpoints.locked(run_dir, seconds=0):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # nobody can train there
+
+
+def is_run(folder):
+    """Whether there is anything of a run in a folder."""
+    names = ("log.txt", "config.json", "result.json", "checkpoints")
+    return any((folder / name).exists() for name in names)
+
+
+def refuse_run_in_the_way(folder):
+    """A new run needs a folder without one, also without those of several seeds."""
+    if folder.is_dir() and (is_run(folder) or next(folder.rglob("log.txt"), None)):
+        raise InputError(
+            f"--run-dir {folder}: holds a run already; choose another folder, or --resume auto to "
+            "go on"
+        )

@@ -63,7 +63,8 @@ def load_run(folder, device="cpu", template=None):
         options = said["config"]
         config = template_config(options, template)
         max_len = max(options["row_len"], options["val_row_len"])
-        progress = progress_of(steps, options["steps"], options["extension"])
+        added = options["extension"], options.get("earlier", ())
+        progress = progress_of(steps, options["steps"], *added)
         stage = config.val_stage(config.stage(progress, max_len), max_len)
         # Gates and the like are fp32 in every run
         dtypes = {w.dtype for w in weights.values() if w.dtype != torch.float32}

@@ -168,6 +168,8 @@ class Session:
         """Whether the last validation reached the target; None without a target."""
         if self.goal.target is None:
             return None
+        if self.at.validated != self.at.step:
+            return False  # that was of other weights, before a target that came on resuming
         value = self.at.metrics.get(self.goal.target_metric)
         return value is not None and meets(value, self.goal.target, self.goal.target_metric)
 
@@ -255,7 +257,8 @@ class Session:
     def save(self, wait=False):
         """Write a checkpoint; the training clock goes on, if it runs.
 
-        Returns whether one was begun; with wait, whether it was written.
+        Returns whether one was begun, or waits for its turn as that of a new best does; with wait,
+        whether it was written.
         """
         at = self.at
         self.wanted.discard("save")
@@ -269,7 +272,9 @@ class Session:
             return False
         meta = dict(self.about, progress=dataclasses.asdict(at))
         metric = at.metrics[VAL_LOSS] if at.validated == at.step else None
-        saved = self.store.save(at.step, tensors, meta, metric, wait)
+        is_best = metric is not None and at.since_best == 0
+        queue = self.options.keep_best > 0 and is_best
+        saved = self.store.save(at.step, tensors, meta, metric, wait, queue)
         if not saved and not wait:
             self.log.say(
                 f"step {at.step}: no checkpoint, since the last one is still being written"

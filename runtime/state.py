@@ -32,9 +32,15 @@ class State(typing.NamedTuple):
         return tensors
 
     def restore(self, tensors, step):
-        """Take over a checkpoint's tensors, there on the first rank, on every rank."""
+        """Take over a checkpoint's tensors, there on the first rank, on every rank.
+
+        A run's weights alone will do, without moments: those are zero then.
+        """
+        weights_alone = all(name.startswith("weights/") for name in tensors)
 
         def fetch(name, like, missing=None):
+            if weights_alone and not name.startswith("weights/") and missing is None:
+                missing = torch.zeros_like(like)
             if self.world.rank == 0:
                 whole = tensors.get(name, missing).view(like.shape).to(like)
             else:

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,9 @@ ROOT = Path(tg.__file__).parent
 WORDS = (
     "the a cat dog sees likes chases finds and but then why who red small old tree house river moon"
 ).split()
+
+
+REMEMBERED = {"earlier", "vocabulary"}  # fields of a configuration that are no options
 
 
 def write_text(path, n_words=20000, seed=0):
@@ -149,7 +154,7 @@ def options(config):
     args = ["--track", "laptop"]
     for name, value in flat(config).items():
         option = f"--{name.replace('_', '-')}"
-        if name == "track" or value is None:
+        if name in ("track", *REMEMBERED) or value is None:
             continue
         if isinstance(value, bool):
             args.append(option if value else f"--no-{option[2:]}")
@@ -163,3 +168,31 @@ def train_losses(run_dir):
     """Training losses of a finished run, by step."""
     rows = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
     return [r["train_loss"] for r in rows if "train_loss" in r]
+
+
+class Runner:
+    """Runs of one configuration, each in its folder."""
+
+    def __init__(self, nursery, text, tmp, **fields):
+        self.nursery = nursery
+        self.text = text
+        self.tmp = tmp
+        self.fields = fields
+
+    def argv(self, name, **fields):
+        fields = dict(text=str(self.text), run_dir=str(self.tmp / name)) | self.fields | fields
+        return options(tiny(fields.pop("text"), self.tmp, **fields))
+
+    def __call__(self, name, *more, job=(), **fields):
+        return self.nursery.run(
+            [*self.argv(name, **fields), *more], self.tmp / "output", **dict(job)
+        )
+
+    def stop(self, name, step, *more, job=(), **fields):
+        """Run until a signal, asking for it before this step, has stopped it; returns the step
+        after which it did."""
+        done = self(name, *more, job=dict(job) | dict(at=(step - 1, signal.SIGTERM)), **fields)
+        assert done.status == 143, done.err
+        stopped = int(re.search("stopped at step ([0-9]+) by a signal", done.err)[1])
+        assert 0 <= stopped - step < {**self.fields, **fields}.get("adam_every", 1)
+        return stopped

@@ -102,6 +102,79 @@ def test_stages_can_be_told_apart_and_counted():
     assert len({stage_at(one, step) for step in range(1, 501)}) == 1
 
 
+# --- Steps that are added to a run
+
+
+def rates(schedule, *steps):
+    return [lr_scale(schedule, schedule.progress(step), schedule.annealing(step)) for step in steps]
+
+
+def test_added_steps_do_not_change_those_before():
+    plain = Schedule(steps=100)
+    for earlier in ((100, 100, "replan"),), ((60, 100, "cooldown"), (90, 150, "replan")):
+        longer = Schedule(steps=200, earlier=earlier)
+        before = range(1, earlier[0][0] + 1)
+        assert [plain.progress(s) for s in before] == [longer.progress(s) for s in before]
+        assert rates(plain, *before) == rates(longer, *before)
+
+
+def test_replanned_steps_have_the_rate_of_a_run_of_that_length():
+    """The end of the first 100 steps is at 0.15; then it is as if 200 had been meant all along."""
+    longer = Schedule(steps=200, earlier=((100, 100, "replan"),))
+    planned = Schedule(steps=200)
+    assert rates(longer, 100)[0] < 0.17
+    for step in (101, 150, 200):
+        assert longer.annealing(step) == planned.annealing(step) == (step - 1) / 200
+        assert rates(longer, step) == rates(planned, step)
+    # Stopped before its cooldown, and with one stage, a run is the one that was meant to be longer
+    stopped = Schedule(steps=200, earlier=((40, 100, "replan"),))
+    assert rates(stopped, *range(1, 201)) == rates(planned, *range(1, 201))
+
+
+def test_a_new_cooldown_falls_from_the_peak_over_the_added_steps():
+    longer = Schedule(steps=150, lr_floor=0.1, earlier=((100, 100, "cooldown"),))
+    assert rates(longer, 101) == [pytest.approx(1.0)]
+    assert rates(longer, 126) == [pytest.approx(0.55)]
+    assert rates(longer, 150)[0] == pytest.approx(1 - 0.9 * 49 / 50)
+    flat = Schedule(steps=150, cooldown=0.0, earlier=((100, 100, "cooldown"),))
+    assert set(rates(flat, *range(1, 151))) == {1.0}
+
+
+def test_no_stage_comes_back_where_steps_are_added():
+    """Batches stay as large as they were, heads untied; the stages that are left come later."""
+    c = staged(steps=1200, tied=0.5, earlier=((450, 600, "replan"),))
+    assert stage_at(c, 450).rows == stage_at(c, 451).rows == stage_at(c, 1200).rows == 10
+    early = staged(steps=1200, tied=0.5, earlier=((100, 600, "replan"),))
+    rows = [stage_at(early, step).rows for step in (100, 101, 400, 401, 800, 801)]
+    assert rows == [2, 2, 2, 4, 4, 10]
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), max_size=3), st.integers(0, 20))
+def test_progress_never_falls(parts, extension):
+    """parts: (steps taken, steps left out) before more were added, each time."""
+    earlier = []
+    steps = 0
+    after = 0
+    for taken, left_out in parts:
+        after += taken
+        steps = max(steps + 1, after + left_out)
+        earlier.append((after, steps, "replan"))
+    schedule = Schedule(steps=steps + 21, extension=extension, earlier=tuple(earlier))
+    found = [schedule.progress(step) for step in range(1, schedule.steps + 1)]
+    assert found == sorted(found) and found[0] == 0 and found[-1] <= 1
+    assert all(0 <= schedule.annealing(step) <= 1 for step in range(1, schedule.steps + 1))
+
+
+def test_what_is_said_of_added_steps():
+    schedule = Schedule(steps=200, earlier=((100, 100, "replan"),))
+    said = tg.added_steps_in_words(schedule, 100)
+    assert said.startswith("100 steps more than the 100 planned: ")
+    assert "0.16 of its peak in step 100, 0.86 in the next" in said
+    assert tg.added_steps_in_words(schedule, 150) is None
+    assert tg.added_steps_in_words(Schedule(), 100) is None
+
+
 # --- Learning rate
 
 

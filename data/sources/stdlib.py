@@ -47,7 +47,7 @@ def list_files():
 
 
 def open_stdlib(config, cache):
-    return open_files("stdlib", list_files, config.tokenizer, cache)
+    return open_files("stdlib", list_files, config.encoder, cache)
 
 
 SOURCE = Source("the Python files of Python's standard library", open_stdlib)

@@ -98,7 +98,7 @@ def open_text(config, cache):
                 )
             return kept
 
-    return open_files(str(text), list_text, config.tokenizer, cache, list_val, config.encoding)
+    return open_files(str(text), list_text, config.encoder, cache, list_val, config.encoding)
 
 
 SOURCE = Source("a text file or folder of your own, which --text names", open_text)

@@ -269,6 +269,13 @@ def test_a_tied_model_says_so(tmp_path, capsys):
             assert main(capsys, run, "--to", out)[0] == 0
             config = json.loads((out / "config.json").read_text())
             assert config["tie_word_embeddings"] is (step <= last_tied), (extension, step)
+    # Steps that were added at the end bring no stage back
+    c, model = small(tied=0.5, run=dict(steps=80, earlier=((20, 20, "replan"),)))
+    for step, tied in ((10, True), (11, False), (30, False)):
+        run = make_run(tmp_path / f"longer{step}", c, model, step)
+        assert main(capsys, run, "--to", tmp_path / f"added{step}")[0] == 0
+        config = json.loads((tmp_path / f"added{step}/config.json").read_text())
+        assert config["tie_word_embeddings"] is tied, step
 
 
 def test_no_pickle_and_no_path_of_this_machine(tmp_path, capsys):

@@ -4,6 +4,7 @@ nothing behind."""
 import bz2
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -388,6 +389,17 @@ def test_resumed_as_something_else(add, tmp_path):
     refused(
         add(other), home, other, "resumed with another environment.t", "'2.14.0' (was '2.13.0')"
     )
+    log = other / "log.txt"
+    for changed in (
+        "config.steps 60 (was 30)",
+        "config.keep_last 3 (was 2), config.target 3 (was 4)",
+    ):
+        log.write_text(
+            re.sub("^resumed with .*$", f"resumed with {changed}", log.read_text(), flags=re.M)
+        )
+        refused(
+            add(other), home, other, f"it was resumed with {changed.split(', ')[-1]}", "run it anew"
+        )
     other = make_run(tmp_path / "r2", resumed=(10,))
     edit(other, "result.json", "resumed_at", "was_at")
     refused(add(other), home, "log.txt says it was resumed from steps [10], result.json []")

@@ -713,6 +713,18 @@ def test_tokens_at_is_what_the_trainer_counts():
         assert tokens_at(run, step) == sum(rows[:step]) * c.data.row_len
 
 
+def test_tokens_at_where_steps_were_added():
+    """The first 10 of 20 planned steps, in two stages of 10, then 40 in all: the second begins
+    after 20."""
+    config = dict(batch_tokens=[1, 100], earlier=[[10, 20, "replan"]])
+    run = Run("", "stopwatch", total_steps=40, config=config)
+    assert [tokens_at(run, step) for step in (10, 20, 21)] == [10, 20, 120]
+    config["earlier"] = [[20, 20, "replan"]]  # at the end of the second
+    assert [tokens_at(run, step) for step in (10, 20, 40)] == [10, 1010, 3010]
+    config["earlier"] = [7]
+    assert tokens_at(run, 10) is None
+
+
 @pytest.mark.parametrize("batches", [None, [], [1, "x"], [1.5], [0, 1], 7])
 def test_tokens_that_are_not_known(batches):
     run = Run("", "stopwatch", total_steps=9, config=dict(batch_tokens=batches))

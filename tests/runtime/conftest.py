@@ -1,7 +1,7 @@
 """What the tests of runs share: a text, a command line."""
 
 import pytest
-from helpers import options, tiny, write_text
+from helpers import Runner, options, tiny, write_text
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +20,21 @@ def argv(request, text, tmp_path):
         )
 
     return command
+
+
+@pytest.fixture
+def run(nursery, text, tmp_path):
+    """A Runner of a small model."""
+    return Runner(
+        nursery,
+        text,
+        tmp_path,
+        steps=6,
+        eval_every=3,
+        n_layer=1,
+        value_embed_layers=(),
+        row_len=16,
+        batch_tokens=(64,),
+        checkpoint_every="2",
+        sample_tokens=0,
+    )

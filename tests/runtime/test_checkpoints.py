@@ -35,6 +35,7 @@ from runtime.checkpoints import (
     complete,
     latest,
     load,
+    load_meta,
 )
 
 ROOT = Path(module.__file__).resolve().parent.parent
@@ -522,6 +523,40 @@ def test_while_one_is_written_another_is_skipped_or_waits(tmp_path, monkeypatch)
     assert names(tmp_path) == ["step-000001", "step-000003"]
     check(tmp_path / "step-000001", 1)
     check(tmp_path / "step-000003", 3)
+
+
+def test_one_that_must_not_be_lost_waits_for_its_turn(tmp_path, monkeypatch):
+    """The last of those that wait: it is better than those before."""
+    gate, checkpoints = Gate(monkeypatch), Checkpoints(tmp_path)
+    assert checkpoints.save(1, small(1), dict(n=1)) and gate.reached.wait(20)
+    assert checkpoints.save(2, small(2), dict(n=2), queue=True)
+    assert checkpoints.save(3, small(3), dict(n=3), queue=True)
+    assert not checkpoints.save(4, small(4), dict(n=4))
+    gate.open.set()
+    checkpoints.close()
+    assert not checkpoints.busy and names(tmp_path) == ["step-000001", "step-000003"]
+    check(tmp_path / "step-000003", 3)
+
+
+def test_the_last_one_comes_after_one_that_waits(tmp_path, monkeypatch):
+    gate, checkpoints = Gate(monkeypatch), Checkpoints(tmp_path)
+    assert checkpoints.save(1, small(1), dict(n=1)) and gate.reached.wait(20)
+    assert checkpoints.save(2, small(2), dict(n=2), queue=True)
+    threading.Timer(0.1, gate.open.set).start()
+    assert checkpoints.save(3, small(3), dict(n=3), wait=True)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
+def test_what_a_checkpoint_says_is_read_without_its_tensors(tmp_path):
+    path = save(tmp_path, 1)
+    assert load_meta(path) == dict(n=1)
+    (path / TENSORS).write_bytes(b"not read")
+    assert load_meta(path) == dict(n=1)
+    with pytest.raises(InputError, match="truncated or altered"):
+        load(path)
+    (path / STATE).write_bytes((path / STATE).read_bytes().replace(b'"n": 1', b'"n": 2'))
+    with pytest.raises(InputError, match="altered since it was written"):
+        load_meta(path)
 
 
 def test_close_waits_and_says_so(tmp_path, monkeypatch):

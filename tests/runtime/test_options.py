@@ -7,6 +7,7 @@ import types
 import typing
 
 import pytest
+from helpers import REMEMBERED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,8 @@ from runtime.options import (
     peek,
 )
 
-FIELDS = {f.name: f for cls in tg.config_classes().values() for f in dataclasses.fields(cls)}
+ALL = [f for cls in tg.config_classes().values() for f in dataclasses.fields(cls)]
+FIELDS = {f.name: f for f in ALL if f.metadata["help"]}  # others are remembered, and no options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,8 +284,13 @@ def test_every_option_says_what_it_is_and_its_default_is_valid():
 
 
 def test_no_two_parts_have_an_option_of_the_same_name():
-    classes = tg.config_classes().values()
-    assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in classes)
+    assert len({f.name for f in ALL}) == len(ALL)
+
+
+def test_what_is_remembered_is_no_option():
+    assert {f.name for f in ALL} - FIELDS.keys() == REMEMBERED
+    with pytest.raises(InputError, match="unknown option --earlier"):
+        tg.parse_args(["--earlier", "3"])
 
 
 def test_groups_have_one_heading_each(capsys):

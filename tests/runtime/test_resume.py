@@ -1,22 +1,17 @@
 """A run that goes on from a checkpoint is the run that never stopped."""
 
 import json
-import math
 import re
 import shutil
-import signal
 
 import pytest
-from helpers import PIECES, options, tiny, write_text
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import PIECES, Runner, tiny, write_text
 from processes import remains, rows, same
 
 import train_gpt as tg
 from base import InputError
 from runtime import checkpoints, resume
-from runtime.options import RunConfig, flat
-from runtime.resume import differences, leaves
+from runtime.options import flat
 
 # Everything that has a state or changes on the way: the head is untied after step 6, batches grow
 # after 8 and 16, windows (with yarn) and the number of targets change after 12; Adam updates in
@@ -43,34 +38,6 @@ ALL = PIECES | dict(
 )
 
 
-class Runner:
-    """Runs of one configuration, each in its folder."""
-
-    def __init__(self, nursery, text, tmp, **fields):
-        self.nursery = nursery
-        self.text = text
-        self.tmp = tmp
-        self.fields = fields
-
-    def argv(self, name, **fields):
-        fields = dict(text=str(self.text), run_dir=str(self.tmp / name)) | self.fields | fields
-        return options(tiny(fields.pop("text"), self.tmp, **fields))
-
-    def __call__(self, name, *more, job=(), **fields):
-        return self.nursery.run(
-            [*self.argv(name, **fields), *more], self.tmp / "output", **dict(job)
-        )
-
-    def stop(self, name, step, *more, job=(), **fields):
-        """Run until a signal, asking for it before this step, has stopped it; returns the step
-        after which it did."""
-        done = self(name, *more, job=dict(job) | dict(at=(step - 1, signal.SIGTERM)), **fields)
-        assert done.status == 143, done.err
-        stopped = int(re.search("stopped at step ([0-9]+) by a signal", done.err)[1])
-        assert 0 <= stopped - step < {**self.fields, **fields}.get("adam_every", 1)
-        return stopped
-
-
 @pytest.fixture(scope="module")
 def whole(nursery, text, tmp_path_factory):
     """A Runner with everything on, and its uninterrupted run."""
@@ -78,24 +45,6 @@ def whole(nursery, text, tmp_path_factory):
     done = runner("whole")
     assert done.status == 0, done.err
     return runner
-
-
-@pytest.fixture
-def run(nursery, text, tmp_path):
-    """A Runner of a small model."""
-    return Runner(
-        nursery,
-        text,
-        tmp_path,
-        steps=6,
-        eval_every=3,
-        n_layer=1,
-        value_embed_layers=(),
-        row_len=16,
-        batch_tokens=(64,),
-        checkpoint_every="2",
-        sample_tokens=0,
-    )
 
 
 def test_stopped_in_every_kind_of_place(whole):
@@ -282,37 +231,6 @@ def test_the_status_of_a_finished_run_is_its_own(run):
     assert run("run", "--resume", "auto", target=0.1).status == 3
 
 
-def test_auto_without_a_folder_takes_the_newest_unfinished_run_of_the_track(tmp_path):
-    def of(name, finished=False, seeds=()):
-        folder = tmp_path / "runs" / name
-        for inner in [folder / seed for seed in seeds] or [folder]:
-            inner.mkdir(parents=True)
-            (inner / "log.txt").touch()
-            if finished:
-                (inner / "result.json").write_text('{"steps": 3}')
-        return folder
-
-    def auto(restarted=False, how="auto", repeat=1):
-        options = RunConfig(resume=how, repeat=repeat)
-        return resume.run_dir_of(options, "tiny", 0, tmp_path / "runs", restarted)
-
-    older = of("20260101T000000-tiny")
-    newer = of("20260102T000000-tiny")
-    of("20260103T000000-tiny", finished=True)
-    of("20260104T000000-other")
-    of("20260105T000000-tiny", finished=True, seeds=("seed0", "seed1"))
-    seeds = of("20260106T000000-tiny", seeds=("seed0", "seed1"))
-    of("20260107T000000-tiny", finished=True, seeds=("seed0", "seed1"))
-    assert auto() == auto(how="", restarted=True) == (newer, True)
-    (newer / "result.json").write_text('{"steps": 3}')
-    assert auto() == (older, True)
-    assert auto(repeat=2) == (seeds, True)
-    (older / "result.json").write_text('{"steps": 3}')
-    folder, resuming = auto()
-    assert not folder.exists() and folder.parent == tmp_path / "runs" and resuming
-    assert auto(how="")[1] is False
-
-
 def test_repeat_with_one_seed_finished_and_one_begun(run):
     seeds = dict(repeat=2, steps=5)
     whole = run("whole", **seeds)
@@ -333,20 +251,161 @@ def test_repeat_with_one_seed_finished_and_one_begun(run):
 
 
 # --------------------------------------------------------------------------------------------------
+# More steps, another target, more time
+
+
+def test_more_steps_go_on_from_the_end(run):
+    assert run("run").status == 0
+    done = run("run", "--resume", "auto", steps=10)
+    assert done.status == 0, done.err
+    assert done.result["steps"] == 10 and done.result["resumed_at"] == [6]
+    assert "4 steps more than the 6 planned: the learning rate is that of a run of 10" in done.err
+    losses = [row["step"] for row in rows(run.tmp / "run") if "train_loss" in row]
+    assert losses == [*range(1, 11)]
+    config = json.loads((run.tmp / "run/config.json").read_text())["config"]
+    assert config["steps"] == 10 and config["earlier"] == [[6, 6, "replan"]]
+
+    # Now that is what was asked for, and less cannot be
+    again = run("run", "--resume", "auto", steps=10)
+    assert again.status == 0 and again.result == done.result
+    assert "run had finished before: it took all 10 steps. This is its result again" in again.err
+    fewer = run("run", "--resume", "auto", steps=9)
+    assert fewer.status == 2 and "steps: 9 here, 10 in the run: they can only grow" in fewer.err
+    other = run("run", "--resume", "auto", steps=10, extend="cooldown")
+    assert other.status == 2 and 'extend: "cooldown" here, "replan" in the run' in other.err
+
+
+def test_added_steps_that_are_stopped_are_those_that_were_not(whole):
+    """Of a run with everything on, which gets steps in the middle and, after its end, again."""
+    for name in ("longer", "longer_stopped"):
+        whole.stop(name, 11)
+    more = ("--resume", "auto")
+    assert whole("longer", *more, steps=32).status == 0
+    places = [whole.stop("longer_stopped", step, *more, steps=32) for step in (16, 20)]
+    assert whole("longer_stopped", *more, steps=32).status == 0
+    same(whole.tmp / "longer_stopped", whole.tmp / "longer")
+    # A result counts until there is a checkpoint of a later step
+    again = dict(steps=40, extend="cooldown")
+    places.append(whole.stop("longer_stopped", 36, *more, **again))
+    done = whole("longer_stopped", *more, **again)
+    assert done.status == 0 and done.result["resumed_at"] == [12, *places[:2], 32, places[2]]
+    assert whole("longer", *more, **again).status == 0
+    same(whole.tmp / "longer_stopped", whole.tmp / "longer")
+
+
+def test_another_target_goes_on_as_if_it_had_never_stopped(run):
+    fields = dict(eval_every=1)
+    assert run("whole", target=0.1, **fields).status == 3
+    assert run("run", target=100.0, **fields).result["steps"] == 1
+    done = run("run", "--resume", "auto", target=0.1, **fields)
+    assert done.status == 3 and done.result["resumed_at"] == [1] and done.result["target"] == 0.1
+    same(run.tmp / "run", run.tmp / "whole")
+    # One that it meets as it is
+    done = run("run", "--resume", "auto", target=50.0, **fields)
+    assert done.status == 0 and done.result["reached"] and done.result["target"] == 50.0
+    assert "meets the target of 50.0. This is its result again" in done.err
+
+
+def test_more_time_goes_on(run):
+    assert run("whole").status == 0
+    first = run("run", max_time="0.0001s")
+    assert first.result["steps"] == 1
+    same_again = run("run", "--resume", "auto", max_time="0.0001s")
+    assert same_again.result == first.result and "s of at most 0.0001s" in same_again.err
+    done = run("run", "--resume", "auto", max_time="1h")
+    assert done.status == 0 and done.result["steps"] == 6
+    ours, theirs = (run.tmp / name / "model.safetensors" for name in ("run", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_finished_run_without_checkpoints_goes_on_with_its_weights(run):
+    assert run("run", checkpoint_every="off").status == 0
+    done = run("run", "--resume", "auto", checkpoint_every="off")
+    assert done.status == 0 and "had finished before" in done.err
+    done = run("run", "--resume", "auto", checkpoint_every="off", steps=9)
+    assert done.status == 0 and done.result["resumed_at"] == [6], done.err
+    assert "run has no checkpoint: it goes on with the weights of model.safetensors" in done.err
+    assert done.result["tokens"] == 9 * 64
+    losses = [row["train_loss"] for row in rows(run.tmp / "run") if "train_loss" in row]
+    assert len(losses) == 9 and losses[6] < losses[0] - 0.3
+
+
+def test_what_a_finished_run_was_not_made_with_is_refused(run, tmp_path):
+    """Not answered with its result."""
+    assert run("run").status == 0
+    other = write_text(tmp_path / "other.txt", 4000, seed=1)
+    before = {p: p.read_bytes() for p in (run.tmp / "run").rglob("*") if p.is_file()}
+    done = run(
+        "run", "--resume", run.tmp / "run", text=str(other), tokenizer="chars", seed=7, steps=9
+    )
+    assert done.status == 2 and done.out == "" and done.err.count("\n") == 1, done.err
+    assert "seed: 7 here, 0 in the run" in done.err
+    assert 'tokenizer: "chars" here, "bytes" in the run' in done.err
+    assert "other.txt, " in done.err and "words.txt, " in done.err and "steps" not in done.err
+    assert before == {p: p.read_bytes() for p in before}
+    done = run("run", "--resume", "auto", warm_start="elsewhere")
+    assert 'warm_start: "elsewhere" here, "" in the run' in done.err
+
+
+def test_a_result_of_which_nothing_is_known_is_not_shown(run):
+    assert run("run", checkpoint_every="off").status == 0
+    (run.tmp / "run/config.json").unlink()
+    done = run("run", "--resume", "auto", checkpoint_every="off")
+    assert done.status == 2 and done.out == "" and "nor the config.json" not in done.out
+    assert "holds a result, and neither a checkpoint nor the config.json" in done.err
+
+
+def test_a_run_that_is_named_brings_its_options(run):
+    """What is not given is the run's, what is given is compared; a machine's are the command's."""
+    assert run("run").status == 0
+    short = ["--resume", f"{run.tmp / 'run'}/", "--no-compile", "--cache-dir", run.tmp / "cache"]
+    done = run.nursery.run([*short, "--steps", 8], run.tmp / "output")
+    assert done.status == 0, done.err
+    assert done.result["steps"] == 8 and done.result["resumed_at"] == [6]
+    done = run.nursery.run([*short, "--n-embd", 48], run.tmp / "output")
+    assert done.status == 2 and ": the run does not fit: n_embd: 48 here, 32 in" in done.err
+
+
+def test_options_of_a_run_with_an_option_that_is_gone(tmp_path):
+    """It is left to the comparison to say so."""
+    fields = flat(tg.configure()) | dict(gone=1, steps=77, track="laptop")
+    said = dict(config=fields, data="x", environment={})
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    config = tg.parse_args(["--resume", str(tmp_path)])
+    assert config.schedule.steps == 77 and config.run.resume == str(tmp_path)
+    meta = resume.left_by(tmp_path).meta
+    assert resume.misfits(config, tg.FREE, "x", meta) == ["gone: nothing here, 1 in the run"]
+
+
+@pytest.mark.parametrize("given", ["nowhere", "x" * 5000, "\0", "auto", "", None])
+def test_what_names_no_run_brings_no_options(given):
+    """It is refused later, where all options are read."""
+    assert resume.options_of(given) == {}
+
+
+def test_all_ranks_train_the_same(tmp_path, monkeypatch):
+    """One that does not see the folder to go on from would take other options."""
+    theirs = flat(tg.configure()) | dict(n_layer=7)
+    monkeypatch.setattr(resume, "share_text", lambda world, text: json.dumps(theirs))
+    with pytest.raises(InputError, match="other options: n_layer: 4 here, 7 on the first rank"):
+        resume.refuse_other_options(tg.configure(n_layer=4), {"text"}, tg.World())
+
+
+# --------------------------------------------------------------------------------------------------
 # What does not fit is refused with what differs, before anything is written
 
 
 @pytest.mark.parametrize(
     "fields, said",
     [
-        (dict(n_embd=48), "n_embd: 48 here, 32 in the checkpoint"),
+        (dict(n_embd=48), "n_embd: 48 here, 32 in the run"),
         (
-            dict(n_layer=2, steps=7),
-            "n_layer: 2 here, 1 in the checkpoint; steps: 7 here, 6 in the checkpoint",
+            dict(n_layer=2, steps=5),
+            "n_layer: 2 here, 1 in the run; steps: 5 here, 6 in the run: they can only grow",
         ),
-        (dict(batch_tokens=(64, 128)), "batch_tokens: [64, 128] here, [64] in the checkpoint"),
-        (dict(seed=1), "seed: 1 here, 0 in the checkpoint"),
-        (dict(dtype="bfloat16"), 'dtype: "bfloat16" here, "float32" in the checkpoint'),
+        (dict(batch_tokens=(64, 128)), "batch_tokens: [64, 128] here, [64] in the run"),
+        (dict(seed=1), "seed: 1 here, 0 in the run"),
+        (dict(dtype="bfloat16"), 'dtype: "bfloat16" here, "float32" in the run'),
     ],
 )
 def test_another_recipe(run, fields, said):
@@ -379,19 +438,18 @@ def test_an_option_younger_than_the_checkpoint_had_its_default():
     fields = flat(tg.configure())
     del fields["sampled_softmax"]
     meta = dict(config=json.loads(json.dumps(fields)), data_fingerprint="x")
-    resume.check_fit(tg.configure(), tg.FREE, "x", meta)
-    said = re.escape("sampled_softmax: [64] here, [0] in the checkpoint")
-    with pytest.raises(InputError, match=said):
-        resume.check_fit(tg.configure(sampled_softmax=(64,)), tg.FREE, "x", meta)
+    assert resume.misfits(tg.configure(), tg.FREE, "x", meta) == []
+    lines = resume.misfits(tg.configure(sampled_softmax=(64,)), tg.FREE, "x", meta)
+    assert lines == ["sampled_softmax: [64] here, [0] in the run"]
 
 
 def test_another_text(run, tmp_path):
     run.stop("run", 3)
     other = write_text(tmp_path / "other.txt", 4000, seed=1)
     done = run("run", "--resume", "auto", text=str(other))
-    assert done.status == 2 and re.search(r"data: [0-9a-f]{16} here, [0-9a-f]{16} ", done.err), (
-        done.err
-    )
+    assert done.status == 2 and re.search(
+        r"data: \S+other.txt, [0-9a-f]{16} here, \S+words.txt, [0-9a-f]{16} ", done.err
+    ), done.err
     same_text = shutil.copy(run.text, tmp_path / "copy.txt")
     assert run("run", "--resume", "auto", text=str(same_text)).status == 0
 
@@ -417,108 +475,8 @@ def test_nothing_to_resume(run, what):
     assert not (run.tmp / "new").exists()
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-
-
-@pytest.mark.parametrize(
-    "ours, theirs, lines",
-    [
-        ({}, {}, []),
-        (dict(a=(1, 2.5)), dict(a=[1, 2.5]), []),
-        (dict(a=1), dict(a=1.0), []),
-        (dict(a=math.nan, b=math.inf), dict(a=math.nan, b=math.inf), []),
-        (
-            dict(n_layer=4, lr=0.1),
-            dict(lr=0.1, n_layer=6),
-            ["n_layer: 4 here, 6 in the checkpoint"],
-        ),
-        (
-            dict(a="x"),
-            dict(b=None),
-            ['a: "x" here, nothing in the checkpoint', "b: nothing here, null in the checkpoint"],
-        ),
-        (dict(a="nothing"), {}, ['a: "nothing" here, nothing in the checkpoint']),
-        (
-            dict(a=dict(b=1, c=dict(d=2))),
-            dict(a=dict(b=1, c=dict(d=3))),
-            ["a.c.d: 2 here, 3 in the checkpoint"],
-        ),
-        (
-            dict(a={}),
-            dict(a=dict(b=1)),
-            ["a: {} here, nothing in the checkpoint", "a.b: nothing here, 1 in the checkpoint"],
-        ),
-    ],
-)
-def test_differences(ours, theirs, lines):
-    assert differences(ours, theirs) == lines
-
-
-def test_differences_of_long_values_are_shown_where_they_part():
-    (line,) = differences(dict(a=[0] * 500 + [1]), dict(a=[0] * 500 + [2] * 200))
-    assert " 1] here, " in line and " 2, 2" in line and len(line) < 180
-
-
-@given(
-    st.dictionaries(st.text(max_size=3), JSON, max_size=3),
-    st.dictionaries(st.text(max_size=3), JSON, max_size=3),
-)
-def test_differences_name_what_differs(ours, theirs):
-    assert differences(ours, ours) == []
-    assert bool(differences(ours, theirs)) == bool(differences(theirs, ours))
-    names = [name for name, _ in [*leaves(ours), *leaves(theirs)]]
-    if "" not in names and not any("." in name for name in names):
-        assert bool(differences(ours, theirs)) == (ours != theirs)
-
-
 # --------------------------------------------------------------------------------------------------
-# Weights only
-
-
-def test_warm_start_takes_the_weights_and_nothing_else(run):
-    run("first")
-    checkpoint = run.tmp / "first/checkpoints/step-000006"
-    for name, path in (("by_run", run.tmp / "first"), ("by_checkpoint", checkpoint)):
-        done = run(name, "--warm-start", path, seed=5, muon_lr=0.01, steps=4)
-        assert done.status == 0, done.err
-    assert rows(run.tmp / "by_run") == rows(run.tmp / "by_checkpoint")  # fp32: both have the same
-    first, second = rows(run.tmp / "first"), rows(run.tmp / "by_run")
-    assert [row["step"] for row in second] == [1, 2, 3, 3, 4, 4]
-    assert second[0]["train_loss"] < first[0]["train_loss"] - 0.3  # where the other ended
-
-
-def test_a_warm_started_run_resumes_from_its_own_work(run):
-    run("first")
-    start = ("--warm-start", run.tmp / "first")
-    assert run("whole", *start, seed=5).status == 0
-    run.stop("stopped", 3, *start, seed=5)
-    assert run("stopped", "--resume", "auto", *start, seed=5).status == 0
-    same(run.tmp / "stopped", run.tmp / "whole")
-
-
-def test_what_a_warm_start_refuses(run):
-    """In one line, and before anything is written."""
-    run("first")
-
-    def refused(path, **fields):
-        done = run("other", "--warm-start", path, **fields)
-        assert done.status == 2 and done.err.count("\n") == 1, done.err
-        assert rows(run.tmp / "other") == [] and not (run.tmp / "other/log.txt").exists()
-        return done.err
-
-    said = refused(run.tmp / "first", n_embd=48)
-    assert "does not fit this model: embed: [320, 48] here, [320, 32] in" in said
-    said = refused(run.tmp / "missing")
-    assert "expected a run's folder with model.safetensors, or a checkpoint" in said
-    weights = run.tmp / "first/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    assert "model.safetensors" in refused(run.tmp / "first")
+# The log
 
 
 def test_a_checkpoint_is_never_ahead_of_the_log(run, monkeypatch):

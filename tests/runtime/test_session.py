@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import signal
+import threading
 import time
 import types
 
@@ -80,6 +81,7 @@ class Toy:
             session.start()
             if session.missed_validation():
                 self.validate(session)
+                session.save()
             for step in session.steps():
                 self.taken.append(step)
                 self.sleep(self.seconds)
@@ -190,6 +192,17 @@ def test_the_target_ends_the_run(tmp_path):
     assert toy.run().reached() is False
     toy = Toy(tmp_path / "none", losses, steps=2)
     assert toy.run().reached() is None
+
+
+def test_a_target_that_comes_on_resuming_waits_for_a_validation(tmp_path):
+    """An earlier step has met it, whose weights are gone."""
+    toy = Toy(tmp_path, {2: 3.0}, steps=8, eval_every=4, target=0.5, asks={5: "stop"})
+    toy.val_losses[4] = 3.0
+    with pytest.raises(Interrupted):
+        toy.run()
+    other = Toy(tmp_path, {8: 3.5}, steps=8, eval_every=4, target=4.0)
+    session = other.run(resume=True)
+    assert other.taken == [6, 7, 8] and session.result()["val_loss"] == 3.5
 
 
 def test_a_metric_that_was_not_measured_reaches_nothing(tmp_path):
@@ -359,6 +372,45 @@ def test_the_best_is_saved_though_no_checkpoint_was_due(tmp_path, keep_best, exp
     assert toy.saved == ([2, 4, 8] if keep_best else [])
 
 
+def test_the_best_is_not_lost_while_another_is_written(tmp_path, monkeypatch):
+    """The disk is slow: each new best waits for its turn, in place of the one before it."""
+    losses = {2: 5.0, 4: 4.0, 6: 3.0, 8: 6.0, 10: 6.0}
+    toy = Toy(tmp_path, losses, steps=10, eval_every=2, keep_last=1, keep_best=1)
+    session = toy.session()
+    store, opened = toy.store, threading.Event()
+    write = store._write
+
+    def slow(*args):
+        assert opened.wait(20)
+        write(*args)
+
+    def validate(session, validate=toy.validate):
+        validate(session)
+        if session.at.step == 8:
+            opened.set()
+
+    monkeypatch.setattr(store, "_write", slow)
+    toy.validate = validate
+    save = session.save
+    session.save = lambda wait=False: save(wait and session.at.step == 10)
+    toy.play(session)
+    assert toy.saved == [2, 4, 6] and toy.kept() == [6, 10]
+
+
+def test_a_validation_that_is_made_up_for_counts_for_its_checkpoint(tmp_path):
+    """A signal came before the validation of step 4, the best one."""
+    losses = {2: 5.0, 4: 3.0, 6: 6.0, 8: 6.0}
+    fields = dict(steps=8, eval_every=2, keep_last=1, keep_best=1, asks={4: "stop"})
+    toy = Toy(tmp_path, losses, **fields)
+    with pytest.raises(Interrupted):
+        toy.run()
+    toy.asks = {}
+    toy.run(resume=True)
+    assert toy.validated == [2, 4, 6, 8] and toy.kept() == [4, 8]
+    state = json.loads((tmp_path / "checkpoints/step-000004/state.json").read_text())
+    assert state["metric"] == 3.0 and state["meta"]["progress"]["validated"] == 4
+
+
 def test_a_run_leaves_the_best_steps_folder(text, tmp_path, monkeypatch):
     losses = iter([2.0, 3.0, 4.0, 5.0])
     monkeypatch.setattr(tg, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=None))
@@ -474,6 +526,8 @@ def test_a_run_makes_up_for_a_missed_validation(text, tmp_path, monkeypatch):
     assert result["resumed_at"] == [4]
     assert validations(tmp_path / "stopped") == validations(tmp_path / "run")
     assert len(validations(tmp_path / "run")) == 2
+    state = json.loads((tmp_path / "stopped/checkpoints/step-000004/state.json").read_text())
+    assert state["metric"] == validations(tmp_path / "run")[0][1]
 
 
 def test_a_signal_waits_for_gradients_that_wait(tmp_path):
