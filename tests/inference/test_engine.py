@@ -40,8 +40,8 @@ class Scripted(torch.nn.Module):
     def decode(self, inputs, counts, cache, stage):
         self.seen.append((inputs.tolist(), counts))
         step = len(self.seen) - 1
-        for row in cache.tokens:
-            row.append(0)
+        for row, n in zip(cache.tokens, counts):
+            row += [0] * n
         logits = torch.zeros(len(inputs), self.tokenizer.n_vocab)
         logits[:, self.script[step % len(self.script)]] = 9.0
         return logits
@@ -108,8 +108,8 @@ def test_what_only_looked_like_a_stop_string_is_shown():
 
 
 def test_the_first_of_several_stop_strings_counts():
-    script = [b"def", b" foo", b" return"]
-    assert say(BPE, script, stop=("turn", "foo", "urn"))[1].text == "def "
+    script = [b"def", b" return"]
+    assert say(BPE, script, stop=("turn", "ret", "urn"))[1].text == "def "
 
 
 def test_a_stop_string_at_the_very_end_is_left_out():
@@ -168,6 +168,14 @@ def test_when_there_is_no_more_room_it_goes_on_with_the_second_half():
     assert CHARS.decode(again[0][0]) == "efgh"
 
 
+def test_only_the_row_that_has_no_more_room_loses_its_first_half():
+    model = Scripted(CHARS, "a")
+    engine = Engine(model, None, CHARS, 8)
+    engine.generate([Request("ab", 6, GREEDY), Request("abcde", 6, GREEDY)])
+    # The prompts; then all that each row holds, when the second one has reached 8
+    assert [counts for _, counts in model.seen if counts != [1, 1]] == [[3, 6], [6, 4]]
+
+
 # --- A model
 
 
@@ -189,7 +197,7 @@ ENDLESS = ((BPE.eot, -100.0),)  # a bias
 REQUESTS = [
     Request("def foo", 30, Sampling(logit_bias=ENDLESS), seed=1),
     Request("", 12, Sampling(0.7, 0, 0.9, 0.0, 1.2, 3, logit_bias=ENDLESS), seed=2),
-    Request("a longer prompt than the others", 20, GREEDY, seed=3),
+    Request("a longer prompt than the others", 40, GREEDY, seed=3),
     Request(" ", 1, PLAIN, seed=4),
 ]
 
@@ -200,7 +208,7 @@ def test_cached_it_says_what_it_says_without(small, max_len):
     ours = engine_of(small, max_len=max_len).generate(REQUESTS)
     theirs = engine_of(small, cached=False, max_len=max_len).generate(REQUESTS)
     assert [c.tokens for c in ours] == [c.tokens for c in theirs]
-    assert [len(c.written) for c in ours] == [30, 12, 20, 1]
+    assert [len(c.written) for c in ours] == [30, 12, 40, 1]
 
 
 @pytest.mark.parametrize("max_len", [64, 34])
