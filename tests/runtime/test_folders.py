@@ -174,8 +174,8 @@ def test_auto_passes_over_what_cannot_be_read(tmp_path, auto, capsys):
 
 def test_a_restart_does_not_take_the_folder_of_another_run(tmp_path, auto, monkeypatch):
     """Two runs of the same kind, and torchrun starts one of them again."""
-    ours = make_run(tmp_path / "runs/20260101T000000-tiny")
-    theirs = make_run(tmp_path / "runs/20260101T000000_2-tiny")
+    ours = make_run(tmp_path / "runs/20260101T000000_2-tiny")
+    theirs = make_run(tmp_path / "runs/20260101T000000_10-tiny")
     with alone(theirs):
         assert auto() == theirs  # and then it is refused, with the other's pid
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -275,6 +275,28 @@ def test_more_steps_go_on_from_the_end(run):
     assert other.status == 2 and 'extend: "cooldown" here, "replan" in the run' in other.err
 
 
+@pytest.mark.parametrize("extend", ["replan", "cooldown"])
+def test_added_steps_have_the_rate_of_their_schedule(run, monkeypatch, extend):
+    """Learning rate and momentum that reach the optimizer, before and after."""
+    given = []
+    step = tg.Optimizer.step
+    monkeypatch.setattr(
+        tg.Optimizer,
+        "step",
+        lambda self, lr, momentum, ok: given.append((lr, momentum)) or step(self, lr, momentum, ok),
+    )
+    config = tiny(run.text, run.tmp, **run.fields)
+    tg.train(config)
+    tg.train(tg.changed(config, steps=12, extend=extend, resume="auto"))
+    first, longer = config.schedule, tg.Schedule(steps=12, earlier=((6, 6, extend),))
+    expected = []
+    for schedule, steps in ((first, range(1, 7)), (longer, range(7, 13))):
+        for i in steps:
+            lr = tg.lr_scale(schedule, schedule.progress(i), schedule.annealing(i))
+            expected.append((lr, tg.muon_momentum(schedule.annealing(i))))
+    assert given == expected and given[6][0] > 1.5 * given[5][0]
+
+
 def test_added_steps_that_are_stopped_are_those_that_were_not(whole):
     """Of a run with everything on, which gets steps in the middle and, after its end, again."""
     for name in ("longer", "longer_stopped"):

@@ -460,6 +460,20 @@ def test_a_state_is_what_it_was(tmp_path):
     assert other.optimizer.step_count == 3
 
 
+def test_weights_alone_begin_with_moments_at_zero(tmp_path):
+    """Of a run whose checkpoints are gone."""
+    toy = Toy(tmp_path, steps=3)
+    toy.run()
+    assert all(toy.optimizer.state["weight"][name].any() for name in ("m", "v"))
+    weights = torch.full_like(toy.model.weight, 7.0)
+    State(toy.model, toy.optimizer, toy.guard, World()).restore({"weights/weight": weights}, 3)
+    assert torch.equal(toy.model.weight, weights) and toy.optimizer.step_count == 3
+    assert not any(toy.optimizer.state["weight"][name].any() for name in ("m", "v"))
+    with pytest.raises(AttributeError):  # a checkpoint has all of them
+        tensors = {"weights/weight": weights, "m/weight": weights}
+        State(toy.model, toy.optimizer, toy.guard, World()).restore(tensors, 3)
+
+
 # --- what is asked for by signals
 
 
