@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from .cross_entropy import check, sigmoid_cap
 from .sampled_softmax import stands_for
 
-CACHED_ROWS = 256  # of some thousand columns in fp32 fill a core's second cache
+CACHED_NUMBERS = 2**18  # in fp32 fill the second cache of a core
+PRODUCT_ROWS = 2048
+
+
+def slices(n, size):
+    """Slices of at most this size that make up n rows; one where there are none."""
+    return [slice(start, start + size) for start in range(0, max(n, 1), max(size, 1))]
+
+
+def cached_rows(n_vocab):
+    return max(16, CACHED_NUMBERS // n_vocab)
 
 
 def linear_log_prob_reference(h, w, targets, *, cap=None, sampled=None, ignore_index=-100):
@@ -65,19 +75,20 @@ class _LinearLogProb(torch.autograd.Function):
         columns = targets.where(counted, 0)[:, None]  # (N, 1)
         log_prob = torch.empty(len(h), dtype=wide, device=h.device)
         total = torch.empty(len(h), 1, dtype=wide, device=h.device)
-        # exp of the logits less the largest of their row
-        exps = h.new_empty(len(h), len(w)) if wanted else None
-        for start in range(0, len(h), CACHED_ROWS):
-            rows = slice(start, start + CACHED_ROWS)
-            logits = F.linear(h[rows], w, bias)
-            most = logits.amax(1, keepdim=True).to(wide)
-            e = logits.to(wide).sub_(most)
-            target = e.gather(1, columns[rows])
-            e.exp_()
-            total[rows] = e.sum(1, keepdim=True)
-            log_prob[rows] = (target - total[rows].log())[:, 0]
-            if wanted:
-                exps[rows] = e
+        # Products take many rows at a time, and what follows them as many as stay in a cache
+        for block in slices(len(h), len(h) if wanted else PRODUCT_ROWS):
+            logits = F.linear(h[block], w, bias)
+            for rows in slices(len(logits), cached_rows(len(w))):
+                most = logits[rows].amax(1, keepdim=True).to(wide)
+                e = logits[rows].to(wide).sub_(most)
+                target = e.gather(1, columns[block][rows])
+                e.exp_()
+                sums = e.sum(1, keepdim=True)
+                total[block][rows] = sums
+                log_prob[block][rows] = (target - sums.log())[:, 0]
+                if wanted:
+                    logits[rows] = e  # what backward needs, in the same place
+        exps = logits if wanted else None  # exp of each logit less the largest of its row
         ctx.save_for_backward(h, w, columns, counted, total, exps)
         return log_prob.where(counted, 0.0)
 
@@ -87,8 +98,7 @@ class _LinearLogProb(torch.autograd.Function):
         h, w, columns, counted, total, exps = ctx.saved_tensors
         g = grad.where(counted, 0.0)[:, None]  # (N, 1)
         dz = torch.empty_like(exps)
-        for start in range(0, len(h), CACHED_ROWS):
-            rows = slice(start, start + CACHED_ROWS)
+        for rows in slices(len(h), cached_rows(len(w))):
             torch.mul(exps[rows], (-g[rows] / total[rows]).to(dz.dtype), out=dz[rows])
             dz[rows].scatter_add_(1, columns[rows], g[rows].to(dz.dtype))
         return dz @ w, dz.t() @ h, None, None, None

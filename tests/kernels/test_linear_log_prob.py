@@ -1,10 +1,12 @@
 """kernels/linear_log_prob.py beside its reference in float64 and finite differences."""
 
+import importlib
+
 import pytest
 import torch
 
 from kernels import linear_log_prob
-from kernels.linear_log_prob import CACHED_ROWS, linear_log_prob_reference
+from kernels.linear_log_prob import cached_rows, linear_log_prob_reference
 from kernels.sampled_softmax import sample_vocabulary
 
 
@@ -25,7 +27,7 @@ def gradients(f, h, w, targets, upstream, **kwargs):
 
 
 @pytest.mark.parametrize("cap", [None, 3.0, (23.0, 5.0, 7.5)])
-@pytest.mark.parametrize("n, v, c", [(1, 2, 1), (7, 33, 5), (CACHED_ROWS + 3, 17, 4)])
+@pytest.mark.parametrize("n, v, c", [(1, 2, 1), (7, 33, 5), (cached_rows(4001) + 3, 4001, 2)])
 def test_float64(n, v, c, cap):
     h, w, targets = draw(n, v, c)
     upstream = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -71,6 +73,15 @@ def test_large_logits_and_no_gradients():
     targets = torch.tensor([0, 1, 2])
     with torch.no_grad():
         assert linear_log_prob(h, w, targets).tolist() == [0.0, -1e4, -2e4]
+
+
+@torch.no_grad()
+def test_many_rows_go_through_in_blocks(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("kernels.linear_log_prob"), "PRODUCT_ROWS", 7)
+    h, w, targets = draw(30, 5, 3)
+    torch.testing.assert_close(
+        linear_log_prob(h, w, targets), linear_log_prob_reference(h, w, targets)
+    )
 
 
 def test_no_rows():
