@@ -431,7 +431,7 @@ def on_reading(monkeypatch, nth, act):
         (lambda p: p.unlink(), "No such file"),
         (lambda p: p.write_text(LINES + "more"), "changed while it was read"),
         (lambda p: p.write_text("less"), "changed while it was read"),
-        (lambda p: p.write_text(LINES.upper()), "changed while it was read"),
+        (lambda p: p.write_text(p.read_text().upper()), "changed while it was read"),
         (lambda p: (p.unlink(), p.mkdir()), "p5"),
     ],
 )
@@ -440,7 +440,7 @@ def test_a_file_that_vanishes_or_changes_while_reading(
     tmp_path, cache, monkeypatch, nth, act, found
 ):
     for i in range(12):
-        os.utime(put(tmp_path / "in" / f"p{i}", LINES), ns=(10**18, 10**18))
+        os.utime(put(tmp_path / "in" / f"p{i}", f"{LINES}{i}"), ns=(10**18, 10**18))
     victim = tmp_path / "in" / "p5"
     with monkeypatch.context() as patch:
         on_reading(patch, nth, lambda: act(victim))
@@ -452,7 +452,7 @@ def test_a_file_that_vanishes_or_changes_while_reading(
 def test_a_file_that_vanishes_after_listing(tmp_path, cache, monkeypatch):
     listing = text.list_files
     for i in range(3):
-        put(tmp_path / "in" / f"p{i}", LINES)
+        put(tmp_path / "in" / f"p{i}", f"{LINES}{i}")
 
     def list_files(*args):
         result = listing(*args)

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from base import InputError
-from data import DataConfig, TrainLoader, open_data, open_dataset, prepare, tokenizers
+from data import DataConfig, TrainLoader, listing, open_data, open_dataset, prepare, tokenizers
 from data.listing import path_hash
 from data.prepare import TextFile, open_prepared, read_blocks, split_documents
 from data.shards import ShardWriter, read_shard
@@ -457,7 +457,7 @@ def test_what_may_not_be_read_in_a_folder_is_left_out(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_left_out(tmp_path, monkeypatch):
     for rel in ("a.txt", "b.txt"):
-        put(tmp_path / "in" / rel, LINES)
+        put(tmp_path / "in" / rel, LINES + rel)
     examine = prepare.examine
 
     def denied(path, encoding):
@@ -479,6 +479,29 @@ def test_a_file_under_two_names_is_read_once(tmp_path):
     _, files, left_out = list_files(tmp_path / "in")
     assert files == ["b.txt"]
     assert left_out == [(name, "the same file as b.txt") for name in ("a.txt", "c.txt")]
+
+
+def test_copies_of_a_file_are_read_once(tmp_path):
+    """Equal to the last byte; what only begins like it, or is as long, is another text."""
+    long = LINES[:5000]
+    contents = dict(b=long, c=long, d=long[:-1] + "!", e="?" + long[1:], f=long[:-1])
+    for name, content in contents.items():
+        put(tmp_path / "in" / name, content)
+    put(tmp_path / "in/more/a", long)
+    _, files, left_out = list_files(tmp_path / "in")
+    assert sorted(files) == ["b", "d", "e", "f"]
+    assert left_out == [("c", "a copy of b"), ("more/a", "a copy of b")]
+
+
+def test_a_file_that_cannot_be_compared_is_a_copy_of_none(tmp_path, monkeypatch):
+    for name in "ab":
+        put(tmp_path / "in" / name, LINES)
+
+    def refused(path):
+        raise PermissionError
+
+    monkeypatch.setattr(listing, "sha256_of", refused)
+    assert sorted(list_files(tmp_path / "in").files) == ["a", "b"]
 
 
 @pytest.mark.parametrize("size, there", [(600, 60), (640, 64)])
@@ -534,7 +557,7 @@ def test_a_text_held_out_is_told_from_one_trained_on(tmp_path):
 
 
 def test_what_is_validated_on_is_not_trained_on(tmp_path):
-    """Though it lies in the same folder, or is linked to from there."""
+    """Though it lies in the same folder, or is linked to from there, or was copied there."""
     for i in range(4):
         put(tmp_path / "in" / f"{i}.txt", f"text {i}\n" * 50)
     os.link(tmp_path / "in" / "3.txt", tmp_path / "val.txt")
@@ -542,6 +565,10 @@ def test_what_is_validated_on_is_not_trained_on(tmp_path):
         dataset, train, held_out = val_of(tmp_path, tmp_path / "in", tmp_path / val)
         assert held_out == "text 3\n" * 50 and "text 3" not in train and len(train) == 3 * 350
         assert ("3.txt", "is validation") in dataset.about["left_out"]
+    copied = put(tmp_path / "copy.txt", "text 3\n" * 50)
+    dataset, train, _ = val_of(tmp_path, tmp_path / "in", copied)
+    assert len(train) == 3 * 350
+    assert ("3.txt", "a copy of validation") in dataset.about["left_out"]
     with pytest.raises(InputError, match="nothing is left to train on"):
         val_of(tmp_path, tmp_path / "in", tmp_path / "in")
 
