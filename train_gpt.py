@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from base import InputError, RankError, last_resort, streams, to_json
 from base.clock import START, Parts
@@ -48,7 +50,7 @@ from kernels import choose_ops
 from models import load_template, option_names, outline, template_names
 from optim import OptimConfig, Optimizer, gradient_report
 from records.metrics import METRICS, VAL_LOSS, Evaluation, measure
-from runtime import compiling, folders, machine, memory, resume, warm_start
+from runtime import compiling, folders, machine, memory, resume, saved, warm_start
 from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
@@ -364,6 +366,7 @@ class Setup:
     stages: dict  # step -> Stage
     micro_rows: dict  # Stage -> rows in a forward pass
     pass_seconds: dict  # Stage -> seconds of a step's passes, timed beforehand; empty if all alike
+    expected_seconds: float  # of all training
     val: Split
     quick_val: Split | None  # a part that says when all of it is due
     environment: dict
@@ -412,7 +415,9 @@ def set_up(config, world, data, log):
 
     # The optimizer and the guard; what of all this is compiled
     flops = sum(n_tokens(config, s) * model.flops_per_token(s.model) for s in stages.values())
-    compiled = compiling.choose(config.run.compile, flat(config), flops / peak, world, log.say)
+    compiled = compiling.choose(
+        config.run.compile, graph_options(config), flops / peak, world, log.say
+    )
     skips = config.guard.max_skips > 0  # whether bad steps may pass
     optimizer = Optimizer(model, model.update_rules(config.optim), world, compiled, skips)
 
@@ -434,12 +439,21 @@ def set_up(config, world, data, log):
         stages=stages,
         micro_rows=micro_rows,
         pass_seconds={},
+        expected_seconds=compiling.expected_training(flops / peak, compiled, device),
         val=val,
         quick_val=quick_val,
         environment=environment,
         peak=peak,
         memory=estimate,
     )
+
+
+def graph_options(config):
+    """{option: value} of what compiled code may depend on."""
+    elsewhere = {"text", "val_text", "encoding", "shuffle"}
+    for part in RunConfig, Goal, GuardConfig:
+        elsewhere |= {f.name for f in dataclasses.fields(part)}
+    return {name: value for name, value in flat(config).items() if name not in elsewhere}
 
 
 def warm_up(setup):
@@ -604,6 +618,15 @@ def validate(setup, session):
             if not session.is_near(quick):
                 return
         session.record(evaluate(setup.forward, stage, setup.val, setup.world))
+        if session.is_best():
+            session.log.save_weights(weights_after(setup, session.at.step), "best.safetensors")
+
+
+def weights_after(setup, step):
+    """{name: CPU tensor} as they are to be kept after a step: not those of its stage."""
+    weights = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
+    heirs = setup.model.successors(setup.stages[step].model, None)
+    return weights | {name: weights[source].clone() for name, source in heirs.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -657,14 +680,39 @@ def in_words(result):
 def save_result(setup, result, log, parts):
     """The weights and the result into the run's folder, and samples of text on the screen."""
     with parts.part("save_s"):
-        log.save_weights({name: p.detach().cpu() for name, p in setup.model.named_parameters()})
+        save_weights(setup, result, log)
     with parts.part("sample_s"):
-        shown = show_samples(setup, result["steps"], log)
+        shown = show_samples(setup, result["best_step"], log)
     if shown:
         log.say(f'more: ./run.sh sample --run {log.folder} --prompt "..."')
     result |= time_by_part(parts, result)
     log.say(in_words(result))
     log.finish(result)
+
+
+def save_weights(setup, result, log):
+    """model.safetensors, which is the best validation's where there is no target; then the last
+    step's are last.safetensors. The model has the former afterwards."""
+    last = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
+    if result["best_step"] == result["steps"]:
+        log.save_weights(last)
+        log.remove("best.safetensors", "last.safetensors")
+        return
+    # A run that went on without getting better has its best weights under that name already
+    log.rename("best.safetensors", "model.safetensors")
+    log.save_weights(last, "last.safetensors")
+    if log.active:
+        try:
+            with torch.no_grad():
+                saved.fill(setup.model, load_file(log.folder / "model.safetensors"))
+        except (OSError, SafetensorError, ValueError) as e:  # the disk was full, say
+            log.say(f"the best weights cannot be read ({e}); those of the last step are kept")
+            log.save_weights(last)
+            return
+    log.say(
+        f"the weights are those of step {result['best_step']}, the best validation's; the last "
+        "step's are in last.safetensors"
+    )
 
 
 def show_samples(setup, step, log):
@@ -749,7 +797,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
                     with parts.part("compile_s"):
                         setup = warm_up_or_go_without(setup, log)
                     if setup.forward is not setup.model:
-                        compiling.remember(flat(config), parts.seconds["compile_s"])
+                        compiling.remember(graph_options(config), parts.seconds["compile_s"])
                     setup.config = config
                 if new:
                     time_passes(setup)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from base import InputError, to_json
+from data.shards import read_shard
 from records.source import pack_source
 
 from .machine import mention_unused
@@ -40,6 +41,7 @@ def announce(log, setup):
     log.say(f"memory by estimate: {setup.memory}{recomputed}")
     for line in data.dataset.notes:
         log.say(line)
+    log.say(plan(setup))
     until = "to the last step"
     if goal.target is not None:
         until = f"until {goal.target_metric} reaches {goal.target}"
@@ -52,6 +54,17 @@ def announce(log, setup):
             "no bits per byte and no sample: these tokens have no text, or their vocabulary is out "
             "of reach"
         )
+
+
+def plan(setup):
+    """What the whole training takes, in a line."""
+    there = sum(len(read_shard(path)) for path in setup.data.dataset.train)
+    tokens = sum(stage.rows for stage in setup.stages.values()) * setup.config.data.row_len
+    minutes = setup.expected_seconds / 60
+    return (
+        f"plan: {setup.config.schedule.steps} steps of training on {tokens / 1e6:.1f}M tokens, "
+        f"{tokens / there:.1f} times the {there / 1e6:.1f}M there are; about {minutes:.1f} minutes"
+    )
 
 
 def about_data(dataset):

@@ -204,8 +204,8 @@ class Log:
             show(f"step {step}/{self.bar.total}  {text}")
             self.shown = now
 
-    def save_weights(self, weights):
-        """Write model.safetensors; weights: {name: CPU tensor}."""
+    def save_weights(self, weights, name="model.safetensors"):
+        """Write a file of weights, {name: CPU tensor}."""
         if not self.active:
             return
         from safetensors.torch import save_file  # loads torch, which reading logs does without
@@ -214,7 +214,20 @@ class Log:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.keep()
-        self.write("model.safetensors", lambda path: save_file(weights, path))
+        self.write(name, lambda path: save_file(weights, path))
+
+    def rename(self, name, new):
+        """Give a file of the folder another name, if it is there."""
+        if self.active:
+            with contextlib.suppress(OSError):
+                os.replace(self.folder / name, self.folder / new)
+
+    def remove(self, *names):
+        """Delete files of the folder, where they are there."""
+        if self.active:
+            for name in names:
+                with contextlib.suppress(OSError):
+                    (self.folder / name).unlink()
 
     def finish(self, result):
         """Write result.json, the mark of a finished run."""

@@ -93,8 +93,10 @@ def progress_at(result, environment):
         flops=result["peak_share"] * result["train_time_s"] * rate,
         train_time=result["train_time_s"],
         metrics={name: result[name] for name in METRICS if name in result},
-        validated=result["steps"],
+        validated=result.get("best_step", result["steps"]),
         best=result[VAL_LOSS],
+        best_step=result.get("best_step", result["steps"]),
+        best_metrics={name: result[name] for name in METRICS if name in result},
         resumed_at=result["resumed_at"],
     )
 
@@ -264,7 +266,9 @@ def left_by_given(given):
 
 def weights_alone(left):
     """(tensors, meta) of a finished run whose checkpoints are gone. Raises InputError."""
-    weights = load_weights(left.folder, "--resume")
+    # Those of the last step, where the best ones are of another
+    last = "last.safetensors" if (left.folder / "last.safetensors").exists() else None
+    weights = load_weights(left.folder, "--resume", last or "model.safetensors")
     kinds = sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})
     show(
         f"{left.folder} has no checkpoint: it goes on with the weights of model.safetensors "

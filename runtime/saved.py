@@ -50,7 +50,8 @@ def load_run(folder, device="cpu", template=None):
     """
     folder = Path(folder)
     said = read_object(folder / "config.json")
-    steps = read_object(folder / "result.json").get("steps")
+    result = read_object(folder / "result.json")
+    steps = result.get("best_step", result.get("steps"))
     try:
         weights = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as e:

@@ -46,6 +46,8 @@ class Position:
     looked: int = -1  # the step of the last look at a part of the validation split
     gap: float | None = None  # what the target's metric was higher on all of it, when last known
     best: float | None = None  # lowest validation loss
+    best_step: int = 0  # the step it came after
+    best_metrics: dict = dataclasses.field(default_factory=dict)
     since_best: int = 0  # validations since
     skipped: int = 0  # steps whose update did not count
     resumed_at: list = dataclasses.field(default_factory=list)
@@ -248,11 +250,20 @@ class Session:
         self.log.validation(at.step, self.steps_in_all, metrics, self.clock.total)
         if better(loss, at.best):
             at.best = loss
+            at.best_step = at.step
+            at.best_metrics = metrics
             at.since_best = 0
             if self.options.keep_best:
                 self.wanted.add("save")
         else:
             at.since_best += 1
+
+    def is_best(self):
+        """Whether the last validation was the best so far, where that is what the run is for.
+
+        With a target, it is for the weights that reach it.
+        """
+        return self.goal.target is None and self.at.best_step == self.at.step
 
     def save(self, wait=False):
         """Write a checkpoint; the training clock goes on, if it runs.
@@ -297,12 +308,19 @@ class Session:
         at = self.at
         environment = self.about["environment"]
         train_time = self.clock.total
+        metrics = at.metrics
+        best_step = at.step
+        if self.goal.target is None and at.best_metrics:
+            metrics = at.best_metrics
+            best_step = at.best_step
         return dict(
             track=self.goal.track,
             target_metric=self.goal.target_metric,
             target=self.goal.target,
             reached=self.reached(),
-            **at.metrics,
+            **metrics,
+            best_step=best_step,
+            last_val_loss=at.metrics.get(VAL_LOSS),
             train_time_s=round(train_time, 3),
             steps=at.step,
             tokens=at.tokens,

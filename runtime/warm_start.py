@@ -31,9 +31,10 @@ def read_weights(given):
     return load_weights(path, "--warm-start")
 
 
-def load_weights(folder, option):
-    """{parameter: tensor} of a finished run. option: how it was given. Raises InputError."""
-    path = Path(folder) / "model.safetensors"
+def load_weights(folder, option, name="model.safetensors"):
+    """{parameter: tensor} of a finished run. option: how it was given; name: of the file. Raises
+    InputError."""
+    path = Path(folder) / name
     try:
         return {name: x for name, x in load_file(path).items() if x.numel()}
     except (OSError, SafetensorError) as e:

@@ -112,6 +112,7 @@ def make_run(
         step, loss = len(losses) * every, losses[-1]
         loss = dict(val_loss=loss, val_bpb=loss / 2)
         if finish:
+            log.save_weights({"w": torch.zeros(3)})
             log.finish(
                 dict(
                     track=c["track"],
@@ -132,7 +133,6 @@ def make_run(
                     run_dir=str(folder),
                     resumed_at=list(resumed),
                 ),
-                {"w": torch.zeros(3)},
             )
     return folder
 

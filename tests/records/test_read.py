@@ -521,6 +521,7 @@ def our_run(
             log.step(step, steps, "val", val_loss, step / 8, val_bpb=val_bpb)
             metrics = dict(val_loss=val_loss, val_bpb=val_bpb)
         if finish:
+            log.save_weights({"w": torch.zeros(1)})
             log.finish(
                 dict(
                     track="laptop",
@@ -537,7 +538,6 @@ def our_run(
                     data="stdlib",
                     data_fingerprint="fp",
                 ),
-                {"w": torch.zeros(1)},
             )
     return folder
 

@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from helpers import tiny, train_losses
+from safetensors.torch import load_file
 
 import train_gpt as tg
 from base import InputError
@@ -698,3 +699,75 @@ def test_after_a_resume_the_difference_is_known(tmp_path):
     again = Looks(tmp_path, 0.1, **fields)
     at = again.run(resume=True).at
     assert again.validated == [4] and at.gap == pytest.approx(0.1)
+
+
+# --- the best weights are the result where there is no target
+
+
+def test_without_a_target_the_result_is_the_best_validations(tmp_path):
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4, 10: 2.2}
+    session = Toy(tmp_path, val_losses=losses, eval_every=2).run()
+    result = session.result()
+    assert result["val_loss"] == 2.0 and result["best_step"] == 4
+    assert result["last_val_loss"] == 2.2 and result["steps"] == 10
+
+
+def test_with_a_target_the_result_is_the_last_validations(tmp_path):
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4, 10: 2.2}
+    toy = Toy(tmp_path, val_losses=losses, eval_every=2, target=1.0, target_metric="val_loss")
+    result = toy.run().result()
+    assert result["val_loss"] == 2.2 and result["best_step"] == 10
+
+
+@pytest.fixture
+def gets_worse(monkeypatch):
+    """Validations are worse from the fourth on; returns the weights at each of them."""
+    weights = []
+    real = tg.evaluate
+
+    def evaluate(forward, *args):
+        weights.append({name: p.detach().clone() for name, p in forward.named_parameters()})
+        found = real(forward, *args)
+        return found | dict(val_loss=found["val_loss"] + (5.0 if len(weights) > 3 else 0.0))
+
+    monkeypatch.setattr(tg, "evaluate", evaluate)
+    return weights
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_weights_of_the_best_validation_are_kept(text, tmp_path, gets_worse):
+    """Beside them are the last ones."""
+    run = tmp_path / "run"
+    result = tg.train(tiny(text, tmp_path, run_dir=str(run), steps=10, eval_every=2, target=None))
+    assert result["best_step"] == 6 and result["val_loss"] < result["last_val_loss"] - 4
+    assert same(load_file(run / "model.safetensors"), gets_worse[2])
+    assert same(load_file(run / "last.safetensors"), gets_worse[4])
+    assert not (run / "best.safetensors").exists()
+    assert "the weights are those of step 6" in (run / "log.txt").read_text()
+
+
+def test_a_run_that_never_gets_worse_has_one_file_of_weights(text, tmp_path):
+    run = tmp_path / "run"
+    result = tg.train(tiny(text, tmp_path, run_dir=str(run), steps=4, eval_every=2, target=None))
+    assert result["best_step"] == 4 and result["val_loss"] == result["last_val_loss"]
+    assert [p.name for p in run.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_best_weights_that_cannot_be_written_cost_the_best_only(
+    text, tmp_path, gets_worse, monkeypatch
+):
+    save = Log.save_weights
+
+    def on_a_full_disk(log, weights, name="model.safetensors"):
+        if name != "best.safetensors":
+            save(log, weights, name)
+
+    monkeypatch.setattr(Log, "save_weights", on_a_full_disk)
+    run = tmp_path / "run"
+    tg.train(tiny(text, tmp_path, run_dir=str(run), steps=10, eval_every=2, target=None))
+    assert same(load_file(run / "model.safetensors"), gets_worse[4])
+    assert (run / "result.json").exists()
+    assert "those of the last step are kept" in (run / "log.txt").read_text()
