@@ -31,7 +31,7 @@ BENCHMARKS = {
     "loader": "the loader's tokens/s on one core",
     "resources": "registers and shared memory of every kernel on every chip, without a GPU",
     "trainer": "the trainer's step, stage by stage, and where its time goes",
-    "start": "from the command to the end of the first step, cold and warm",
+    "start": "the whole process and its parts, with empty caches and again",
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
     "peers": "nanoGPT, nanochat or modded-nanogpt beside this trainer, on the same data",
     "ablate": "what each piece of the recipe is worth, in loss and in time",

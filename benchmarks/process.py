@@ -1,13 +1,21 @@
-"""A whole program, timed from its start to its end."""
+"""A whole program, timed from its start to its end; our trainer as one."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from base import InputError
 
 from .report import say
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINER = [ROOT / "train_gpt.py"]
+SYNTHETIC = ["-m", "benchmarks.synthetic"]  # the trainer, on random tokens
 
 
 def execute(what, command, folder, log, env, ok=(0,), every=10.0):
@@ -55,6 +63,27 @@ def execute(what, command, folder, log, env, ok=(0,), every=10.0):
             say(f"    {line[:200]}")
         raise InputError(f"{what} ended with status {status}: {reason(said)}")
     return seconds
+
+
+def train(what, options, folder, env=None, synthetic=False):
+    """Our trainer in a process of its own, its caches in folder/cache, its run in folder/run, which
+    are left there; the result it wrote, with process_s from its start to its exit.
+
+    env: its environment, this process's if None. Raises InputError where it fails.
+    """
+    folder = Path(folder)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    command = [sys.executable, *(SYNTHETIC if synthetic else TRAINER), *options]
+    command += ["--cache-dir", folder / "cache", "--run-dir", folder / "run", "--repeat", 1]
+    # Triton's kernels and Inductor's code would else be in folders that outlive a first start
+    env = dict(env or os.environ, TRITON_CACHE_DIR=str(folder / "cache/triton"))
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    if synthetic:
+        env["PYTHONPATH"] = str(ROOT)
+    # Status 3: out of steps before the target
+    seconds = execute(what, command, folder, folder / "log.txt", env, ok=(0, 3))
+    result = json.loads((folder / "run/result.json").read_text())
+    return result | dict(process_s=seconds)
 
 
 def reason(said):

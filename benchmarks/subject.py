@@ -19,8 +19,6 @@ import train_gpt as tg
 from base import InputError
 from benchmarks.breakdown import MARK
 from models import load_template
-from models.gpt import Model
-from optim import Optimizer
 from records.source import pack_source
 from runtime import corpus
 from runtime.launch import join_world
@@ -276,53 +274,3 @@ class Subject:
     def flops(self, stage):
         """Of a token."""
         return self.model.flops_per_token(stage.model)
-
-
-# --- a start of the trainer, phase by phase
-
-
-def phases(graphs):
-    """[(owner, attribute, phase)]: the functions that a start of the trainer spends its time in.
-
-    phase: a name, or a function of the arguments that makes one. graphs(): whether training has
-    not begun, so that a call is there to compile.
-    """
-
-    def during(what):
-        return lambda *args: what(*args) if graphs() else "first step"
-
-    def graph(setup, step, batch):
-        stage = setup.stages[step]
-        tokens = stage.rows * setup.config.data.row_len
-        targets = f", {stage.model.n_targets} targets" if stage.model.n_targets > 1 else ""
-        tied = ", tied" if stage.model.tied else ""
-        return f"graph of {tokens:,} tokens{targets}{tied}"
-
-    return [
-        (tg, "parse_args", "arguments"),
-        (tg, "load_data", "data"),
-        (tg, "choose_ops", "kernels"),
-        (tg, "set_up", "model"),
-        (Model, "init_weights", "model"),
-        (Optimizer, "reset", "model"),
-        (tg, "describe_environment", "probe"),
-        (tg, "machine_probe", "probe"),
-        (tg, "announce", "log"),
-        (tg, "train_to_the_end", "first step"),
-        (tg, "backward", during(graph)),
-        (Optimizer, "step", during(lambda *_: "graph of the optimizer")),
-        (tg, "evaluate", "graph of validation"),
-    ]
-
-
-TRAINING = (tg, "train_to_the_end")  # training begins when it is called
-STEP_ENDS = (Optimizer, "step")  # a step is over when it returns
-
-
-def use_data(opener):
-    """Have this process's trainer open its corpus with opener, in place of data.open_dataset."""
-    corpus.open_dataset = opener
-
-
-def main(argv):
-    return tg.main(argv)

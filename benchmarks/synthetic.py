@@ -1,6 +1,7 @@
 """Tokens where there is no data: random ones, in documents as long as web pages."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +45,16 @@ def synthetic(config, cache, n_tokens=12_000_000):
         with ShardWriter(folder, "train") as writer:
             writer.write(tokens)
     return Synthetic("synthetic", [shard], [shard], n_vocab, n_vocab - 1, "synthetic", folder)
+
+
+def main():
+    """The trainer's door, on such tokens. Returns the exit status."""
+    import train_gpt
+    from runtime import corpus
+
+    corpus.open_dataset = synthetic
+    return train_gpt.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,10 +17,8 @@ import time
 from pathlib import Path
 
 from base import InputError
-from benchmarks.process import execute
+from benchmarks.process import ROOT, execute, train
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAINER = ROOT / "train_gpt.py"
 WARM = 10  # first steps that the median time of a step leaves out
 LEAST_TEXT = 20_000  # characters: less does not fill our first batch
 
@@ -77,9 +75,10 @@ def fail(message):
 
 
 def environment(gpus=False, **more):
-    """Environment of every process: no caches that outlive it, and no GPU unless asked for."""
+    """Environment of every process: no caches that outlive it, no GPU unless asked for, and each
+    program's own way to let threads wait, not the one that our door chose for this process."""
     env = dict(os.environ)
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "RANK", "WORLD_SIZE"):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "GOMP_SPINCOUNT", "RANK", "WORLD_SIZE"):
         env.pop(name, None)
     if not gpus:
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -207,6 +206,7 @@ class TextFile:
     unit = "character"
     device = "cpu"
     target = None
+    longer = 4  # our validation rows over our training rows, in its tracks
     tokens = 256  # of nanochat's tokenizer, without special ones
 
     def __init__(self, text, folder):
@@ -278,26 +278,15 @@ def our_options(task, loss, trainer_options):
 
 
 def ours(what, task, options, folder):
-    """What matters of a run of our trainer, a process of its own, with the cache in this
-    folder."""
-    run_dir = Path(folder) / "run"
-    shutil.rmtree(run_dir, ignore_errors=True)
-    cache = Path(folder) / "cache"
-    task.fill(cache)
-    command = [sys.executable, TRAINER, *options, "--cache-dir", cache]
-    command += ["--run-dir", run_dir, "--repeat", 1]
-    env = environment(gpus=task.device != "cpu")
-    log = Path(folder) / "log.txt"
-    process = execute(f"our trainer, {what}", command, folder, log, env, ok=(0, 3))
-    result = json.loads((run_dir / "result.json").read_text())
-    run, ms = read_times(run_dir)
+    """The result of a run of our trainer, a process of its own, with the cache in this folder."""
+    task.fill(Path(folder) / "cache")
+    result = train(f"our trainer, {what}", options, folder, environment(gpus=task.device != "cpu"))
+    run, ms = read_times(Path(folder) / "run")
     target = result["target"]
-    keys = ("target", "reached", "steps", "params", "train_time_s", "cold_start_s")
-    return {key: result[key] for key in keys} | dict(
+    return result | dict(
         loss=result[result["target_metric"]],
         time_to_loss_s=None if target is None else run.time_to(target),
         all_steps_s=result["train_time_s"],
-        process_s=process,
         ms_per_step=ms,
         dtype=run.environment.get("dtype"),
     )

@@ -9,7 +9,7 @@ step, so its time to a loss is that of the shortest run that ends there.
 It is given what its loader likes: pieces of the documents that fill a row, since the rest of what
 is longer is dropped, and in random order, as its own data is; in the order of the text each batch
 would be neighbours (1.77 instead of 1.66 nats on Tiny Shakespeare). It is evaluated in windows of
-the length it was trained with and in windows 4 times as long, as ours is; the better loss counts.
+the length it was trained with and in windows as many times as long as ours; the better loss counts.
 """
 
 import json
@@ -51,7 +51,6 @@ LAPTOP = BOTH | {
     "eval-tokens": 131_072,
 }
 SPECIAL_TOKENS = 9
-LONGER = 4  # our validation rows over our training rows, in the tracks used here
 
 
 # --- in its interpreter
@@ -95,11 +94,12 @@ def write_corpus(corpus, size=None):
     return {split: len(texts) for split, texts in parts.items()}
 
 
-def evaluate(folder, step, corpus, metric):
+def evaluate(folder, step, corpus, metric, longer):
     """Loss of its checkpoint on all of the corpus's validation documents.
 
-    In nats per character (val_loss) or bits per byte (val_bpb). A window begins with nanochat's
-    own token for that, and ends where the document does.
+    In nats per character (val_loss) or bits per byte (val_bpb). longer: times its training
+    windows, for the longer ones. A window begins with nanochat's own token for that, and ends where
+    the document does.
     """
     import torch
     from nanochat.checkpoint_manager import build_model
@@ -115,8 +115,8 @@ def evaluate(folder, step, corpus, metric):
         nats_per_unit = units
 
     losses = {}
-    for longer in (1, LONGER):
-        length = longer * meta["model_config"]["sequence_len"]
+    for times in (1, int(longer)):
+        length = times * meta["model_config"]["sequence_len"]
         targets = torch.cat([windows(ids, length) for ids in documents])
         first = torch.full((len(targets), 1), tokenizer.get_bos_token_id())
         inputs = torch.cat([first, targets[:, :-1].clamp(min=0)], 1)
@@ -207,7 +207,7 @@ class Checkout(Peer):
 
     def evaluate(self, task):
         folder = self.folder / "base/base_checkpoints" / self.flags["model-tag"]
-        found = self.ask("evaluate", folder, self.steps, self.corpus, task.metric)
+        found = self.ask("evaluate", folder, self.steps, self.corpus, task.metric, task.longer)
         log = (self.folder / "log.txt").read_text(encoding="utf-8")
         dtype = re.search(r"^COMPUTE_DTYPE: torch\.(\w+)", log, re.M)
         return found | dict(dtype=dtype and dtype[1])
@@ -219,6 +219,7 @@ class Laptop(TextFile):
     name = "Python's standard library"
     metric = "val_bpb"
     unit = "byte"
+    longer = 8
     options = ["--track", "laptop"]
 
     def __init__(self, trainer_options, folder):

@@ -1,146 +1,92 @@
-"""benchmarks/start.py: phases add up, a real start with empty and with
-filled caches."""
+"""benchmarks/start.py: the parts of a process add up, a real one with empty and with filled
+caches."""
 
+import functools
 import json
+import sys
 import time
-from unittest.mock import ANY
 
 import pytest
-import torch
 from helpers import options, tiny, write_text
 
 from base import InputError
-from benchmarks import start, subject
+from benchmarks import process, start, synthetic
 from benchmarks.__main__ import main
-from runtime import machine
+from runtime import corpus, machine
+from train_gpt import PARTS
 
 
-class Now:
-    def __init__(self):
-        self.t = 0.0
-
-    def __call__(self):
-        return self.t
-
-
-def test_a_phase_does_not_count_those_inside_it():
-    now = Now()
-    phases = start.Phases(now)
-
-    def spend(seconds, *then):
-        now.t += seconds
-        for function in then:
-            function()
-        now.t += seconds
-        return seconds
-
-    inner = phases.timed(lambda: spend(2), "inner")
-    outer = phases.timed(lambda: spend(10, inner, inner), lambda: "outer")
-    now.t += 1
-    outer(), inner()
-    now.t += 100
-    phases.switch()
-    assert (
-        phases.seconds == dict(other=101, outer=20, inner=12)
-        and sum(phases.seconds.values()) == now.t
-    )
-    assert list(phases.seconds) == ["other", "outer", "inner"]
-
-
-def test_a_phase_that_raises_ends():
-    now = Now()
-    phases, waited = start.Phases(now), []
-
-    def fail():
-        now.t += 3
-        raise ValueError
-
-    with pytest.raises(ValueError):
-        phases.timed(fail, "failing", wait=lambda: waited.append(now.t))()
-    now.t += 4
-    phases.switch()
-    assert (
-        phases.seconds == dict(other=4, failing=3) and waited == [3] and phases.stack == ["other"]
-    )
-
-
-def test_cold_and_warm(tmp_path, monkeypatch, capsys):
-    c = tiny(
-        write_text(tmp_path / "text.txt"), tmp_path, tokenizer="bpe:300", target_metric="val_loss"
-    )
-    before, out, table = time.perf_counter(), tmp_path / "out.json", tmp_path / "table.md"
-    assert main(["start", "--json", str(out), "--table", str(table), *options(c)]) == 0
+def test_cold_and_warm(tmp_path, capsys):
+    text = write_text(tmp_path / "text.txt")
+    c = tiny(text, tmp_path, tokenizer="bpe:300", target_metric="val_loss")
+    out = tmp_path / "out.json"
+    markdown = tmp_path / "table.md"
+    before = time.perf_counter()
+    assert main(["start", "--json", str(out), "--table", str(markdown), *options(c)]) == 0
+    passed = time.perf_counter() - before
     result = json.loads(out.read_text())
-    assert sum(sum(t) for t in result["totals"].values()) < time.perf_counter() - before
     for state in ("cold", "warm"):
-        phases = result[state]
-        assert {
-            "interpreter",
-            "imports",
-            "arguments",
-            "data",
-            "model",
-            "kernels",
-            "probe",
-            "log",
-            "first step",
-            "other",
-        } == set(phases)
-        assert min(phases.values()) >= 0 and sum(phases.values()) == pytest.approx(
-            result["totals"][state][0]
-        )
-        assert phases["imports"] > 0.3 and phases["first step"] > 0 and phases["probe"] > 0
-    assert (
-        result["cold"]["data"] > result["warm"]["data"]
-    )  # the tokenizer was trained in the first run only
+        seconds = result[state]
+        assert list(seconds) == ["process_s", *PARTS, "rest_s", "cold_start_s"]
+        parts = sum(seconds[name] for name in (*PARTS, "rest_s"))
+        assert parts == pytest.approx(seconds["process_s"])
+        assert seconds["imports_s"] > 0.3 and seconds["train_s"] > 0 and seconds["rest_s"] > 0
+        assert seconds["cold_start_s"] < seconds["process_s"]
+    assert result["cold"]["process_s"] + result["warm"]["process_s"] < passed
+    # The tokenizer was trained in the first run only
+    assert result["cold"]["data_s"] > result["warm"]["data_s"]
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
-    assert "| first step |" in table.read_text() and table.read_text() in capsys.readouterr().err
+    line = f"| **process** | {result['cold']['process_s']:.2f} | {result['warm']['process_s']:.2f}"
+    assert line in markdown.read_text() and markdown.read_text() in capsys.readouterr().err
 
 
-def test_compiled_graphs_are_phases_of_their_own(tmp_path, monkeypatch):
-    """The trainer's process, run here, with torch.compile handing back what it is given."""
-    c = tiny(
-        write_text(tmp_path / "text.txt"),
-        tmp_path,
-        compile=True,
-        batch_tokens=(256, 512),
-        mtp=(2, 1),
-        tied=0.5,
-    )
-    wrapped = [(owner, name) for owner, name, _ in subject.phases(bool)]
-    for owner, name in [*wrapped, subject.TRAINING, subject.STEP_ENDS]:
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # puts back what trace() replaces
-    monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(machine, "can_compile", lambda say: True)
-    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *args, **kwargs: f(*args, **kwargs))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    result = tmp_path / "phases.json"
-    assert start.trace(str(result), time.monotonic(), options(c), synthetic=False) == 130
-    phases = json.loads(result.read_text())
-    assert {
-        "graph of 256 tokens, 2 targets, tied",
-        "graph of 512 tokens",
-        "graph of the optimizer",
-        "graph of validation",
-        "first step",
-    } <= set(phases)
-    assert phases["first step"] < 5 and not (tmp_path / "run" / "result.json").exists()
+def test_medians_of_pairs_on_fresh_caches(monkeypatch):
+    took = iter((9.0, 5.0, 20.0, 1.0, 10.0, 2.0))
+    folders = []
+    saved = []
+
+    def train(what, options, folder, synthetic):
+        assert (what, options, synthetic) == ("the trainer", ["--steps", "1"], True)
+        folders.append(folder)
+        return dict.fromkeys(PARTS, 0.5) | dict(process_s=next(took), cold_start_s=1.0)
+
+    monkeypatch.setattr(start, "train", train)
+    result = start.run(3, True, ["--steps", "1"], saved.append)
+    assert result["cold"]["process_s"] == 10.0 and result["warm"]["process_s"] == 2.0
+    assert result["warm"]["rest_s"] == 2.0 - 0.5 * len(PARTS)
+    assert len(set(folders)) == 3 and folders[0::2] == folders[1::2] and len(saved) == 3
 
 
 def test_a_trainer_that_fails_says_why(monkeypatch, capsys):
-    def execute(what, command, folder, log, env, ok, every):
-        assert ok == (130,)  # how the trainer ends after its first step
-        assert command[-8:-2] == ["--n-head", "3", "--cache-dir", ANY, "--run-dir", ANY]
-        assert "TORCHINDUCTOR_CACHE_DIR" not in env and env["TRITON_CACHE_DIR"]
+    def execute(what, command, folder, log, env, ok):
+        assert ok == (0, 3)  # what the trainer ends with, its target reached or not
+        assert command[1:4] == [*process.TRAINER, "--n-head", "3"]
+        assert command[4:8:2] == ["--cache-dir", "--run-dir"] and command[5] == folder / "cache"
+        assert "TORCHINDUCTOR_CACHE_DIR" not in env
+        assert env["TRITON_CACHE_DIR"] == str(folder / "cache/triton")
         raise InputError(f"{what} ended with status 2: --n-embd 128: expected a multiple of 12")
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/warm")
-    monkeypatch.setattr(start, "execute", execute)
+    monkeypatch.setattr(process, "execute", execute)
     assert main(["start", "--n-head", "3"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        "error: before its first step the trainer ended with status 2: --n-embd 128: "
-        "expected a multiple of 12"
+        "error: the trainer ended with status 2: --n-embd 128: expected a multiple of 12"
     )
     assert main(["start", "--repeats", "0"]) == 2
     assert "error: --repeats 0: expected 1 or more" in capsys.readouterr().err
+
+
+def test_random_tokens_in_place_of_data(tmp_path, monkeypatch, capsys):
+    """The trainer's process, run here, on fewer tokens."""
+    c = tiny("", tmp_path, data="stdlib", tokenizer="bytes", target_metric="val_loss", steps=1)
+    monkeypatch.setattr(corpus, "open_dataset", None)  # puts back what main() replaces
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    fewer = functools.partial(synthetic.synthetic, n_tokens=20_000)
+    monkeypatch.setattr(synthetic, "synthetic", fewer)
+    monkeypatch.setattr(sys, "argv", ["synthetic", *options(c)])
+    assert process.SYNTHETIC == ["-m", synthetic.__name__]
+    assert synthetic.main() in (0, 3)
+    result = json.loads(capsys.readouterr().out)
+    assert result["data"] == "synthetic" and result["steps"] == 1

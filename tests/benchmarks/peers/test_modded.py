@@ -10,7 +10,7 @@ from doubles import STAND_INS, calls, checkout
 
 import data
 from base import InputError
-from benchmarks import peers
+from benchmarks import peers, process
 from benchmarks.__main__ import main
 from benchmarks.peers import common, modded
 
@@ -25,7 +25,7 @@ def hopper(tmp_path, monkeypatch):
         path.write_text("")
     monkeypatch.setattr(modded, "LAUNCH", ("launch.py",))
     monkeypatch.setattr(modded, "usable_gpus", lambda asked=0: (2, "NVIDIA H100"))
-    monkeypatch.setattr(common, "TRAINER", STAND_INS / "ours.py")
+    monkeypatch.setattr(process, "TRAINER", [STAND_INS / "ours.py"])
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
 

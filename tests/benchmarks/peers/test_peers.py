@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import data
 import runtime.corpus
 from base import InputError
-from benchmarks import peers, subject
+from benchmarks import peers, process, subject
 from benchmarks.__main__ import main
 from benchmarks.peers import common
 from benchmarks.peers import nanochat as chat
@@ -32,7 +32,7 @@ from benchmarks.peers import nanogpt as gpt
 def around(tmp_path, monkeypatch):
     """A folder with a text, our trainer's double and a record of what was called."""
     write_text(tmp_path / "text.txt")
-    monkeypatch.setattr(common, "TRAINER", STAND_INS / "ours.py")
+    monkeypatch.setattr(process, "TRAINER", [STAND_INS / "ours.py"])
     monkeypatch.setattr(gpt.Checkout, "modules", ("numpy",))
     monkeypatch.setattr(gpt.Checkout, "steps", 40)
     monkeypatch.setattr(gpt, "EVAL_EVERY", 5)
@@ -247,7 +247,7 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
     out = around / "out.json"
     table = around / "table.md"
     monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
-    monkeypatch.setenv("UNIFORM_AT", "1024")  # which is better than what its double predicts
+    monkeypatch.setenv("UNIFORM_AT", "2048")  # which is better than what its double predicts
     assert (
         main(
             [
@@ -319,9 +319,9 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
     # bits per byte, in the windows that are better
     nats, targets = byte_loss(texts, 256, pairs=True)
     assert row["loss_by_window"] == pytest.approx(
-        {"256": nats / math.log(2) / n_bytes, "1024": math.log2(600) * targets / n_bytes}, rel=1e-5
+        {"256": nats / math.log(2) / n_bytes, "2048": math.log2(600) * targets / n_bytes}, rel=1e-5
     )
-    assert row["loss"] == row["loss_by_window"]["1024"] < row["loss_by_window"]["256"]
+    assert row["loss"] == row["loss_by_window"]["2048"] < row["loss_by_window"]["256"]
     assert row["val_units"] == n_bytes > row["val_targets"] == targets
     assert row["train_time_s"] == pytest.approx(19 * 0.050) and row["own_estimates"]["10"] == 3.9
     assert row["dtype"] == "bfloat16" and there["ratios"]["training"] == pytest.approx(
@@ -375,8 +375,8 @@ def test_laptop_is_the_tracks_shape():
     )
     assert flags["device-batch-size"] * flags["max-seq-len"] == flags["total-batch-size"]
     easier = subject.parse(["--track", "shakespeare-char-cpu", "--text", "x"])
-    for track in (c, easier):
-        assert track.val_row_len == chat.LONGER * track.row_len
+    for track, task in ((c, chat.Laptop), (easier, common.TextFile)):
+        assert track.val_row_len == task.longer * track.row_len
     assert easier.row_len == chat.SHAKESPEARE["max-seq-len"]
 
 
@@ -666,11 +666,11 @@ def test_commit(tmp_path):
 
 def test_what_others_start_knows_nothing_of_us(monkeypatch):
     """A process of torchrun's, a cache of ours or a GPU would be another comparison."""
-    for name in ("RANK", "WORLD_SIZE", "TORCHINDUCTOR_CACHE_DIR", "CUDA_VISIBLE_DEVICES"):
+    for name in ("RANK", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "1")
     env = common.environment(X="2")
     assert env["CUDA_VISIBLE_DEVICES"] == "" and env["X"] == "2"
-    assert not {"RANK", "WORLD_SIZE", "TORCHINDUCTOR_CACHE_DIR"} & env.keys()
+    assert not {"RANK", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR"} & env.keys()
 
 
 def test_a_peer_is_found_by_its_file():
