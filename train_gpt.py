@@ -663,10 +663,9 @@ def run_once(setup, log, requests, store, found, parts):
 PARTS = "imports_s", "data_s", "compile_s", "train_s", "validation_s", "sample_s", "save_s"
 
 
-def time_by_part(parts, result):
+def time_by_part(parts):
     """{process_s and a name for each part: seconds}; what is in none of them is start-up."""
-    seconds = dict(parts.seconds, train_s=result["train_time_s"])
-    found = {name: round(seconds.get(name, 0.0), 2) for name in PARTS}
+    found = {name: round(parts.seconds.get(name, 0.0), 2) for name in PARTS}
     return dict(process_s=round(parts.elapsed(), 2), **found)
 
 
@@ -685,7 +684,7 @@ def save_result(setup, result, log, parts):
         shown = show_samples(setup, result["best_step"], log)
     if shown:
         log.say(f'more: ./run.sh sample --run {log.folder} --prompt "..."')
-    result |= time_by_part(parts, result)
+    result |= time_by_part(parts)
     log.say(in_words(result))
     log.finish(result)
 
@@ -736,6 +735,10 @@ def show_samples(setup, step, log):
             log.say(f"--- a sample after step {step}\n{done.request.prompt}{done.text}\n---")
     except InputError as e:  # such as a prompt with characters that the tokenizer has not seen
         log.say(f"no samples: {e}")
+        return False
+    except Exception as e:  # whatever it is, the training and its result are worth more
+        report = last_resort.write_report(e, log.folder)
+        log.say(f"no samples: {last_resort.explain(e)}; the full report is in {report}")
         return False
     return True
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from base import InputError, write_text
 from base.command import refuse
+from base.terminal import on_screen
 
 from .engine import Request
 from .options import KNOBS, check, is_text, make_parser, open_run, say
@@ -85,13 +86,18 @@ class Conversation:
         self.text = prompt
         print(line, end="", flush=True)
         try:
-            for _, text in self.engine.run([completion]):
+            for text in on_screen(self.written(completion)):
                 print(text, end="", flush=True)
-                self.text += text
         except KeyboardInterrupt:
             pass  # what there is of the answer stays
         print()
         self.n_answers += 1
+
+    def written(self, completion):
+        """Yield an answer in pieces, which the conversation has as they are."""
+        for _, text in self.engine.run([completion]):
+            self.text += text
+            yield text
 
     def command(self, line):
         """Do what a line that begins with / says. Raises InputError."""

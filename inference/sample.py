@@ -1,9 +1,11 @@
 """./run.sh sample: text from a run's model."""
 
+import itertools
 import time
 
 from base import InputError, to_json
 from base.command import given_path, refuse
+from base.terminal import on_screen
 
 from .engine import Request
 from .options import check, is_text, make_parser, open_run, say
@@ -79,7 +81,8 @@ def run(args):
             for _ in engine.run(batch):
                 pass
             for completion in batch:
-                print(as_json(completion, saved) if args.json else as_block(completion), flush=True)
+                said = as_json(completion, saved) if args.json else as_block(completion)
+                print(*on_screen([said]), sep="", flush=True)
     seconds = time.perf_counter() - start
     n = sum(len(completion.written) for completion in completions)
     say(f"{saved.folder}: {n} tokens in {seconds:.2f} s, {n / seconds:.0f} a second")
@@ -106,8 +109,8 @@ def given_prompts(args):
 
 def show(engine, completion):
     """Print a prompt and its continuation as it is written."""
-    print(completion.request.prompt, end="", flush=True)
-    for _, text in engine.run([completion]):
+    written = (text for _, text in engine.run([completion]))
+    for text in on_screen(itertools.chain([completion.request.prompt], written)):
         print(text, end="", flush=True)
     print()
 

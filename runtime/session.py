@@ -93,6 +93,7 @@ class Session:
         self.time_left = TimeLeft(setup.stages, setup.pass_seconds)
         self.time_left.forget(self.first)
         self.reported = self.at.train_time  # the clock at the last report
+        self.earlier_time = self.at.train_time  # of processes before this one
 
     # ----------------------------------------------------------------------------------------------
     # What the loop asks
@@ -296,6 +297,7 @@ class Session:
         """Stop the clock and write the last checkpoint. Raises Interrupted when a signal ended the
         run."""
         self.clock.stop()
+        self.parts.seconds["train_s"] = self.clock.total - self.earlier_time
         saved = self.save(wait=True) if self.at.step > self.first else False
         if "stop" in self.wanted:
             then = f"; --resume {self.log.folder} goes on from there" if saved else ""

@@ -147,6 +147,35 @@ def test_no_target_trains_to_the_last_step(text, tmp_path):
     assert result["reached"] is None and result["steps"] == 12
 
 
+def test_samples_in_the_course_of_training_change_nothing(text, tmp_path, capsys):
+    """They are shown after every so many steps and at the end, while the clock stands still."""
+    plain = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "plain"), steps=7))
+    clock = tmp_path / "clock"
+    capsys.readouterr()
+    result = tg.train(tiny(text, tmp_path, run_dir=str(clock), steps=7, sample_every=3))
+    shown = re.findall(r"^--- a sample after step (\d+)$", capsys.readouterr().err, re.M)
+    assert [*dict.fromkeys(shown)] == ["3", "6", "7"]
+    assert result["val_loss"] == plain["val_loss"]
+    assert train_losses(clock) == train_losses(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("sample_every", [0, 1])
+def test_samples_that_fail_do_not_cost_the_result(
+    text, tmp_path, monkeypatch, capsys, sample_every
+):
+    """Whatever it is that nobody expected: one line says where the report is."""
+    monkeypatch.setattr(tg.Engine, "generate", lambda *args: 1 / 0)
+    argv = options(tiny(text, tmp_path, steps=2, sample_every=sample_every))
+    assert tg.main(argv) == 0
+    out, err = capsys.readouterr()
+    run = tmp_path / "run"
+    assert json.loads(out) == json.loads((run / "result.json").read_text())
+    assert json.loads(out)["steps"] == 2
+    assert "no samples: ZeroDivisionError: division by zero (" in err
+    assert f"the full report is in {run / 'error.txt'}" in err and "Traceback" not in err
+    assert "Traceback" in (run / "error.txt").read_text()
+
+
 def test_weights_on_disk_are_the_model(text, tmp_path):
     c = tiny(text, tmp_path)
     result = tg.train(c)

@@ -1,6 +1,7 @@
 """A conversation goes on from line to line, and no command or interruption ends the program."""
 
 import builtins
+import sys
 
 import pytest
 
@@ -94,6 +95,17 @@ def test_an_interruption_ends_the_answer_and_not_the_program(talk, monkeypatch, 
     assert status == 0 and "never" not in out
     assert out.startswith(file.read_text())  # what was shown is what is kept
     assert len(file.read_text()) == len("the ") + 3
+
+
+def test_an_answer_does_not_color_the_terminal(talk, monkeypatch, tmp_path):
+    """It is shown what it says, and kept as it is."""
+    said = "\x1b[2Jred\r"
+    monkeypatch.setattr(Engine, "run", lambda self, batch: [(batch[0], said)])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    file = tmp_path / "said.txt"
+    _, out, _ = talk("the ", f"/save {file}")
+    assert out.startswith("the \\x1b[2Jred\\x0d\n")
+    assert file.read_bytes().decode() == f"the {said}"
 
 
 def test_options_that_are_wrong_end_it_at_once(talk):

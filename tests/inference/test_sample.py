@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import train_gpt as tg
 from inference import sample
+from inference.engine import Engine
 from runtime import saved as saved_runs
 from runtime.machine import World
 from runtime.saved import load_run, newest_run
@@ -115,6 +117,30 @@ def test_what_is_cut_of_a_long_prompt_is_said(folder, capsys):
     # End-of-text and 160 bytes, of which the model looks back at 64
     assert lines(out)[0]["prompt_tokens_cut"] == 1 + 160 - 64
     assert "looks back at 64 tokens" in err and "first 97" in err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_terminal_would_obey_is_shown(terminal, folder, capsys, monkeypatch):
+    """Colors, titles, what is written over: of the model's text and of prompts. A file has it."""
+    pieces = ["\x1b[31mred\r", "\nnew line\r", "over\x07\tend"]
+
+    def run_engine(engine, batch):
+        for text in pieces:
+            for completion in batch:
+                completion.text += text
+                yield completion, text
+
+    monkeypatch.setattr(Engine, "run", run_engine)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    raw = "the \x9b" + "".join(pieces)
+    shown = "the \\x9b\\x1b[31mred\nnew line\\x0dover\\x07\tend"
+    expected = shown if terminal else raw
+    for several in 1, 2:
+        argv = ["--run", folder, "--prompt", "the \x9b", "--samples", several]
+        status, out, _ = run(capsys, *argv)
+        assert status == 0 and out.count(expected) == several
+        assert out.endswith(f"{expected}\n" if several == 1 else f"{expected}\n\n")
+    assert lines(run(capsys, *argv, "--json")[1])[0]["text"] == "".join(pieces)
 
 
 # --- What is wrong

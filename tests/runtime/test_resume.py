@@ -259,6 +259,9 @@ def test_more_steps_go_on_from_the_end(run):
     done = run("run", "--resume", "auto", steps=10)
     assert done.status == 0, done.err
     assert done.result["steps"] == 10 and done.result["resumed_at"] == [6]
+    # Of the process there is only what it trained itself
+    before = json.loads((run.tmp / "run/metrics.jsonl").read_text().split("\n")[5])["train_time"]
+    assert 0 < done.result["train_s"] <= done.result["train_time_s"] - before + 0.02
     assert "4 steps more than the 6 planned: the learning rate is that of a run of 10" in done.err
     losses = [row["step"] for row in rows(run.tmp / "run") if "train_loss" in row]
     assert losses == [*range(1, 11)]
