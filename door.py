@@ -4,13 +4,30 @@ Streams, signals and threads are put right before anything large is imported, an
 program expected ends in one line: see base/last_resort.py. --debug shows all of it.
 """
 
-import importlib
 import os
-import signal
 import sys
 
-from base import clock as clock  # start-up is counted from its import
-from base import last_resort, streams
+ROOT = os.path.dirname(os.path.abspath(__file__))
+LIBRARY = os.path.dirname(os.__file__)
+
+
+def place(folder):
+    """What sorts sys.path: Python's library, this checkout, packages, then folders of the user's:
+    a random.py or data.py in one of those, on PYTHONPATH say, is not what is meant here."""
+    if "site-packages" in folder or "dist-packages" in folder:
+        return 2
+    if os.path.abspath(folder).startswith(ROOT):
+        return 1
+    return 0 if folder.startswith(LIBRARY) else 3
+
+
+sys.path.sort(key=place)  # before anything is imported that Python has not loaded by itself
+
+import importlib  # noqa: E402
+import signal  # noqa: E402
+
+from base import clock as clock  # noqa: E402  start-up is counted from its import
+from base import last_resort, streams  # noqa: E402
 
 # Of verbs that are no package with a __main__
 MODULES = dict(train="train_gpt", sample="inference.sample", chat="inference.chat")

@@ -40,13 +40,16 @@ END
 
 fail() { echo "error: $*" >&2; exit 2; }
 
+# apart COMMAND: without modules from PYTHONPATH or from the folder that one is in.
+apart() { PYTHONPATH='' PYTHONSAFEPATH=1 "$@"; }
+
 find_python() {
     # An array, since a path may have spaces in it
     local candidates=(python3 python3.13 python3.12 python3.11)
     [[ -n ${PYTHON:-} ]] && candidates=("$PYTHON")
     local candidate check='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
     for candidate in "${candidates[@]}"; do
-        if "$candidate" -c "$check" 2>/dev/null; then
+        if apart "$candidate" -c "$check" 2>/dev/null; then
             echo "$candidate"
             return
         fi
@@ -68,7 +71,7 @@ pip_install() {
     local quiet=-qq
     [[ -t 2 ]] && quiet=  # someone is watching: show pip's progress
     # PIP_USER=0: where pip is set to install for the user, it refuses to install into .venv
-    PIP_USER=0 "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
+    PIP_USER=0 apart "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
         -c "$here/requirements.txt" -r "$1" >&2
 }
 
@@ -84,7 +87,7 @@ require() {
     fi
     if ! venv_works; then
         local python; python=$(find_python)
-        "$python" -m venv --clear "$venv" >&2 \
+        apart "$python" -m venv --clear "$venv" >&2 \
             || fail "$venv was not made; the lines above say why. Mend that and start again"
     fi
     echo "installing ${file##*/} into .venv (once) ..." >&2
@@ -131,6 +134,7 @@ case $verb in
             "$venv/bin/ruff" check -q . && "$venv/bin/ruff" format -q --check . \
                 || fail "ruff found what is above; ruff format and ruff check --fix mend most of it"
         fi
+        unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
     data | sample | chat | export | records | benchmarks)

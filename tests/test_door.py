@@ -242,6 +242,17 @@ def main(argv):
     assert done.communicate(timeout=60) == (f"{found} False\n", "")
 
 
+@pytest.mark.parametrize("path", ["{}", ":{}", "{}:"])
+def test_modules_of_the_users_do_not_take_the_place_of_others(path, tmp_path):
+    """Of the standard library, ours, or a package; with an empty entry, which is where one is."""
+    for name in "enum", "functools", "random", "signal", "base", "data", "tqdm":
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')")
+    (tmp_path / "mine.py").write_text("here = 'mine'")
+    program = "import random, tqdm, data, mine\ndef main(argv): print(mine.here)"
+    done = start(tmp_path, program, env=dict(PYTHONPATH=path.format(tmp_path)), cwd=tmp_path)
+    assert done.communicate(timeout=60) == ("mine\n", "")
+
+
 def test_an_import_that_fails(tmp_path):
     done = start(tmp_path, "import nonesuch\n", env=dict(TMPDIR=str(tmp_path)))
     out, err = done.communicate(timeout=60)
@@ -323,16 +334,18 @@ def test_run_sh_takes_a_python_in_a_path_with_a_space(checkout, tmp_path):
 
 def test_run_sh_after_its_python_was_upgraded(checkout, tmp_path):
     """.venv is made anew: its Python starts, and has none of the packages. pip is told that it is
-    not for the user, whatever its settings say."""
+    not for the user, whatever its settings say, and finds nothing on PYTHONPATH."""
     installed(checkout, "[[ $1 != -c ]]")
     own = tmp_path / "python3"
-    made = 'echo \\"\\$2 PIP_USER=\\${PIP_USER:-}\\" >&2'
+    made = 'echo \\"\\$2 PIP_USER=\\${PIP_USER:-} PYTHONPATH=\\${PYTHONPATH:-}\\" >&2'
     making = f'mkdir -p "$4/bin"; printf "#!/bin/bash\n{made}\n" > "$4/bin/python"'
     toy_python(own, f'[[ $1 == -c ]] && exit 0\n{making}; chmod +x "$4/bin/python"')
-    done = run_sh(checkout / "run.sh", "--steps", env=dict(PYTHON=str(own), PIP_USER="1"))
+    done = run_sh(
+        checkout / "run.sh", "--steps", env=dict(PYTHON=str(own), PIP_USER="1", PYTHONPATH="x")
+    )
     said = done.stderr.splitlines()
     assert said[0] == "installing requirements.txt into .venv (once) ..."
-    assert said[1:] == ["pip PIP_USER=0", "train PIP_USER=1"]
+    assert said[1:] == ["pip PIP_USER=0 PYTHONPATH=", "train PIP_USER=1 PYTHONPATH=x"]
 
 
 def test_run_sh_in_a_folder_that_is_gone(checkout, tmp_path):
