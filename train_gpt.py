@@ -41,6 +41,7 @@ from base.options import (
     progress_of,
     remembered,
 )
+from base.places import runs_folder
 from data import Prefetcher, pack
 from data.config import DataConfig
 from data.loader import IGNORE
@@ -63,8 +64,6 @@ from runtime.options import RunConfig, build_parts, flat, parse_options, peek
 from runtime.session import Session
 from runtime.signals import Requests
 from tracks import load_track, track_names
-
-ROOT = Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: every field of every part is a command-line option
@@ -766,7 +765,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
         data = load_data(config, lambda step: stage_at(config, step), world)
     if folder is None:
         fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
-        folder = folders.find_run_dir(config, FREE, world, ROOT / "runs", resuming, fingerprint)
+        folder = folders.find_run_dir(config, FREE, world, runs_folder(), resuming, fingerprint)
     setup = None  # made once, for all seeds
     for seed, run_dir in folders.by_seed(folder, config.goal.seed, options.repeat):
         config = changed(config, seed=seed, earlier=())

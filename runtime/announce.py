@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from base import InputError, to_json
+from base.places import elsewhere
 from data.shards import read_shard
 from records.source import pack_source
 
@@ -37,6 +38,8 @@ def announce(log, setup):
         "in matrix products"
     )
     mention_unused(setup.world.device, log.say)
+    if line := elsewhere():
+        log.say(line)
     recomputed = ", blocks recomputed" if setup.model.recompute else ""
     log.say(f"memory by estimate: {setup.memory}{recomputed}")
     for line in data.dataset.notes:

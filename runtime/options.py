@@ -5,11 +5,11 @@ import dataclasses
 import difflib
 import re
 import typing
-from pathlib import Path
 
 from base import InputError
 from base.command import path_text
 from base.options import AUTO, COUNT, POSITIVE, Options, interval, option, seconds, valid
+from base.places import cache_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,7 @@ class RunConfig(Options):
     run_dir: str = option(
         "", "where log, metrics and weights go; empty is runs/<utc>-<track>", group="run"
     )
-    cache_dir: str = option(
-        str(Path(__file__).resolve().parent.parent / ".cache"), "prepared data and compiled code"
-    )
+    cache_dir: str = option(str(cache_folder()), "prepared data and compiled code")
     eval_every: int = option(
         125, "steps between validations; there is always one at the end", POSITIVE
     )

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 
 from base import InputError
 from base.options import progress_of
+from base.places import runs_folder
 from data import Tokenizer
 from data.tokenizers import load_tokenizer
 from kernels import choose_ops
 from models import load_template, template_names
-
-RUNS = Path(__file__).resolve().parent.parent / "runs"
 
 
 class Saved(NamedTuple):
@@ -32,7 +31,7 @@ class Saved(NamedTuple):
 
 def newest_run(runs=None):
     """The folder of the run that finished last. Raises InputError where there is none."""
-    runs = runs or RUNS
+    runs = runs or runs_folder()
     found = [*Path(runs).glob("*/result.json"), *Path(runs).glob("*/seed*/result.json")]
     found = [result.parent for result in found if result.with_name("model.safetensors").exists()]
     if not found:

@@ -12,6 +12,7 @@ from helpers import (
     EVERYTHING,
     PIECES,
     REMEMBERED,
+    ROOT,
     THREE_LAYERS,
     options,
     run_trainer,
@@ -108,9 +109,9 @@ def test_a_run_as_a_user_starts_it(users):
     assert json.loads((run / "result.json").read_text()) == result
     assert json.loads((run / "config.json").read_text())["config"]["target"] == 5.5
     log = (run / "log.txt").read_text()
-    assert header_line(pack_source(tg.ROOT)) in log and '"git_commit"' in log
+    assert header_line(pack_source(ROOT)) in log and '"git_commit"' in log
     source = files_in(run / "source.tar.bz2")
-    assert source["train_gpt.py"] == (tg.ROOT / "train_gpt.py").read_bytes()
+    assert source["train_gpt.py"] == (ROOT / "train_gpt.py").read_bytes()
     val_line = r"^step:(\d+)/30 val_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\d+\.\d+)ms( .*)?$"
     assert float(re.findall(val_line, log, re.M)[-1][1]) == pytest.approx(
         result["val_loss"], abs=1e-4

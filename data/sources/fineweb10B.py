@@ -31,6 +31,7 @@ from tqdm import tqdm
 from base import InputError, write_text
 from base.command import Parser, given_path
 from base.files import aside, difference, one_at_a_time, sha256_of, sweep
+from base.places import cache_folder
 from data.dataset import Dataset
 from data.shards import read_shard
 from data.sources import Source
@@ -374,7 +375,7 @@ def main(argv):
     parser.add_argument(
         "--folder",
         type=given_path,
-        default=Path(__file__).parents[2] / ".cache/data/fineweb10B",
+        default=cache_folder() / "data/fineweb10B",
         help="where the shards are kept (default: where the trainer looks, %(default)s)",
     )
     parser.add_argument(

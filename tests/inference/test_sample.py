@@ -56,7 +56,7 @@ def test_the_newest_run_is_the_one_that_finished_last(tmp_path):
 
 
 def test_where_there_is_no_run_yet_it_says_how_to_get_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(saved_runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(saved_runs, "runs_folder", lambda: tmp_path / "runs")
     status, out, err = run(capsys)
     assert status == 2 and out == ""
     assert err.count("\n") == 1 and "train one with ./run.sh" in err
