@@ -33,7 +33,7 @@ BENCHMARKS = {
     "trainer": "the trainer's step, stage by stage, and where its time goes",
     "start": "the whole process and its parts, with empty caches and again",
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
-    "peers": "nanoGPT, nanochat or modded-nanogpt beside this trainer, on the same data",
+    "peers": "nanoGPT, nanochat, minimind or modded-nanogpt beside this trainer, whole processes",
     "ablate": "what each piece of the recipe is worth, in loss and in time",
     "checkpoint": "what writing and loading a checkpoint costs, and what it costs training",
 }

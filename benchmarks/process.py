@@ -18,10 +18,11 @@ TRAINER = [ROOT / "train_gpt.py"]
 SYNTHETIC = ["-m", "benchmarks.synthetic"]  # the trainer, on random tokens
 
 
-def execute(what, command, folder, log, env, ok=(0,), every=10.0):
+def execute(what, command, folder, log, env, ok=(0,), every=10.0, lines=None):
     """Run a command in a folder with its output in the file `log`; returns its seconds.
 
-    Every so many seconds a line of the output is shown. Raises InputError, saying why, where the
+    lines: a list that gets (seconds since the start, line) of all output. Every so many seconds a
+    line of it is shown. Raises InputError, saying why, where the
     exit status is none of ok.
     """
     started = time.perf_counter()
@@ -43,6 +44,8 @@ def execute(what, command, folder, log, env, ok=(0,), every=10.0):
             for line in child.stdout:
                 f.write(line)
                 now = time.perf_counter()
+                if lines is not None:
+                    lines.append((now - started, line))
                 if now - shown >= every and line.strip():
                     say(f"    {now - started:.0f} s  {line.strip()[:100]}")
                     shown = now

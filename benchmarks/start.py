@@ -1,7 +1,7 @@
 """What a user waits for: seconds of the whole process and of its parts, first and again.
 
     ./run.sh benchmarks start                                  this machine's track
-    ./run.sh benchmarks start --steps 1 --target 0             start-up and one step
+    ./run.sh benchmarks start --steps 1                        start-up and one step
     ./run.sh benchmarks start --track gpt2-small --synthetic   with no data and no network
 
 Options other than those below are the trainer's own (./run.sh train --help). The trainer runs

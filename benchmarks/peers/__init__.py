@@ -1,13 +1,14 @@
 """Other people's trainers, each run from its own checkout, beside this one: same data, same loss.
 
     ./run.sh benchmarks peers --nanogpt ../nanoGPT --nanochat ../nanochat --text ts.txt --rounds 3
+    ./run.sh benchmarks peers --minimind ../minimind --text ts.txt --minimind-options epochs=4
     ./run.sh benchmarks peers --nanochat ../nanochat --laptop --rounds 3
     ./run.sh benchmarks peers --modded ../modded-nanogpt --rounds 3
 
-nanoGPT and nanochat run on the CPU, GPUs are hidden; modded-nanogpt needs Hopper GPUs. Checkouts
-are only read: each run works in a copy in a temporary folder. Nothing is installed: a peer whose
-packages --python cannot import is left out, with a line that says what is missing. Options other
-than those below are our trainer's.
+nanoGPT, nanochat and minimind run on the CPU, GPUs are hidden; modded-nanogpt needs Hopper GPUs.
+Checkouts are only read: each run works in a copy in a temporary folder. Nothing is installed: a
+peer whose packages --python cannot import is left out, with a line that says what is missing.
+Options other than those below are our trainer's.
 
 A round trains a peer, then this trainer (track laptop, gpt2-small, or one for text) until its
 validation loss is the peer's, once with an empty cache folder (first start) and once with that one
@@ -16,6 +17,7 @@ benchmarks/peers/ what its peer is given.
 """
 
 import importlib
+import math
 import shutil
 import statistics
 import sys
@@ -98,7 +100,13 @@ def compare(peers, task, rounds, options, save):
     how = "the same" if same else f"not the same as our {own:,}: losses compare roughly"
     say(f"validation: {theirs:,} {task.unit}s, {how}")
     result = dict(
-        text=dict(name=task.name, unit=task.unit, train=size_of(task.train, task.unit), val=theirs),
+        text=dict(
+            name=task.name,
+            unit=task.unit,
+            train=size_of(task.train, task.unit),
+            val=theirs,
+            bits=bits_per_byte(task),
+        ),
         metric=task.metric,
         target=task.target,
         device=task.device,
@@ -125,7 +133,9 @@ def compare(peers, task, rounds, options, save):
         else:
             command = " ".join(["python", *peer.command()])
             result["torch"][peer.name] = there["torch"]
-            result["peers"][peer.name] = dict(commit=peer.commit(), command=command, rounds=[])
+            result["peers"][peer.name] = dict(
+                commit=peer.commit(), command=command, compiles=peer.compiles, rounds=[]
+            )
 
     for n in range(rounds):
         for peer in peers:
@@ -135,13 +145,20 @@ def compare(peers, task, rounds, options, save):
             say(f"--- {peer.name}, round {n + 1} of {rounds}")
             try:
                 there["rounds"].append(one_round(peer, task, options))
-                there |= summarise(there["rounds"], peer.compiled)
+                there |= summarise(there["rounds"])
                 save(result)
             except InputError as e:
                 give_up(peer.name, str(e))
     if not any(there.get("rounds") for there in result["peers"].values()):
         fail("; ".join(f"{name}: {there['skipped']}" for name, there in result["peers"].items()))
     return result
+
+
+def bits_per_byte(task):
+    """What a loss in nats per character is multiplied with; None for other units."""
+    if task.unit != "character":
+        return None
+    return size_of(task.val, "character") / size_of(task.val, "byte") / math.log(2)
 
 
 def one_round(peer, task, options):
@@ -160,21 +177,20 @@ def one_round(peer, task, options):
             mine = ours(f"to {peer.name}'s loss", task, given, folder)
             row[side] = mine
             say(
-                f"ours: loss {mine['loss']:.4f}, training {mine['train_time_s']:.2f} s, "
-                f"process {mine['process_s']:.1f} s"
+                f"ours: loss {mine['loss']:.4f}, process {mine['process_s']:.1f} s, "
+                f"training {mine['train_time_s']:.2f} s"
             )
     return row
 
 
-def summarise(rounds, compiled):
+def summarise(rounds):
     """Medians over the rounds of what is a number, and how many times as long the peer takes.
 
-    A ratio is None where one of our runs missed its loss, and that of our later starts where the
-    peer's would be faster, too.
+    A ratio is None where one of our runs missed its loss.
     """
 
     def median(key, *sides):
-        values = [r[side][key] for r in rounds for side in sides]
+        values = [r[side].get(key) for r in rounds for side in sides]
         return statistics.median(value for value in values if value is not None)
 
     medians = {}
@@ -183,78 +199,92 @@ def summarise(rounds, compiled):
         keys = [key for key, value in first.items() if type(value) in (int, float)]
         medians[side] = {key: median(key, side) for key in keys}
 
-    ratios = dict.fromkeys(("training", "interpolated", "first", "again"))
+    ratios = dict.fromkeys(("first", "again", "training", "interpolated"))
     if all(r["first"]["reached"] and r["again"]["reached"] for r in rounds):
-        clock = median("train_time_s", "peer")
         process = median("process_s", "peer")
+        clock = median("train_time_s", "peer")
+        ratios["first"] = process / median("process_s", "first")
+        ratios["again"] = process / median("process_s", "again")
         ratios["training"] = clock / median("train_time_s", "first", "again")
         ratios["interpolated"] = clock / median("time_to_loss_s", "first", "again")
-        ratios["first"] = process / median("process_s", "first")
-        if not compiled:
-            ratios["again"] = process / median("process_s", "again")
     return dict(medians=medians, ratios=ratios)
 
 
 def render(result):
-    """A table for each peer, ours below it."""
+    """One table of all peers, ours below each; then what each was given."""
     text = result["text"]
     parts = result["split"]
     same = "the same in all trainers"
     if not parts["same"]:
         same = f"{parts['ours']:,} others in ours"
     versions = ", ".join(f"{version} ({who})" for who, version in result["torch"].items())
+    rows = []
+    notes = []
+    for name, there in result["peers"].items():
+        if there.get("medians"):
+            rows += rows_of(name, there, result)
+        notes += notes_of(name, there, result)
     options = ""
     if result["options"]:
         options = f"Our options: `{' '.join(result['options'])}`"
-    blocks = [
+    header = ["", "process s", "peer's / ours", "training s", "peer's / ours"]
+    header += [UNITS[text["unit"]], "steps", "parameters", "ms/step"]
+    if text.get("bits"):
+        header.insert(6, UNITS["byte"])
+    return document(
         f"# Peers on {text['name']}, {result['device']}, {result['threads']} CPU threads",
         f"{text['train']:,} {text['unit']}s to train on, {parts['peers']:,} for validation "
-        f"({same}). torch {versions}.",
+        f"({same}). torch {versions}. Medians of rounds; a process is timed from start to exit.",
+        table(header, rows) if rows else None,
         options,
-    ]
-    for name, there in result["peers"].items():
-        blocks += [f"## {name}", *blocks_of(name, there, result)]
-    return document(*blocks)
-
-
-def blocks_of(name, there, result):
-    """What render() says of one peer."""
-    blocks = []
-    if there.get("commit"):
-        blocks.append(f"Commit {there['commit'][:12]}: `{there['command']}`")
-    if there.get("medians"):
-        head = UNITS[result["text"]["unit"]]
-        header = ["", head, "steps", "parameters", "ms/step", "training s"]
-        header += ["all steps s", "process s"]
-        rows = []
-        for side, label in dict(peer=name, first="ours, first start", again="ours, again").items():
-            m = there["medians"][side]
-            loss = f"{m['loss']:.4f}"
-            if side != "peer" and not all(r[side]["reached"] for r in there["rounds"]):
-                loss += " (not reached)"
-            cells = [label, loss, f"{m['steps']:,.0f}", number(m.get("params"), ",.0f")]
-            times = ("ms_per_step", "train_time_s", "all_steps_s", "process_s")
-            rows.append(cells + [number(m.get(key)) for key in times])
-        blocks += [table(header, rows), times_as_long(name, there)]
-        if result["target"] is not None:
-            blocks.append(end_of(name, there["medians"]["peer"]["loss"], result["target"]))
-    blocks.append(there.get("skipped"))
-    return blocks
-
-
-def times_as_long(name, there):
-    """The ratios in words."""
-    row = there["rounds"][0]
-    dtypes = f"Ours in {row['first']['dtype']}."
-    if row["peer"].get("dtype"):
-        dtypes = f"{name} in {row['peer']['dtype']}, ours in {row['first']['dtype']}."
-    ratios = {key: number(ratio) for key, ratio in there["ratios"].items()}
-    return (
-        f"Rounds: {len(there['rounds'])}, medians. {dtypes} {name} takes this many times as long: "
-        f"training {ratios['training']} ({ratios['interpolated']} by a line between our "
-        f"validations), process {ratios['first']} against our first start, {ratios['again']} "
-        "against later ones."
+        [f"- {note}" for note in notes],
     )
+
+
+def rows_of(name, there, result):
+    """The peer's row of the table and our two."""
+    ratios = there["ratios"]
+    bits = result["text"].get("bits")
+    rows = []
+    for side, label in dict(peer=name, first="ours, first start", again="ours, again").items():
+        m = there["medians"][side]
+        loss = f"{m['loss']:.4f}"
+        if side != "peer" and not all(r[side]["reached"] for r in there["rounds"]):
+            loss += " (not reached)"
+        compared = ["", ""]
+        if side != "peer":
+            compared = [number(ratios[side]), number(ratios["training"])]
+        row = [label, number(m["process_s"]), compared[0], number(m["train_time_s"]), compared[1]]
+        row.append(loss)
+        if bits:
+            row.append(f"{m['loss'] * bits:.4f}")
+        row += [f"{m['steps']:,.0f}", number(m.get("params"), ",.0f")]
+        rows.append([*row, number(m.get("ms_per_step"))])
+    return rows
+
+
+def notes_of(name, there, result):
+    """What else is to be said of one peer, a line each."""
+    notes = []
+    if there.get("commit"):
+        notes.append(f"{name}, commit {there['commit'][:12]}: `{there['command']}`")
+    if there.get("medians"):
+        row = there["rounds"][0]
+        dtypes = f"ours in {row['first']['dtype']}"
+        if row["peer"].get("dtype"):
+            dtypes = f"{name} in {row['peer']['dtype']}, {dtypes}"
+        interpolated = number(there["ratios"]["interpolated"])
+        notes.append(
+            f"{name}: {dtypes}; rounds: {len(there['rounds'])}; training by a line between our "
+            f"validations {interpolated} times"
+        )
+        if there.get("compiles"):
+            notes.append(f"{name} compiles, with empty caches always; a later start is not timed")
+        if result["target"] is not None:
+            notes.append(end_of(name, there["medians"]["peer"]["loss"], result["target"]))
+    if there.get("skipped"):
+        notes.append(f"{name}: {there['skipped']}")
+    return notes
 
 
 def end_of(name, loss, target):

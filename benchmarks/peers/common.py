@@ -67,6 +67,17 @@ def total_loss(model, inputs, targets):
     return nats
 
 
+def pieces(text, tokenizer, size):
+    """Parts of at most `size` of the tokenizer's tokens, no character divided."""
+    while text:
+        ids = tokenizer.encode(text[: 8 * size])
+        n = size
+        while not text.startswith(piece := tokenizer.decode(ids[:n])):  # it ends inside a character
+            n -= 1
+        yield piece
+        text = text[len(piece) :]
+
+
 # --- here
 
 
@@ -86,15 +97,20 @@ def environment(gpus=False, **more):
 
 
 def read_times(path):
-    """(Run, its median ms per step without the first WARM) of a log or a run's folder."""
+    """(Run, its median ms per step) of a log or a run's folder."""
     from records.read import read_runs
 
     run = read_runs(path)[-1]
-    seconds = [p.seconds for p in run.train if p.seconds is not None]
+    return run, median_step(p.seconds for p in run.train if p.seconds is not None)
+
+
+def median_step(seconds):
+    """Median ms between the ends of steps, without the first WARM; None where there are none."""
+    seconds = list(seconds)
     steps = [1e3 * (b - a) for a, b in zip(seconds, seconds[1:]) if b > a]
     if not steps:
-        return run, None
-    return run, statistics.median(steps[WARM:] or steps)
+        return None
+    return statistics.median(steps[WARM:] or steps)
 
 
 class Peer:
@@ -105,10 +121,10 @@ class Peer:
     needs = ()  # files of a checkout
     modules = ()  # packages
     left_behind = ()  # what is not copied of a checkout
+    program = "."  # the folder of the checkout that it is started in
     own_options = ()  # arguments of its constructor that are options of the command
     own_data = None  # why it takes no --text, where it brings its data itself
-    compiled = False  # whether starting again would be faster than the first start
-    unclocked = 1  # first steps that its clock leaves out
+    compiles = False  # whether starting again would be faster than the first start
 
     def __init__(self, checkout, python):
         self.checkout = Path(checkout)
@@ -146,8 +162,11 @@ class Peer:
 
     def run(self, what, *args, log="log.txt"):
         """Its interpreter with these arguments, in the copy; returns seconds."""
+        self.lines = []  # of output, with the seconds at which they came
+        what = f"{self.name}: {what}"
         command = [self.python, *args]
-        return execute(f"{self.name}: {what}", command, self.copied, self.folder / log, self.env)
+        folder = self.copied / self.program
+        return execute(what, command, folder, self.folder / log, self.env, lines=self.lines)
 
     def ask(self, function, *args):
         """A function of the peer's file, in its interpreter; returns its dict."""
@@ -178,6 +197,10 @@ class Peer:
         process = self.run("training", *self.command())
         found = self.evaluate(task)
 
+        return found | dict(process_s=process, prepare_s=prepared) | self.clock(found)
+
+    def clock(self, found):
+        """Its own training clock at the step of what evaluate() found, and its estimates."""
         run, ms = read_times(self.folder / "log.txt")
         there = [p for p in run.val if p.step == found["steps"]]
         if not there or there[-1].seconds is None:
@@ -186,17 +209,26 @@ class Peer:
                 "its checkpoint's"
             )
         clock = there[-1].seconds
-        left_out = min(self.unclocked, found["steps"])
-        return found | dict(
+        return dict(
             train_time_s=clock,
-            process_s=process,
-            prepare_s=prepared,
             ms_per_step=ms,
-            all_steps_s=clock + left_out * (ms or 0.0) / 1e3,
             own_metric=run.metric,
             own_estimate=there[-1].loss,
             own_estimates={p.step: p.loss for p in run.val},
         )
+
+    def options(self, file, given):
+        """(name, value) of each NAME=VALUE. Raises InputError where the peer's file has no such
+        option."""
+        source = (self.checkout / file).read_text(encoding="utf-8")
+        for option in given:
+            name, equals, value = option.partition("=")
+            if not equals or not re.search(rf"[\"']--{re.escape(name)}[\"']", source):
+                fail(
+                    f"--{self.name}-options {option}: expected NAME=VALUE with an option of its "
+                    f"{file}"
+                )
+            yield name, value
 
 
 class TextFile:
@@ -286,7 +318,6 @@ def ours(what, task, options, folder):
     return result | dict(
         loss=result[result["target_metric"]],
         time_to_loss_s=None if target is None else run.time_to(target),
-        all_steps_s=result["train_time_s"],
         ms_per_step=ms,
         dtype=run.environment.get("dtype"),
     )

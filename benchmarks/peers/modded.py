@@ -49,7 +49,7 @@ class Checkout(Peer):
     modules = ("torch", "triton", "numpy", "tiktoken", "kernels")
     left_behind = ("records", "img", "logs", "fineweb10B")  # gigabytes that it does not need
     own_data = "--modded runs by itself, on GPUs and FineWeb"
-    compiled = True
+    compiles = True
 
     def environment(self, **more):
         return environment(gpus=True, **more)
@@ -76,7 +76,6 @@ class Checkout(Peer):
             steps=run.steps,
             val_units=VAL_TOKENS,
             train_time_s=run.time_s,
-            all_steps_s=run.time_s,
             process_s=process,
             ms_per_step=ms,
             own_estimates={p.step: p.loss for p in run.val},

@@ -19,7 +19,18 @@ import random
 import re
 from pathlib import Path
 
-from .common import Peer, TextFile, answer, fail, importable, size_of, total_loss, whole, windows
+from .common import (
+    Peer,
+    TextFile,
+    answer,
+    fail,
+    importable,
+    pieces,
+    size_of,
+    total_loss,
+    whole,
+    windows,
+)
 
 # Flags of its base_train. No sliding windows: on a CPU they are masks, and it warns against them
 BOTH = {
@@ -54,17 +65,6 @@ SPECIAL_TOKENS = 9
 
 
 # --- in its interpreter
-
-
-def pieces(text, tokenizer, size):
-    """Parts of at most `size` of the tokenizer's tokens, no character divided."""
-    while text:
-        ids = tokenizer.encode(text[: 8 * size])
-        n = size
-        while not text.startswith(piece := tokenizer.decode(ids[:n])):  # it ends inside a character
-            n -= 1
-        yield piece
-        text = text[len(piece) :]
 
 
 def write_corpus(corpus, size=None):
@@ -148,8 +148,7 @@ class Checkout(Peer):
         "torch numpy pyarrow rustbpe tiktoken filelock requests psutil wandb yaml jinja2".split()
     )
     own_options = ("laptop", "nanochat_options")
-    compiled = True
-    unclocked = 11
+    compiles = True
 
     def __init__(self, checkout, python, laptop=False, nanochat_options=()):
         """nanochat_options: NAME=VALUE of its base_train, more or others than ours."""
@@ -158,15 +157,7 @@ class Checkout(Peer):
         if laptop:
             self.own_data = "--laptop compares with nanochat, on Python's standard library"
         given = dict(LAPTOP if laptop else SHAKESPEARE)
-        source = (self.checkout / "scripts/base_train.py").read_text(encoding="utf-8")
-        for option in nanochat_options:
-            name, equals, value = option.partition("=")
-            if not equals or f'"--{name}"' not in source:
-                fail(
-                    f"--nanochat-options {option}: expected NAME=VALUE with an option of its "
-                    "scripts/base_train.py, such as matrix-lr=0.04"
-                )
-            given[name] = value
+        given |= dict(self.options(self.needs[0], nanochat_options))
         for name, least in {"num-iterations": 1, "eval-every": 1, "max-seq-len": 8}.items():
             given[name] = whole(f"--nanochat-options {name}", given[name], least)
         self.steps = given["num-iterations"]

@@ -134,7 +134,6 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
         assert (
             row["peer"]["ms_per_step"] == pytest.approx(40) and row["peer"]["own_estimate"] == 2.65
         )
-        assert row["peer"]["all_steps_s"] == pytest.approx(35 * 0.040)
     assert result["split"] == dict(peers=len(val), ours=len(val), same=True)
     assert there["ratios"]["training"] == pytest.approx(
         34 * 0.040 / 2.0
@@ -146,7 +145,18 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
     )
 
     err = capsys.readouterr().err
-    assert table.read_text() in err and "training 0.7 (0.8 by a line" in err
+    said = table.read_text()
+    assert said in err and "by a line between our validations 0.8 times" in err
+    # one table: processes first, then training
+    medians = there["medians"]
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and rows[0][1::2][:2] == ["process s", "training s"]
+    for row, side in zip(rows[2:], ("peer", "first", "again")):
+        assert row[1] == f"{medians[side]['process_s']:,.1f}"
+        assert row[2] == ("" if side == "peer" else f"{there['ratios'][side]:,.1f}")
+        assert row[3:5] == (["1.4", ""] if side == "peer" else ["2.0", "0.7"])
+        assert row[5] == f"{medians[side]['loss']:.4f}"
+        assert row[6] == f"{medians[side]['loss'] / math.log(2):.4f}"  # a byte is a character
     assert "`--n-layer 3`" in err and "round 1 of 1" in err
 
 
@@ -186,14 +196,14 @@ def test_nanochat_and_ours(around):
     assert row["loss"] == min(row["loss_by_window"].values())
     assert row["val_units"] == len(val) < row["val_targets"] == size
     assert row["steps"] == 200 and row["train_time_s"] == pytest.approx(189 * 0.050, abs=1e-6)
-    assert row["all_steps_s"] == pytest.approx(200 * 0.050, abs=1e-6) and row["dtype"] is None
+    assert row["dtype"] is None
     assert (
         row["own_metric"] == "val_bpb" and row["own_estimate"] == row["own_estimates"][200] == 2.0
     )
     assert there["ratios"]["training"] == pytest.approx(189 * 0.050 / 2.0)
-    assert (
-        there["ratios"]["first"] > 0 and there["ratios"]["again"] is None
-    )  # it would start faster the next time
+    assert there["ratios"]["first"] > 0 and there["ratios"]["again"] > 0
+    assert "nanochat compiles, with empty caches always" in peers.render(result)
+    assert result["text"]["bits"] == pytest.approx(len(val) / size / math.log(2))
     made = calls(around)
     assert [line.split()[0] for line in made] == ["tok_train", "nanochat", "ours", "ours"]
     assert "--vocab-size=265" in made[0] and all(
@@ -211,7 +221,7 @@ def test_nanochat_and_ours(around):
     )
     assert result["torch"] == dict(ours=torch.__version__, nanochat=torch.__version__)
     # all of the text in full rows; what it trains on, not as neighbours
-    train = list(chat.pieces(text[: -len(val)], tokenizer(False), 64))
+    train = list(common.pieces(text[: -len(val)], tokenizer(False), 64))
     assert "".join(fed(around)["val"]) == val and fed(around)["train"] != train
     assert sorted(fed(around)["train"]) == sorted(train)
     places = list(map(train.index, fed(around)["train"]))
@@ -306,13 +316,14 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
         any(p.read_text().startswith(text) for p in stdlib.iterdir()) for text in train
     )
     assert "".join(fed(around)["val"]) == "".join(texts) and len("".join(texts).encode()) == n_bytes
-    expected = [piece for text in train for piece in chat.pieces(text, tokenizer(True), 256)]
+    expected = [piece for text in train for piece in common.pieces(text, tokenizer(True), 256)]
     assert sorted(fed(around)["train"]) == sorted(expected) and fed(around)["train"] != expected
     assert result["text"] == dict(
         name="Python's standard library",
         unit="byte",
         val=n_bytes,
         train=sum(len(text.encode()) for text in train),
+        bits=None,
     )
     assert result["split"] == dict(peers=n_bytes, ours=n_bytes, same=True)
 
@@ -331,8 +342,8 @@ def test_laptop(around, stdlib, monkeypatch, capsys):
     assert first["time_to_loss_s"] == pytest.approx(1.75)
     assert result["target"] == 1.5 and result["metric"] == "val_bpb"
     text = table.read_text()
-    assert text in capsys.readouterr().err and "|  | bits/byte |" in text
-    assert "nanochat in bfloat16, ours in bfloat16." in text
+    assert text in capsys.readouterr().err and "| bits/byte | steps |" in text
+    assert "nanochat in bfloat16, ours in bfloat16; rounds: 1; training by" in text
     assert f"The track's target is 1.5: nanochat ended {row['loss'] - 1.5:.4f} above it." in text
 
 
@@ -457,9 +468,9 @@ def test_a_loss_that_we_miss_has_no_ratio(quick, monkeypatch):
     assert result["peers"]["nanogpt"]["ratios"] == dict.fromkeys(
         ("training", "interpolated", "first", "again")
     )
-    assert "9.0000 (not reached)" in peers.render(
+    assert "9.0000 (not reached)" in peers.render(result) and "validations – times" in peers.render(
         result
-    ) and "training – (– by a line" in peers.render(result)
+    )
 
 
 def test_ratios_of_medians():
@@ -476,12 +487,11 @@ def test_ratios_of_medians():
         dict(peer=side(p, 10.0), first=side(f, 2.0), again=side(a, 4.0))
         for p, f, a in ((10, 5, 1), (30, 6, 2), (20, 1, 90))
     ]
-    got = peers.summarise(rounds, compiled=False)
+    got = peers.summarise(rounds)
     assert got["ratios"] == dict(training=10 / 3, interpolated=20 / 3, first=4.0, again=10.0)
     assert got["medians"]["again"] == dict(process_s=2, train_time_s=4.0, time_to_loss_s=2.0)
-    assert peers.summarise(rounds, compiled=True)["ratios"] == got["ratios"] | dict(again=None)
     rounds[1]["again"]["reached"] = False  # one is enough
-    assert set(peers.summarise(rounds, compiled=False)["ratios"].values()) == {None}
+    assert set(peers.summarise(rounds)["ratios"].values()) == {None}
 
 
 def test_a_training_that_never_improves_has_no_checkpoint(around, monkeypatch):
@@ -616,7 +626,7 @@ def test_bad_input_for_laptop(around, monkeypatch, capsys, wrong, message):
 )
 def test_pieces_are_whole_characters_and_all_of_the_text(text, size, pairs):
     text = text.encode(errors="replace").decode()
-    parts = list(chat.pieces(text, tokenizer(pairs), size))
+    parts = list(common.pieces(text, tokenizer(pairs), size))
     lengths = [len(tokenizer(pairs).encode(part)) for part in parts]
     assert "".join(parts) == text and all(0 < n <= size for n in lengths)
     assert all(
@@ -674,7 +684,7 @@ def test_what_others_start_knows_nothing_of_us(monkeypatch):
 
 
 def test_a_peer_is_found_by_its_file():
-    assert {"modded", "nanochat", "nanogpt"} <= set(peers.names())
+    assert {"minimind", "modded", "nanochat", "nanogpt"} <= set(peers.names())
     for name in peers.names():
         assert peers.module_of(name).Checkout.name == name
 
