@@ -26,7 +26,7 @@ from runtime.machine import World, keep_freed_memory
 from runtime.options import flat
 from runtime.signals import Requests
 
-ROOT = tg.ROOT
+ROOT = Path(tg.__file__).resolve().parent
 BY_STAGE = ("max_doc_len", "short_window", "long_window", "stage_lr", "mtp", "sampled_softmax")
 
 
