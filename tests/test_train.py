@@ -341,8 +341,10 @@ def test_fp8_that_cannot_be_is_refused(text, tmp_path):
 
 
 def test_compiled_run_agrees_with_eager(text, tmp_path):
-    """The one run through Inductor: forward, backward, both optimizers, validation."""
-    fields = dict(n_layer=1, value_embed_layers=(), steps=6, eval_every=3)
+    """The one run through Inductor: forward, backward, both optimizers, validation. Rows do not
+    fill attention's blocks: a padding query that sees nothing would make gradients NaN."""
+    rows = dict(row_len=40, batch_tokens=(240,), long_window=(8,))
+    fields = dict(n_layer=1, value_embed_layers=(), steps=6, eval_every=3) | rows
     eager = tg.train(tiny(text, tmp_path, **fields))
     compiled = tg.train(
         tiny(text, tmp_path, run_dir=str(tmp_path / "compiled"), compile=True, **fields)
@@ -356,7 +358,7 @@ def test_compiled_run_agrees_with_eager(text, tmp_path):
 @pytest.mark.parametrize(
     "backend, recompute",
     [
-        ("aot_eager", "off"),
+        ("aot_eager", "on"),
         *(
             pytest.param("inductor", recompute, marks=pytest.mark.slow)
             for recompute in ("off", "on")
@@ -367,7 +369,7 @@ def test_a_compiled_run_of_every_piece_agrees_with_eager_and_compiles_nothing_in
     text, tmp_path, monkeypatch, backend, recompute
 ):
     # Two stages, with a graph each for training and validation
-    stages = dict(mtp=(2, 1), steps=8, eval_every=3, recompute=recompute)
+    stages = dict(mtp=(2, 1), sampled_softmax=(64, 0), steps=8, eval_every=3, recompute=recompute)
     fields = EVERYTHING | THREE_LAYERS | stages
     eager = tg.train(tiny(text, tmp_path, **fields))
     run = tg.train_to_the_end

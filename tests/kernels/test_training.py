@@ -3,7 +3,7 @@ every op by PyTorch."""
 
 import pytest
 import torch
-from helpers import EVERYTHING, tiny, train_losses, write_text
+from helpers import EVERYTHING, THREE_LAYERS, tiny, train_losses, write_text
 from kernel_checks import DEVICE
 
 import train_gpt as tg
@@ -17,7 +17,7 @@ ONE_LAYER = dict(n_layer=1, value_embed_layers=(0,))
     [
         ("float32", 3, 1e-3, ONE_LAYER),
         ("bfloat16", 2, 0.02, ONE_LAYER),
-        ("float32", 3, 1e-3, EVERYTHING),  # a step in each of its stages
+        ("float32", 3, 1e-3, EVERYTHING | THREE_LAYERS),  # a step in each of its stages
     ],
     ids=["float32", "bfloat16", "everything"],
 )
