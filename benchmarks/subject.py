@@ -7,7 +7,6 @@ and .model, which has windows, max_doc_len, n_targets, tied and n_sampled. Steps
 
 import dataclasses
 import os
-import time
 import types
 import typing
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.profiler import record_function
 
 import train_gpt as tg
 from base import InputError
+from base.clock import Parts
 from benchmarks.breakdown import MARK
 from models import load_template
 from records.source import pack_source
@@ -195,7 +195,7 @@ class Subject:
         """
         seed = self.c.seed if seed is None else seed
         self.setup.config = change(self.c, seed=seed, checkpoint_every=every).config
-        return tg.run_once(self.setup, log, Requests(), checkpoints, None, time.perf_counter())
+        return tg.run_once(self.setup, log, Requests(), checkpoints, None, Parts())
 
     def shared_choices(self):
         """dict(rows of a micro-batch, at most, recompute) as fitted to the memory."""
