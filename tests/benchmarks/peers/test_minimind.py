@@ -122,8 +122,11 @@ def test_its_options(around, options, message):
     assert message in str(e.value) and not calls(around)
 
 
-def test_a_training_of_one_step_has_no_time():
+def test_steps_are_timed_by_their_lines():
     peer = object.__new__(minimind.Checkout)
-    peer.lines = [(1.0, "Epoch:[1/1](1/1), loss: 2.0")]
+    peer.lines = [(7.0, "Model Params: 3M"), (9.0, "Epoch:[1/2](1/2), loss: 2.0")]
     with pytest.raises(InputError, match="minimind: its log has no two steps"):
         peer.clock({})
+    peer.lines += [(9.5, "Epoch:[1/2](2/2), loss: 2.0"), (9.9, "saved")]
+    peer.lines += [(11.5, "Epoch:[2/2](1/2), loss: 2.0"), (12.0, "Epoch:[2/2](2/2), loss: 2.0")]
+    assert peer.clock({}) == dict(steps=4, train_time_s=3.0, ms_per_step=500.0)
