@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import math
 import os
+import shlex
 import sys
 import time
 import typing
@@ -682,7 +683,7 @@ def save_result(setup, result, log, parts):
     with parts.part("sample_s"):
         shown = show_samples(setup, result["best_step"], log)
     if shown:
-        log.say(f'more: ./run.sh sample --run {log.folder} --prompt "..."')
+        log.say(f'more: ./run.sh sample --run {shlex.quote(str(log.folder))} --prompt "..."')
     result |= time_by_part(parts)
     log.say(in_words(result))
     log.finish(result)

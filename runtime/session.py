@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import math
+import shlex
 import signal
 import time
 
@@ -300,7 +301,8 @@ class Session:
         self.parts.seconds["train_s"] = self.clock.total - self.earlier_time
         saved = self.save(wait=True) if self.at.step > self.first else False
         if "stop" in self.wanted:
-            then = f"; --resume {self.log.folder} goes on from there" if saved else ""
+            folder = shlex.quote(str(self.log.folder))
+            then = f"; --resume {folder} goes on from there" if saved else ""
             self.log.say(f"stopped at step {self.at.step} by a signal{then}")
             wait_for_first_rank(self.state.world)
             raise Interrupted(128 + (self.requests.stop or signal.SIGTERM))

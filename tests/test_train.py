@@ -151,10 +151,12 @@ def test_no_target_trains_to_the_last_step(text, tmp_path):
 def test_samples_in_the_course_of_training_change_nothing(text, tmp_path, capsys):
     """They are shown after every so many steps and at the end, while the clock stands still."""
     plain = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "plain"), steps=7))
-    clock = tmp_path / "clock"
+    clock = tmp_path / "a clock"
     capsys.readouterr()
     result = tg.train(tiny(text, tmp_path, run_dir=str(clock), steps=7, sample_every=3))
-    shown = re.findall(r"^--- a sample after step (\d+)$", capsys.readouterr().err, re.M)
+    err = capsys.readouterr().err
+    assert f"more: ./run.sh sample --run '{clock}' --prompt" in err  # as a shell takes it
+    shown = re.findall(r"^--- a sample after step (\d+)$", err, re.M)
     assert [*dict.fromkeys(shown)] == ["3", "6", "7"]
     assert result["val_loss"] == plain["val_loss"]
     assert train_losses(clock) == train_losses(tmp_path / "plain")
