@@ -25,11 +25,8 @@ import typing
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from base import InputError, RankError, last_resort, streams, to_json
+from base import streams, to_json
 from base.clock import START, Parts
 from base.options import (
     BY_STAGE,
@@ -43,26 +40,33 @@ from base.options import (
     remembered,
 )
 from base.places import runs_folder
-from data import Prefetcher, pack
+from data import Prefetcher
 from data.config import DataConfig
-from data.loader import IGNORE
-from inference.engine import Engine, Request
-from inference.sampling import default_sampling
-from kernels import choose_ops
+from inference.show import show_samples
 from models import load_template, option_names, outline, template_names
-from optim import OptimConfig, Optimizer, gradient_report
-from records.metrics import METRICS, VAL_LOSS, Evaluation, measure
-from runtime import compiling, folders, machine, memory, resume, saved, warm_start
+from optim import OptimConfig
+from records.metrics import METRICS, VAL_LOSS
+from runtime import folders, machine, memory, resume, warm_start
 from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
-from runtime.environment import best_seconds, describe_environment, machine_probe
-from runtime.guard import Guard, GuardConfig
+from runtime.evaluation import evaluate
+from runtime.finish import in_words, save_weights, time_by_part
+from runtime.guard import GuardConfig
 from runtime.launch import exit_status, run_on_all_gpus
 from runtime.log import Log, show
 from runtime.machine import PrecisionConfig, World
 from runtime.options import RunConfig, build_parts, flat, parse_options, peek
 from runtime.session import Session
+from runtime.setting_up import (
+    backward,
+    n_tokens,
+    set_up,
+    time_passes,
+    val_stage,
+    warm_up_or_go_without,
+    weights_after,
+)
 from runtime.signals import Requests
 from tracks import load_track, track_names
 
@@ -264,9 +268,9 @@ def stage_at(config, step):
     return Stage(rows, config.model.stage(progress, max_doc_len))
 
 
-def n_tokens(config, stage):
-    """Of a step's batch, over all ranks."""
-    return stage.rows * config.data.row_len
+def stages_of(config):
+    """{step: its Stage}"""
+    return {step: stage_at(config, step) for step in range(1, config.schedule.steps + 1)}
 
 
 def lr_scale(schedule, progress, annealing=None):
@@ -307,216 +311,6 @@ def muon_momentum(progress):
     """0.85 -> 0.95 over the first fifth, back to 0.85 in the last 4%: fresh gradients count more
     at both ends."""
     return 0.85 + 0.10 * min(1.0, progress / 0.2, (1 - progress) / 0.04)
-
-
-# --------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-class Split(typing.NamedTuple):
-    """A validation split, or a part of it."""
-
-    batches: list  # this rank's micro-batches
-    n_targets: int  # over all ranks
-    n_bytes: int | None  # of UTF-8 that these targets stand for; None if not to be known
-
-
-def part_of(split, tokens, data, world):
-    """Batches of a Split, evenly spread, of about this many tokens a rank, as a Split."""
-    n = max(1, tokens // split.batches[0].inputs.numel())
-    batches = split.batches[:: max(1, len(split.batches) // n)]
-    targets = torch.cat([micro.targets[micro.targets != IGNORE] for micro in batches])
-    n_bytes = 0
-    if split.n_bytes is not None:
-        n_bytes = int(data.dataset.tokenizer.token_bytes[targets.numpy()].sum())
-    counts = torch.tensor([len(targets), n_bytes], device=world.device)
-    if world.size > 1:
-        dist.all_reduce(counts)
-    n_targets, n_bytes = counts.tolist()
-    return Split(batches, n_targets, n_bytes or None)
-
-
-@torch.no_grad()
-def evaluate(forward, stage, split, world):
-    """Metrics by name over all ranks' batches of a Split; stage: the template's."""
-    total = torch.zeros((), dtype=torch.float64, device=world.device)  # nats
-    for micro in split.batches:
-        inputs, targets, cu_seqlens = (t.to(world.device, non_blocking=True) for t in micro)
-        total += forward(inputs, targets, cu_seqlens, stage)
-    if world.size > 1:
-        dist.all_reduce(total)
-    return measure(Evaluation(total.item(), split.n_targets, split.n_bytes))
-
-
-# --------------------------------------------------------------------------------------------------
-# Setting up: once for all seeds of a configuration
-
-
-@dataclasses.dataclass
-class Setup:
-    """A configuration on a machine, ready to train from any seed."""
-
-    config: Config
-    world: World
-    data: typing.Any  # loaders and the data set
-    model: torch.nn.Module
-    forward: typing.Callable  # the model, compiled where that is on
-    optimizer: Optimizer
-    guard: Guard
-    stages: dict  # step -> Stage
-    micro_rows: dict  # Stage -> rows in a forward pass
-    pass_seconds: dict  # Stage -> seconds of a step's passes, timed beforehand; empty if all alike
-    expected_seconds: float  # of all training
-    val: Split
-    quick_val: Split | None  # a part that says when all of it is due
-    environment: dict
-    peak: float  # FLOP/s of all ranks in large matrix products, measured
-    memory: str  # the estimate, in words
-
-
-def set_up(config, world, data, log):
-    """A Setup, its weights not yet drawn. Raises InputError."""
-    device = world.device
-    dtype = machine.choose_dtype(config.precision.dtype, device)  # of weights and activations
-    template = load_template(config.goal.template)
-    head_dim = getattr(config.model, "head_dim", 64)
-    try:
-        ops = choose_ops(device, dtype, head_dim, config.run.kernels, config.precision.fp8, log.say)
-    except ValueError as e:
-        raise InputError(e) from None
-    machine.refuse_difference(world, "kernels", to_json(ops.named()))
-
-    # The model, and how much goes through it at a time: that depends on the memory found
-    max_len = max(config.data.row_len, config.data.val_row_len)  # of rotary tables
-    n_vocab = data.dataset.n_vocab
-    build = functools.partial(template.Model, config.model, n_vocab, max_len, dtype, ops)
-    most, recompute, estimate = memory.fit(build, config, world)  # most: rows in a forward pass
-    with device:
-        model = build()  # weights are drawn in run_once()
-    model.recompute = recompute
-
-    # Passes of equal size, by stage; validation goes by about as many tokens
-    stages = {step: stage_at(config, step) for step in range(1, config.schedule.steps + 1)}
-    micro_rows = {}
-    for stage in set(stages.values()):
-        micro_rows[stage] = memory.equal_passes(-(-stage.rows // world.size), most)
-    val_tokens = min(micro_rows[stages[config.schedule.steps]] * config.data.row_len, 16384)
-    val_rows = max(1, val_tokens // config.data.val_row_len)
-    val_batches = list(data.val.micro_batches(world.rank, world.size, val_rows))
-    val = Split(val_batches, data.val.n_targets, data.val_bytes)
-    quick_val = None
-    if config.run.quick_val and config.goal.target is not None:
-        quick_val = part_of(val, config.run.quick_val // world.size, data, world)
-
-    environment = describe_environment(device)
-    environment |= dict(dtype=str(dtype).removeprefix("torch."), kernels=ops.named())
-    environment |= dict(world_size=world.size, probe=machine_probe(device))
-    peak = environment["probe"]["matmul"][environment["dtype"]] * world.size
-
-    # The optimizer and the guard; what of all this is compiled
-    flops = sum(n_tokens(config, s) * model.flops_per_token(s.model) for s in stages.values())
-    compiled = compiling.choose(
-        config.run.compile, graph_options(config), flops / peak, world, log.say
-    )
-    skips = config.guard.max_skips > 0  # whether bad steps may pass
-    optimizer = Optimizer(model, model.update_rules(config.optim), world, compiled, skips)
-
-    # On a CPU, compiling the gradients' report would take longer than it does
-    report = gradient_report
-    if compiled and device.type == "cuda":
-        report = torch.compile(report, dynamic=False)
-    guard = Guard(device, report, strict=not skips, spike_sigmas=config.guard.spike_sigmas)
-
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    return Setup(
-        config=config,
-        world=world,
-        data=data,
-        model=model,
-        forward=forward,
-        optimizer=optimizer,
-        guard=guard,
-        stages=stages,
-        micro_rows=micro_rows,
-        pass_seconds={},
-        expected_seconds=compiling.expected_training(flops / peak, compiled, device),
-        val=val,
-        quick_val=quick_val,
-        environment=environment,
-        peak=peak,
-        memory=estimate,
-    )
-
-
-def graph_options(config):
-    """{option: value} of what compiled code may depend on."""
-    elsewhere = {"text", "val_text", "encoding", "shuffle"}
-    for part in RunConfig, Goal, GuardConfig:
-        elsewhere |= {f.name for f in dataclasses.fields(part)}
-    return {name: value for name, value in flat(config).items() if name not in elsewhere}
-
-
-def warm_up(setup):
-    """Compile everything on batches of padding, whose loss and gradients are zero."""
-    config = setup.config
-    # A stage may have a graph for validation, an update one for each size
-    limit = 2 * len(setup.micro_rows) + 16
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-    for step, padding in padding_by_stage(setup):
-        loss = backward(setup, step, [padding])  # compiles forward and backward
-        ok = setup.guard.judge(0, loss, setup.optimizer.gradients())
-    for _ in range(max(rule.every for rule in setup.optimizer.rules.values())):
-        setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
-
-    # One validation for each of its graphs
-    graphs = {}
-    for step in setup.stages:
-        if step % config.run.eval_every == 0 or step == config.schedule.steps:
-            graphs[val_stage(setup, step)] = setup.val._replace(batches=setup.val.batches[:1])
-    for stage, split in graphs.items():
-        evaluate(setup.forward, stage, split, setup.world)
-
-
-def padding_by_stage(setup):
-    """[(a step, a micro-batch of padding), ...] for every stage."""
-    first_step = {}
-    for step, stage in setup.stages.items():
-        first_step.setdefault(stage, step)
-    found = []
-    for stage in sorted(setup.micro_rows):
-        rows = [None] * setup.micro_rows[stage]
-        max_docs = setup.data.train.max_docs
-        padding = pack(rows, setup.config.data.row_len, max_docs, stage.model.max_doc_len)
-        found.append((first_step[stage], padding))
-    return found
-
-
-def warm_up_or_go_without(setup, log):
-    """warm_up(). Returns the Setup; where the compiler does not work, one that does without."""
-    try:
-        warm_up(setup)
-        return setup
-    except Exception as e:
-        if not machine.compiler_failed(e):
-            raise
-        last_resort.show_if_debugging(e)
-        why = f"torch.compile failed ({machine.compiler_said(e)})"
-        if setup.world.size > 1:  # the others may have compiled, and wait for this one
-            raise RankError(f"{why}; --no-compile trains without it") from None
-        report = last_resort.write_report(e, log.folder)
-        log.say(f"running without torch.compile, which is slower: {why}; the report is in {report}")
-    return set_up(changed(setup.config, compile=False), setup.world, setup.data, log)
-
-
-def time_passes(setup):
-    """Measure how long each stage's forward and backward passes take, for the time that is left."""
-    if len(setup.micro_rows) == 1:
-        return  # the first steps show it
-    for step, padding in padding_by_stage(setup):
-        stage = setup.stages[step]
-        passes = -(-stage.rows // (setup.micro_rows[stage] * setup.world.size))
-        work = functools.partial(backward, setup, step, [padding])
-        setup.pass_seconds[stage] = passes * best_seconds(setup.world.device, work, 3, budget=0.1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -582,33 +376,6 @@ def train_to_the_end(setup, session):
     optimizer.copy(model.successors(setup.stages[before].model, None))
 
 
-def backward(setup, step, batch):
-    """Forward and backward over this rank's micro-batches of a step.
-
-    Returns this rank's share of the mean loss, 0-d, on the device.
-    """
-    config = setup.config
-    device = setup.world.device
-    stage = setup.stages[step]
-    tokens = n_tokens(config, stage)
-    weights = config.model.target_weights(config.schedule.progress(step))
-    if weights is not None:
-        weights = machine.to_device(weights, device)
-    total = torch.zeros((), device=device)
-    for micro in batch:
-        inputs, targets, cu_seqlens = (t.to(device) for t in micro)
-        loss = setup.forward(inputs, targets, cu_seqlens, stage.model, weights) / tokens
-        loss.backward()  # adds to .grad
-        total += loss.detach()
-    return total
-
-
-def val_stage(setup, step):
-    """The template's stage for validation after a step."""
-    config = setup.config
-    return config.model.val_stage(setup.stages[step].model, config.data.val_row_len)
-
-
 def validate(setup, session):
     stage = val_stage(setup, session.at.step)
     with session.clock_stopped(), session.parts.part("validation_s"):
@@ -620,13 +387,6 @@ def validate(setup, session):
         session.record(evaluate(setup.forward, stage, setup.val, setup.world))
         if session.is_best():
             session.log.save_weights(weights_after(setup, session.at.step), "best.safetensors")
-
-
-def weights_after(setup, step):
-    """{name: CPU tensor} as they are to be kept after a step: not those of its stage."""
-    weights = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
-    heirs = setup.model.successors(setup.stages[step].model, None)
-    return weights | {name: weights[source].clone() for name, source in heirs.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -660,22 +420,6 @@ def run_once(setup, log, requests, store, found, parts):
     )
 
 
-PARTS = "imports_s", "data_s", "compile_s", "train_s", "validation_s", "sample_s", "save_s"
-
-
-def time_by_part(parts):
-    """{process_s and a name for each part: seconds}; what is in none of them is start-up."""
-    found = {name: round(parts.seconds.get(name, 0.0), 2) for name in PARTS}
-    return dict(process_s=round(parts.elapsed(), 2), **found)
-
-
-def in_words(result):
-    """The parts of the process's time in a line."""
-    others = result["process_s"] - sum(result[name] for name in PARTS)
-    parts = [f"{name.removesuffix('_s')} {result[name]:.1f}" for name in PARTS if result[name]]
-    return f"{result['process_s']:.1f} s: {', '.join(parts)}, the rest {others:.1f}"
-
-
 def save_result(setup, result, log, parts):
     """The weights and the result into the run's folder, and samples of text on the screen."""
     with parts.part("save_s"):
@@ -687,60 +431,6 @@ def save_result(setup, result, log, parts):
     result |= time_by_part(parts)
     log.say(in_words(result))
     log.finish(result)
-
-
-def save_weights(setup, result, log):
-    """model.safetensors, which is the best validation's where there is no target; then the last
-    step's are last.safetensors. The model has the former afterwards."""
-    last = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
-    if result["best_step"] == result["steps"]:
-        log.save_weights(last)
-        log.remove("best.safetensors", "last.safetensors")
-        return
-    # A run that went on without getting better has its best weights under that name already
-    log.rename("best.safetensors", "model.safetensors")
-    log.save_weights(last, "last.safetensors")
-    if log.active:
-        try:
-            with torch.no_grad():
-                saved.fill(setup.model, load_file(log.folder / "model.safetensors"))
-        except (OSError, SafetensorError, ValueError) as e:  # the disk was full, say
-            log.say(f"the best weights cannot be read ({e}); those of the last step are kept")
-            log.save_weights(last)
-            return
-    log.say(
-        f"the weights are those of step {result['best_step']}, the best validation's; the last "
-        "step's are in last.safetensors"
-    )
-
-
-def show_samples(setup, step, log):
-    """What the model makes of the track's prompts, or of how documents of validation begin.
-
-    Returns whether there was something to show: one rank speaks for all, and of a text.
-    """
-    run = setup.config.run
-    if setup.world.rank or not setup.data.val_bytes or not run.sample_tokens:
-        return False
-    dataset = setup.data.dataset
-    stage = val_stage(setup, step)
-    engine = Engine(setup.model, stage, dataset.tokenizer, setup.config.data.val_row_len)
-    sampling = default_sampling(dataset.tokenizer)
-    requests = []
-    try:
-        for prompt in run.sample_prompts or dataset.beginnings() or ("",):
-            seed = setup.config.goal.seed + len(requests)
-            requests.append(Request(prompt, run.sample_tokens, sampling, seed))
-        for done in engine.generate(requests):
-            log.say(f"--- a sample after step {step}\n{done.request.prompt}{done.text}\n---")
-    except InputError as e:  # such as a prompt with characters that the tokenizer has not seen
-        log.say(f"no samples: {e}")
-        return False
-    except Exception as e:  # whatever it is, the training and its result are worth more
-        report = last_resort.write_report(e, log.folder)
-        log.say(f"no samples: {last_resort.explain(e)}; the full report is in {report}")
-        return False
-    return True
 
 
 def train(config, world=None, requests=None, report=lambda result: None):
@@ -792,15 +482,13 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 if setup and setup.config.schedule != config.schedule:
                     setup = None  # steps were added to one seed's run and not to another's
                 new = setup is None  # then everything has to be compiled
-                setup = setup or set_up(config, world, data, log)
+                setup = setup or set_up(config, stages_of(config), world, data, log)
                 setup.config = config  # of this seed
                 announce(log, setup)
                 if new and setup.forward is not setup.model:
                     log.say("compiling ... (minutes the first time, seconds from then on)")
                     with parts.part("compile_s"):
                         setup = warm_up_or_go_without(setup, log)
-                    if setup.forward is not setup.model:
-                        compiling.remember(graph_options(config), parts.seconds["compile_s"])
                     setup.config = config
                 if new:
                     time_passes(setup)

@@ -20,7 +20,7 @@ import tempfile
 from benchmarks.options import COUNT
 from benchmarks.process import train
 from benchmarks.report import document, say, table
-from train_gpt import PARTS
+from runtime.finish import PARTS
 
 REST = "rest_s"
 

@@ -24,6 +24,7 @@ from runtime import corpus
 from runtime.launch import join_world
 from runtime.machine import World, keep_freed_memory
 from runtime.options import flat
+from runtime.setting_up import warm_up
 from runtime.signals import Requests
 
 ROOT = Path(tg.__file__).resolve().parent
@@ -172,7 +173,9 @@ class Subject:
             keep_freed_memory()
         self.c = c
         self.world = world
-        self.setup = tg.set_up(c.config, world, data or open_data(c, world), log)
+        self.setup = tg.set_up(
+            c.config, tg.stages_of(c.config), world, data or open_data(c, world), log
+        )
         self.model = self.setup.model
         self.params = sum(p.numel() for p in self.model.parameters())
         self.compiled = self.setup.forward is not self.model
@@ -184,7 +187,7 @@ class Subject:
         """Compile what is compiled."""
         if self.compiled:
             log.say("compiling ...")
-            tg.warm_up(self.setup)
+            warm_up(self.setup)
 
     # whole runs
 

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 from processes import Nursery  # noqa: E402
 
-import train_gpt  # noqa: E402
+from runtime import setting_up  # noqa: E402
 
 # Files of ten seconds and more, the longest first: none is left to one worker at the end
 LONG = (
@@ -45,7 +45,7 @@ def no_probe():
     """The machine's speed, which takes half a second to measure, at the start of every run."""
     speed = dict(matmul=dict(float32=1e12, bfloat16=1e12), copy=1e10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "machine_probe", lambda device: speed)
+        patch.setattr(setting_up, "machine_probe", lambda device: speed)
         yield
 
 

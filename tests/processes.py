@@ -163,11 +163,12 @@ def serve():
     import torch.distributed.run  # what starts several
 
     import train_gpt as tg
-    from runtime import log
+    from runtime import log, setting_up
 
     torch.set_num_threads(1)
     rates = dict(float32=1e9, bfloat16=1e9)
-    tg.machine_probe = lambda device: dict(matmul=rates, copy=1e9)  # the real one takes a second
+    # The real one takes a second
+    setting_up.machine_probe = lambda device: dict(matmul=rates, copy=1e9)
     log.tqdm.monitor_interval = 0  # which is a thread
     # Its own lock is shared with forks, and one that is killed may never give it back
     log.tqdm.set_lock(threading.RLock())
@@ -274,7 +275,9 @@ def child(
             enter_network(networks[host])
         if rank < len(fsync):
             slow_down_fsync(fsync[rank])
-        judge = tg.Guard.judge
+        from runtime.guard import Guard
+
+        judge = Guard.judge
 
         def slow_judge(guard, now, *args, **kwargs):
             time.sleep(step)
@@ -283,7 +286,7 @@ def child(
                 os.kill(os.getpid(), at[1])
             return judge(guard, now, *args, **kwargs)
 
-        tg.Guard.judge = slow_judge
+        Guard.judge = slow_judge
         if limit:
             import resource
 

@@ -24,6 +24,7 @@ from kernels import choose_ops
 from models import gpt, load_template, template_names
 from optim import OptimConfig
 from runtime import checkpoints
+from runtime.guard import Guard
 from runtime.memory import estimate
 
 NAME = "templates.ngram_mlp"
@@ -180,7 +181,7 @@ def test_stopped_and_resumed_it_is_the_same_bit_for_bit(
 ):
     """Before, at and behind a change of stages; with what the model itself keeps up to date."""
     folder = tmp_path / "run"
-    judge = tg.Guard.judge
+    judge = Guard.judge
 
     def stopping(guard, step, *args):
         if step == stop:
@@ -188,7 +189,7 @@ def test_stopped_and_resumed_it_is_the_same_bit_for_bit(
         return judge(guard, step, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tg.Guard, "judge", stopping)
+        patch.setattr(Guard, "judge", stopping)
         status, _, err = run(capsys, command(text, folder))
     assert status == 128 + signal.SIGTERM, err
     status, out, err = run(capsys, command(text, folder, resume="auto"))

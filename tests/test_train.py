@@ -25,11 +25,15 @@ from safetensors.torch import load_file
 import train_gpt as tg
 from base import InputError
 from data import ShardWriter
+from data.loader import IGNORE
 from kernels import launch
 from kernels.fp8_mlp import FP8ReLU2MLP
 from models import gpt
+from optim import Optimizer
 from records.source import files_in, header_line, pack_source
 from runtime import machine
+from runtime.evaluation import Split, part_of
+from runtime.finish import PARTS
 from runtime.options import flat
 from tracks import load_track
 
@@ -53,7 +57,7 @@ def validate(c, model, step=None):
     data = open_data(c)
     stage = tg.stage_at(c, step or c.schedule.steps).model
     stage = c.model.val_stage(stage, c.data.val_row_len)
-    split = tg.Split(list(data.val.micro_batches()), data.val.n_targets, data.val_bytes)
+    split = Split(list(data.val.micro_batches()), data.val.n_targets, data.val_bytes)
     return tg.evaluate(model, stage, split, tg.World())
 
 
@@ -88,7 +92,7 @@ def test_a_run_as_a_user_starts_it(users):
         "train_time_s",
         "cold_start_s",
         "process_s",
-        *tg.PARTS,
+        *PARTS,
         "steps",
         "tokens",
         "tokens_per_s",
@@ -102,7 +106,7 @@ def test_a_run_as_a_user_starts_it(users):
     assert result["steps"] < 30 and result["tokens"] == result["steps"] * 256
     assert "a sample" in done.stderr
     # The process's time, most of which has a name
-    named = sum(result[name] for name in tg.PARTS)
+    named = sum(result[name] for name in PARTS)
     assert result["train_s"] > 0 and result["imports_s"] > 0.1 and result["validation_s"] > 0
     assert 0.5 * result["process_s"] < named <= result["process_s"] + 0.05
     assert f"{result['process_s']:.1f} s: imports" in done.stderr
@@ -262,7 +266,7 @@ def test_saved_weights_do_not_depend_on_where_training_ended(text, tmp_path, end
 def test_the_split_is_between_two_steps(text, tmp_path, monkeypatch):
     """Until then the embedding keeps its first weights and no moments; at the split it is the
     head."""
-    at, update = [], tg.Optimizer.step
+    at, update = [], Optimizer.step
 
     def listen(self, *args):
         before = self.params["embed"].detach().clone(), self.params["lm_head"].detach().clone()
@@ -271,7 +275,7 @@ def test_the_split_is_between_two_steps(text, tmp_path, monkeypatch):
             (*before, self.params["embed"].detach().clone(), self.state["embed"]["m"].any().item())
         )
 
-    monkeypatch.setattr(tg.Optimizer, "step", listen)
+    monkeypatch.setattr(Optimizer, "step", listen)
     tg.train(tiny(text, tmp_path, tied=0.3, steps=10))
     for step, (embed, head, after, moments) in enumerate(at):
         assert torch.equal(embed, at[0][0]) == (step < 3), step  # steps 0, 1, 2 are tied
@@ -394,7 +398,7 @@ def test_a_compiled_run_of_every_piece_agrees_with_eager_and_compiles_nothing_in
 
 
 def test_non_finite_loss_stops_at_its_step_and_says_so(text, tmp_path, monkeypatch, capsys):
-    update, after = tg.Optimizer.step, []
+    update, after = Optimizer.step, []
 
     def poison(self, *args):
         update(self, *args)
@@ -403,7 +407,7 @@ def test_non_finite_loss_stops_at_its_step_and_says_so(text, tmp_path, monkeypat
                 self.params["lm_head"][3, 0] = math.nan
         after.append({n: p.detach().clone() for n, p in self.params.items()})
 
-    monkeypatch.setattr(tg.Optimizer, "step", poison)
+    monkeypatch.setattr(Optimizer, "step", poison)
     assert tg.main(options(tiny(text, tmp_path))) == 2
     out, err = capsys.readouterr()
     assert out == "" and "error: step 6: the training loss is nan" in err
@@ -790,14 +794,14 @@ def test_a_part_of_the_split_has_bytes_and_targets_of_its_own(text, tmp_path):
     """The part's metrics are those of its batches alone, the whole's of all."""
     c = tiny(text, tmp_path)
     data = open_data(c)
-    whole = tg.Split(list(data.val.micro_batches(micro_rows=1)), data.val.n_targets, data.val_bytes)
-    part = tg.part_of(whole, len(whole.batches) * c.data.val_row_len // 2, data, tg.World())
+    whole = Split(list(data.val.micro_batches(micro_rows=1)), data.val.n_targets, data.val_bytes)
+    part = part_of(whole, len(whole.batches) * c.data.val_row_len // 2, data, tg.World())
     assert 1 < len(part.batches) < len(whole.batches)
     targets = torch.cat([micro.targets.flatten() for micro in part.batches])
-    targets = targets[targets != tg.IGNORE]
+    targets = targets[targets != IGNORE]
     assert part.n_targets == len(targets)
     assert part.n_bytes == int((targets < 256).sum())  # bytes are tokens; end-of-text has none
-    assert tg.part_of(whole, 10**9, data, tg.World()) == whole
+    assert part_of(whole, 10**9, data, tg.World()) == whole
 
 
 def test_a_run_that_looks_at_a_part_first_ends_with_the_whole_splits_loss(text, tmp_path):

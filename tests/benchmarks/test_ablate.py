@@ -16,6 +16,7 @@ import train_gpt as tg
 from base import InputError
 from benchmarks import ablate, subject
 from benchmarks.__main__ import main
+from runtime import setting_up
 
 LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
 
@@ -246,7 +247,7 @@ def test_a_run_that_failed_is_counted_and_in_no_mean():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(
-        tg,
+        setting_up,
         "machine_probe",
         lambda device: dict(matmul=dict(float32=1e12, bfloat16=1e12), copy=1e10),
     )

@@ -13,7 +13,7 @@ from base import InputError
 from benchmarks import process, start, synthetic
 from benchmarks.__main__ import main
 from runtime import corpus, machine
-from train_gpt import PARTS
+from runtime.finish import PARTS
 
 
 def test_cold_and_warm(tmp_path, capsys):

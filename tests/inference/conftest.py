@@ -6,6 +6,7 @@ import pytest
 from helpers import EVERYTHING, tiny, write_text
 
 import train_gpt as tg
+from runtime import setting_up
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,9 @@ def trained(tmp_path_factory):
     config = tiny(text, tmp_path, **EVERYTHING | dict(steps=6, eval_every=6, sample_tokens=0))
     with pytest.MonkeyPatch.context() as patch:
         speed = dict(matmul=dict(float32=1e9, bfloat16=1e9), copy=1e9)
-        patch.setattr(tg, "machine_probe", lambda device: speed)  # takes a second to measure
+        patch.setattr(
+            setting_up, "machine_probe", lambda device: speed
+        )  # takes a second to measure
         return config, tg.train(config)
 
 

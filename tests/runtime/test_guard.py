@@ -12,7 +12,7 @@ from helpers import EVERYTHING, tiny, train_losses, write_text
 import train_gpt as tg
 from base import InputError
 from models import gpt
-from optim import gradient_report
+from optim import Optimizer, gradient_report
 from runtime import guard
 from runtime.guard import WINDOW, Guard
 
@@ -201,7 +201,7 @@ def poisoned(monkeypatch):
     def poison(kind, steps):
         states = {}
         forward = gpt.Model.forward
-        update = tg.Optimizer.step
+        update = Optimizer.step
 
         def bad(self, *args, **kwargs):
             loss = forward(self, *args, **kwargs)
@@ -219,7 +219,7 @@ def poisoned(monkeypatch):
             states[len(states) + 1] = state
 
         monkeypatch.setattr(gpt.Model, "forward", bad)
-        monkeypatch.setattr(tg.Optimizer, "step", listen)
+        monkeypatch.setattr(Optimizer, "step", listen)
         return states
 
     return poison

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import train_gpt as tg
 from base import InputError
 from models import gpt
-from optim import RowAdam
+from optim import Optimizer, RowAdam
 from runtime import memory
 from runtime.memory import SHARE, describe, equal_passes, explained, free_memory
 
@@ -161,7 +161,7 @@ def test_weights_gradients_and_optimizer_are_counted(dtype, fields):
     weights = sum(p.nbytes for p in model.parameters())
     rules = model.update_rules(c.optim)
     state = 0
-    for tensors in tg.Optimizer(model, rules, WORLD).state.values():
+    for tensors in Optimizer(model, rules, WORLD).state.values():
         state += sum(x.nbytes for x in tensors.values() if x is not None)
     assert parts["weights"] == parts["gradients"] == pytest.approx(weights, rel=0.01)
     assert state <= 1.01 * parts["optimizer"] < 2 * state

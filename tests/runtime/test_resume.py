@@ -10,7 +10,9 @@ from processes import remains, rows, same
 
 import train_gpt as tg
 from base import InputError
+from optim import Optimizer
 from runtime import checkpoints, resume
+from runtime.guard import Guard
 from runtime.options import flat
 
 # Everything that has a state or changes on the way: the head is untied after step 6, batches grow
@@ -282,9 +284,9 @@ def test_more_steps_go_on_from_the_end(run):
 def test_added_steps_have_the_rate_of_their_schedule(run, monkeypatch, extend):
     """Learning rate and momentum that reach the optimizer, before and after."""
     given = []
-    step = tg.Optimizer.step
+    step = Optimizer.step
     monkeypatch.setattr(
-        tg.Optimizer,
+        Optimizer,
         "step",
         lambda self, lr, momentum, ok: given.append((lr, momentum)) or step(self, lr, momentum, ok),
     )
@@ -515,13 +517,13 @@ def test_a_checkpoint_is_never_ahead_of_the_log(run, monkeypatch):
         ahead.append(step - max(logged, default=0))
         return save(self, step, *args, **kwargs)
 
-    init = tg.Guard.__init__
+    init = Guard.__init__
 
     def late(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.lag = 2
 
-    monkeypatch.setattr(tg.Guard, "__init__", late)
+    monkeypatch.setattr(Guard, "__init__", late)
     monkeypatch.setattr(tg.Checkpoints, "save", look)
     tg.train(tiny(run.text, run.tmp, **run.fields, run_dir=str(run.tmp / "run")))
     assert len(ahead) >= 3 and set(ahead) == {0}

@@ -300,7 +300,7 @@ def test_the_clock_of_a_resumed_run_goes_on(tmp_path, clock):
 
 
 def test_train_time_never_falls_across_a_resume(text, tmp_path, monkeypatch):
-    judge = tg.Guard.judge
+    judge = Guard.judge
 
     def slow(guard, step, *args):
         time.sleep(0.3)
@@ -310,7 +310,7 @@ def test_train_time_never_falls_across_a_resume(text, tmp_path, monkeypatch):
     requests = Requests()
     config = tiny(text, tmp_path, steps=4, eval_every=2, checkpoint_every="10m")
     with monkeypatch.context() as m, pytest.raises(Interrupted):
-        m.setattr(tg.Guard, "judge", slow)
+        m.setattr(Guard, "judge", slow)
         tg.train(config, requests=requests)
     result = tg.train(tg.changed(config, resume="auto"))
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
@@ -339,13 +339,13 @@ def test_checkpoints_by_time(tmp_path, clock):
 
 
 def test_a_run_leaves_checkpoints_by_time(text, tmp_path, monkeypatch):
-    judge = tg.Guard.judge
+    judge = Guard.judge
 
     def slow(*args):
         time.sleep(0.05)
         return judge(*args)
 
-    monkeypatch.setattr(tg.Guard, "judge", slow)
+    monkeypatch.setattr(Guard, "judge", slow)
     tg.train(tiny(text, tmp_path, steps=16, checkpoint_every="0.2s", keep_last=99))
     assert len(kept(tmp_path / "run")) >= 3
 
@@ -522,7 +522,7 @@ def test_a_run_makes_up_for_a_missed_validation(text, tmp_path, monkeypatch):
         rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
         return [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
 
-    judge = tg.Guard.judge
+    judge = Guard.judge
 
     def stop(guard, step, *args):
         if step == 3:
@@ -534,7 +534,7 @@ def test_a_run_makes_up_for_a_missed_validation(text, tmp_path, monkeypatch):
     config = tiny(text, tmp_path, run_dir=str(tmp_path / "stopped"), **fields)
     requests = Requests()
     with monkeypatch.context() as m, pytest.raises(Interrupted):
-        m.setattr(tg.Guard, "judge", stop)
+        m.setattr(Guard, "judge", stop)
         tg.train(config, requests=requests)
     assert validations(tmp_path / "stopped") == []
     result = tg.train(tg.changed(config, resume="auto"))

@@ -1,0 +1,48 @@
+"""What a run leaves at its end: weights, and where the time went."""
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .saved import fill
+
+# Of the process's time, in a result
+PARTS = "imports_s", "data_s", "compile_s", "train_s", "validation_s", "sample_s", "save_s"
+
+
+def time_by_part(parts):
+    """{process_s and a name for each part: seconds}; what is in none of them is start-up."""
+    found = {name: round(parts.seconds.get(name, 0.0), 2) for name in PARTS}
+    return dict(process_s=round(parts.elapsed(), 2), **found)
+
+
+def in_words(result):
+    """The parts of the process's time in a line."""
+    others = result["process_s"] - sum(result[name] for name in PARTS)
+    parts = [f"{name.removesuffix('_s')} {result[name]:.1f}" for name in PARTS if result[name]]
+    return f"{result['process_s']:.1f} s: {', '.join(parts)}, the rest {others:.1f}"
+
+
+def save_weights(setup, result, log):
+    """model.safetensors, which is the best validation's where there is no target; then the last
+    step's are last.safetensors. The model has the former afterwards."""
+    last = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
+    if result["best_step"] == result["steps"]:
+        log.save_weights(last)
+        log.remove("best.safetensors", "last.safetensors")
+        return
+    # A run that went on without getting better has its best weights under that name already
+    log.rename("best.safetensors", "model.safetensors")
+    log.save_weights(last, "last.safetensors")
+    if log.active:
+        try:
+            with torch.no_grad():
+                fill(setup.model, load_file(log.folder / "model.safetensors"))
+        except (OSError, SafetensorError, ValueError) as e:  # the disk was full, say
+            log.say(f"the best weights cannot be read ({e}); those of the last step are kept")
+            log.save_weights(last)
+            return
+    log.say(
+        f"the weights are those of step {result['best_step']}, the best validation's; the last "
+        "step's are in last.safetensors"
+    )

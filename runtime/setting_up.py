@@ -1,0 +1,235 @@
+"""A configuration made ready on a machine: model, optimizer, guard, batches; compiled if that pays.
+
+A program's loop asks it for the forward and backward passes of a step. Stages are the program's:
+each has `rows`, of the global batch, and `model`, the template's own stage.
+"""
+
+import dataclasses
+import functools
+import time
+import typing
+
+import torch
+
+from base import InputError, RankError, last_resort, to_json
+from data import pack
+from kernels import choose_ops
+from models import load_template
+from optim import Optimizer, gradient_report
+
+from . import compiling, machine, memory
+from .environment import best_seconds, describe_environment, machine_probe
+from .evaluation import Split, evaluate, part_of
+from .guard import Guard
+from .machine import World
+
+
+@dataclasses.dataclass
+class Setup:
+    """A configuration on a machine, ready to train from any seed."""
+
+    config: typing.Any  # of a program: in parts, as train_gpt.py's
+    world: World
+    data: typing.Any  # loaders and the data set
+    model: torch.nn.Module
+    forward: typing.Callable  # the model, compiled where that is on
+    optimizer: Optimizer
+    guard: Guard
+    stages: dict  # step -> Stage
+    micro_rows: dict  # Stage -> rows in a forward pass
+    pass_seconds: dict  # Stage -> seconds of a step's passes, timed beforehand; empty if all alike
+    expected_seconds: float  # of all training
+    val: Split
+    quick_val: Split | None  # a part that says when all of it is due
+    environment: dict
+    peak: float  # FLOP/s of all ranks in large matrix products, measured
+    memory: str  # the estimate, in words
+
+
+def set_up(config, stages, world, data, log):
+    """A Setup, its weights not yet drawn. stages: step -> Stage. Raises InputError."""
+    device = world.device
+    dtype = machine.choose_dtype(config.precision.dtype, device)  # of weights and activations
+    template = load_template(config.goal.template)
+    head_dim = getattr(config.model, "head_dim", 64)
+    try:
+        ops = choose_ops(device, dtype, head_dim, config.run.kernels, config.precision.fp8, log.say)
+    except ValueError as e:
+        raise InputError(e) from None
+    machine.refuse_difference(world, "kernels", to_json(ops.named()))
+
+    # The model, and how much goes through it at a time: that depends on the memory found
+    max_len = max(config.data.row_len, config.data.val_row_len)  # of rotary tables
+    n_vocab = data.dataset.n_vocab
+    build = functools.partial(template.Model, config.model, n_vocab, max_len, dtype, ops)
+    most, recompute, estimate = memory.fit(build, config, world)  # most: rows in a forward pass
+    with device:
+        model = build()  # weights are drawn when a run begins
+    model.recompute = recompute
+
+    # Passes of equal size, by stage; validation goes by about as many tokens
+    micro_rows = {}
+    for stage in set(stages.values()):
+        micro_rows[stage] = memory.equal_passes(-(-stage.rows // world.size), most)
+    val_tokens = min(micro_rows[stages[config.schedule.steps]] * config.data.row_len, 16384)
+    val_rows = max(1, val_tokens // config.data.val_row_len)
+    val_batches = list(data.val.micro_batches(world.rank, world.size, val_rows))
+    val = Split(val_batches, data.val.n_targets, data.val_bytes)
+    quick_val = None
+    if config.run.quick_val and config.goal.target is not None:
+        quick_val = part_of(val, config.run.quick_val // world.size, data, world)
+
+    environment = describe_environment(device)
+    environment |= dict(dtype=str(dtype).removeprefix("torch."), kernels=ops.named())
+    environment |= dict(world_size=world.size, probe=machine_probe(device))
+    peak = environment["probe"]["matmul"][environment["dtype"]] * world.size
+
+    # The optimizer and the guard; what of all this is compiled
+    flops = sum(n_tokens(config, s) * model.flops_per_token(s.model) for s in stages.values())
+    compiled = compiling.choose(
+        config.run.compile, graph_options(config), flops / peak, world, log.say
+    )
+    skips = config.guard.max_skips > 0  # whether bad steps may pass
+    optimizer = Optimizer(model, model.update_rules(config.optim), world, compiled, skips)
+
+    # On a CPU, compiling the gradients' report would take longer than it does
+    report = gradient_report
+    if compiled and device.type == "cuda":
+        report = torch.compile(report, dynamic=False)
+    guard = Guard(device, report, strict=not skips, spike_sigmas=config.guard.spike_sigmas)
+
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    return Setup(
+        config=config,
+        world=world,
+        data=data,
+        model=model,
+        forward=forward,
+        optimizer=optimizer,
+        guard=guard,
+        stages=stages,
+        micro_rows=micro_rows,
+        pass_seconds={},
+        expected_seconds=compiling.expected_training(flops / peak, compiled, device),
+        val=val,
+        quick_val=quick_val,
+        environment=environment,
+        peak=peak,
+        memory=estimate,
+    )
+
+
+def graph_options(config):
+    """{option: value} of what compiled code may depend on."""
+    options = {}
+    for part in config.data, config.model, config.schedule, config.optim, config.precision:
+        options |= dataclasses.asdict(part)
+    for name in "text", "val_text", "encoding", "shuffle":
+        del options[name]
+    return options
+
+
+def warm_up(setup):
+    """Compile everything on batches of padding, whose loss and gradients are zero."""
+    config = setup.config
+    # A stage may have a graph for validation, an update one for each size
+    limit = 2 * len(setup.micro_rows) + 16
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for step, padding in padding_by_stage(setup):
+        loss = backward(setup, step, [padding])  # compiles forward and backward
+        ok = setup.guard.judge(0, loss, setup.optimizer.gradients())
+    for _ in range(max(rule.every for rule in setup.optimizer.rules.values())):
+        setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
+
+    # One validation for each of its graphs
+    graphs = {}
+    for step in setup.stages:
+        if step % config.run.eval_every == 0 or step == config.schedule.steps:
+            graphs[val_stage(setup, step)] = setup.val._replace(batches=setup.val.batches[:1])
+    for stage, split in graphs.items():
+        evaluate(setup.forward, stage, split, setup.world)
+
+
+def padding_by_stage(setup):
+    """[(a step, a micro-batch of padding), ...] for every stage."""
+    first_step = {}
+    for step, stage in setup.stages.items():
+        first_step.setdefault(stage, step)
+    found = []
+    for stage in sorted(setup.micro_rows):
+        rows = [None] * setup.micro_rows[stage]
+        max_docs = setup.data.train.max_docs
+        padding = pack(rows, setup.config.data.row_len, max_docs, stage.model.max_doc_len)
+        found.append((first_step[stage], padding))
+    return found
+
+
+def warm_up_or_go_without(setup, log):
+    """warm_up(). Returns the Setup; where the compiler does not work, one that does without."""
+    try:
+        begin = time.perf_counter()
+        warm_up(setup)
+        compiling.remember(graph_options(setup.config), time.perf_counter() - begin)
+        return setup
+    except Exception as e:
+        if not machine.compiler_failed(e):
+            raise
+        last_resort.show_if_debugging(e)
+        why = f"torch.compile failed ({machine.compiler_said(e)})"
+        if setup.world.size > 1:  # the others may have compiled, and wait for this one
+            raise RankError(f"{why}; --no-compile trains without it") from None
+        report = last_resort.write_report(e, log.folder)
+        log.say(f"running without torch.compile, which is slower: {why}; the report is in {report}")
+    run = dataclasses.replace(setup.config.run, compile=False)
+    config = dataclasses.replace(setup.config, run=run)
+    return set_up(config, setup.stages, setup.world, setup.data, log)
+
+
+def time_passes(setup):
+    """Measure how long each stage's forward and backward passes take, for the time that is left."""
+    if len(setup.micro_rows) == 1:
+        return  # the first steps show it
+    for step, padding in padding_by_stage(setup):
+        stage = setup.stages[step]
+        passes = -(-stage.rows // (setup.micro_rows[stage] * setup.world.size))
+        work = functools.partial(backward, setup, step, [padding])
+        setup.pass_seconds[stage] = passes * best_seconds(setup.world.device, work, 3, budget=0.1)
+
+
+def n_tokens(config, stage):
+    """Of a step's batch, over all ranks."""
+    return stage.rows * config.data.row_len
+
+
+def backward(setup, step, batch):
+    """Forward and backward over this rank's micro-batches of a step.
+
+    Returns this rank's share of the mean loss, 0-d, on the device.
+    """
+    config = setup.config
+    device = setup.world.device
+    stage = setup.stages[step]
+    tokens = n_tokens(config, stage)
+    weights = config.model.target_weights(config.schedule.progress(step))
+    if weights is not None:
+        weights = machine.to_device(weights, device)
+    total = torch.zeros((), device=device)
+    for micro in batch:
+        inputs, targets, cu_seqlens = (t.to(device) for t in micro)
+        loss = setup.forward(inputs, targets, cu_seqlens, stage.model, weights) / tokens
+        loss.backward()  # adds to .grad
+        total += loss.detach()
+    return total
+
+
+def val_stage(setup, step):
+    """The template's stage for validation after a step."""
+    config = setup.config
+    return config.model.val_stage(setup.stages[step].model, config.data.val_row_len)
+
+
+def weights_after(setup, step):
+    """{name: CPU tensor} as they are to be kept after a step: not those of its stage."""
+    weights = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
+    heirs = setup.model.successors(setup.stages[step].model, None)
+    return weights | {name: weights[source].clone() for name, source in heirs.items()}
