@@ -26,6 +26,7 @@ import train_gpt as tg
 from base import InputError
 from data import ShardWriter
 from data.loader import IGNORE
+from inference.engine import Engine
 from kernels import launch
 from kernels.fp8_mlp import FP8ReLU2MLP
 from models import gpt
@@ -171,7 +172,7 @@ def test_samples_that_fail_do_not_cost_the_result(
     text, tmp_path, monkeypatch, capsys, sample_every
 ):
     """Whatever it is that nobody expected: one line says where the report is."""
-    monkeypatch.setattr(tg.Engine, "generate", lambda *args: 1 / 0)
+    monkeypatch.setattr(Engine, "generate", lambda *args: 1 / 0)
     argv = options(tiny(text, tmp_path, steps=2, sample_every=sample_every))
     assert tg.main(argv) == 0
     out, err = capsys.readouterr()
