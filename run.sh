@@ -91,6 +91,7 @@ require() {
             || fail "$venv was not made; the lines above say why. Mend that and start again"
     fi
     echo "installing ${file##*/} into .venv (once) ..." >&2
+    export STOPWATCH_INSTALLED=1  # which base/clock.py leaves out of what a start takes
     pip_install "$file" \
         || fail "${file##*/} did not install; the lines above say why. Mend that and start again"
     [[ $1 == core ]] && try_flash_attention

@@ -28,7 +28,7 @@ from .time_left import TimeLeft
 
 # How far from the target, as a fraction of it, a part of the validation split makes all of it due:
 # before it is known how the two differ, and after
-FIRST_MARGIN = 0.06
+FIRST_MARGIN = 0.03
 MARGIN = 0.01
 
 VOTES = ("stop", "save", "end")

@@ -12,6 +12,12 @@ def test_the_process_began_before_its_imports():
     assert 0 < time.perf_counter() - clock.START < 3600
 
 
+def test_what_the_door_has_installed_does_not_count(monkeypatch):
+    assert clock.process_age() > 0.01
+    monkeypatch.setenv("STOPWATCH_INSTALLED", "1")
+    assert clock.process_age() == 0
+
+
 def test_a_part_inside_another_counts_for_itself_alone(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])

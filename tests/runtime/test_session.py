@@ -668,7 +668,7 @@ def test_the_whole_split_is_validated_on_when_the_target_is_near(tmp_path, gap):
     assert at.step == 7 and at.metrics["val_loss"] == 2.99  # all of the split's, not the part's
     assert toy.looks == [1, 2, 3, 4, 5, 6, 7]
     # Once to learn how the two differ, then only within the margin of 1%
-    assert toy.validated[0] in (3, 4) and toy.validated[1:] == [6, 7]
+    assert toy.validated[0] in (3, 4, 5) and toy.validated[1:] == [6, 7]
     assert at.gap == pytest.approx(gap)
 
 
