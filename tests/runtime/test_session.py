@@ -660,7 +660,7 @@ class Looks(Toy):
             session.record(dict(val_loss=loss, val_bpb=None))
 
 
-@pytest.mark.parametrize("gap", [-0.1, 0.0, 0.1])
+@pytest.mark.parametrize("gap", [-0.03, 0.0, 0.1])
 def test_the_whole_split_is_validated_on_when_the_target_is_near(tmp_path, gap):
     losses = {1: 5.0, 2: 4.0, 3: 3.1, 4: 3.07, 5: 3.05, 6: 3.02, 7: 2.99, 8: 2.0}
     toy = Looks(tmp_path, gap, val_losses=losses, target=3.0)
@@ -680,7 +680,7 @@ def test_the_last_step_is_validated_on_the_whole_split(tmp_path):
 
 
 def test_a_look_is_no_validation_in_the_logs(tmp_path):
-    Looks(tmp_path, 0.0, val_losses={3: 1.04, 4: 0.9}, target=1.0).run()
+    Looks(tmp_path, 0.0, val_losses={3: 1.02, 4: 0.9}, target=1.0).run()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 4]
     assert [row["step"] for row in rows if "part_val_loss" in row] == [1, 2, 3, 4]
