@@ -179,6 +179,8 @@ def start(tmp_path, program, redirections="", env=(), **options):
         stderr=subprocess.PIPE,
         env=env,
         text=True,
+        # However the tests were started: in a shell's background it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 
