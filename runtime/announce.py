@@ -63,10 +63,11 @@ def plan(setup):
     """What the whole training takes, in a line."""
     there = sum(len(read_shard(path)) for path in setup.data.dataset.train)
     tokens = sum(stage.rows for stage in setup.stages.values()) * setup.config.data.row_len
-    minutes = setup.expected_seconds / 60
+    seconds = setup.expected_seconds
+    time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     return (
-        f"plan: {setup.config.schedule.steps} steps of training on {tokens / 1e6:.1f}M tokens, "
-        f"{tokens / there:.1f} times the {there / 1e6:.1f}M there are; about {minutes:.1f} minutes"
+        f"plan: {setup.config.schedule.steps} steps of training on {tokens:,} tokens, "
+        f"{tokens / there:.1f} times the {there:,} there are; about {time}"
     )
 
 

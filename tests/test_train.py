@@ -111,6 +111,7 @@ def test_a_run_as_a_user_starts_it(users):
     assert result["train_s"] > 0 and result["imports_s"] > 0.1 and result["validation_s"] > 0
     assert 0.5 * result["process_s"] < named <= result["process_s"] + 0.05
     assert f"{result['process_s']:.1f} s: imports" in done.stderr
+    assert "plan: 30 steps of training on 7,680 tokens, " in done.stderr
     assert json.loads((run / "result.json").read_text()) == result
     assert json.loads((run / "config.json").read_text())["config"]["target"] == 5.5
     log = (run / "log.txt").read_text()
