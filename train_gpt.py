@@ -382,11 +382,14 @@ def validate(setup, session):
         # A part of the split says whether the target may have been reached
         if setup.quick_val and not session.is_last_step():
             quick = evaluate(setup.forward, stage, setup.quick_val, setup.world)
-            if not session.is_near(quick):
+            if not session.look(quick):
                 return
         session.record(evaluate(setup.forward, stage, setup.val, setup.world))
-        if session.is_best():
-            session.log.save_weights(weights_after(setup, session.at.step), "best.safetensors")
+        if session.is_best() and setup.world.rank == 0:
+            with session.parts.part("save_s"):
+                weights = weights_after(setup, session.at.step)
+                if not session.log.save_weights(weights, "best.safetensors"):
+                    session.forget_best()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from .places import cache_folder
 from .terminal import printable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +91,7 @@ def write_report(error, folder=None):
     """Write the report into `folder`, else where there is room for it. Returns its path, None if
     it cannot be written anywhere."""
     stamp = f"error-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{os.getpid()}.txt"
-    places = [lambda: ROOT / ".cache" / "errors" / stamp]
+    places = [lambda: cache_folder() / "errors" / stamp]
     places.append(lambda: Path(tempfile.gettempdir(), f"stopwatch-{stamp}"))
     if folder is not None:
         places.insert(0, lambda: Path(folder, NAME))

@@ -289,6 +289,9 @@ class Points(Log):
     def validation(self, step, total, metrics, seconds):
         self.val.append(dict(step=step, train_time=seconds, **metrics))
 
+    def save_weights(self, weights, name="model.safetensors"):
+        return False
+
 
 class Bench:
     """Trainers by variant. Each is built once and kept, as far as a quarter of the free memory

@@ -140,8 +140,7 @@ class TrainLoader:
         self.reseed(seed)
 
         # Header and size now, the tokens when they are reached
-        for path in self.shards:
-            read_shard(path)
+        self.n_tokens = sum(len(read_shard(path)) for path in self.shards)
         need = len(self.rows(1))
         if self._next[1].epoch:  # the first batch went through all there is
             raise InputError(

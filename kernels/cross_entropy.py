@@ -34,12 +34,7 @@ def softcap_cross_entropy_reference(
 ):
     """softcap_cross_entropy in plain PyTorch, which torch.compile fuses; grad_scale changes
     nothing here."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if cap is not None:
-        a, b, c = sigmoid_cap(cap)
-        z = a * torch.sigmoid((z + b) / c)
-    if sampled is not None:
-        z = z + stands_for(sampled, z.size(1))
+    z = final_logits(logits, cap, sampled)
     losses = [
         F.cross_entropy(z, y, ignore_index=ignore_index, reduction="sum")
         for y in columns(targets).unbind(1)
@@ -47,6 +42,17 @@ def softcap_cross_entropy_reference(
     if target_weights is not None:
         losses = [w * loss for w, loss in zip(target_weights.unbind(0), losses)]
     return sum(losses)
+
+
+def final_logits(logits, cap, sampled):
+    """(N, V) in at least fp32: logits with the cap, and with what sampled columns stand for."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if cap is not None:
+        a, b, c = sigmoid_cap(cap)
+        z = a * torch.sigmoid((z + b) / c)
+    if sampled is not None:
+        z = z + stands_for(sampled, z.size(1))
+    return z
 
 
 def cross_entropy_in_pytorch(

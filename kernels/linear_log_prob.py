@@ -15,7 +15,7 @@ again. Plain PyTorch on every device; torch.compile gets the reference, which it
 import torch
 import torch.nn.functional as F
 
-from .cross_entropy import check, sigmoid_cap
+from .cross_entropy import check, final_logits
 from .sampled_softmax import stands_for
 
 CACHED_NUMBERS = 2**18  # in fp32 fill the second cache of a core
@@ -33,13 +33,7 @@ def cached_rows(n_vocab):
 
 def linear_log_prob_reference(h, w, targets, *, cap=None, sampled=None, ignore_index=-100):
     """linear_log_prob in plain PyTorch."""
-    logits = F.linear(h, w)
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if cap is not None:
-        a, b, c = sigmoid_cap(cap)
-        z = a * torch.sigmoid((z + b) / c)
-    if sampled is not None:
-        z = z + stands_for(sampled, z.size(1))
+    z = final_logits(F.linear(h, w), cap, sampled)
     return -F.cross_entropy(z, targets, ignore_index=ignore_index, reduction="none")
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd; 2^64 over the golden ratio
 
 
-def mix(key, x):
+def hashed(key, x):
     """A new 64-bit hash of a hash and a number, elementwise."""
     key = key * FACTOR + x  # small keys and numbers must not make up for each other
     return key ^ (key >> 29)
@@ -42,7 +42,7 @@ def contexts(inputs, starts, n):
     key = starts.long().cumsum(dim=1)
     found = [key]
     for back in range(n - 1):
-        key = mix(key, inputs.roll(back, dims=1))
+        key = hashed(key, inputs.roll(back, dims=1))
         found.append(key.where(inside >= back, -1 - at))
     return found
 
@@ -55,7 +55,7 @@ def earlier(inputs, targets, starts, n):
     """
     keys = contexts(inputs, starts, n)
     seen = [rank(key) for key in keys]
-    hits = [rank(mix(key, targets)) for key in keys]
+    hits = [rank(hashed(key, targets)) for key in keys]
     return torch.stack(seen, dim=-1), torch.stack(hits, dim=-1)
 
 
@@ -70,7 +70,6 @@ def what_followed(tokens, n, n_vocab):
     followed = tokens[1:]
     for length in range(min(n, T)):
         if length:
-            same = same.clone()
             # One token more has to agree: that `length - 1` before t, with that before the last
             same[: length - 1] = False
             same[length - 1 :] &= tokens[: T - length] == tokens[T - length]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from base import InputError, to_json
 from base.places import elsewhere
-from data.shards import read_shard
 from records.source import pack_source
 
 from .machine import mention_unused
@@ -61,7 +60,7 @@ def announce(log, setup):
 
 def plan(setup):
     """What the whole training takes, in a line."""
-    there = sum(len(read_shard(path)) for path in setup.data.dataset.train)
+    there = setup.data.train.n_tokens
     tokens = sum(stage.rows for stage in setup.stages.values()) * setup.config.data.row_len
     seconds = setup.expected_seconds
     time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"

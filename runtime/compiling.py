@@ -17,13 +17,18 @@ from base.files import write_text
 
 from . import machine
 
-FIRST_TIME = 60.0  # seconds, before there is anything to go by: two cores took 45 to 90
-# A step without the compiler takes so many times what its products take at the measured rate, and
-# the compiler saves this share of it: laptop on two cores of an AMD EPYC
+# Seconds, before there is anything to go by: laptop took 65, own-text-deep 79
+FIRST_TIME = 70.0
+# With filled caches it takes this share of the first time, until that has been measured: 8 and 14 s
+AGAIN = 1 / 7
+# Uncompiled, a step takes so many times what its products take at the measured rate: 4.6 times for
+# laptop, 128 wide, 2.4 for own-text-deep, 256 wide
 OVERHEAD = 3.5
-SAVED = 0.35
-# What compiling takes with filled caches, as a share of the first time, until it has been measured
-AGAIN = 1 / 8
+# The compiler saves this share of it: 87 -> 65 ms and 1,180 -> 880 ms
+SAVED = 0.25
+# All of these on two cores of an AMD EPYC (Zen 4). On an H200 gpt2-small's steps took 1.4 to 1.6
+# times what their products would
+GPU_OVERHEAD = 1.5
 
 
 def choose(wanted, config, product_seconds, world, say):
@@ -32,30 +37,26 @@ def choose(wanted, config, product_seconds, world, say):
     wanted: True, False, or None for where it pays; config: {option: value}; product_seconds: what
     all products of the training take at the measured rate.
     """
-    if wanted is False or not machine.can_compile(say):
+    if wanted is False:
         return False
-    if wanted or world.device.type == "cuda":
-        return True
-    saves = product_seconds * OVERHEAD * SAVED
-    costs = expected_seconds(config)
-    pays = machine.share_text(world, "pays" if saves > costs else "") == "pays"
-    if pays:
-        say(f"compiling: about {costs:.0f} s now for {saves:.0f} s less of training")
-    else:
-        say(
-            f"not compiled, which would take about {costs:.0f} s and save {saves:.0f} s of "
-            "training; --compile does it all the same"
-        )
-    return pays
+    if wanted is None and world.device.type == "cpu":
+        saves = product_seconds * OVERHEAD * SAVED
+        costs = expected_seconds(config)
+        if machine.share_text(world, "pays" if saves > costs else "") != "pays":
+            say(
+                f"not compiled, which would take about {costs:.0f} s and save {saves:.0f} s of "
+                "training; --compile does it all the same"
+            )
+            return False
+        say(f"compiling would take about {costs:.0f} s and save {saves:.0f} s of training")
+    return machine.can_compile(say)
 
 
 def expected_training(product_seconds, compiled, device):
-    """Seconds that training is expected to take, from those of its products at the measured rate.
-
-    On GPUs a step takes two to three times as long as its products.
-    """
+    """Seconds that training is expected to take, from those of its products at the measured
+    rate."""
     if device.type == "cuda":
-        return 2.5 * product_seconds
+        return GPU_OVERHEAD * product_seconds
     return product_seconds * OVERHEAD * (1 - SAVED if compiled else 1)
 
 
@@ -77,11 +78,12 @@ def read_notes():
     try:
         seconds = json.loads(notes_path().read_text(encoding="utf-8"))
         return {key: float(value) for key, value in seconds.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return {}
 
 
 def expected_seconds(config):
+    """What compiling is expected to take; where no compiled code can be kept, as the first time."""
     known = read_notes()
     return known.get(key_of(config), known.get("first", FIRST_TIME))
 

@@ -25,7 +25,7 @@ def in_words(result):
 
 def save_weights(setup, result, log):
     """model.safetensors, which is the best validation's where there is no target; then the last
-    step's are last.safetensors. The model has the former afterwards."""
+    step's are last.safetensors. The model has the former afterwards, for samples."""
     last = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
     if result["best_step"] == result["steps"]:
         log.save_weights(last)
@@ -34,15 +34,13 @@ def save_weights(setup, result, log):
     # A run that went on without getting better has its best weights under that name already
     log.rename("best.safetensors", "model.safetensors")
     log.save_weights(last, "last.safetensors")
-    if log.active:
-        try:
-            with torch.no_grad():
-                fill(setup.model, load_file(log.folder / "model.safetensors"))
-        except (OSError, SafetensorError, ValueError) as e:  # the disk was full, say
-            log.say(f"the best weights cannot be read ({e}); those of the last step are kept")
-            log.save_weights(last)
-            return
     log.say(
         f"the weights are those of step {result['best_step']}, the best validation's; the last "
         "step's are in last.safetensors"
     )
+    if log.active:
+        try:
+            with torch.no_grad():
+                fill(setup.model, load_file(log.folder / "model.safetensors"))
+        except (OSError, SafetensorError, ValueError) as e:
+            log.say(f"the best weights cannot be read ({e}); samples are of the last step's")

@@ -205,16 +205,16 @@ class Log:
             self.shown = now
 
     def save_weights(self, weights, name="model.safetensors"):
-        """Write a file of weights, {name: CPU tensor}."""
+        """Write a file of weights, {name: CPU tensor}. Returns whether it was written."""
         if not self.active:
-            return
+            return False
         from safetensors.torch import save_file  # loads torch, which reading logs does without
 
         # Where somebody removed the folder, the weights are worth a new one
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.keep()
-        self.write(name, lambda path: save_file(weights, path))
+        return self.write(name, lambda path: save_file(weights, path))
 
     def rename(self, name, new):
         """Give a file of the folder another name, if it is there."""
@@ -238,7 +238,7 @@ class Log:
 
     def write(self, name, save):
         """Have save(path) write a file that is there whole or not at all. Failing is said, and no
-        more: the run is done, or goes on, and its result still counts."""
+        more: the run is done, or goes on, and its result still counts. Returns whether it did."""
         try:
             with whole_file(self.folder / name) as path:
                 save(path)
@@ -246,6 +246,8 @@ class Log:
                     shutil.copymode(self.text.path, path)
         except Exception as e:  # safetensors has errors of its own
             self.say(f"{self.folder / name} could not be written: {' '.join(str(e).split())}")
+            return False
+        return True
 
     def __enter__(self):
         return self

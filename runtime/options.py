@@ -227,7 +227,7 @@ def parser_of(kind, several):
     several: whether more of them may follow, for the message.
     """
     if kind is str:
-        return path_text  # as most texts are
+        return str if several else path_text  # a single one is a path, or is none and stays
     parse = whole_number if kind is int else kind
     expected = "a whole number" if kind is int else "a number"
     if several:

@@ -267,11 +267,11 @@ def left_by_given(given):
 def weights_alone(left):
     """(tensors, meta) of a finished run whose checkpoints are gone. Raises InputError."""
     # Those of the last step, where the best ones are of another
-    last = "last.safetensors" if (left.folder / "last.safetensors").exists() else None
-    weights = load_weights(left.folder, "--resume", last or "model.safetensors")
+    names = [path.name for path in left.folder.glob("last.safetensors")] or ["model.safetensors"]
+    weights = load_weights(left.folder, "--resume", names[0])
     kinds = sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})
     show(
-        f"{left.folder} has no checkpoint: it goes on with the weights of model.safetensors "
+        f"{left.folder} has no checkpoint: it goes on with the weights of {names[0]} "
         f"({', '.join(kinds)}), and the optimizer's moments begin at zero"
     )
     return {f"weights/{name}": x for name, x in weights.items()}, left.meta

@@ -83,6 +83,9 @@ class Session:
             self.at = Position(**meta["progress"])
             self.at.resumed_at.append(self.at.step)
             self.state.restore(tensors, self.at.step)
+        weights = (log.folder / name for name in ("best.safetensors", "model.safetensors"))
+        if found and not any(path.exists() for path in weights):  # it goes on in another folder
+            self.forget_best()
         self.parts = parts or Parts()
         self.first = self.at.step
         self.quick = None  # the target's metric on a part of the split, at the last look
@@ -134,8 +137,9 @@ class Session:
         """Whether the run is over after this step, whatever a validation says."""
         return self.at.step == self.steps_in_all or "end" in self.wanted
 
-    def is_near(self, quick):
-        """Whether the target may have been reached, by the metrics of a part of the split.
+    def look(self, quick):
+        """Take over the metrics of a part of the split; returns whether the target may have been
+        reached.
 
         The part and the whole differ by about as much from step to step, so what they differed by
         at the last validation of the whole says what to expect; before the first one there is a
@@ -266,6 +270,10 @@ class Session:
         With a target, it is for the weights that reach it.
         """
         return self.goal.target is None and self.at.best_step == self.at.step
+
+    def forget_best(self):
+        """The best validation's weights are not there: the result is the last one's."""
+        self.at.best_metrics = {}
 
     def save(self, wait=False):
         """Write a checkpoint; the training clock goes on, if it runs.

@@ -124,7 +124,7 @@ def graph_options(config):
     options = {}
     for part in config.data, config.model, config.schedule, config.optim, config.precision:
         options |= dataclasses.asdict(part)
-    for name in "text", "val_text", "encoding", "shuffle":
+    for name in "text", "val_text", "encoding", "vocabulary", "shuffle":
         del options[name]
     return options
 

@@ -33,6 +33,12 @@ def write_text(path, n_words=20000, seed=0):
     return path
 
 
+# Of a model that trains in milliseconds, for what is about runs and not about what they learn
+SMALL_MODEL = dict(
+    n_layer=1, value_embed_layers=(), row_len=16, batch_tokens=(64,), sample_tokens=0
+)
+
+
 def tiny(text, tmp_path, **fields):
     """A Config that trains in a second or two on one core, fp32, uncompiled."""
     base = dict(

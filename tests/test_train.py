@@ -811,3 +811,8 @@ def test_a_run_that_looks_at_a_part_first_ends_with_the_whole_splits_loss(text, 
     plain = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "plain"), **fields))
     looks = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "looks"), quick_val=128, **fields))
     assert looks["val_loss"] == plain["val_loss"] and looks["steps"] == plain["steps"]
+
+
+def test_prompts_are_texts_and_no_paths():
+    prompts = ("~ about home", "x" * 5000)
+    assert tg.parse_args(["--sample-prompts", *prompts]).run.sample_prompts == prompts

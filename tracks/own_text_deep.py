@@ -1,13 +1,6 @@
 """own-text-deep: laptop-deep's model on a text of your own, until it no longer gets better."""
 
 from tracks.laptop_deep import TRACK
+from tracks.own_text import OWN
 
-TRACK = TRACK | dict(
-    data="text",
-    target=None,
-    steps=300,
-    eval_every=25,
-    quick_val=0,
-    patience=4,
-    sample_prompts=(),
-)
+TRACK = TRACK | OWN | dict(steps=300)

@@ -1,7 +1,7 @@
 """What the tests of runs share: a text, a command line."""
 
 import pytest
-from helpers import Runner, options, tiny, write_text
+from helpers import SMALL_MODEL, Runner, options, tiny, write_text
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,6 @@ def run(nursery, text, tmp_path):
         tmp_path,
         steps=6,
         eval_every=3,
-        n_layer=1,
-        value_embed_layers=(),
-        row_len=16,
-        batch_tokens=(64,),
         checkpoint_every="2",
-        sample_tokens=0,
+        **SMALL_MODEL,
     )

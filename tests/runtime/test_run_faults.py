@@ -12,23 +12,13 @@ import subprocess
 import time
 
 import pytest
-from helpers import ROOT, options, tiny
+from helpers import ROOT, SMALL_MODEL, options, tiny
 from processes import alive, remains, rows, same, wait_for
 
 import train_gpt as tg
 from runtime import checkpoints
 
-SMALL = dict(
-    steps=12,
-    eval_every=4,
-    n_layer=1,
-    value_embed_layers=(),
-    row_len=16,
-    batch_tokens=(64,),
-    checkpoint_every="2",
-    sample_tokens=0,
-    adam_every=2,
-)
+SMALL = SMALL_MODEL | dict(steps=12, eval_every=4, checkpoint_every="2", adam_every=2)
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,8 @@ class Toy:
         self.validated.append(step)
         with session.clock_stopped():
             session.record(dict(val_loss=self.val_losses.get(step, 1.0), val_bpb=None))
+            if session.is_best():
+                self.log.save_weights(dict(self.model.state_dict()), "best.safetensors")
 
     def run(self, resume=False):
         return self.play(self.session(resume))
@@ -654,7 +656,7 @@ class Looks(Toy):
             if not session.is_last_step():
                 self.looks.append(step)
                 quick = dict(val_loss=loss - self.gap, val_bpb=None)
-                if not session.is_near(quick):
+                if not session.look(quick):
                     return
             self.validated.append(step)
             session.record(dict(val_loss=loss, val_bpb=None))
@@ -762,12 +764,23 @@ def test_best_weights_that_cannot_be_written_cost_the_best_only(
     save = Log.save_weights
 
     def on_a_full_disk(log, weights, name="model.safetensors"):
-        if name != "best.safetensors":
-            save(log, weights, name)
+        return name != "best.safetensors" and save(log, weights, name)
 
     monkeypatch.setattr(Log, "save_weights", on_a_full_disk)
     run = tmp_path / "run"
-    tg.train(tiny(text, tmp_path, run_dir=str(run), steps=10, eval_every=2, target=None))
+    result = tg.train(tiny(text, tmp_path, run_dir=str(run), steps=10, eval_every=2, target=None))
     assert same(load_file(run / "model.safetensors"), gets_worse[4])
-    assert (run / "result.json").exists()
-    assert "those of the last step are kept" in (run / "log.txt").read_text()
+    assert result["best_step"] == 10 and result["val_loss"] == result["last_val_loss"]
+    assert not (run / "last.safetensors").exists()
+
+
+def test_a_run_that_goes_on_elsewhere_forgets_weights_that_are_not_there(tmp_path):
+    losses = {2: 1.0, 4: 3.0, 6: 2.9, 8: 2.8, 10: 2.7}
+    first = Toy(tmp_path / "first", val_losses=losses, eval_every=2, asks={4: "stop"})
+    with pytest.raises(Interrupted):
+        first.run()
+    second = Toy(tmp_path / "second", val_losses=losses, eval_every=2)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first" / "checkpoints").rename(tmp_path / "second" / "checkpoints")
+    result = second.run(resume=True).result()
+    assert result["best_step"] == 10 and result["val_loss"] == 2.7

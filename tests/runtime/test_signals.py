@@ -13,21 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, options, tiny
+from helpers import ROOT, SMALL_MODEL, options, tiny
 from processes import alive, remains, rows, same, wait_for
 
 from runtime import checkpoints
 
-SMALL = dict(
-    steps=12,
-    eval_every=6,
-    n_layer=1,
-    value_embed_layers=(),
-    row_len=16,
-    batch_tokens=(64,),
-    checkpoint_every="10m",
-    sample_tokens=0,
-)
+SMALL = SMALL_MODEL | dict(steps=12, eval_every=6, checkpoint_every="10m")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENV = os.environ | {
     "OMP_NUM_THREADS": "1",
