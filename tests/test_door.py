@@ -24,7 +24,8 @@ from base import InputError, last_resort, streams
 @pytest.fixture
 def verb(monkeypatch, tmp_path):
     """verb(error): from now on the verb "verb" ends by this error, or returns it if it is none."""
-    monkeypatch.setattr(last_resort, "ROOT", tmp_path)  # reports go into its .cache
+    monkeypatch.setattr(last_resort, "ROOT", tmp_path)  # no line is one of ours
+    monkeypatch.setattr(last_resort, "cache_folder", lambda: tmp_path / ".cache")
     monkeypatch.delenv(last_resort.DEBUG, raising=False)
     monkeypatch.setattr(streams, "mend", lambda: None)  # pytest has streams of its own
     monkeypatch.setattr(door, "do_not_spin", lambda: None)
@@ -97,7 +98,7 @@ def test_what_a_user_can_mend_shows_its_traceback_only_if_asked(capsys, monkeypa
 
 def test_a_report_that_can_be_written_nowhere(verb, capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(last_resort, "ROOT", tmp_path / "file")
+    monkeypatch.setattr(last_resort, "cache_folder", lambda: tmp_path / "file")
 
     def no_folder():
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
