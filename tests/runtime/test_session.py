@@ -717,8 +717,10 @@ def test_without_a_target_the_result_is_the_best_validations(tmp_path):
 def test_with_a_target_the_result_is_the_last_validations(tmp_path):
     losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4, 10: 2.2}
     toy = Toy(tmp_path, val_losses=losses, eval_every=2, target=1.0, target_metric="val_loss")
-    result = toy.run().result()
+    session = toy.run()
+    result = session.result()
     assert result["val_loss"] == 2.2 and result["best_step"] == 10
+    assert not (tmp_path / "best.safetensors").exists()
 
 
 @pytest.fixture
