@@ -96,6 +96,6 @@ def remember(config, seconds):
         known[key] = seconds
     else:
         known[key] = seconds * AGAIN
-        known["first"] = seconds
+        known["first"] = max(seconds, known.get("first", 0.0))  # some models are small
     with contextlib.suppress(OSError):  # the next run goes by what it knows
         write_text(notes_path(), to_json(known))

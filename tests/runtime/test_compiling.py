@@ -71,6 +71,8 @@ def test_what_it_took_decides_the_next_time():
     other = CONFIG | dict(n_layer=3)
     assert compiling.expected_seconds(other) == 40.0  # nothing of it is in the caches
     assert not choose(None, work, config=other)[0]
+    compiling.remember(CONFIG | dict(n_layer=1), 20.0)
+    assert compiling.expected_seconds(other) == 40.0  # the longest of the first times
     compiling.remember(CONFIG, 31.0)  # measured with filled caches
     assert compiling.expected_seconds(CONFIG) == 31.0
     assert compiling.expected_seconds(other) == 40.0
