@@ -130,6 +130,7 @@ case $verb in
         require core
         require records
         require test
+        [[ " $* " == *" slow "* ]] && require slow
         cd "$here"
         if [[ $# == 0 ]]; then  # the whole suite: lint first
             "$venv/bin/ruff" check -q . && "$venv/bin/ruff" format -q --check . \
