@@ -1,16 +1,18 @@
-"""Text from a model: prompts in, pieces of text out as soon as they are certain.
+"""Text from a model: requests in, pieces of text out as soon as they are certain.
 
-An Engine decodes any number of requests together, each with its own sampling, seed and stop
-strings. A request is done when its model says end-of-text, when a stop string appears, or after
-max_tokens.
+An Engine decodes many requests together, each with its own sampling, seed and stop strings, and
+what it says to one does not depend on the others. They come and go between steps (continuous
+batching): a step decodes one token of every request that has a place, and reads a part of a prompt
+that waits for one. So a long prompt holds up the others for no longer than a part of it takes.
 
-Where tokens are words, a prompt that is cut off anywhere ends in one that no text has there: "def "
-ends in a lone space, while in running text the space belongs to the next word. So a prompt's last
-token is taken back, and the first ones that are drawn have to begin with its text or be its
-beginning.
+    waiting -> prompt is read, a part in each step -> decoded with the others -> done
+       ^                                                        |
+       '------ no more room: again, with half of its text ------'
+
+Memory is bounded: there are so many places, of max_len tokens at most.
 """
 
-import codecs
+import collections
 import dataclasses
 
 import torch
@@ -18,93 +20,13 @@ import torch
 from base import InputError
 from models.cache import decoder_of
 
-from .sampling import NEVER, Sampling, draw, process
+from .completion import Completion, Request
+from .sampling import NEVER, draw, process
 
+__all__ = ["Completion", "Engine", "Request"]
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt, and how it is to be continued. An empty prompt is a document that begins."""
-
-    prompt: str = ""
-    max_tokens: int = 200
-    sampling: Sampling = Sampling()
-    seed: int = 0
-    stop: tuple[str, ...] = ()  # the text ends before the first of these
-
-
-class Completion:
-    """A request on its way, or done.
-
-    text: what follows the prompt, as far as it is certain; tokens: all ids, prompt included;
-    n_prompt: how many are the prompt's; n_cut: how many of the prompt's first tokens did not fit;
-    finish_reason: None while it goes on, then stop or length.
-    """
-
-    def __init__(self, request, tokenizer, most):
-        """most: tokens of the prompt that fit. Raises InputError for text that the tokenizer does
-        not know."""
-        self.request = request
-        self.tokenizer = tokenizer
-        self.text = ""
-        self.finish_reason = None
-        self.generator = torch.Generator().manual_seed(request.seed)
-        self.tokens = [tokenizer.eot, *map(int, tokenizer.encode([request.prompt])[0])]
-
-        # Of a word, the prompt's last token is drawn again
-        self.promised = b""  # what is to be written first
-        if tokenizer.kind == "bpe" and len(self.tokens) > 1:
-            self.promised = tokenizer.tokens[self.tokens.pop()]
-        self.n_cut = max(0, len(self.tokens) - most)
-        self.tokens = self.tokens[self.n_cut :]
-        self.n_prompt = len(self.tokens)
-        # Bytes that are no character yet, and characters that may be the beginning of a stop string
-        self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held_back = ""
-
-    @property
-    def written(self):
-        return self.tokens[self.n_prompt :]
-
-    def add(self, token):
-        """Take the next token; returns the text that is certain by now and was not before."""
-        self.tokens.append(token)
-        if token == self.tokenizer.eot:
-            self.finish_reason = "stop"
-        else:
-            self.held_back += self.text_of(token)
-            self.look_for_stop()
-        if self.finish_reason is None and len(self.written) >= self.request.max_tokens:
-            self.finish_reason = "length"
-
-        # What may turn out to be a stop string has to wait
-        wait = 0
-        if self.finish_reason is None:
-            wait = max((overlap(self.held_back, s) for s in self.request.stop), default=0)
-        certain = self.held_back[: len(self.held_back) - wait]
-        self.held_back = self.held_back[len(certain) :]
-        self.text += certain
-        return certain
-
-    def text_of(self, token):
-        """The characters that a token completes, without what the prompt had of it."""
-        text = self.tokenizer.tokens[token]
-        if isinstance(text, str):
-            return text
-        n = min(len(text), len(self.promised))
-        self.promised = self.promised[n:]
-        return self.characters.decode(text[n:])
-
-    def look_for_stop(self):
-        found = [self.held_back.find(s) for s in self.request.stop if s in self.held_back]
-        if found:
-            self.held_back = self.held_back[: min(found)]
-            self.finish_reason = "stop"
-
-
-def overlap(text, stop):
-    """How many characters at the end of the text are the beginning of `stop`."""
-    lengths = range(min(len(text), len(stop)), 0, -1)
-    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+PART = 256  # tokens of prompts that are read between two steps of decoding
+PLACES = 32  # requests that are decoded together
 
 
 class Engine:
@@ -115,16 +37,24 @@ class Engine:
     with the second half of them.
     """
 
-    def __init__(self, model, stage, tokenizer, max_len):
+    def __init__(self, model, stage, tokenizer, max_len, places=PLACES, part=PART):
         self.decoder = decoder_of(model)
+        self.model = model
         self.stage = stage
         self.tokenizer = tokenizer
         self.max_len = max_len
+        self.places = places
+        self.part = part
         self.device = next(model.parameters()).device
         self.beginnings = {}  # promised text -> (n_vocab,) bool: tokens that keep the promise
+        self.waiting = collections.deque()  # Completions that have no place yet
+        self.clear()
+
+    # ----------------------------------------------------------------------------------------------
+    # What others call
 
     def begin(self, request):
-        """A Completion for run(). Raises InputError."""
+        """A Completion for run() or add(). Raises InputError."""
         return Completion(request, self.tokenizer, self.max_len)
 
     def generate(self, requests):
@@ -134,38 +64,130 @@ class Engine:
             pass
         return completions
 
-    @torch.inference_mode()
     def run(self, completions):
-        """Decode until all are done; yields (completion, new text) whenever there is some."""
-        live = [c for c in completions if c.finish_reason is None]
-        cache = None
-        while live:
-            # What the model has not seen yet: the token that was drawn last. At first that is the
-            # prompts, and where a row has no more room all is computed again, half of that row's
-            if cache is None:
-                new = [c.tokens for c in live]
-            elif max(cache.lengths) == self.max_len:
-                half = max(1, self.max_len // 2)
-                held = [half if n == self.max_len else n + 1 for n in cache.lengths]
-                new = [c.tokens[-n:] for c, n in zip(live, held)]
-                cache = None
-            else:
-                new = [c.tokens[-1:] for c in live]
-            cache = cache or self.decoder.new_cache(len(live))
-            logits = self.decoder.decode(*padded(new, self.device), cache, self.stage)
-            if not logits.isfinite().all():
-                raise InputError("the model's logits are not finite: its weights are of no use")
+        """Decode until all are done; yields (completion, new text) whenever there is some. For a
+        program that has the engine to itself: what is not done when it stops looking is gone."""
+        for completion in completions:
+            self.add(completion)
+        try:
+            while self.busy():
+                for completion, text in self.step():
+                    if text:
+                        yield completion, text
+        finally:
+            self.clear()
 
-            for completion, token in zip(live, self.choose(live, logits.cpu())):
-                text = completion.add(token)
-                if text:
-                    yield completion, text
+    def add(self, completion):
+        """Have it decoded with the others. May be called from another thread than step()."""
+        self.waiting.append(completion)
 
-            # Those that are done leave their place
-            rows = [row for row, c in enumerate(live) if c.finish_reason is None]
-            if 0 < len(rows) < len(live):
-                cache.keep(rows)
-            live = [live[row] for row in rows]
+    def busy(self):
+        return bool(self.waiting or self.reading or self.live)
+
+    def clear(self):
+        """Forget all requests."""
+        self.waiting.clear()
+        # Those whose prompts are read, how much of them is, and their own cache
+        self.reading = []
+        self.n_read = 0
+        self.reading_cache = None
+        # Those that are decoded together, and the rows of their cache in the same order
+        self.live = []
+        self.cache = self.decoder.new_cache(0)
+
+    @torch.inference_mode()
+    def step(self):
+        """One token more for every request that has a place. Returns [(completion, text), ...] for
+        those that have new text or are done. Raises InputError for a model that is of no use."""
+        self.leave()
+        decoded = list(self.live)
+        joined, logits = self.read_prompts()
+        said = []
+        if joined:
+            said += self.say(joined, logits)
+        if decoded:
+            new = [c.tokens[-1:] for c in decoded]
+            logits = self.decode(new, self.cache)
+            said += self.say(decoded, logits)
+        if joined:
+            self.cache.join(self.reading_cache)
+            self.live += joined
+            self.reading = []
+            self.reading_cache = None
+        return said
+
+    # ----------------------------------------------------------------------------------------------
+    # The parts of a step
+
+    def leave(self):
+        """Those that are done leave their places; those that have no more room wait for another
+        one, with the second half of their text."""
+        stay = []
+        for row, completion in enumerate(self.live):
+            if completion.finish_reason is not None:
+                continue
+            if self.cache.lengths[row] < self.max_len:
+                stay.append(row)
+                continue
+            completion.out_of_sight = len(completion.tokens) - max(1, self.max_len // 2)
+            self.waiting.appendleft(completion)
+        if len(stay) < len(self.live):
+            rows = with_few_moves(stay)
+            self.cache.keep(rows)
+            self.live = [self.live[row] for row in rows]
+
+    def read_prompts(self):
+        """Read a part of the prompts whose turn it is. Returns those that are read to their end,
+        with their logits (B, n_vocab), or an empty list."""
+        if all(c.finish_reason is not None for c in self.reading):
+            self.reading = self.next_prompts()
+            self.n_read = 0
+            self.reading_cache = self.decoder.new_cache(len(self.reading))
+        if not self.reading:
+            return [], None
+        prompts = [c.in_sight for c in self.reading]
+        longest = max(map(len, prompts))
+        part = [ids[self.n_read : self.n_read + self.part] for ids in prompts]
+        logits = self.decode(part, self.reading_cache)
+        self.n_read += self.part
+        if self.n_read < longest:
+            return [], None
+        return self.reading, logits
+
+    def next_prompts(self):
+        """The prompts to be read next: as many as fit into one part together, padded, or a longer
+        one alone."""
+        free = self.places - len(self.live)
+        chosen = []
+        longest = 0
+        while self.waiting and len(chosen) < free:
+            completion = self.waiting[0]
+            longest = max(longest, len(completion.in_sight))
+            if chosen and longest * (len(chosen) + 1) > self.part:
+                break
+            self.waiting.popleft()
+            if completion.finish_reason is None:
+                chosen.append(completion)
+        return chosen
+
+    def decode(self, rows, cache):
+        """Lists of new token ids -> logits (B, n_vocab) of what follows them, on the CPU."""
+        logits = self.decoder.decode(*padded(rows, self.device), cache, self.stage)
+        if not logits.isfinite().all():
+            raise InputError("the model's logits are not finite: its weights are of no use")
+        return logits.cpu()
+
+    def say(self, completions, logits):
+        """Draw the next token of each; returns [(completion, text), ...] as step() does."""
+        said = []
+        chosen = self.choose(completions, logits)
+        for completion, token in zip(completions, chosen):
+            if completion.finish_reason is not None:  # cancelled meanwhile
+                continue
+            text = completion.add(token)
+            if text or completion.finish_reason is not None:
+                said.append((completion, text))
+        return said
 
     def choose(self, completions, logits):
         """The next token of each; logits: (B, n_vocab)."""
@@ -184,6 +206,8 @@ class Engine:
             processed = process(logits[rows], sampling, tokens, [c.written for c in of_rows])
             for row, completion, scores in zip(rows, of_rows, processed):
                 chosen[row] = draw(scores, completion.generator)
+                if completion.request.alternatives is not None:
+                    completion.note(chosen[row], logits[row].log_softmax(-1))
         return [chosen[row] for row in range(len(completions))]
 
     def keeps(self, promised):
@@ -203,3 +227,11 @@ def padded(rows, device):
     longest = max(counts)
     inputs = [row + [0] * (longest - len(row)) for row in rows]
     return torch.tensor(inputs, device=device), counts
+
+
+def with_few_moves(rows):
+    """The same numbers, ascending ones, in an order in which most are at their own index."""
+    n = len(rows)
+    stay = {row for row in rows if row < n}
+    behind = [row for row in rows if row >= n]
+    return [row if row in stay else behind.pop() for row in range(n)]

@@ -34,8 +34,9 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
     logits(inputs, cu_seqlens, stage, last_only=False)
                                    (B, T, n_vocab) fp32, for sampling; or of the last tokens only
     new_cache(rows)                what decode() keeps of earlier tokens: none yet. It has lengths,
-                                   how many each row holds, and keep(rows), to forget all rows but
-                                   these; models/cache.py has one for attention
+                                   how many each row holds, keep(rows), to forget all rows but
+                                   these, and join(other), to take over another one's rows;
+                                   models/cache.py has one for attention
     decode(inputs, counts, cache, stage)
                                    (B, n_vocab) fp32, what follows the new tokens of each row, which
                                    is a document; inputs: (B, S) int64, padded on the right; counts:

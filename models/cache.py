@@ -23,7 +23,7 @@ class KVCache:
     def __init__(self, rows, device=None):
         self.lengths = [0] * rows  # tokens that each row holds
         self.device = device
-        self.kv = {}  # layer -> keys and values, (B, capacity, H, D) each
+        self.kv = {}  # layer -> keys and values, (B or more, capacity, H, D) each
         self.last = {}  # name -> (B, 1, ...): of each row's last token
         self.texts = []  # (T,) int64 of each row, where a model asks for them
         # Of the tokens that are being computed
@@ -46,12 +46,35 @@ class KVCache:
         self.lengths = [length + n for length, n in zip(self.lengths, self.counts)]
 
     def keep(self, rows):
-        """Forget all rows but these; `rows` are their numbers, in the order they will have."""
-        index = torch.tensor(rows, device=self.device)
+        """Forget all rows but these; `rows` are their numbers, in the order they will have.
+
+        Only rows that get another place are copied; without rows, no memory is held.
+        """
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        moves = [(to, row) for to, row in enumerate(rows) if to != row]
+        if moves:
+            to, row = torch.tensor(moves, device=self.device).unbind(1)
+            for keys, values in self.kv.values():
+                keys[to] = keys[row]
+                values[to] = values[row]
+        if not rows:
+            self.kv = {}
         self.lengths = [self.lengths[row] for row in rows]
         self.last = {name: x[index] for name, x in self.last.items()}
         self.texts = [self.texts[row] for row in rows if self.texts]
-        self.kv = {layer: (keys[index], values[index]) for layer, (keys, values) in self.kv.items()}
+
+    def join(self, other):
+        """Take over the rows of another cache of the same model, behind one's own."""
+        own = self.rows
+        self.lengths = self.lengths + other.lengths
+        self.texts = self.texts + other.texts
+        for name, x in other.last.items():
+            self.last[name] = torch.cat([self.last[name], x]) if own else x
+        for layer, (keys, values) in other.kv.items():
+            n = keys.size(1)
+            room = self.room(layer, keys, n)
+            for mine, theirs in zip(room, (keys, values)):
+                mine[own : self.rows, :n] = theirs[: other.rows]
 
     # ----------------------------------------------------------------------------------------------
     # What a model asks for between begin() and end()
@@ -106,19 +129,20 @@ class KVCache:
         begin = max(0, n * min(self.lengths) - window)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
-            keys[:, begin:end].transpose(1, 2),
-            values[:, begin:end].transpose(1, 2),
+            keys[: self.rows, begin:end].transpose(1, 2),
+            values[: self.rows, begin:end].transpose(1, 2),
             attn_mask=self.mask(n, window, begin, end),
             scale=scale,
         )
         return y.transpose(1, 2)
 
     def room(self, layer, k, end):
-        """The layer's keys and values with room up to index `end`; like k otherwise."""
-        keys, values = self.kv.get(layer, (k[:, :0], k[:, :0]))
-        if keys.size(1) < end:
-            capacity = max(end, 2 * keys.size(1), CAPACITY)
-            more = (0, 0, 0, 0, 0, capacity - keys.size(1))
+        """A layer's keys and values with room up to index `end` in all rows; like k otherwise."""
+        keys, values = self.kv.get(layer, (k[:0, :0], k[:0, :0]))
+        rows = grown(keys.size(0), self.rows)
+        capacity = grown(keys.size(1), end, CAPACITY)
+        if keys.shape[:2] != (rows, capacity):
+            more = (0, 0, 0, 0, 0, capacity - keys.size(1), 0, rows - keys.size(0))
             keys = F.pad(keys, more)
             values = F.pad(values, more)
             self.kv[layer] = keys, values
@@ -131,6 +155,13 @@ class KVCache:
             seen = torch.arange(begin, end, device=self.device)
             self.tables[n, window] = (seen <= at) & (seen >= at - window)
         return self.tables[n, window]
+
+
+def grown(size, needed, least=1):
+    """The size of what has to hold so many: the same while it does, else doubled."""
+    if needed <= size:
+        return size
+    return max(needed, 2 * size, least)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,3 +204,6 @@ class TokenCache:
 
     def keep(self, rows):
         self.tokens = [self.tokens[row] for row in rows]
+
+    def join(self, other):
+        self.tokens = self.tokens + other.tokens

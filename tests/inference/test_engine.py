@@ -4,6 +4,8 @@ and without a cache and whoever else is in the batch."""
 import pytest
 import torch
 from helpers import PIECES, stage_of, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from base import InputError
 from data import Tokenizer
@@ -172,8 +174,8 @@ def test_only_the_row_that_has_no_more_room_loses_its_first_half():
     model = Scripted(CHARS, "a")
     engine = Engine(model, None, CHARS, 8)
     engine.generate([Request("ab", 6, GREEDY), Request("abcde", 6, GREEDY)])
-    # The prompts; then all that each row holds, when the second one has reached 8
-    assert [counts for _, counts in model.seen if counts != [1, 1]] == [[3, 6], [6, 4]]
+    # The prompts; then half of what the second row holds, when it has reached 8. It ends alone
+    assert [counts for _, counts in model.seen if counts != [1, 1]] == [[3, 6], [4], [1]]
 
 
 # --- A model
@@ -190,6 +192,7 @@ def engine_of(small, cached=True, max_len=64):
     engine = Engine(model, stage, BPE, max_len)
     if not cached:
         engine.decoder = Recomputing(model)
+        engine.clear()
     return engine
 
 
@@ -225,6 +228,193 @@ def test_the_seed_decides(small):
         [done] = engine_of(small).generate([Request("def ", 20, PLAIN, seed=seed)])
         texts.append(done.text)
     assert texts[0] == texts[1] != texts[2]
+
+
+# --- Requests that come and go
+
+
+def test_a_long_prompt_holds_up_the_others_for_a_part_of_it_only():
+    model = Scripted(CHARS, "a")
+    engine = Engine(model, None, CHARS, 100, part=8)
+    short = engine.begin(Request("", 20, GREEDY))
+    engine.add(short)
+    engine.step()
+    engine.add(engine.begin(Request("b" * 29, 1, GREEDY)))
+    for n in range(4):
+        engine.step()
+        assert len(short.written) == n + 2
+    assert [counts for _, counts in model.seen if counts != [1]] == [[8], [8], [8], [6]]
+
+
+def test_short_prompts_are_read_together_and_there_are_so_many_places():
+    model = Scripted(CHARS, "a")
+    engine = Engine(model, None, CHARS, 100, places=3, part=8)
+    engine.generate([Request("b" * n, 3, GREEDY) for n in (1, 2, 5, 0, 0)])
+    sizes = [len(counts) for _, counts in model.seen]
+    assert max(sizes) == 3
+    # The third prompt does not fit beside the first two, and the last ones wait for places
+    assert [c for _, c in model.seen if set(c) != {1}] == [[2, 3], [6]]
+
+
+def test_who_is_cancelled_leaves_its_place():
+    model = Scripted(CHARS, "a")
+    engine = Engine(model, None, CHARS, 100, places=1)
+    first, second, third = (engine.begin(Request("b", 50, GREEDY)) for _ in range(3))
+    for completion in first, second, third:
+        engine.add(completion)
+    engine.step()
+    first.cancel()
+    second.cancel()
+    engine.step()
+    assert [len(c.written) for c in (first, second, third)] == [1, 0, 1]
+    third.cancel()
+    engine.step()
+    assert not engine.busy() and engine.cache.lengths == []
+    assert first.finish_reason == "cancelled"
+
+
+def test_a_generator_that_is_left_takes_its_requests_along(small):
+    engine = engine_of(small)
+    for _ in engine.run([engine.begin(request) for request in REQUESTS]):
+        break
+    assert not engine.busy()
+    assert len(engine.generate(REQUESTS[:1])[0].written) == 30
+
+
+@pytest.fixture(scope="module")
+def smallest():
+    parts = dict(n_layer=1, value_embed_layers=(), n_gram=2, smear=True, key_offset=True)
+    c, model = tiny_model(n_vocab=BPE.n_vocab, max_len=64, **parts)
+    return model, stage_of(c, max_doc_len=64)
+
+
+arrivals = st.tuples(
+    st.integers(0, 6),  # steps since the one before
+    st.text("abc def", max_size=40),
+    st.integers(1, 25),  # tokens
+    st.sampled_from([GREEDY, PLAIN, Sampling(0.7, 0, 0.9, 0.0, 1.2, 3)]),
+    st.integers(0, 3),  # seed
+    st.sampled_from([(), ("e",), ("ab", "c d")]),
+    st.none() | st.integers(0, 20),  # steps until it is cancelled
+)
+
+
+@given(st.lists(arrivals, min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 40))
+@settings(max_examples=12, deadline=None)
+def test_what_is_said_to_one_does_not_depend_on_the_others(smallest, given, places, part):
+    """Whenever they come, however long they are, whoever is cancelled."""
+    check_company(smallest, given, places, part)
+
+
+@pytest.mark.slow
+@given(st.lists(arrivals, min_size=1, max_size=12), st.integers(1, 8), st.integers(1, 40))
+@settings(max_examples=300, deadline=None)
+def test_what_is_said_to_one_does_not_depend_on_the_others_often(small, given, places, part):
+    check_company(small, given, places, part)
+
+
+def check_company(small, given, places, part):
+    model, stage = small
+    engine = Engine(model, stage, BPE, 34, places, part)
+    steps = 0
+    said = {}  # Completion -> its text as it came
+    cancelled = []  # (step, Completion)
+    for wait, prompt, max_tokens, sampling, seed, stop, patience in given:
+        for _ in range(wait):
+            steps = one_step(engine, steps, said, cancelled)
+        completion = engine.begin(Request(prompt, max_tokens, sampling, seed, stop))
+        said[completion] = ""
+        engine.add(completion)
+        if patience is not None:
+            cancelled.append((steps + patience, completion))
+    while engine.busy():
+        steps = one_step(engine, steps, said, cancelled)
+        assert steps < 1000
+
+    for completion, text in said.items():
+        assert text == completion.text
+        [expected] = Engine(model, stage, BPE, 34).generate([completion.request])
+        if completion.finish_reason == "cancelled":
+            n = len(completion.tokens)
+            assert completion.tokens == expected.tokens[:n]
+            assert expected.text.startswith(text)
+        else:
+            assert completion.tokens == expected.tokens
+            assert completion.finish_reason == expected.finish_reason
+            assert text == expected.text
+    assert engine.cache.kv == {}
+
+
+def one_step(engine, steps, said, cancelled):
+    for at, completion in cancelled:
+        if at == steps:
+            completion.cancel()
+    for completion, text in engine.step():
+        said[completion] += text
+    assert len(engine.live) <= engine.places
+    return steps + 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_five_hundred_tokens_in_company(temperature):
+    """Others come and go meanwhile; all of the text is in sight. test_cache.py has the same
+    without a cache."""
+    c, model = tiny_model(n_vocab=BPE.n_vocab, max_len=512, n_layer=1, value_embed_layers=(0,))
+    stage = stage_of(c, max_doc_len=512)
+    long = Request("def foo", 500, Sampling(temperature, logit_bias=ENDLESS))
+    [expected] = Engine(model, stage, BPE, 512).generate([long])
+
+    engine = Engine(model, stage, BPE, 512, places=3)
+    completion = engine.begin(long)
+    engine.add(completion)
+    for i in range(600):
+        if i % 40 == 7:
+            engine.add(engine.begin(Request("def " * (i % 3), 60, PLAIN, seed=i)))
+        if completion.finish_reason is None:
+            engine.step()
+    assert len(completion.written) == 500
+    assert completion.tokens == expected.tokens
+
+
+# --- Probabilities
+
+
+def test_probabilities_are_the_models_own(small):
+    """Before sampling changes them; with the likeliest others, and where in the text they are."""
+    sampling = Sampling(0.5, 3, logit_bias=ENDLESS)
+    request = Request((97, 98), 8, sampling, seed=1, alternatives=4)
+    [done] = engine_of(small).generate([request])
+    model, stage = small
+    tokens = torch.tensor([done.tokens])
+    whole = torch.tensor([0, len(done.tokens)], dtype=torch.int32)
+    with torch.no_grad():
+        logprobs = model.logits(tokens, whole, stage)[0].log_softmax(-1)
+    assert [d.token for d in done.drawn] == done.written
+    for i, drawn in enumerate(done.drawn):
+        expected = logprobs[done.n_prompt + i - 1]
+        assert drawn.logprob == pytest.approx(expected[drawn.token].item(), abs=1e-4)
+        best = expected.topk(4)
+        assert [t for t, _ in drawn.likeliest] == best.indices.tolist()
+        assert [p for _, p in drawn.likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_where_in_the_text_a_token_is():
+    """What is the prompt's of the first one does not count."""
+    model = Scripted(BPE, b" foot", b"de", "é".encode()[:1], "é".encode()[1:], EOT)
+    engine = Engine(model, None, BPE, 100)
+    [done] = engine.generate([Request(" f", 5, GREEDY, alternatives=0)])
+    assert done.text == "ootdeé"
+    assert [(d.offset, d.skip) for d in done.drawn] == [(0, 2), (3, 0), (5, 0), (5, 0), (6, 0)]
+    assert all(d.likeliest == [] for d in done.drawn)
+
+
+def test_token_ids_are_a_prompt_as_they_are(small):
+    model = Scripted(BPE, b"def")
+    engine = Engine(model, None, BPE, 100)
+    ids = (BPE.tokens.index(b"def"), BPE.tokens.index(b" "))
+    for prompt in ids, (BPE.eot, *ids):
+        done = engine.begin(Request(prompt, 1, GREEDY))
+        assert done.tokens == [BPE.eot, *ids] and not done.promised
 
 
 def test_weights_that_are_not_finite_are_said_to_be():
