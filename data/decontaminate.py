@@ -1,0 +1,89 @@
+"""Which documents hold text that a model is to be tested on.
+
+A document is contaminated where 13 words in a row are those of an evaluation (GPT-3 and lm-eval
+count so; data/words.py says what a word is: case, accents and punctuation do not count, numbers
+do). An item of fewer words is looked for as a whole: anywhere in documents if it has at least 8
+words, GPT-3's least; below that it says little, and counts only where it is all of a document.
+"""
+
+import numpy as np
+
+from .words import ngrams, whole, word_hashes
+
+LEAST_WORDS = 8
+# The lowest bits of a hash say of how many words it is, so that documents are looked through for
+# those lengths only; ALL is for a text as a whole.
+LENGTH = np.uint64(63)
+ALL = 0
+
+
+def ngram_hashes(texts, n=13, one_in=1):
+    """What contaminated() looks for: sorted unique hashes (G,) uint64 of the n-grams of texts.
+
+    texts: an iterable of str, such as the prompts and answers of an evaluation; n: words in a row,
+    8 to 63; one_in: keep one n-gram in so many, chosen by its hash. Of a validation split, which
+    may be large, that keeps 8 / one_in bytes a word in memory, and overlaps of n + 10 * one_in
+    words are still as good as certain to be found. Sets are united by np.union1d.
+    """
+    if not LEAST_WORDS <= n <= int(LENGTH):
+        raise ValueError(f"n {n}: expected {LEAST_WORDS} to {LENGTH}")
+    found = [np.zeros(0, dtype=np.uint64)]
+    for batch in _batches(texts):
+        hashes, counts = word_hashes(batch)
+        grams = _marked(ngrams(hashes, counts, n)[0], n)
+        found.append(grams[(grams >> np.uint64(6)) % np.uint64(one_in) == 0])
+        items = whole(hashes, counts)
+        found.append(_marked(items[_short(counts)], ALL))
+        for length in range(LEAST_WORDS, n):
+            found.append(_marked(items[counts == length], length))
+        if len(found) > 1000:
+            found = [np.unique(np.concatenate(found))]
+    return np.unique(np.concatenate(found))
+
+
+def contaminated(texts, hashes, n=13):
+    """Which texts of a batch have an n-gram, or a whole short item, in common with those behind
+    `hashes`: (n_texts,) bool. hashes: of ngram_hashes with the same n."""
+    found = np.zeros(len(texts), dtype=bool)
+    if not len(hashes):
+        return found
+    words, counts = word_hashes(texts)
+    lengths = np.unique(hashes & LENGTH).tolist()
+    for length in lengths:
+        if length == ALL:
+            items = _marked(whole(words, counts), ALL)
+            found |= _short(counts) & _among(items, hashes)
+            continue
+        grams, n_grams = ngrams(words, counts, length)
+        hit = np.flatnonzero(_among(_marked(grams, length), hashes))
+        found[np.searchsorted(np.cumsum(n_grams), hit, side="right")] = True
+    return found
+
+
+def _short(counts):
+    return (0 < counts) & (counts < LEAST_WORDS)
+
+
+def _marked(hashes, length):
+    return (hashes & ~LENGTH) | np.uint64(length)
+
+
+def _among(values, hashes):
+    """Which values (n,) are among the sorted hashes (G,): (n,) bool."""
+    at = np.searchsorted(hashes, values)
+    return hashes[np.minimum(at, len(hashes) - 1)] == values
+
+
+def _batches(texts, chars=1 << 22):
+    """Lists of texts of about so many characters together."""
+    batch = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= chars:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
