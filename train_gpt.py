@@ -51,7 +51,7 @@ from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
 from runtime.evaluation import evaluate
-from runtime.finish import in_words, save_weights, time_by_part
+from runtime.finish import in_words, save_weights, time_by_part, train_bpb
 from runtime.guard import GuardConfig
 from runtime.launch import exit_status, run_on_all_gpus
 from runtime.log import Log, show
@@ -427,6 +427,8 @@ def save_result(setup, result, log, parts):
     """The weights and the result into the run's folder, and samples of text on the screen."""
     with parts.part("save_s"):
         save_weights(setup, result, log)
+    with parts.part("validation_s"):
+        result["train_bpb"] = train_bpb(setup, result["best_step"])
     with parts.part("sample_s"):
         shown = show_samples(setup, result["best_step"], log)
     if shown:

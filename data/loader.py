@@ -324,10 +324,13 @@ class ValLoader:
         self.targets = tokens[1 : self.n_targets + 1]
         self._starts = np.flatnonzero(tokens[: self.n_targets] == eot)
 
-    def micro_batches(self, rank=0, world_size=1, micro_rows=1):
+    def micro_batches(self, rank=0, world_size=1, micro_rows=1, n_rows=None):
         """One rank's share as equally shaped MicroBatches; every rank gets the same number of
-        them."""
-        rows = [self._row(at) for at in range(0, self.n_targets, self.row_len)]
+        them. n_rows: of so many rows, evenly spread over the split; None: of all."""
+        places = range(0, self.n_targets, self.row_len)
+        if n_rows is not None:
+            places = places[:: max(1, len(places) // n_rows)][:n_rows]
+        rows = [self._row(at) for at in places]
         stride = micro_rows * world_size
         rows += [None] * (-len(rows) % stride)
         for i in range(rank * micro_rows, len(rows), stride):

@@ -5,6 +5,7 @@ import typing
 import torch
 import torch.distributed as dist
 
+from data import ValLoader
 from data.loader import IGNORE
 from records.metrics import Evaluation, measure
 
@@ -21,15 +22,34 @@ def part_of(split, tokens, data, world):
     """Batches of a Split, evenly spread, of about this many tokens a rank, as a Split."""
     n = max(1, tokens // split.batches[0].inputs.numel())
     batches = split.batches[:: max(1, len(split.batches) // n)]
-    targets = torch.cat([micro.targets[micro.targets != IGNORE] for micro in batches])
-    n_bytes = 0
-    if split.n_bytes is not None:
-        n_bytes = int(data.dataset.tokenizer.token_bytes[targets.numpy()].sum())
+    targets = targets_of(batches)
+    n_bytes = 0 if split.n_bytes is None else bytes_of(targets, data.dataset)
     counts = torch.tensor([len(targets), n_bytes], device=world.device)
     if world.size > 1:
         dist.all_reduce(counts)
     n_targets, n_bytes = counts.tolist()
     return Split(batches, n_targets, n_bytes or None)
+
+
+def of_training_text(data, tokens, row_len, micro_rows):
+    """Rows of the training text, cut as those of the validation split are, as a Split for one
+    process; tokens: about how many, evenly spread over the first shard."""
+    dataset = data.dataset
+    loader = ValLoader(dataset.train[:1], eot=dataset.eot, n_vocab=dataset.n_vocab, row_len=row_len)
+    n_rows = max(1, tokens // row_len)
+    batches = list(loader.micro_batches(micro_rows=min(micro_rows, n_rows), n_rows=n_rows))
+    targets = targets_of(batches)
+    return Split(batches, len(targets), bytes_of(targets, dataset))
+
+
+def targets_of(batches):
+    return torch.cat([micro.targets[micro.targets != IGNORE] for micro in batches])
+
+
+def bytes_of(targets, dataset):
+    """UTF-8 bytes that targets stand for. Raises InputError where the vocabulary is out of
+    reach."""
+    return int(dataset.tokenizer.token_bytes[targets.numpy()].sum())
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .evaluation import evaluate, of_training_text
 from .saved import fill
+from .setting_up import val_stage
 
 # Of the process's time, in a result
 PARTS = "imports_s", "data_s", "compile_s", "train_s", "validation_s", "sample_s", "save_s"
@@ -21,6 +23,20 @@ def in_words(result):
     others = result["process_s"] - sum(result[name] for name in PARTS)
     parts = [f"{name.removesuffix('_s')} {result[name]:.1f}" for name in PARTS if result[name]]
     return f"{result['process_s']:.1f} s: {', '.join(parts)}, the rest {others:.1f}"
+
+
+def train_bpb(setup, step):
+    """Bits per byte of the model as it stands on a part of the training text, cut as the validation
+    split is: what lies below validation's has been learned by heart. None without --train-eval, or
+    where the tokens' bytes are not known."""
+    config = setup.config
+    if not config.run.train_eval or setup.data.val_bytes is None:
+        return None
+    micro_rows = setup.val.batches[0].inputs.shape[0]  # a graph that is there
+    row_len = config.data.val_row_len
+    split = of_training_text(setup.data, config.run.train_eval, row_len, micro_rows)
+    alone = setup.world._replace(rank=0, size=1)
+    return evaluate(setup.forward, val_stage(setup, step), split, alone)["val_bpb"]
 
 
 def save_weights(setup, result, log):

@@ -32,6 +32,12 @@ class RunConfig(Options):
         "is near enough to validate on all of it; 0: every validation is on all of it",
         COUNT,
     )
+    train_eval: int = option(
+        0,
+        "measure the weights that are kept on about so many tokens of the training text as well, "
+        "as validation measures them: train_bpb in the result",
+        COUNT,
+    )
     repeat: int = option(
         1, "runs from this many successive seeds, one after the other in one process", POSITIVE
     )

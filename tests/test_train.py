@@ -13,6 +13,7 @@ from helpers import (
     PIECES,
     REMEMBERED,
     ROOT,
+    SMALL_MODEL,
     THREE_LAYERS,
     options,
     run_trainer,
@@ -26,6 +27,7 @@ import train_gpt as tg
 from base import InputError
 from data import ShardWriter
 from data.loader import IGNORE
+from data.shards import read_shard
 from inference.engine import Engine
 from kernels import launch
 from kernels.fp8_mlp import FP8ReLU2MLP
@@ -36,6 +38,7 @@ from runtime import machine
 from runtime.evaluation import Split, part_of
 from runtime.finish import PARTS
 from runtime.options import flat
+from runtime.saved import load_run
 from tracks import load_track
 
 
@@ -811,6 +814,29 @@ def test_a_run_that_looks_at_a_part_first_ends_with_the_whole_splits_loss(text, 
     plain = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "plain"), **fields))
     looks = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "looks"), quick_val=128, **fields))
     assert looks["val_loss"] == plain["val_loss"] and looks["steps"] == plain["steps"]
+
+
+def test_training_text_is_measured_as_the_validation_split_is(text, tmp_path):
+    """In rows of the same length, all of it if so much is asked for."""
+    fields = dict(steps=4, eval_every=2, train_eval=10**9, val_tokens=0, **SMALL_MODEL)
+    result = tg.train(tiny(text, tmp_path, **fields))
+    none = tg.train(
+        tiny(text, tmp_path, run_dir=str(tmp_path / "b"), **fields | dict(train_eval=0))
+    )
+    assert none["train_bpb"] is None and none["val_bpb"] == result["val_bpb"]
+
+    run = load_run(tmp_path / "run")
+    (shard,) = open_data(tiny(text, tmp_path)).dataset.train
+    tokens = read_shard(shard).astype(int)
+    total = 0.0
+    for at in range(0, len(tokens) - 1, 64):
+        row = torch.tensor(tokens[at : at + 65])[None]
+        ends = (row[0, :-1] == 256).nonzero().flatten().tolist()
+        borders = sorted({0, *ends, row.shape[1] - 1})
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+        total += run.model(row[:, :-1], row[:, 1:], cu_seqlens, run.stage).item()
+    bpb = total / math.log(2) / (tokens[1:] < 256).sum()
+    assert result["train_bpb"] == pytest.approx(bpb, rel=1e-5)
 
 
 def test_prompts_are_texts_and_no_paths():

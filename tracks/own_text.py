@@ -11,6 +11,7 @@ OWN = dict(
     target=None,
     eval_every=25,
     quick_val=0,
+    train_eval=16384,
     patience=4,
     sample_prompts=(),
 )
