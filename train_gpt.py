@@ -57,6 +57,7 @@ from runtime.launch import exit_status, run_on_all_gpus
 from runtime.log import Log, show
 from runtime.machine import PrecisionConfig, World
 from runtime.options import RunConfig, build_parts, flat, parse_options, peek
+from runtime.saved import step_weights
 from runtime.session import Session
 from runtime.setting_up import (
     backward,
@@ -361,6 +362,9 @@ def train_to_the_end(setup, session):
             # Log what is known by now, validate, stop or save, each when it is due
             tokens = n_tokens(config, stage)
             session.after_step(step, tokens, tokens * model.flops_per_token(stage.model))
+            if session.snapshot_is_due():
+                with session.clock_stopped(), session.parts.part("save_s"):
+                    session.log.save_weights(weights_after(setup, step), step_weights(step))
             if session.validation_is_due():
                 validate(setup, session)
             if session.is_over():

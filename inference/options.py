@@ -31,6 +31,12 @@ def make_parser(verb, description, epilog, tokens):
         "--run", type=given_path, metavar="RUN", help="a run's folder [the newest in runs/]"
     )
     parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="of the weights that training kept after this step with --snapshots",
+    )
+    parser.add_argument(
         "--template",
         metavar="NAME",
         help="the run's template, where it is a module from outside models/",
@@ -79,7 +85,7 @@ def check(args):
 def open_run(args):
     """(what the run left, an Engine with its model). Raises InputError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    saved = load_run(args.run or newest_run(), device, args.template)
+    saved = load_run(args.run or newest_run(), device, args.template, args.step)
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len)
 
 

@@ -212,7 +212,7 @@ class Log:
 
         # Where somebody removed the folder, the weights are worth a new one
         with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         self.keep()
         return self.write(name, lambda path: save_file(weights, path))
 

@@ -83,6 +83,12 @@ class RunConfig(Options):
         "each new best",
         COUNT,
     )
+    snapshots: int = option(
+        0,
+        "keep the weights after steps 1, 2, 4, 8, ..., and from here on after each so many steps, "
+        "in steps/ of the run's folder; 0 is none",
+        COUNT,
+    )
     resume: str = option(
         "",
         "go on from a run's folder or a checkpoint in it, with its options where others are not "

@@ -42,20 +42,46 @@ def newest_run(runs=None):
     return max(found, key=lambda folder: (folder / "result.json").stat().st_mtime)
 
 
-def load_run(folder, device="cpu", template=None):
+def step_weights(step):
+    """Name in a run's folder of the weights that --snapshots keeps after a step."""
+    return f"steps/step-{step:06}.safetensors"
+
+
+def snapshot_steps(folder):
+    """The steps of which a run's folder has the weights, in order; more may come while it runs."""
+    found = []
+    for path in Path(folder).glob("steps/step-*.safetensors"):
+        number = path.stem.removeprefix("step-")
+        if number.isdecimal():
+            found.append(int(number))
+    return sorted(found)
+
+
+def load_run(folder, device="cpu", template=None, step=None):
     """The Saved run of a folder, its model on the device. Raises InputError.
 
-    template: the dotted name of a module that may be imported, besides those in models/.
+    template: the dotted name of a module that may be imported, besides those in models/; step: take
+    the weights that --snapshots kept after it, of a run that may still be going on; None: those of
+    the result.
     """
     folder = Path(folder)
     said = read_object(folder / "config.json")
-    result = read_object(folder / "result.json")
-    steps = result.get("best_step", result.get("steps"))
+    if step is None:
+        result = read_object(folder / "result.json")
+        steps = result.get("best_step", result.get("steps"))
+        path = folder / "model.safetensors"
+    else:
+        steps = step
+        path = folder / step_weights(step)
+        there = snapshot_steps(folder)
+        if step not in there:
+            which = f"one of {' '.join(map(str, there))}" if there else "a run of --snapshots N"
+            raise InputError(f"{folder}: no weights of step {step}: expected {which}")
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(path)
     except (OSError, SafetensorError) as e:
         why = " ".join(str(e).split())
-        raise InputError(f"{folder / 'model.safetensors'}: cannot be read: {why}") from None
+        raise InputError(f"{path}: cannot be read: {why}") from None
     tokenizer = load_tokenizer(folder)
 
     # What no longer fits is another version's

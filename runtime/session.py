@@ -190,6 +190,10 @@ class Session:
         """Whether one has been asked for, and no gradient waits that would not be saved."""
         return "save" in self.wanted and self.state.optimizer.is_settled()
 
+    def snapshot_is_due(self):
+        """Whether the weights of this step are to be kept for whoever studies the training."""
+        return is_snapshot(self.at.step, self.options.snapshots)
+
     # ----------------------------------------------------------------------------------------------
     # What the loop tells
 
@@ -345,3 +349,10 @@ class Session:
             run_dir=str(self.log.folder),
             resumed_at=at.resumed_at,
         )
+
+
+def is_snapshot(step, every):
+    """Whether a step is one of 1, 2, 4, 8, ... below `every`, or a multiple of it; 0 is never."""
+    if not every:
+        return False
+    return step % every == 0 or (step < every and step.bit_count() == 1)

@@ -3,17 +3,20 @@
 import json
 import re
 import shutil
+import signal
 
 import pytest
+import torch
 from helpers import PIECES, Runner, tiny, write_text
 from processes import remains, rows, same
 
 import train_gpt as tg
 from base import InputError
 from optim import Optimizer
-from runtime import checkpoints, resume
+from runtime import checkpoints, resume, saved
 from runtime.guard import Guard
 from runtime.options import flat
+from runtime.session import is_snapshot
 
 # Everything that has a state or changes on the way: the head is untied after step 6, batches grow
 # after 8 and 16, windows (with yarn) and the number of targets change after 12; Adam updates in
@@ -527,3 +530,37 @@ def test_a_checkpoint_is_never_ahead_of_the_log(run, monkeypatch):
     monkeypatch.setattr(tg.Checkpoints, "save", look)
     tg.train(tiny(run.text, run.tmp, **run.fields, run_dir=str(run.tmp / "run")))
     assert len(ahead) >= 3 and set(ahead) == {0}
+
+
+def test_a_killed_run_keeps_the_weights_of_the_same_steps(whole):
+    """Killed in step 21: the weights of step 20 are newer than any checkpoint."""
+    fields = dict(snapshots=5, checkpoint_every="8")
+    assert whole("kept", **fields).status == 0
+    steps = saved.snapshot_steps(whole.tmp / "kept")
+    assert steps == [1, 2, 4, 5, 10, 15, 20]
+    died = whole("killed", job=dict(at=(20, signal.SIGKILL)), **fields)
+    assert died.status == -signal.SIGKILL
+    done = whole("killed", "--resume", "auto", **fields)
+    assert done.status == 0
+    assert done.result["resumed_at"][0] < 20
+    assert saved.snapshot_steps(whole.tmp / "killed") == steps
+    for step in steps:
+        name = saved.step_weights(step)
+        ours, theirs = ((whole.tmp / run / name).read_bytes() for run in ("killed", "kept"))
+        assert ours == theirs, step
+    assert remains(whole.tmp / "killed") == []
+
+    # They are weights of their step: of the last one, what a run of so many steps would leave
+    run = whole.tmp / "kept"
+    first, last = (saved.load_run(run, step=step) for step in (steps[0], steps[-1]))
+    assert not torch.equal(first.model.embed, last.model.embed)
+    assert first.options == last.options
+    with pytest.raises(InputError, match="no weights of step 3: expected one of 1 2 4 5 10 15 20"):
+        saved.load_run(run, step=3)
+
+
+def test_which_steps_are_kept():
+    steps = [step for step in range(1, 41) if is_snapshot(step, 10)]
+    assert steps == [1, 2, 4, 8, 10, 20, 30, 40]
+    assert not any(is_snapshot(step, 0) for step in range(1, 41))
+    assert [step for step in range(1, 10) if is_snapshot(step, 8)] == [1, 2, 4, 8]
