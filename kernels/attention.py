@@ -39,7 +39,8 @@ import torch.nn.functional as F
 
 
 def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockwise"):
-    """q, k, v: (B, T, H, D), B rows of T packed tokens, of one dtype -> (B, T, H, D).
+    """q: (B, T, H, D), B rows of T packed tokens -> (B, T, H, D); k, v: the same, or with fewer
+    heads that divide H, each for as many of q, one after the other; all of one dtype.
 
     cu_seqlens: (n + 1,) int32, where documents start in the B * T flattened tokens; every row's
         start is among them; padded at the end with B * T.
@@ -53,6 +54,8 @@ def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockw
         )
     longest = min(max_seqlen, q.size(1))
     window = min(window, longest - 1)
+    if q.size(2) != k.size(2):
+        k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
     if backend in OF_ROWS:
         return OF_ROWS[backend](q, k, v, cu_seqlens, window, scale)
     # (B T, H, D), a view also of a slice of a projection

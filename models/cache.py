@@ -115,8 +115,9 @@ class KVCache:
     def attend(self, layer, q, k, v, window, scale):
         """Attention of the new tokens to what their rows hold, and to themselves.
 
-        q, k, v: (B, n S, H, D), where each token takes n turns -> (B, n S, H, D). window: turns
-        before a query that it may see; scale: of the products.
+        q: (B, n S, H, D), where each token takes n turns; k, v: the same, or with fewer heads that
+        divide H -> (B, n S, H, D). window: turns before a query that it may see; scale: of the
+        products.
         """
         n = q.size(1) // self.n_new
         end = n * (max(self.lengths) + self.n_new)
@@ -133,6 +134,7 @@ class KVCache:
             values[: self.rows, begin:end].transpose(1, 2),
             attn_mask=self.mask(n, window, begin, end),
             scale=scale,
+            enable_gqa=q.size(2) != k.size(2),
         )
         return y.transpose(1, 2)
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from base.options import (
     BY_STAGE,
@@ -43,17 +42,16 @@ from .parts import (
     document_starts,
     draw,
     gate,
+    keep_less,
     later_targets,
+    loss_by_chunks,
+    memory_of_logits,
+    memory_of_scores,
     previous,
     rope_frequencies,
     softcap,
     yarn_scale,
 )
-
-# Logits that exist at one time in validation: 0.8 GB in bf16, where a row of 65,536 tokens with
-# GPT-2's vocabulary would have 6.6 GB
-VAL_LOGITS = 8192 * 50304
-RECOMPUTED_TOKENS = 4096  # whose logits exist at one time where memory is short
 
 SAMPLED = (
     lambda ns: ns and all(n >= 0 and n % 64 == 0 for n in ns),
@@ -467,7 +465,7 @@ class Model(nn.Module):
             instead = None
             if layer.w_qkvo is None:
                 instead = skip, outputs[c.skip[0]]
-            x = self.keep_less(self.block, layer, x, x0, batch, instead)
+            x = keep_less(self.recompute, self.block, layer, x, x0, batch, instead)
             outputs.append(x)
 
         # Backout: what an earlier layer has said is taken out before the head
@@ -603,13 +601,6 @@ class Model(nn.Module):
             scale=stage.attn_scale,
         )
 
-    def keep_less(self, function, *args):
-        """function(*args); with recompute, backward computes it again instead of keeping what is
-        inside."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     def forward(self, inputs, targets, cu_seqlens, stage, target_weights=None):
         """Summed cross-entropy (fp32 scalar) over the targets that are not padding.
 
@@ -642,16 +633,7 @@ class Model(nn.Module):
             )
             rows = x, targets
 
-        # Only a chunk's logits exist at one time
-        chunk = len(x)
-        if not torch.is_grad_enabled():
-            chunk = VAL_LOGITS // len(w)
-        elif self.recompute:
-            chunk = RECOMPUTED_TOKENS
-        total = 0
-        for h, *rest in zip(*(r.split(chunk) for r in rows)):
-            total = total + self.keep_less(loss, h, w, *rest)
-        return total
+        return loss_by_chunks(self.recompute, loss, w, *rows)
 
     def mixed_loss(self, x, w, targets, seen, hits, sampled):
         """Summed loss of the head's distribution mixed with what followed before.
@@ -796,26 +778,16 @@ class Model(nn.Module):
             widths = c.n_layer * layer + 4 * len(c.value_embed_layers) * c.n_embd
 
         ops = self.ops.named()
-        scores = 0  # which attention by PyTorch's plain means keeps
-        if ops["attention"] in ("blockwise", "sdpa"):
-            kept = []
-            for i in range(c.n_layer):
-                window = max(c.long_window if c.sees_far(i) else c.short_window)
-                kept.append(min(2 * window, row_len))
-            kept.sort(reverse=True)
-            if recompute:
-                kept = kept[:1]
-            scores = 4 * tokens * c.n_head * sum(kept)
+        kept = []  # keys that a query sees, by layer
+        for i in range(c.n_layer):
+            window = max(c.long_window if c.sees_far(i) else c.short_window)
+            kept.append(min(2 * window, row_len))
+        kept.sort(reverse=True)
+        if recompute:
+            kept = kept[:1]
+        scores = memory_of_scores(ops["attention"], tokens * c.n_head, kept)
 
-        if ops["linear_cross_entropy"] == "fp8":
-            per_logit = 3  # bf16, and a gradient of one byte
-        elif ops["linear_cross_entropy"] == "triton":
-            per_logit = size  # the gradient overwrites the logit
-        else:
-            per_logit = 2 * size + 4  # logit, gradient and, in passing, fp32
         V = len(self.embed)
         columns = max(min(n or V, V) for n in c.sampled_softmax)
-        at_once = min(tokens, RECOMPUTED_TOKENS) if recompute else tokens
-        return dict(
-            activations=tokens * size * widths + scores, logits=at_once * columns * per_logit
-        )
+        logits = memory_of_logits(ops["linear_cross_entropy"], tokens, columns, size, recompute)
+        return dict(activations=tokens * size * widths + scores, logits=logits)

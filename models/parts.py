@@ -1,4 +1,5 @@
-"""Parts that templates share: documents in a row, gates, softcap, rotary embedding.
+"""Parts that templates share: documents in a row, gates, softcap, rotary embedding, the loss by
+chunks, what is kept for backward.
 
 Shapes: B rows, T tokens in a row, C width, H heads, D head width.
 """
@@ -8,10 +9,15 @@ import zlib
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data.loader import IGNORE
 
 GATE_INPUTS = 12  # gates look at this many dimensions of a token
+# Logits that exist at one time in validation: 0.8 GB in bf16, where a row of 65,536 tokens with
+# GPT-2's vocabulary would have 6.6 GB
+VAL_LOGITS = 8192 * 50304
+RECOMPUTED_TOKENS = 4096  # whose logits exist at one time where memory is short
 
 
 def draw(name, shape, seed, std):
@@ -78,3 +84,71 @@ def yarn_scale(long_windows):
     return math.prod(
         1 + 0.2 * math.log(new / old) for old, new in zip(long_windows, long_windows[1:])
     )
+
+
+def rotate_halves(x, cos, sin):
+    """x: (..., T, H, D), cos, sin: (..., T, 1, D / 2) of its positions' angles -> x turned by them.
+
+    Dimension j is a pair with j + D / 2 and turns counterclockwise, as in Hugging Face's models.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def dropout(x, p, inputs, place):
+    """x (B, T, C) with each element zero with probability p, else 1 / (1 - p) times as large.
+
+    A hash of the tokens (B, T) and of the place in the model says which, no generator, whose state
+    a checkpoint would have to keep: the same batch loses the same again.
+    """
+    n = torch.arange(inputs.numel(), device=x.device)
+    seed = (inputs.flatten() * (2 * n + 1)).sum() + place
+    number = torch.arange(x.numel(), device=x.device) + seed * 0x9E3779B1
+    for _ in range(2):
+        number = ((number ^ (number >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    number = number ^ (number >> 16)
+    kept = (number >= int(p * 2**32)).view(x.shape)
+    return torch.where(kept, x / (1 - p), 0)
+
+
+def keep_less(recompute, function, *args):
+    """function(*args); with recompute, backward computes it again instead of keeping what is
+    inside."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def loss_by_chunks(recompute, loss, w, *rows):
+    """Sum of loss(x, w, ...) over chunks of the rows, of which only one's logits exist at a time.
+
+    w: (V, C), the head; rows: (N, ...) each, what the loss has of each token.
+    """
+    chunk = len(rows[0])
+    if not torch.is_grad_enabled():
+        chunk = VAL_LOGITS // len(w)
+    elif recompute:
+        chunk = RECOMPUTED_TOKENS
+    total = 0
+    for x, *rest in zip(*(r.split(chunk) for r in rows)):
+        total = total + keep_less(recompute, loss, x, w, *rest)
+    return total
+
+
+def memory_of_logits(form, tokens, columns, size, recompute):
+    """Bytes of logits while they exist; form: of linear_cross_entropy, size: bytes of a weight."""
+    if form == "fp8":
+        per_logit = 3  # bf16, and a gradient of one byte
+    elif form == "triton":
+        per_logit = size  # the gradient overwrites the logit
+    else:
+        per_logit = 2 * size + 4  # logit, gradient and, in passing, fp32
+    at_once = min(tokens, RECOMPUTED_TOKENS) if recompute else tokens
+    return at_once * columns * per_logit
+
+
+def memory_of_scores(backend, queries, seen):
+    """Bytes that attention by PyTorch's plain means keeps; seen: keys of each query, by layer."""
+    if backend not in ("blockwise", "sdpa"):
+        return 0
+    return 4 * queries * sum(seen)

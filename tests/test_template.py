@@ -96,13 +96,13 @@ def test_what_is_listed_is_what_templates_have():
 
 
 def test_templates_are_found_by_name():
-    assert template_names() == ["gpt"]
+    assert template_names() == ["gpt", "llama"]
     assert load_template("gpt").__name__ == "models.gpt"
     assert load_template(NAME) is ngram_mlp
     for wrong, said in (
-        ("gtp", "expected one of gpt, or a module's dotted name"),
-        ("parts", "expected one of gpt"),
-        (".parts.x", "expected one of gpt"),
+        ("gtp", "expected one of gpt, llama, or a module's dotted name"),
+        ("parts", "expected one of gpt, llama"),
+        (".parts.x", "expected one of gpt, llama"),
         ("templates.none", "cannot be imported"),
         ("base.files", "has no Config"),
     ):

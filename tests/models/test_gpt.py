@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import train_gpt as tg
 from base.options import by_stage
 from kernels.sampled_softmax import sample_vocabulary
-from models import gpt
+from models import gpt, parts
 from models.parts import document_starts, gate, later_targets, rope_frequencies
 
 quick = settings(deadline=None, max_examples=100, database=None)
@@ -725,8 +725,8 @@ def test_chunked_logits_give_the_same_loss(monkeypatch, chunk, n_targets):
     whole = model(*args).item()
     assert sizes == [48]
 
-    monkeypatch.setattr(gpt, "VAL_LOGITS", chunk * len(model.lm_head))
-    monkeypatch.setattr(gpt, "RECOMPUTED_TOKENS", chunk)
+    monkeypatch.setattr(parts, "VAL_LOGITS", chunk * len(model.lm_head))
+    monkeypatch.setattr(parts, "RECOMPUTED_TOKENS", chunk)
     sizes.clear()
     with torch.no_grad():
         assert model(*args).item() == pytest.approx(whole, rel=1e-6)
