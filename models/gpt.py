@@ -39,6 +39,7 @@ from . import copies
 from .cache import KVCache
 from .parts import (
     GATE_INPUTS,
+    VAL_LOGITS,
     document_starts,
     draw,
     gate,
@@ -640,10 +641,34 @@ class Model(nn.Module):
 
         x: (N, C), w: (V, C), targets: (N,), seen, hits: (N, copies); sampled: as for the head.
         """
+        return -self.mixed_log_probs(x, w, targets, seen, hits, sampled).sum()
+
+    def mixed_log_probs(self, x, w, targets, seen, hits, sampled=None):
+        """(N,) log probabilities of the same mixture, 0 where a target is IGNORE."""
         cap = self.c.softcap or None
         own = linear_log_prob(x, w, targets, cap=cap, sampled=sampled, ignore_index=IGNORE)
         log_prob = copies.mixed(own, self.mix(x, seen), seen, hits)
-        return -log_prob.where(targets != IGNORE, 0.0).sum()
+        return log_prob.where(targets != IGNORE, 0.0)
+
+    def log_probs(self, inputs, targets, cu_seqlens, stage):
+        """(B, T) log probabilities of the targets, 0 where one is IGNORE; stage: of validation."""
+        x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
+        cap = self.c.softcap or None
+        rows = [x, targets.flatten()]
+        if self.c.copies:
+            starts = document_starts(inputs, cu_seqlens)
+            rows += [
+                n.flatten(0, 1) for n in copies.earlier(inputs, targets, starts, self.c.copies)
+            ]
+        found = []
+        for x, targets_, *counts in zip(*(r.split(VAL_LOGITS // len(self.lm_head)) for r in rows)):
+            if counts:
+                found.append(self.mixed_log_probs(x, self.lm_head, targets_, *counts))
+            else:
+                found.append(
+                    linear_log_prob(x, self.lm_head, targets_, cap=cap, ignore_index=IGNORE)
+                )
+        return torch.cat(found).view_as(inputs)
 
     def mix(self, x, seen):
         """Gates of the mixture: (..., C), (..., copies) -> (..., copies + 1) fp32."""

@@ -27,6 +27,7 @@ class Saved(NamedTuple):
     stage: tuple  # the template's, for validation after the last step
     tokenizer: Tokenizer
     max_len: int  # tokens in the longest row, of training or of validation
+    result: dict  # of result.json
 
 
 def newest_run(runs=None):
@@ -109,7 +110,7 @@ def load_run(folder, device="cpu", template=None, step=None):
             f"{folder}: a run of another version ({type(e).__name__}: {e}); expected one that this "
             "version trained. The one that did is in its source.tar.bz2"
         ) from None
-    return Saved(folder, options, model, stage, tokenizer, max_len)
+    return Saved(folder, options, model, stage, tokenizer, max_len, result)
 
 
 def fill(model, weights):

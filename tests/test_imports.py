@@ -21,7 +21,8 @@ KITS["optim"] = {"base", "kernels"}
 KITS["models"] = {"base", "kernels", "data", "optim"}
 KITS["runtime"] = {"base", "kernels", "data", "records", "optim", "models"}
 KITS["door"] = {"base"}  # which imports the program it starts by its name
-PROGRAMS = {room: KITS.keys() | {"inference"} for room in ("train_gpt", "inference", "export")}
+PROGRAMS = ("train_gpt", "inference", "evals", "export")
+PROGRAMS = {room: KITS.keys() | {"inference"} for room in PROGRAMS}
 ROOMS = KITS | PROGRAMS | {"benchmarks": KITS.keys() | PROGRAMS.keys()}
 
 
