@@ -1,22 +1,31 @@
-"""Where tokens come from: sources, shards, tokenizers, and the loaders that training reads."""
+"""Where tokens come from: sources, shards, tokenizers, and the loaders that training reads.
 
-from .config import DataConfig
-from .dataset import Data, Dataset, open_data, open_dataset
-from .loader import Prefetcher, TrainLoader, ValLoader, pack
-from .shards import ShardWriter, read_shard
-from .tokenizers import Tokenizer
+Names are loaded when they are first asked for: the loaders import torch, which takes more than a
+second, and what only reads or writes text has no use for it.
+"""
 
-__all__ = [
-    "Data",
-    "DataConfig",
-    "Dataset",
-    "Prefetcher",
-    "ShardWriter",
-    "Tokenizer",
-    "TrainLoader",
-    "ValLoader",
-    "open_data",
-    "open_dataset",
-    "pack",
-    "read_shard",
-]
+import importlib
+
+MODULES = {
+    "Data": "dataset",
+    "DataConfig": "config",
+    "Dataset": "dataset",
+    "Prefetcher": "loader",
+    "ShardWriter": "shards",
+    "Tokenizer": "tokenizers",
+    "TrainLoader": "loader",
+    "ValLoader": "loader",
+    "open_data": "dataset",
+    "open_dataset": "dataset",
+    "pack": "loader",
+    "read_shard": "shards",
+}
+__all__ = [*MODULES]
+
+
+def __getattr__(name):
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value

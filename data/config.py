@@ -13,8 +13,8 @@ class DataConfig(Options):
 
     data: str = option(
         "stdlib",
-        f"what to train on; for text, --text says which: {sources.EXPECTED[1]}",
-        sources.EXPECTED,
+        f"what to train on; for text, --text says which: {sources.expected()}",
+        (sources.can_train, sources.expected()),
         group="data",
     )
     text: str = option("", "train on this file or folder of text")

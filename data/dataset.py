@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from base import InputError
 
 from . import sources
-from .loader import TrainLoader, ValLoader
 from .shards import read_shard
 
 LEAST_VAL_TOKENS = 64  # of a whole validation split
@@ -79,8 +78,8 @@ class Data(NamedTuple):
     """What a run trains and validates on."""
 
     dataset: Dataset
-    train: TrainLoader
-    val: ValLoader
+    train: Any  # a TrainLoader
+    val: Any  # a ValLoader
     val_bytes: int | None  # UTF-8 bytes the validation targets stand for; None if not to be known
 
 
@@ -107,6 +106,8 @@ def open_data(
     open_dataset: function of (config, cache), for programs of several processes, one of which
     prepares, and for benchmarks without data. Raises InputError.
     """
+    from .loader import TrainLoader, ValLoader  # late: what makes data needs no torch
+
     dataset = open_dataset(config, cache)
     train = TrainLoader(
         dataset.train,

@@ -1,11 +1,12 @@
 """The Python files of the standard library: text that every machine has, so it needs no network."""
 
+import platform
 import sysconfig
 from pathlib import Path
 
 from data.listing import Listing, files_under
 from data.prepare import open_files
-from data.sources import Source
+from data.sources import Files, Source
 
 # Left out: what differs between distributions and versions, and what is generated: a file of prose,
 # nearly half of the validation text, and character tables, so predictable that the few in the split
@@ -50,4 +51,12 @@ def open_stdlib(config, cache):
     return open_files("stdlib", list_files, config.encoder, cache)
 
 
-SOURCE = Source("the Python files of Python's standard library", open_stdlib)
+def locate(part, cache):
+    """The Files of it, for a build."""
+    listing = list_files()
+    paths = [listing.root / rel for rel in listing.files]
+    about = dict(licence="PSF-2.0", revision=f"Python {platform.python_version()}")
+    return Files(paths, listing.files, about)
+
+
+SOURCE = Source("the Python files of Python's standard library", open_stdlib, locate=locate)

@@ -5,13 +5,15 @@ Documents are files, or the parts of a file between `<|endoftext|>` marks.
 
 import os
 import stat
+import tempfile
 from functools import partial
 from pathlib import Path
 
 from base import InputError
+from data.encodings import NotText, examine, write_utf8
 from data.listing import Listing, files_under, once_each, without
-from data.prepare import open_files
-from data.sources import Source
+from data.prepare import open_files, read_blocks
+from data.sources import Document, Source
 
 # What a folder holds that is not to be read, all of these files -> what the folder is
 SIGNS = [
@@ -101,4 +103,45 @@ def open_text(config, cache):
     return open_files(str(text), list_text, config.encoder, cache, list_val, config.encoding)
 
 
-SOURCE = Source("a text file or folder of your own, which --text names", open_text)
+MOST_CHARS = 1 << 20  # of one document in a build: longer ones are divided at the ends of lines
+
+
+def read_file(path, name, part):
+    """Yield the Documents of a file, for a build. Raises InputError."""
+    try:
+        found = examine(path, part.encoding)
+    except (NotText, OSError) as e:
+        raise InputError(f"{path}: expected text, found a file that is {e}") from None
+    number = 0
+    whole = []
+    size = 0
+    for text, starts in decoded(path, found.encoding):
+        if whole and (starts or size + len(text) > MOST_CHARS):
+            number += 1
+            yield Document("".join(whole), f"{name}:{number}", {})
+            whole = []
+            size = 0
+        whole.append(text)
+        size += len(text)
+    if whole:
+        # A file that is one document is called as the file
+        yield Document("".join(whole), f"{name}:{number + 1}" if number else name, {})
+
+
+def decoded(path, encoding):
+    """Yield (str, starts a document?) of a file in any encoding, as read_blocks() does."""
+    if encoding in ("utf-8", "utf-8-sig"):
+        yield from read_blocks(path, 3 if encoding == "utf-8-sig" else 0, path.stat().st_size)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "utf-8.txt")
+        write_utf8(path, encoding, copy)
+        yield from read_blocks(copy, 0, copy.stat().st_size)
+
+
+SOURCE = Source(
+    "a text file or folder of your own, which --text names",
+    open_text,
+    endings=(".txt",),
+    read_file=read_file,
+)

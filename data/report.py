@@ -1,0 +1,5 @@
+"""report.html of a build."""
+
+
+def html(manifest):
+    return "<!doctype html>"
