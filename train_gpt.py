@@ -42,6 +42,7 @@ from base.options import (
 from base.places import runs_folder
 from data import Prefetcher
 from data.config import DataConfig
+from data.sources import is_built
 from inference.show import show_samples
 from models import load_template, option_names, outline, template_names
 from optim import OptimConfig
@@ -203,13 +204,14 @@ def expanded(path):
 def parse_args(argv):
     """Command line -> Config: defaults, then the track's values, then the options given."""
     # The track and the template come first, since they say which other options there are
-    first = peek(argv, "track", "template", "text", "resume", "warm_start")  # None if not given
+    names = ("track", "template", "text", "data", "resume", "warm_start")
+    first = peek(argv, *names)  # None if not given
     run = resume.options_of(expanded(first["resume"]))  # of the run to go on with, if it is named
     if first["track"]:
         track = first["track"]
     elif run:
         track = run["track"]
-    elif first["text"]:
+    elif first["text"] or is_built(expanded(first["data"])):
         track = "own-text"
     else:
         track = "gpt2-small" if torch.cuda.is_available() else "laptop"
@@ -231,7 +233,8 @@ def parse_args(argv):
         epilog=f"Tracks: {', '.join(track_names())}.",
     )
     # Own text on a track made for other data: no target, and every token is kept
-    if "text" in given and fields.get("data") != "text":
+    own = "text" in given or is_built(given.get("data", ""))
+    if own and fields.get("data") != "text":
         fields |= dict(data="text", target=None, tokenizer=DataConfig.tokenizer)
         fields |= dict(long_docs="split", shuffle=True, sample_prompts=())
     # Weights to begin with stand for their own tokens

@@ -183,6 +183,7 @@ def build(todo, out, cache, crew, keep_work=False, replace=False):
     sets = {name: file_state(path) for name, path in todo.decontaminate.sets.items()}
     given = file_state(todo.tokenizer) if todo.tokenizer.endswith(".json") else todo.tokenizer
 
+    stages.begin()
     parts = [dataclasses.asdict(part) for part in todo.source]
     read = stages.run(
         "read",
@@ -251,10 +252,9 @@ class Stages:
 
     def checksums(self, files):
         """{source: [[name, bytes, sha256]]}; hashed again where a file looks touched."""
-        path = self.work / "sources.json"
         known = {}
         with contextlib.suppress(OSError, ValueError):
-            known = read_json(path)
+            known = read_json(self.work / "sources.json")
         found = {}
         every = [(source, *pair) for source, f in files.items() for pair in zip(f.names, f.paths)]
         for source, name, file in progress(every, "looking at the sources", "file"):
@@ -263,9 +263,12 @@ class Stages:
             sha256 = old["sha256"] if old.get("stamp") == stamp else sha256_of(file)
             self.seen[str(file)] = dict(stamp=stamp, sha256=sha256)
             found.setdefault(source, []).append([name, stamp[0], sha256])
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.seen)
         return found
+
+    def begin(self):
+        """Make the folder of stages, and keep the checksums there for when they go on."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(self.work / "sources.json", self.seen)
 
     def changed(self):
         """The first file that is no longer what checksums() has seen, or None."""

@@ -16,27 +16,47 @@ from tqdm import tqdm
 
 from base import whole_file, write_text
 
+FRAME = 1 << 18  # bytes of lines that are compressed together
 LEVEL = 3  # of zstd: 1 saves little time, 9 little room
 
 
 def write_lines(path, values):
-    """Write JSON values, a line each, compressed; the same bytes for the same values."""
+    """Write JSON values, a line each, compressed; the same bytes for the same values.
+
+    Returns (n,) int64, where in the file the part begins that has the k-th value: parts are
+    compressed on their own, so that read_line() need not read all of it.
+    """
     import zstandard
 
-    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    packed = zstandard.ZstdCompressor(LEVEL, write_checksum=True).compress(
-        text.encode(errors="replace")
-    )
+    packer = zstandard.ZstdCompressor(LEVEL, write_checksum=True)
+    places = []
+    packed = []
+    at = 0
+    waiting = []
+    size = 0
+    for i, value in enumerate(values, 1):
+        line = (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace")
+        places.append(at)
+        waiting.append(line)
+        size += len(line)
+        if size >= FRAME or i == len(values):
+            packed.append(packer.compress(b"".join(waiting)))
+            at += len(packed[-1])
+            waiting = []
+            size = 0
     with whole_file(path) as temp:
-        temp.write_bytes(packed)
+        temp.write_bytes(b"".join(packed))
+    return np.array(places, dtype=np.int64)
 
 
-def read_lines(path):
-    """Yield the values of write_lines(), one at a time."""
+def read_lines(path, at=0, whole=True):
+    """Yield the values of write_lines(), one at a time; at: a place that it has returned, to begin
+    there; whole: to the end of the file, not only of that part."""
     import zstandard
 
     with open(path, "rb") as raw:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw)
+        raw.seek(at)
+        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=whole)
         for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
             yield json.loads(line)
 

@@ -84,22 +84,33 @@ class Dedup(Options):
 
     exact: bool = option(True, "of equal documents the first stays")
     near: bool = option(True, "of nearly equal ones too, by MinHash")
-    within: str = option(
-        "", "also drop what is repeated inside documents", ("", "lines", "paragraphs")
+    parts: str = option(
+        "", "also drop what other documents have as well", ("", "lines", "paragraphs")
     )
-    ngram: int = option(5, "words in a shingle", AT_LEAST_ONE)
-    bands: int = option(14, "of a signature; documents that agree in one are alike", AT_LEAST_ONE)
+    words: int = option(5, "in a row, that documents are compared by", AT_LEAST_ONE)
+    bands: int = option(
+        14, "of a signature; documents that agree in one are compared", AT_LEAST_ONE
+    )
     rows: int = option(8, "hashes in a band", AT_LEAST_ONE)
     seed: int = option(1, "of the hashes")
+    threshold: float = option(0.8, "the least similarity of near duplicates", SHARE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decontaminate(Options):
     """[decontaminate]: which documents go because what a model is judged by is in them."""
 
-    n: int = option(13, "words that have to be the same in a row", AT_LEAST_ONE)
+    n: int = option(
+        13, "words that have to be the same in a row", ((lambda n: 8 <= n <= 63), "8 to 63")
+    )
     sets: dict = table('name -> file with what is never to be trained on, such as "exam.jsonl"')
     validation: bool = option(True, "also against the validation split")
+    common: int = option(
+        10,
+        "words of validation that more training documents than this have are a commonplace, such "
+        "as a licence or how stories begin, and count for nothing",
+        AT_LEAST_ONE,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

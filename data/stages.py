@@ -6,7 +6,6 @@ A piece is some megabytes of documents of one source; what a stage makes of piec
 """
 
 import hashlib
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -125,7 +124,8 @@ def read_piece(folder, i, part, rules, settings, documents):
     )
     if settings.near:
         arrays["signatures"] = dedup.signatures(texts, minhash(settings))
-    write_lines(folder / f"{numbered(i)}.jsonl.zst", [as_line(d, part) for d in kept])
+    lines = [as_line(document, part) for document in kept]
+    arrays["places"] = write_lines(folder / f"{numbered(i)}.jsonl.zst", lines)
     write_arrays(folder / f"{numbered(i)}.npz", **arrays)
     write_json(folder / f"{numbered(i)}.json", dict(source=part.name, counts=counts))
 
@@ -141,7 +141,13 @@ def as_line(document, part):
 def minhash(settings):
     from .dedup import MinHash
 
-    return MinHash(settings.ngram, settings.bands, settings.rows, settings.seed)
+    return MinHash(
+        words=settings.words,
+        bands=settings.bands,
+        rows=settings.rows,
+        seed=settings.seed,
+        threshold=settings.threshold,
+    )
 
 
 def sift(part, rules, settings, documents):
@@ -244,19 +250,22 @@ class Pieces:
         self.sources = [read_json(folder / f"{numbered(i)}.json")["source"] for i in self.numbers]
         keys = []
         sizes = []
+        places = []
         for i in self.numbers:
-            arrays = np.load(folder / f"{numbered(i)}.npz", allow_pickle=False)
-            keys.append(arrays["keys"])
-            sizes.append(arrays["bytes"])
+            with np.load(folder / f"{numbered(i)}.npz", allow_pickle=False) as arrays:
+                keys.append(arrays["keys"])
+                sizes.append(arrays["bytes"])
+                places.append(arrays["places"])
         self.keys = np.concatenate(keys)
         self.bytes = np.concatenate(sizes)
+        self.places = np.concatenate(places)  # in the file of its piece
         self.starts = np.cumsum([0] + [len(part) for part in keys])
         counts = np.diff(self.starts)
         self.owner = np.repeat(np.arange(len(self.numbers)), counts)  # its piece
 
-    def signatures(self, path):
+    def signatures(self, path, rank):
         """All signatures (N, k) uint32 in a file that is mapped, column after column, as banding
-        reads them."""
+        reads them; that of document i is row rank[i]."""
         whole = None
         for i, begin in zip(self.numbers, self.starts):
             part = read_arrays(self.folder / f"{numbered(i)}.npz")["signatures"]
@@ -265,18 +274,34 @@ class Pieces:
                 whole = np.lib.format.open_memmap(
                     path, "w+", dtype=part.dtype, shape=shape, fortran_order=True
                 )
-            whole[begin : begin + len(part)] = part
+            whole[rank[begin : begin + len(part)]] = part
         return whole
 
+    def file(self, piece):
+        return self.folder / f"{numbered(self.numbers[piece])}.jsonl.zst"
+
     def documents(self, wanted):
-        """Yield the lines of documents with these numbers, in that order of increasing numbers."""
+        """Yield (number, line) of documents with these numbers, in the order of numbers."""
         wanted = np.unique(wanted)
         for piece in np.unique(self.owner[wanted]):
-            inside = set((wanted[self.owner[wanted] == piece] - self.starts[piece]).tolist())
-            path = self.folder / f"{numbered(self.numbers[piece])}.jsonl.zst"
-            for j, line in enumerate(read_lines(path)):
+            begin = self.starts[piece]
+            inside = set((wanted[self.owner[wanted] == piece] - begin).tolist())
+            for j, line in enumerate(read_lines(self.file(piece))):
                 if j in inside:
-                    yield int(self.starts[piece] + j), line
+                    yield int(begin + j), line
+
+    def texts(self, numbers):
+        """The texts of a few documents anywhere, by their numbers."""
+        found = {}
+        for number in sorted(set(numbers)):
+            if number not in found:
+                at = self.places[number]
+                piece = self.owner[number]
+                of_piece = self.places[self.starts[piece] : self.starts[piece + 1]]
+                first = int(self.starts[piece] + np.searchsorted(of_piece, at))
+                for k, line in enumerate(read_lines(self.file(piece), int(at), whole=False)):
+                    found[first + k] = line["text"]
+        return [found[number] for number in numbers]
 
 
 def unit_hash(keys, salt):
@@ -302,20 +327,25 @@ def find_duplicates(todo, read_folder, folder):
     fate = np.where(unit_hash(pieces.keys, todo.seed) < todo.val_fraction, VAL, TRAIN)
     fate = np.where(split == "val", VAL, np.where(split == "train", TRAIN, fate)).astype(np.uint8)
 
+    # Sources for validation come first, so that theirs are the documents that stay
+    order = np.argsort(split != "val", kind="stable")
+    rank = np.empty(n, dtype=np.int64)
+    rank[order] = np.arange(n)
     first = np.arange(n)
-    order = np.argsort(split != "val", kind="stable")  # sources for validation come first
     if todo.dedup.exact:
-        first = in_order(dedup.exact_duplicates, pieces.keys, order)
+        first = order[dedup.exact_duplicates(pieces.keys[order])][rank]
         fate[first != np.arange(n)] = EXACT
     if todo.dedup.near:
-        signatures = pieces.signatures(folder / "signatures.npy")
-        config = minhash(todo.dedup)
-        near = in_order(lambda them: dedup.near_duplicates(them, config), signatures, order)
-        left = fate < EXACT
-        fate[left & (near != np.arange(n))] = NEAR
+        path = folder / "signatures.npy"
+        signatures = pieces.signatures(path, rank)
+        near = dedup.near_duplicates(
+            signatures, minhash(todo.dedup), lambda rows: pieces.texts(order[rows].tolist())
+        )
+        near = order[near][rank]
+        fate[(fate < EXACT) & (near != np.arange(n))] = NEAR
         first = near[first]
         del signatures
-        (folder / "signatures.npy").unlink()
+        path.unlink()
     write_arrays(folder / "fate.npz", fate=fate, first=first)
 
     sizes = np.bincount(first, minlength=n)
@@ -327,15 +357,6 @@ def find_duplicates(todo, read_folder, folder):
         for i in largest
     ]  # fmt: skip
     return dict(counts=count_fates(pieces, fate), top=top)
-
-
-def in_order(function, values, order):
-    """function(values[order]), an index of the first alike for each, in terms of values."""
-    if np.array_equal(order, np.arange(len(order))):
-        return function(values)
-    found = np.empty(len(order), dtype=np.int64)
-    found[order] = order[function(values[order])]
-    return found
 
 
 NAMES = ("train", "val", "exact duplicates", "near duplicates", "contaminated")
@@ -584,7 +605,7 @@ def mix(todo, encoded_folder, tokenizer, folder):
         if split == "val":
             by_source = {}
             for number, (name, found) in enumerate(there.items()):
-                with ShardWriter(folder, f"source{number}_val", math.inf) as writer:
+                with ShardWriter(folder, f"source{number}_val", 1 << 40) as writer:
                     for j in range(len(found.lengths)):
                         writer.write(found.tokens(j))
                 by_source[name] = writer.paths[0].name

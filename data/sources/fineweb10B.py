@@ -227,7 +227,7 @@ def _ask_hub(names, revision, known):
     """One request for {name: (bytes, sha256)}; a pinned sha256 outranks the Hub's."""
     # Read when huggingface_hub is first imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with _hub_errors():
+    with hub_errors():
         from huggingface_hub import HfApi, constants, get_session
 
         # get_paths_info sets no timeout: a firewall that drops packets would hold us forever. Each
@@ -253,7 +253,7 @@ def _fetch(path, size, sha256, revision):
         folder = aside(path)
         folder.mkdir()
         try:
-            with _hub_errors(f"{path}: "):
+            with hub_errors(f"{path}: "):
                 from huggingface_hub import hf_hub_download
 
                 # The second time past the client's caches, which may be where the bad bytes came
@@ -280,7 +280,7 @@ def _fetch(path, size, sha256, revision):
 
 
 @contextmanager
-def _hub_errors(where=""):
+def hub_errors(where="", by_hand=BY_HAND):
     """Turn whatever the Hub client raises, its own errors, httpx's or the system's, into one
     line."""
     try:
@@ -299,11 +299,11 @@ def _hub_errors(where=""):
         elif hasattr(cause, "response"):
             status = cause.response.status_code
             advice = ADVICE.get(status, "try again later")
-            text = f"{hub} answered HTTP {status} ({reason}); {advice}, {BY_HAND}"
+            text = f"{hub} answered HTTP {status} ({reason}); {advice}, {by_hand}"
         else:
             text = (
                 f"this machine cannot reach {hub} ({reason or type(cause).__name__}); "
-                f"check the network and HF_ENDPOINT, {BY_HAND}"
+                f"check the network and HF_ENDPOINT, {by_hand}"
             )
         raise InputError(where + text) from e
 

@@ -13,18 +13,49 @@ ID = ("id", "doc_id", "uuid", "url", "path")  # fields that name a document, the
 ABOUT = ("date", "timestamp", "url", "title", "licence", "license", "language")
 
 
+class Unzstd(io.RawIOBase):
+    """What is compressed in a file; EOFError where that is cut short, which a stream reader of the
+    library takes for the end."""
+
+    def __init__(self, raw):
+        import zstandard
+
+        # Some sets are packed with --long=31
+        self.unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self.raw = raw
+        self.frame = None  # that is being unpacked
+        self.packed = b""
+        self.waiting = memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.waiting:
+            self.packed = self.packed or self.raw.read(1 << 17)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("the compressed data ends too early")
+                return 0
+            self.frame = self.frame or self.unpacker.decompressobj()
+            self.waiting = memoryview(self.frame.decompress(self.packed))
+            self.packed = b""
+            if self.frame.eof:
+                self.packed = self.frame.unused_data
+                self.frame = None
+        n = min(len(buffer), len(self.waiting))
+        buffer[:n] = self.waiting[:n]
+        self.waiting = self.waiting[n:]
+        return n
+
+
 @contextmanager
 def opened(path):
     """A file, or what is compressed in it, as text of UTF-8."""
     name = path.name.lower()
     with open(path, "rb") as raw:
         if name.endswith(".zst"):
-            import zstandard
-
-            # Some sets are packed with --long=31
-            unpacked = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(
-                raw, read_across_frames=True
-            )
+            unpacked = io.BufferedReader(Unzstd(raw), 1 << 20)
         elif name.endswith(".gz"):
             unpacked = gzip.open(raw)
         else:
@@ -44,12 +75,12 @@ def read_file(path, name, part):
                     yield document(json.loads(line), column, f"{name}:{number}")
     except KeyError as e:
         raise InputError(f"{path}: line {number}: no field {column}; found {e.args[0]}") from None
-    except (ValueError, TypeError, RecursionError) as e:
-        said = " ".join(str(e).split())
+    except (json.JSONDecodeError, TypeError, RecursionError) as e:
         raise InputError(
-            f"{path}: line {max(1, number)} or the next: expected JSON lines in UTF-8 with a text "
-            f"as {column}: {said}"
+            f"{path}: line {number}: expected JSON lines with a text as {column}: {e}"
         ) from None
+    except ValueError as e:
+        raise InputError(f"{path}: after line {number}: expected text in UTF-8: {e}") from None
     except (OSError, EOFError, zlib.error) as e:
         raise InputError(f"{path}: corrupt or cut short after line {number}: {e}") from None
     except Exception as e:
