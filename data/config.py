@@ -26,7 +26,11 @@ class DataConfig(Options):
         "of text files without a byte-order mark, such as cp1252 or gb18030; empty finds out",
         (encodings.known, "an encoding that Python knows, such as cp1252"),
     )
-    tokenizer: str = option("bpe:4096", "for text: chars, bytes, bpe:N or gpt2")
+    tokenizer: str = option(
+        "bpe:4096",
+        "for text: chars, bytes, bpe:N, gpt2; for a model that others load qwen2:N, the path of a "
+        "tokenizer.json, or OWNER/NAME on the Hugging Face hub",
+    )
     # The file of a tokenizer that is there already, in place of one that --tokenizer makes
     vocabulary: str = remembered("")
     train_shards: int = option(

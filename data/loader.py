@@ -50,7 +50,7 @@ class Cursor(NamedTuple):
 class Pieces(NamedTuple):
     """A shard's pieces of documents, in the order in which an epoch goes through them."""
 
-    tokens: np.ndarray  # (shard's tokens,) uint16
+    tokens: np.ndarray  # (shard's tokens,) uint16 or uint32
     starts: np.ndarray  # (n,) int64, positions in tokens
     lengths: np.ndarray  # (n,) int64
     ends: np.ndarray  # (n,) int64, tokens up to and with each piece
@@ -303,7 +303,7 @@ class ValLoader:
 
     N is n_tokens, or all there are. Rows follow each other without regard to documents' starts, so
     every target counts exactly once; attention is still masked at document borders. `n_targets` is
-    N; `targets` (N,) uint16 is for counting bytes.
+    N; `targets` (N,), tokens, is for counting bytes.
     """
 
     def __init__(self, shards, *, eot, n_vocab, row_len, n_tokens=None, max_docs=None):

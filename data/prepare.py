@@ -28,7 +28,7 @@ from .dataset import Dataset
 from .encodings import NotText, examine, write_utf8
 from .listing import named, path_hash
 from .shards import ShardWriter
-from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer
+from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer, on_disk
 
 VAL_FRACTION = 0.1
 LEAST_VAL, MOST_VAL = 0.05, 0.15  # the fractions that whole files may make of it
@@ -72,6 +72,7 @@ def prepare_files(name, list_files, tokenizer, cache, list_val=None, encoding=""
         if not listings[0].files:
             _refuse_all(name, listings[0], [])
         state = _state(listings)
+        tokenizer = on_disk(tokenizer)
         given = tokenizer.endswith(".json")  # by its content, wherever the file lies
         encoder = sha256_of(Path(tokenizer)) if given else tokenizer
         key = json.dumps([LAYOUT, encoder, encoding, len(listings[0].files), *state])
@@ -427,22 +428,21 @@ def _write(name, listings, tokenizer_name, encoding, folder):
     total = sum(part.end - part.first for part in parts)
     n_bytes = dict(train=0, val=0)  # of text
     digest = hashlib.sha256()
-    with (
-        tqdm(
-            total=total, unit="B", unit_scale=True, desc=f"tokenizing {name}", disable=None
-        ) as bar,
-        ShardWriter(folder, "train") as train,
-        ShardWriter(folder, "val") as val,
-    ):
+    desc = f"tokenizing {name}"
+    with tqdm(total=total, unit="B", unit_scale=True, desc=desc, disable=None) as bar:
         bar.set_postfix_str("learning the vocabulary")
         all_of_it = tokenizer_name == "chars"  # every character must have an id
         tokenizer = make_tokenizer(tokenizer_name, lambda: _texts(parts, all_of_it))
         bar.set_postfix_str("")
 
-        writers = dict(train=train, val=val)
-        for blocks in _batches(_blocks(parts, digest, len(files) > 1)):
-            _encode(blocks, tokenizer, writers, n_bytes)
-            bar.update(sum(n_bytes.values()) - bar.n)
+        with (
+            ShardWriter(folder, "train", dtype=tokenizer.dtype) as train,
+            ShardWriter(folder, "val", dtype=tokenizer.dtype) as val,
+        ):
+            writers = dict(train=train, val=val)
+            for blocks in _batches(_blocks(parts, digest, len(files) > 1)):
+                _encode(blocks, tokenizer, writers, n_bytes)
+                bar.update(sum(n_bytes.values()) - bar.n)
 
     shutil.rmtree(copies, ignore_errors=True)
 

@@ -1,11 +1,13 @@
 """Token shards on disk, in llm.c's format, so files are interchangeable with llm.c and
 modded-nanogpt.
 
-    256 x int32 little-endian header: [0] magic 20240520, [1] version 1, [2] token count, rest 0
-    token count x uint16 token ids
+    256 x int32 little-endian header: [0] magic 20240520, [1] version, [2] token count, rest 0
+    token count x token ids: uint16 in version 1, uint32 in version 2
 
-Every document starts with the end-of-text token. Files are written aside and renamed, so a file
-under its final name is always whole.
+Version 2 is for vocabularies of more than 65,536 ids and is ours; what llm.c itself writes for
+Llama 3 (magic 20240801, version 7, uint32) is read as well. Every document starts with the
+end-of-text token. Files are written aside and renamed, so a file under its final name is always
+whole.
 """
 
 import errno
@@ -19,7 +21,9 @@ import numpy as np
 from base import InputError, whole_file
 
 MAGIC = 20240520
-VERSION = 1
+VERSIONS = {np.uint16: 1, np.uint32: 2}  # type of tokens -> version that is written
+# What is read: (magic, version) -> type of tokens
+READ = {(MAGIC, 1): "<u2", (MAGIC, 2): "<u4", (20240801, 7): "<u4"}
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000  # 200 MB a file
 
@@ -29,7 +33,8 @@ def read_shard(path, n_vocab=None):
     map files, as some network and shared folders, it is read.
 
     path: file; n_vocab: if given, every token must be below it (reads the whole file once).
-    Returns a read-only uint16 array (n_tokens,). Raises InputError naming file, expected and found.
+    Returns a read-only uint16 or uint32 array (n_tokens,). Raises InputError naming file, expected
+    and found.
     """
     path = Path(path)
     try:
@@ -40,8 +45,8 @@ def read_shard(path, n_vocab=None):
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             header = f.read(HEADER_BYTES)
-            n_tokens = _tokens_in(path, size, header)
-            tokens = _map(f, n_tokens)
+            dtype, n_tokens = _tokens_in(path, size, header)
+            tokens = _map(f, dtype, n_tokens)
     except InputError:
         raise
     except (OSError, ValueError) as e:
@@ -59,35 +64,37 @@ def read_shard(path, n_vocab=None):
 
 
 def _tokens_in(path, size, header):
-    """The token count of a file of `size` bytes that begins with `header`; raises InputError
-    where they disagree."""
+    """(type of tokens, their count) of a file of `size` bytes that begins with `header`; raises
+    InputError where they disagree."""
     if len(header) < HEADER_BYTES:
         raise InputError(
             f"{path}: expected a {HEADER_BYTES}-byte shard header, found a file of {size} bytes"
         )
     magic, version, n_tokens = np.frombuffer(header, dtype="<i4", count=3).tolist()
-    if magic != MAGIC:
+    if magic not in {known for known, _ in READ}:
         raise InputError(f"{path}: expected magic {MAGIC}, found {magic}: not a token shard")
-    if version != VERSION:
-        raise InputError(f"{path}: expected shard version {VERSION}, found {version}")
-    expected = HEADER_BYTES + 2 * n_tokens
+    if (magic, version) not in READ:
+        known = " or ".join(str(known) for its, known in READ if its == magic)
+        raise InputError(f"{path}: expected shard version {known}, found {version}")
+    dtype = np.dtype(READ[magic, version])
+    expected = HEADER_BYTES + dtype.itemsize * n_tokens
     if n_tokens < 1 or size != expected:
         raise InputError(
             f"{path}: expected {expected} bytes for {n_tokens} tokens, found {size}: "
             "truncated or altered; delete the file and prepare it again"
         )
-    return n_tokens
+    return dtype, n_tokens
 
 
-def _map(f, n_tokens):
-    """The tokens (n_tokens,) uint16 of an open shard, read-only. Raises OSError and ValueError."""
+def _map(f, dtype, n_tokens):
+    """The tokens (n_tokens,) of an open shard, read-only. Raises OSError and ValueError."""
     try:
-        return np.memmap(f, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+        return np.memmap(f, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
     except OSError as e:
         if e.errno not in (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
     f.seek(HEADER_BYTES)
-    tokens = np.fromfile(f, dtype="<u2", count=n_tokens)
+    tokens = np.fromfile(f, dtype=dtype, count=n_tokens)
     if len(tokens) != n_tokens:
         raise ValueError("it became shorter")
     tokens.flags.writeable = False
@@ -102,10 +109,12 @@ class ShardWriter:
     written.
     """
 
-    def __init__(self, folder, prefix, shard_tokens=SHARD_TOKENS):
+    def __init__(self, folder, prefix, shard_tokens=SHARD_TOKENS, dtype=np.uint16):
+        """dtype: of tokens, uint16 or uint32; a Tokenizer's says which its ids need."""
         self.folder = Path(folder)
         self.prefix = prefix
         self.shard_tokens = shard_tokens
+        self.dtype = dtype
         self.paths = []
         self.n_tokens = 0  # in shards that are whole
         self._file = None  # the shard being written
@@ -118,12 +127,14 @@ class ShardWriter:
         return self
 
     def write(self, tokens):
-        """Append token ids: any integer sequence with values in [0, 65535]."""
+        """Append token ids: any integer sequence with values that fit the type of tokens."""
         tokens = np.asarray(tokens)
-        if tokens.size and (tokens.min() < 0 or tokens.max() > 65535):
-            bad = tokens[(tokens < 0) | (tokens > 65535)].flat[0]
-            raise InputError(f"token {bad} does not fit the shard format's uint16")
-        tokens = tokens.astype("<u2", copy=False)
+        most = np.iinfo(self.dtype).max
+        if tokens.size and (tokens.min() < 0 or tokens.max() > most):
+            bad = tokens[(tokens < 0) | (tokens > most)].flat[0]
+            name = np.dtype(self.dtype).name
+            raise InputError(f"token {bad} does not fit the shard format's {name}")
+        tokens = tokens.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False)
         while len(tokens):
             if self._file is None:
                 self._open()
@@ -151,7 +162,7 @@ class ShardWriter:
 
     def _close(self):
         header = np.zeros(256, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self._count
+        header[:3] = MAGIC, VERSIONS[self.dtype], self._count
         self._guard(self._file.seek, 0)
         self._guard(self._file.write, header.tobytes())
         self._guard(self._opened.close)

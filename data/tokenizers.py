@@ -1,8 +1,14 @@
-"""Tokenizers by name: `gpt2`, `bpe:N` (trained on the corpus), `bytes`, `chars`.
+"""Tokenizers by name: `gpt2`, `bpe:N` and `qwen2:N` (trained on the corpus), `bytes`, `chars`; or a
+tokenizer.json of anyone's, by its path or by the repository on the Hugging Face hub that has it.
 
-All share one interface (`encode`, `decode`, `n_vocab`, `eot`, `token_bytes`) and one file,
-tokenizer.json, which Hugging Face's library `tokenizers` reads as well. BPE is trained by that
-library and run by `tiktoken`, which is faster; nothing here is pickled.
+All share one interface (`encode`, `decode`, `n_vocab`, `eot`, `specials`, `token_bytes`) and one
+file, tokenizer.json, which Hugging Face's library `tokenizers` reads as well. BPE is trained by
+that library and run by `tiktoken`, which is faster; nothing here is pickled.
+
+`bpe:N` is for training against the clock: the split of text and the few special tokens are what
+was measured to be best. `qwen2:N` is for models that others load: its split is one that
+transformers and llama.cpp know, and it has the tokens that conversations are written with, so that
+pre-training and teaching have the same vocabulary.
 """
 
 import itertools
@@ -20,11 +26,28 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+# Qwen2's: single digits, runs of line ends in one piece. llama.cpp knows it by the name "qwen2".
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The last ids of qwen2:N, in this order: what no text has, and conversations are written with
+SPECIALS = (
+    END_OF_TEXT,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|pad|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
 # The pattern's lookahead overflows tiktoken's stack on a very long run of spaces. It is looked for
 # from where a run begins: from everywhere, the search takes time quadratic in a run's length.
 LONG_RUN = re.compile(r"(?<!\s)\s{10000}")
 PIECE = re.compile(r"(?s).{1,5000}")
-MOST_TOKENS = 65535  # ids are uint16, and one is end-of-text
+MOST_TOKENS = 65535  # of bpe:N and chars: ids are uint16, and one is end-of-text
+MOST_QWEN2 = 1 << 20  # of qwen2:N; beyond uint16, ids and shards are uint32
 
 # How tokenizer.json writes a byte, as a printable character: printable Latin-1 as itself, the
 # others from U+0100 on
@@ -37,21 +60,26 @@ BYTE = {letter: byte for byte, letter in LETTER.items()}
 class Tokenizer:
     """Text to token ids and back.
 
-    n_vocab: number of ids, end-of-text included; eot: the end-of-text id, which starts every
-    document; token_bytes: (n_vocab,) int64, UTF-8 bytes each id stands for (0 for eot), the basis
-    of bits per byte.
+    n_vocab: number of ids, special ones included; eot: the end-of-text id, which starts every
+    document; specials: {text: id} of those that stand for no text, eot among them; token_bytes:
+    (n_vocab,) int64, UTF-8 bytes each id stands for (0 for specials), the basis of bits per byte;
+    dtype: of ids, uint16 where all fit, else uint32.
     """
 
-    def __init__(self, kind, tokens, pattern=None):
-        """kind: bytes, chars or bpe; tokens: every id's bytes (str for chars) in id order,
-        end-of-text left out; pattern: a regular expression that bpe splits text by first."""
+    def __init__(self, kind, tokens, pattern=None, specials=(END_OF_TEXT,), file=None):
+        """kind: bytes, chars or bpe; tokens: every id's bytes (str for chars) in id order, special
+        ones left out; pattern: a regular expression that bpe splits text by first; specials: the
+        texts of the last ids; file: what to_json() is to return, made from the rest if None."""
         self.kind = kind
         self.tokens = tokens
         self.pattern = pattern
-        self.eot = len(tokens)
-        self.n_vocab = len(tokens) + 1
+        self.specials = {text: len(tokens) + i for i, text in enumerate(specials)}
+        self.eot = self.specials[END_OF_TEXT]
+        self.n_vocab = len(tokens) + len(specials)
+        self.dtype = smallest_dtype(self.n_vocab)
+        self._file = file
         sizes = [len(t.encode() if isinstance(t, str) else t) for t in tokens]
-        self.token_bytes = np.array(sizes + [0], dtype=np.int64)
+        self.token_bytes = np.array(sizes + [0] * len(specials), dtype=np.int64)
         if kind == "chars":
             # Sorted code points, so that encoding a block is one binary search
             self._codes = np.array([ord(c) for c in tokens], dtype=np.uint32)
@@ -61,13 +89,13 @@ class Tokenizer:
             self._bpe = tiktoken.Encoding(
                 kind,
                 pat_str=pattern,
-                special_tokens={END_OF_TEXT: self.eot},
+                special_tokens=self.specials,
                 mergeable_ranks={t: i for i, t in enumerate(tokens)},
             )
 
     def encode(self, texts):
-        """List of str -> list of uint16 arrays of ids. Text that looks like end-of-text is
-        ordinary text."""
+        """List of str -> list of arrays of ids. Text that looks like a special token is ordinary
+        text."""
         if self.kind == "bytes":
             return [np.frombuffer(t.encode(), dtype=np.uint8).astype(np.uint16) for t in texts]
         if self.kind == "chars":
@@ -83,7 +111,7 @@ class Tokenizer:
         arrays = []
         for count in counts:
             joined = itertools.chain.from_iterable(itertools.islice(ids, count))
-            arrays.append(np.array(list(joined), dtype=np.uint16))
+            arrays.append(np.array(list(joined), dtype=self.dtype))
         return arrays
 
     def _encode_chars(self, text):
@@ -98,12 +126,15 @@ class Tokenizer:
         return ids.astype(np.uint16)
 
     def decode(self, ids):
-        """Sequence of ids -> str; end-of-text is left out, broken UTF-8 becomes U+FFFD."""
-        parts = [self.tokens[i] for i in ids if i != self.eot]
+        """Sequence of ids -> str; specials are left out, broken UTF-8 becomes U+FFFD."""
+        special = {*self.specials.values()}
+        parts = [self.tokens[i] for i in ids if i not in special]
         return "".join(parts) if self.kind == "chars" else b"".join(parts).decode(errors="replace")
 
     def to_json(self):
         """The text of tokenizer.json."""
+        if self._file is not None:
+            return self._file
         from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as HFTokenizer
 
@@ -125,18 +156,26 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text, where="tokenizer.json"):
-        """What to_json wrote, as str or bytes; where: what to call it. Raises InputError for
-        what does not work."""
+        """What to_json wrote, as str or bytes; where: what to call it. A file of another program
+        is taken as it is: see foreign.py. Raises InputError for what does not work."""
         try:
-            kind, tokens, pattern = _parts(json.loads(text))
-            if len(tokens) > MOST_TOKENS:
+            said = json.loads(text)
+            if not is_ours(said):
+                from .foreign import ForeignTokenizer
+
+                return ForeignTokenizer(text)
+            kind, tokens, pattern, specials = _parts(said)
+            if len(tokens) > (MOST_QWEN2 if len(specials) > 1 else MOST_TOKENS):
                 raise ValueError(f"{len(tokens)} tokens")
             units = len(tokens) if kind == "chars" else 256  # tokens of one character, or byte
             if not tokens or sum(len(t) == 1 for t in tokens) != units:
                 raise ValueError("a byte without a token")
             if kind == "bytes" and tokens != [bytes([i]) for i in range(256)]:
                 raise ValueError("bytes out of order")
-            tokenizer = cls(kind, tokens, pattern)
+            file = None
+            if len(specials) > 1:
+                file = text if isinstance(text, str) else text.decode()
+            tokenizer = cls(kind, tokens, pattern, specials, file)
             probe = "".join(tokens) if kind == "chars" else "Naïve 中文,  don't 12345\r\n\t🙂"
             if tokenizer.decode(tokenizer.encode([probe])[0]) != probe:
                 raise ValueError("encoding and decoding changes the text")
@@ -150,23 +189,50 @@ class Tokenizer:
             ) from None
 
 
+def smallest_dtype(n_vocab):
+    """What ids below n_vocab are kept in."""
+    return np.uint16 if n_vocab <= 1 << 16 else np.uint32
+
+
+def is_ours(said):
+    """Whether a parsed tokenizer.json can be run by Tokenizer: by its special tokens, its splits
+    and the order of its merges; an exception of any kind where it is no tokenizer.json."""
+    model = said["model"]
+    specials = tuple(token["content"] for token in said["added_tokens"])
+    if said["normalizer"] or specials not in ((END_OF_TEXT,), SPECIALS):
+        return False
+    if model["type"] == "WordLevel":
+        return True
+    splits = said["pre_tokenizer"].get("pretokenizers", ())
+    kinds = [split["type"] for split in splits]
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]) or splits[-1]["use_regex"]:
+        return False
+    if model["ignore_merges"]:
+        return True
+    # tiktoken merges the pair that makes the lowest id first, these libraries the first in the
+    # list: for BPE as it is trained that is the same, each token being made by one merge
+    made = [model["vocab"]["".join(pair)] for pair in model["merges"]]
+    return made == [*range(256, 256 + len(made))] == [*range(256, len(model["vocab"]))]
+
+
 def _parts(said):
-    """(kind, tokens, pattern) of a parsed tokenizer.json; an exception of any kind where it is
-    not one of ours."""
+    """(kind, tokens, pattern, specials) of a parsed tokenizer.json of ours; an exception of any
+    kind where something is wrong with it."""
     vocabulary = said["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.get)
     if [vocabulary[token] for token in tokens] != [*range(len(tokens))]:
         raise ValueError("ids that are not 0, 1, 2, ...")
-    [special] = said["added_tokens"]
-    if (special["content"], special["id"]) != (END_OF_TEXT, len(tokens)) or said["normalizer"]:
-        raise ValueError(f"not with {END_OF_TEXT} as its last id, or with a normalizer")
+    specials = [token["content"] for token in said["added_tokens"]]
+    ids = [token["id"] for token in said["added_tokens"]]
+    if ids != [*range(len(tokens), len(tokens) + len(specials))]:
+        raise ValueError(f"not with {' '.join(specials)} as its last ids")
     if said["model"]["type"] == "WordLevel":
-        return "chars", tokens, None
+        return "chars", tokens, None, specials
     tokens = [bytes(BYTE[letter] for letter in token) for token in tokens]
     splits = said["pre_tokenizer"]["pretokenizers"]
     if len(splits) == 1:
-        return "bytes", tokens, None
-    return "bpe", tokens, splits[0]["pattern"]["Regex"]
+        return "bytes", tokens, None, specials
+    return "bpe", tokens, splits[0]["pattern"]["Regex"], specials
 
 
 def written(token):
@@ -208,8 +274,9 @@ def make_tokenizer(name, texts):
     """Build the tokenizer `name`, or read it where that is the path of a tokenizer.json.
 
     texts: function returning an iterator of str, read only if it must be. Raises InputError for an
-    unknown name or a file that is none, and when GPT-2's vocabulary cannot be downloaded.
+    unknown name or a file that is none, and when what has to be downloaded cannot be.
     """
+    name = on_disk(name)
     if name.endswith(".json"):
         try:
             return Tokenizer.from_json(Path(name).read_bytes(), name)
@@ -232,10 +299,39 @@ def make_tokenizer(name, texts):
         n = int(m[1])
         if not 257 <= n <= MOST_TOKENS + 1:
             raise InputError(f"--tokenizer {name}: expected a size from 257 to {MOST_TOKENS + 1}")
-        return Tokenizer("bpe", train_bpe(texts(), n - 1), PATTERN)
+        return Tokenizer("bpe", train_bpe(texts(), n - 1, PATTERN)[0], PATTERN)
+    if m := re.fullmatch(r"qwen2:(\d+)", name):
+        n = int(m[1])
+        least = 256 + len(SPECIALS)
+        if not least <= n <= MOST_QWEN2:
+            raise InputError(f"--tokenizer {name}: expected a size from {least} to {MOST_QWEN2}")
+        return train_qwen2(texts(), n)
     raise InputError(
-        f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096) or gpt2"
+        f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096), "
+        "qwen2:N, gpt2, the path of a tokenizer.json or OWNER/NAME of a hub repository"
     )
+
+
+def on_disk(name):
+    """The path of the tokenizer.json of a repository on the Hugging Face hub, OWNER/NAME or
+    OWNER/NAME@REVISION, fetched if that has not been done before; any other name as it is. Raises
+    InputError."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if not found or name.endswith(".json") or set(found[1]) <= {"."}:
+        return name
+    if found[1].startswith(("./", "../")) or Path(name).exists():
+        return name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(found[1], "tokenizer.json", revision=found[2])
+    except Exception as e:  # of requests, of the hub, of the disk
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(
+            f"--tokenizer {name}: its tokenizer.json could not be fetched from the Hugging Face "
+            f"hub ({type(e).__name__}: {reason}); check the name and the network, or give the path "
+            "of a tokenizer.json"
+        ) from None
 
 
 def gpt2_tokenizer():
@@ -253,22 +349,49 @@ def gpt2_tokenizer():
     return Tokenizer("bpe", tokens, encoding._pat_str)
 
 
-def train_bpe(texts, n_tokens):
-    """Byte-level BPE on an iterator of str. Returns at most n_tokens byte strings, in merge
-    order."""
+def train_bpe(texts, n_tokens, pattern):
+    """Byte-level BPE on an iterator of str, split by a regular expression first. Returns (tokens,
+    merges): at most n_tokens byte strings in the order in which they were made, and the pairs of
+    each merge as tokenizer.json writes them, the same for the same texts."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
 
     hf = HFTokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     # Training takes time quadratic in the length of a piece, so an endless word counts as several
-    splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in (PATTERN, "(?m).{1,256}")]
+    splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in (pattern, "(?m).{1,256}")]
     hf.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     alphabet = byte_level.alphabet()
     hf.train_from_iterator(
         texts,
         trainers.BpeTrainer(vocab_size=n_tokens, initial_alphabet=alphabet, show_progress=False),
     )
-    vocabulary = hf.get_vocab()  # token -> id
+    model = json.loads(hf.to_str())["model"]
+    vocabulary = model["vocab"]  # token -> id
     tokens = sorted(vocabulary, key=vocabulary.get)
-    return [bytes(BYTE[letter] for letter in token) for token in tokens]
+    merged = [tuple(pair) for pair in model["merges"]]
+    return [bytes(BYTE[letter] for letter in token) for token in tokens], merged
+
+
+def train_qwen2(texts, n_vocab):
+    """The Tokenizer `qwen2:N`: byte-level BPE with Qwen2's split, no normaliser, all bytes, and
+    SPECIALS as its last ids, n_vocab ids in all; fewer where the texts have fewer pairs to merge.
+
+    Its file is as the libraries that will read it merge: the trained merges and no others, and
+    `ignore_merges` off, as llama.cpp has it for this split.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    tokens, merged = train_bpe(texts, n_vocab - len(SPECIALS), QWEN2_PATTERN)
+    ids = {written(token): i for i, token in enumerate(tokens)}
+    hf = HFTokenizer(models.BPE(ids, merged))
+    hf.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    hf.decoder = decoders.ByteLevel()
+    hf.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
+    return Tokenizer("bpe", tokens, QWEN2_PATTERN, SPECIALS, file=hf.to_str())

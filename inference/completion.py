@@ -75,7 +75,7 @@ class Completion:
             return ids if ids[:1] == [eot] else [eot, *ids]
         ids = [eot, *map(int, self.tokenizer.encode([prompt])[0])]
         # Of a word, the prompt's last token is drawn again
-        if self.tokenizer.kind == "bpe" and len(ids) > 1:
+        if self.tokenizer.kind not in ("chars", "bytes") and len(ids) > 1:
             self.promised = self.tokenizer.tokens[ids.pop()]
         return ids
 

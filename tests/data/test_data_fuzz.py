@@ -316,7 +316,7 @@ LATIN = {chr(0x100 + i): i for i in range(256)}  # 256 letters, of which not all
         (["normalizer"], {"type": "Lowercase"}),
         (["added_tokens"], []),
         (["added_tokens", 0, "id"], 3),
-        (["added_tokens", 0, "content"], "</s>"),
+        (["added_tokens", 0, "content"], "<unk>"),
         (["pre_tokenizer"], None),
         (["pre_tokenizer", "pretokenizers", 0], {"type": "Digits"}),
         (["pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"], "("),

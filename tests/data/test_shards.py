@@ -17,7 +17,7 @@ from base import InputError
 from data.shards import ShardWriter, read_shard
 
 FAST = settings(deadline=None, max_examples=40)
-TOKENS = st.lists(st.integers(0, 65535), max_size=40)
+WIDTHS = st.sampled_from([np.uint16, np.uint32])
 
 
 def header(magic=20240520, version=1, n_tokens=0):
@@ -116,7 +116,7 @@ def test_big_endian_header(tmp_path):
     )
 
 
-@pytest.mark.parametrize("version", [0, 2, -1])
+@pytest.mark.parametrize("version", [0, 3, -1])
 def test_wrong_version(tmp_path, version):
     refusal(
         put(tmp_path, header(version=version, n_tokens=1) + body(1)),
@@ -159,18 +159,21 @@ def test_token_beyond_the_vocabulary_is_named_with_its_position(tmp_path, at):
 
 
 @settings(FAST, max_examples=20)  # each shard waits for the disk
-@given(st.lists(TOKENS, max_size=5), st.integers(1, 12))
-def test_round_trip(parts, shard_tokens):
-    """Whatever the pieces and the shard size: full shards in order, only the last shorter, none
-    empty."""
+@given(WIDTHS, st.data(), st.integers(1, 12))
+def test_round_trip(dtype, data, shard_tokens):
+    """Whatever the width, the pieces and the shard size: full shards in order, only the last
+    shorter, none empty."""
+    tokens = st.lists(st.integers(0, np.iinfo(dtype).max), max_size=40)
+    parts = data.draw(st.lists(tokens, max_size=5))
     whole = sum(parts, [])
     with tempfile.TemporaryDirectory() as folder:
-        with ShardWriter(folder, "train", shard_tokens) as writer:
+        with ShardWriter(folder, "train", shard_tokens, dtype) as writer:
             for part in parts:
                 writer.write(part)
         n = -(-len(whole) // shard_tokens)
         assert [p.name for p in writer.paths] == [f"train_{i:06d}.bin" for i in range(n)]
         assert sorted(os.listdir(folder)) == sorted(p.name for p in writer.paths)
+        assert all(read_shard(p).dtype == dtype for p in writer.paths)
         shards = [read_shard(p).tolist() for p in writer.paths]
         assert shards == [whole[i : i + shard_tokens] for i in range(0, len(whole), shard_tokens)]
         assert writer.n_tokens == len(whole)
@@ -183,6 +186,22 @@ def test_bytes_on_disk_are_llm_c_s(tmp_path):
     assert (tmp_path / "v_000000.bin").read_bytes() == header(
         n_tokens=3
     ) + b"\x50\xc4\x01\x00\x02\x01"
+
+
+def test_version_2_has_uint32(tmp_path):
+    with ShardWriter(tmp_path, "v", dtype=np.uint32) as writer:
+        writer.write([151643, 1])
+    written = header(version=2, n_tokens=2) + struct.pack("<2I", 151643, 1)
+    assert (tmp_path / "v_000000.bin").read_bytes() == written
+    with pytest.raises(InputError, match="token 4294967296 does not fit .* uint32"):
+        with ShardWriter(tmp_path, "v", dtype=np.uint32) as writer:
+            writer.write([1 << 32])
+
+
+def test_llm_c_s_shards_for_llama_3_are_read(tmp_path):
+    path = put(tmp_path, header(20240801, 7, 2) + struct.pack("<2I", 128000, 5))
+    assert read_shard(path).tolist() == [128000, 5]
+    refusal(put(tmp_path, header(20240801, 1, 1) + bytes(4)), "version 7", "found 1")
 
 
 @pytest.mark.parametrize("n", [8, 9])
