@@ -123,15 +123,20 @@ class Schedule(Options):
         """What stages follow: the fraction of training before a step. No stage ever comes back."""
         return progress_of(step, self.steps, self.extension, self.earlier)
 
+    def part(self, step):
+        """Of the part of training, between additions of steps, that a step is in: the step after
+        which it began, the last one planned in it, and how it went on (--extend)."""
+        steps = self.steps
+        for after, planned, extend in reversed(self.earlier):
+            if step > after:
+                return after, steps, extend
+            steps = planned
+        return 0, steps, "replan"
+
     def annealing(self, step):
         """What learning rate and momentum follow: the same, but where steps were added the rate
         may rise again, to fall once more until the new end."""
-        first, steps, extend = 0, self.steps, "replan"
-        for after, planned, how in reversed(self.earlier):
-            if step > after:
-                first, extend = after, how
-                break
-            steps = planned
+        first, steps, extend = self.part(step)
         if extend == "cooldown":
             share = progress_of(step - first, steps - first, self.extension)
             return 1 - self.cooldown * (1 - share)
@@ -158,6 +163,8 @@ class Config:
             self.schedule.refuse("batch_tokens", f"multiples of {row_len}, row_len")
         if self.run.micro_tokens % row_len:
             self.run.refuse("micro_tokens", f"a multiple of row_len ({row_len})")
+        if self.optim.optimizer == "adamw" and self.optim.adamw_warmup >= self.schedule.steps:
+            self.optim.refuse("adamw_warmup", f"fewer than steps ({self.schedule.steps})")
         every = self.optim.adam_every
         if self.run.keep_best and self.run.eval_every % every:
             why = "for the best checkpoint to be that of a validation"
@@ -277,6 +284,24 @@ def stages_of(config):
     return {step: stage_at(config, step) for step in range(1, config.schedule.steps + 1)}
 
 
+def lr_at(config, step):
+    """The learning rate of a step, as a factor of its peak: each optimizer has its schedule."""
+    schedule = config.schedule
+    if config.optim.optimizer == "adamw":
+        return warmup_cosine(config.optim, schedule, step)
+    return lr_scale(schedule, schedule.progress(step), schedule.annealing(step))
+
+
+def warmup_cosine(optim, schedule, step):
+    """AdamW's: linearly up to 1 over the warm-up, then down to its floor by half a cosine."""
+    first, steps, extend = schedule.part(step)
+    begin = first if extend == "cooldown" else optim.adamw_warmup  # of the fall
+    t = max(0.0, progress_of(step - begin, steps - begin, schedule.extension))  # 0 to 1
+    fall = (1 + math.cos(math.pi * t)) / 2
+    warm = min(1.0, step / max(1, optim.adamw_warmup))
+    return warm * (optim.adamw_floor + (1 - optim.adamw_floor) * fall)
+
+
 def lr_scale(schedule, progress, annealing=None):
     """Flat at the stage's multiplier, then linearly down to lr_floor over the cooldown.
 
@@ -287,28 +312,6 @@ def lr_scale(schedule, progress, annealing=None):
         at = progress if annealing is None else annealing
         t = max(0.0, (at - (1 - schedule.cooldown)) / schedule.cooldown)
     return by_stage(schedule.stage_lr, progress) * (1 - t) + schedule.lr_floor * t
-
-
-def added_steps_in_words(schedule, at):
-    """What happens to the learning rate of a run that goes on after step `at`, if it is there that
-    steps were added to it; else None."""
-    if not schedule.earlier or schedule.earlier[-1][0] != at:
-        return None
-    _, planned, extend = schedule.earlier[-1]
-    before, after = (
-        lr_scale(schedule, schedule.progress(step), schedule.annealing(step))
-        for step in (max(at, 1), at + 1)
-    )
-    how = dict(
-        replan=f"the learning rate is that of a run of {schedule.steps} steps from here on",
-        cooldown="the learning rate falls from its peak over the added steps",
-    )
-    others = dict(replan="cooldown", cooldown="replan")
-    return (
-        f"{schedule.steps - planned} steps more than the {planned} planned: {how[extend]}, "
-        f"{before:.2f} of its peak in step {at}, {after:.2f} in the next (--extend {extend}; the "
-        f"other choice is {others[extend]})"
-    )
 
 
 def muon_momentum(progress):
@@ -343,7 +346,6 @@ def train_to_the_end(setup, session):
         for step, batch in zip(session.steps(), batches):
             stage = setup.stages[step]
             progress = config.schedule.progress(step)
-            annealing = config.schedule.annealing(step)
 
             # A new stage: rotary tables and perhaps a head of its own, losses of another kind
             if stage.model != setup.stages[before].model:
@@ -358,8 +360,8 @@ def train_to_the_end(setup, session):
 
             # The update counts if loss and gradients are finite, on all ranks
             ok = guard.judge(step, loss, optimizer.gradients(), session.votes())
-            lr = lr_scale(config.schedule, progress, annealing)
-            optimizer.step(lr, muon_momentum(annealing), ok)
+            momentum = muon_momentum(config.schedule.annealing(step))
+            optimizer.step(lr_at(config, step), momentum, ok)
             model.after_step()
 
             # Log what is known by now, validate, stop or save, each when it is due
@@ -489,7 +491,8 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 log = Log(run_dir, config.schedule.steps, not world.rank, at if resuming else None)
                 closing.enter_context(log)
                 closing.enter_context(memory.explained(config.data.row_len, lambda: setup))
-                if added := added_steps_in_words(config.schedule, at):
+                lr = functools.partial(lr_at, config)
+                if added := resume.added_steps_in_words(config.schedule, at, lr):
                     log.say(added)
                 if setup and setup.config.schedule != config.schedule:
                     setup = None  # steps were added to one seed's run and not to another's

@@ -265,8 +265,8 @@ class Subject:
         with record_function(f"{MARK}guard"):
             ok = setup.guard.judge(number, loss, setup.optimizer.gradients())
         with record_function(f"{MARK}optimizer"):
-            lr_scale = tg.lr_scale(self.c.config.schedule, progress)
-            setup.optimizer.step(lr_scale, tg.muon_momentum(progress), ok)
+            lr = tg.lr_at(self.c.config, self.at)
+            setup.optimizer.step(lr, tg.muon_momentum(progress), ok)
         self.model.after_step()
         for report in setup.guard.reports(number):
             if report.complaint:

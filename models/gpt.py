@@ -32,6 +32,7 @@ from data.loader import IGNORE
 from kernels import choose_ops, embedding, linear_log_prob
 from kernels.sampled_softmax import sample_vocabulary
 from optim.adam import Adam
+from optim.adamw import adamw_rules
 from optim.muon import Muon
 from optim.rows import RowAdam
 
@@ -53,6 +54,17 @@ from .parts import (
     softcap,
     yarn_scale,
 )
+
+SMALL = (  # parameters
+    "lambdas",
+    "scalars",
+    "smear_gate",
+    "attn_gates",
+    "value_gates",
+    "mix_gates",
+    "mix_counts",
+)
+LARGE = "value_embeds", "embed", "ngram_embeds", "lm_head", "attn_bank", "mlp_bank"
 
 SAMPLED = (
     lambda ns: ns and all(n >= 0 and n % 64 == 0 for n in ns),
@@ -733,6 +745,8 @@ class Model(nn.Module):
     def update_rules(self, optim):
         """Every parameter's rule. Small ones first, the long Muon updates last, so that they hide
         the others' gathers."""
+        if optim.optimizer == "adamw":
+            return adamw_rules(optim, SMALL, LARGE)
         lr = optim.adam_lr
         decay = optim.weight_decay
         # Matrices of the blocks

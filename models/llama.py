@@ -24,6 +24,7 @@ from torch import nn
 from base.options import FRACTION, POSITIVE, RATE, Options, option
 from kernels import choose_ops, embedding
 from optim.adam import Adam
+from optim.adamw import adamw_rules
 from optim.muon import Muon
 
 from .cache import KVCache
@@ -36,6 +37,9 @@ from .parts import (
     memory_of_scores,
     rotate_halves,
 )
+
+SMALL = "attn_norms", "mlp_norms", "final_norm", "q_norms", "k_norms"  # parameters
+LARGE = "embed", "lm_head", "q_bank", "kv_bank", "o_bank", "mlp_bank"
 
 SCALINGS = ("none", "linear", "llama3", "yarn")
 
@@ -275,8 +279,8 @@ class Model(nn.Module):
         normal("mlp_bank", std)
         self.o_bank.zero_()
         self.mlp_bank[2::3].zero_()  # down
-        for norms in self.attn_norms, self.mlp_norms, self.final_norm, self.q_norms, self.k_norms:
-            norms.fill_(1.0)
+        for name in SMALL:
+            self.get_parameter(name).fill_(1.0)
 
     def enter(self, progress):
         """Fill the rotary tables."""
@@ -439,6 +443,8 @@ class Model(nn.Module):
     def update_rules(self, optim):
         """Every parameter's rule. Small ones first, the long Muon updates last, so that they hide
         the others' gathers."""
+        if optim.optimizer == "adamw":
+            return adamw_rules(optim, SMALL, LARGE)
         decay = optim.weight_decay
         muon = Muon(
             optim.muon_lr,
@@ -449,19 +455,8 @@ class Model(nn.Module):
         adam = functools.partial(Adam, optim.adam_lr, every=optim.adam_every)
         head = adam(betas=(0.75, 0.95), weight_decay=decay / 1.6)
         norms = adam(betas=(0.9, 0.99), sharded=False)
-        return {
-            "attn_norms": norms,
-            "mlp_norms": norms,
-            "final_norm": norms,
-            "q_norms": norms,
-            "k_norms": norms,
-            "embed": head,
-            "lm_head": head,
-            "q_bank": muon,
-            "kv_bank": muon,
-            "o_bank": muon,
-            "mlp_bank": muon,
-        }
+        rules = dict.fromkeys(SMALL, norms) | dict.fromkeys(LARGE, muon)
+        return rules | dict(embed=head, lm_head=head)
 
     def flops_per_token(self, stage):
         """Training FLOPs per token: 6 per matrix weight in use, and attention over half of what it

@@ -5,6 +5,7 @@ update_rules().
 """
 
 from .adam import Adam, adam_update
+from .adamw import AdamW, adamw_rules, adamw_update
 from .config import OptimConfig
 from .gradients import gradient_report
 from .muon import Muon, muon_update
@@ -14,12 +15,15 @@ from .rule import Rule
 
 __all__ = [
     "Adam",
+    "AdamW",
     "Muon",
     "OptimConfig",
     "Optimizer",
     "RowAdam",
     "Rule",
     "adam_update",
+    "adamw_rules",
+    "adamw_update",
     "gradient_report",
     "muon_update",
     "row_update",

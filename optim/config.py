@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from base.options import POSITIVE, RATE, Options, option
+from base.options import COUNT, FRACTION, POSITIVE, RATE, Options, option
+
+BETAS = lambda xs: len(xs) == 2 and all(0 <= x < 1 for x in xs), "two numbers from 0 to below 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,7 +12,15 @@ class OptimConfig(Options):
     """Learning rates and the forms of the rules; which parameter has which rule is the template's
     to say (update_rules)."""
 
-    muon_lr: float = option(0.03, "Muon, on the matrices of the blocks", RATE, group="optimizer")
+    optimizer: str = option(
+        "muon",
+        "muon, with Adam for what is no matrix of a block, or adamw for everything, with warm-up, "
+        "cosine and clipping",
+        ("muon", "adamw"),
+        group="optimizer",
+    )
+    # With muon
+    muon_lr: float = option(0.03, "Muon, on the matrices of the blocks", RATE)
     adam_lr: float = option(
         0.008, "Adam, on the head; embeddings and scalars have multiples of it", RATE
     )
@@ -24,3 +34,21 @@ class OptimConfig(Options):
     adam_every: int = option(
         1, "Adam updates at each so many steps, from the sum of their gradients", POSITIVE
     )
+    # With adamw
+    adamw_lr: float = option(3e-4, "AdamW", RATE)
+    adamw_warmup: int = option(0, "steps over which its learning rate rises from zero", COUNT)
+    adamw_floor: float = option(
+        0.1, "where a cosine lets it fall to until the end, as a fraction", FRACTION
+    )
+    adamw_betas: tuple[float, ...] = option((0.9, 0.95), "of its two moments", BETAS)
+    adamw_decay: float = option(
+        0.1, "weight decay, times the learning rate; norms and gates have none", RATE
+    )
+    adamw_clip: float = option(
+        1.0, "a gradient that is longer, over all parameters, is shortened to this; 0 is off", RATE
+    )
+
+    @property
+    def clip(self):
+        """The longest gradient that an update sees; 0 for any."""
+        return self.adamw_clip if self.optimizer == "adamw" else 0.0

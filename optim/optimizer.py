@@ -1,7 +1,9 @@
 """The optimizer: every parameter by its rule, shared out over the ranks of each machine."""
 
 import torch
+import torch.distributed as dist
 
+from .gradients import gradient_report
 from .masters import new_companion
 from .rule import Turn
 from .shards import Shard
@@ -19,8 +21,9 @@ class Optimizer:
     the others' gathers.
     """
 
-    def __init__(self, model, rules, world, compile=False, skips=False):
-        """world: a World; skips: whether a run goes on after steps that do not count."""
+    def __init__(self, model, rules, world, compile=False, skips=False, clip=0.0):
+        """world: a World; skips: whether a run goes on after steps that do not count; clip: the
+        longest gradient over all parameters that an update sees, 0 for any."""
         self.params = dict(model.named_parameters())
         assert rules.keys() == self.params.keys(), "the rules must name every parameter"
         # Parts of a model that are switched off have no elements
@@ -28,6 +31,7 @@ class Optimizer:
         self.world = world
         self.compile = compile
         self.skips = skips
+        self.clip = clip
         self.compiled = {}  # function -> the same, compiled
         self.reset()
 
@@ -87,6 +91,8 @@ class Optimizer:
             reduced[name] = self.shards[name].reduce(self.params[name].grad)
         for name in names:
             reduced[name] = self.shards[name].reduce_across(*reduced[name])
+        if self.clip:
+            self.shorten(reduced)
 
         gathers = []
         for name in names:
@@ -115,6 +121,29 @@ class Optimizer:
         state = self.state[name]
         # .data: compiled code would look at what a view is a view of
         rule.update(own.data, state["companion"], grad[: len(own)].data, state, turn)
+
+    def shorten(self, reduced):
+        """Scale all of these gradients so that together they are no longer than `clip`, in place.
+
+        reduced: {name: (work or None, this rank's part)}; waits for all of them.
+        """
+        whole = []  # the same on all ranks
+        parts = []  # of this rank, the others of its machine have the rest
+        for name, (work, grad) in reduced.items():
+            if work is not None:
+                work.wait()
+                reduced[name] = None, grad
+            found = parts if self.shards[name].ranks > 1 else whole
+            found.append(grad)
+        square = torch.zeros((), device=self.world.device)
+        if parts:
+            square = gradient_report(parts).sum()
+            dist.all_reduce(square, group=self.world.node)
+        if whole:
+            square = square + gradient_report(whole).sum()
+        scale = (self.clip / square.sqrt()).clamp(max=1.0)  # of no gradient at all: inf, so 1
+        for grad in parts + whole:
+            grad.mul_(scale)
 
     def waiting(self):
         """Names of parameters that have a gradient: between steps, those that wait for a turn."""

@@ -388,3 +388,23 @@ def refuse_run_in_the_way(folder):
             f"--run-dir {folder}: holds a run already; choose another folder, or --resume auto to "
             "go on"
         )
+
+
+def added_steps_in_words(schedule, at, lr):
+    """What happens to the learning rate of a run that goes on after step `at`, if it is there that
+    steps were added to it; else None. schedule: a trainer's; lr: step -> its factor."""
+    if not schedule.earlier or schedule.earlier[-1][0] != at:
+        return None
+    _, planned, extend = schedule.earlier[-1]
+    before = lr(max(at, 1))
+    after = lr(at + 1)
+    how = dict(
+        replan=f"the learning rate is that of a run of {schedule.steps} steps from here on",
+        cooldown="the learning rate falls from its peak over the added steps",
+    )
+    others = dict(replan="cooldown", cooldown="replan")
+    return (
+        f"{schedule.steps - planned} steps more than the {planned} planned: {how[extend]}, "
+        f"{before:.2f} of its peak in step {at}, {after:.2f} in the next (--extend {extend}; the "
+        f"other choice is {others[extend]})"
+    )

@@ -90,7 +90,8 @@ def set_up(config, stages, world, data, log):
         config.run.compile, graph_options(config), flops / peak, world, log.say
     )
     skips = config.guard.max_skips > 0  # whether bad steps may pass
-    optimizer = Optimizer(model, model.update_rules(config.optim), world, compiled, skips)
+    rules = model.update_rules(config.optim)
+    optimizer = Optimizer(model, rules, world, compiled, skips, config.optim.clip)
 
     # On a CPU, compiling the gradients' report would take longer than it does
     report = gradient_report

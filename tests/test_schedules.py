@@ -1,5 +1,6 @@
 """The schedules of train_gpt.py: plain functions of the step or of progress."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -8,7 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import train_gpt as tg
+from base import InputError
 from base.options import by_stage
+from runtime.resume import added_steps_in_words
 from train_gpt import Schedule, lr_scale, muon_momentum, stage_at
 
 quick = settings(deadline=None, max_examples=200, database=None)
@@ -167,12 +170,16 @@ def test_progress_never_falls(parts, extension):
 
 
 def test_what_is_said_of_added_steps():
-    schedule = Schedule(steps=200, earlier=((100, 100, "replan"),))
-    said = tg.added_steps_in_words(schedule, 100)
+    def words(at, **fields):
+        c = tg.configure(**fields)
+        return added_steps_in_words(c.schedule, at, functools.partial(tg.lr_at, c))
+
+    added = dict(steps=200, earlier=((100, 100, "replan"),))
+    said = words(100, **added)
     assert said.startswith("100 steps more than the 100 planned: ")
     assert "0.16 of its peak in step 100, 0.86 in the next" in said
-    assert tg.added_steps_in_words(schedule, 150) is None
-    assert tg.added_steps_in_words(Schedule(), 100) is None
+    assert words(150, **added) is None
+    assert words(100) is None
 
 
 # --- Learning rate
@@ -264,3 +271,38 @@ def test_muon_momentum_rises_stays_and_falls(a, b):
     if a >= 0.96:
         assert at_a >= at_b
     assert abs(at_a - at_b) <= 2.5 * (b - a) + 1e-12  # no jumps
+
+
+# --- AdamW's
+
+
+def adamw(**fields):
+    base = dict(optimizer="adamw", steps=100, adamw_warmup=20, adamw_floor=0.1)
+    return tg.configure(**(base | fields))
+
+
+def test_adamw_warms_up_and_falls_by_a_cosine():
+    c = adamw()
+    found = [tg.lr_at(c, step) for step in range(1, 101)]
+    assert found[:20] == pytest.approx([step / 20 for step in range(1, 21)])
+    assert found[20] == pytest.approx(1.0)  # the first step behind the warm-up is at the peak
+    assert found[60] == pytest.approx(0.1 + 0.9 / 2)  # half of the way
+    assert found[20:] == sorted(found[20:], reverse=True)
+    assert found[-1] == pytest.approx(0.1, abs=1e-3)
+    assert tg.lr_at(adamw(adamw_warmup=0), 1) == 1.0
+    # What is Muon's changes nothing
+    other = adamw(cooldown=0.1, lr_floor=0.9, stage_lr=(2.0, 3.0))
+    assert [tg.lr_at(other, step) for step in range(1, 101)] == found
+
+
+def test_adamw_may_begin_anew_where_steps_are_added():
+    c = adamw(steps=200, earlier=((100, 100, "cooldown"),))
+    assert [tg.lr_at(c, s) for s in (5, 20, 100)] == [tg.lr_at(adamw(), s) for s in (5, 20, 100)]
+    assert tg.lr_at(c, 101) == pytest.approx(1.0)  # without another warm-up
+    assert tg.lr_at(c, 200) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(InputError, match="--adamw-warmup 20: expected fewer than steps .20."):
+        adamw(steps=20)
+    tg.configure(steps=20, adamw_warmup=20)  # with muon there is none

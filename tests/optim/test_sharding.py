@@ -249,6 +249,32 @@ def test_many_ranks_do_what_one_does(ranks, dtype):
     assert len(ranks.calls) == 4 * expected
 
 
+@pytest.mark.parametrize("ranks", [2, 3, (4, 2), (3, 1)], indirect=True, ids=str)
+def test_many_ranks_shorten_the_gradient_that_one_does(ranks):
+    """By the length of the sum over ranks of all parameters, whoever has which part."""
+    models = [Parameters() for _ in range(ranks.size)]
+    optimizers = [optimizer_of(m, world=world, clip=2.0) for m, world in zip(models, ranks.worlds)]
+    alone = Parameters()
+    reference = optimizer_of(alone, clip=2.0)
+    for step in range(3):
+        # Long, then short
+        grads = [
+            {name: g / 128**step for name, g in part.items()}
+            for part in rank_gradients(step, ranks.size)
+        ]
+        give(alone, summed(grads))
+        reference.step(0.7, 0.9)
+
+        def on_rank(rank):
+            give(models[rank], grads[rank])
+            optimizers[rank].step(0.7, 0.9)
+
+        ranks.run(on_rank)
+        for m in models[1:]:
+            assert_equal(weights(m), weights(models[0]))
+        assert_close_to_alone(weights(models[0]), weights(alone), torch.float32)
+
+
 @pytest.mark.parametrize("ranks", [(8, 4)], indirect=True, ids=str)
 def test_between_machines_go_parts_only(ranks):
     """The links between machines carry a quarter of each gradient, and no weights."""
