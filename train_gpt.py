@@ -70,6 +70,7 @@ from runtime.setting_up import (
     weights_after,
 )
 from runtime.signals import Requests
+from runtime.time_given import expected_training, fit_to_time
 from tracks import load_track, track_names
 
 # --------------------------------------------------------------------------------------------------
@@ -497,7 +498,14 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 if setup and setup.config.schedule != config.schedule:
                     setup = None  # steps were added to one seed's run and not to another's
                 new = setup is None  # then everything has to be compiled
-                setup = setup or set_up(config, stages_of(config), world, data, log)
+                if new:
+                    setup = set_up(config, stages_of(config), world, data, log)
+                    if options.time:
+                        config = changed(config, **fit_to_time(setup, parts.elapsed()))
+                        setup.stages = stages_of(config)
+                        log.expect(config.schedule.steps)
+                    if options.time or config.goal.target is None:
+                        setup.expected_seconds = expected_training(setup)
                 setup.config = config  # of this seed
                 announce(log, setup)
                 if new and setup.forward is not setup.model:

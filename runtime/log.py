@@ -88,6 +88,10 @@ class Log:
         if self.first:
             self.say_resumed()
 
+    def expect(self, steps):
+        """There will be so many steps in all."""
+        self.bar.total = steps
+
     def say_resumed(self):
         self.say(f"resumed from step {self.resume_step}")
 

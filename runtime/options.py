@@ -41,6 +41,12 @@ class RunConfig(Options):
     repeat: int = option(
         1, "runs from this many successive seeds, one after the other in one process", POSITIVE
     )
+    time: str = option(
+        "",
+        "what the whole process may take, such as 90s, 10m or 1.5h: so many steps are taken, in "
+        "place of --steps",
+        (lambda text: not text or valid(seconds, text), "a time such as 90s, 10m or 1.5h"),
+    )
     max_time: str = option(
         "",
         "end after this much training, such as 90s, 10m or 1.5h",
@@ -107,6 +113,11 @@ class RunConfig(Options):
     max_restarts: int = option(
         0, "with several GPUs: how often torchrun may start again after a failure, resuming", COUNT
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.time and self.resume:
+            self.refuse("time", "nothing with --resume, which takes the steps its run has left")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import typing
 import torch
 
 from base import InputError, RankError, last_resort, to_json
+from base.options import seconds
 from data import pack
 from kernels import choose_ops
 from models import load_template
@@ -86,8 +87,11 @@ def set_up(config, stages, world, data, log):
 
     # The optimizer and the guard; what of all this is compiled
     flops = sum(n_tokens(config, s) * model.flops_per_token(s.model) for s in stages.values())
+    products = flops / peak  # seconds that they take
+    if config.run.time:  # of which there will be as many as fit
+        products = seconds(config.run.time) / compiling.OVERHEAD
     compiled = compiling.choose(
-        config.run.compile, graph_options(config), flops / peak, world, log.say
+        config.run.compile, graph_options(config), products, world, log.say
     )
     skips = config.guard.max_skips > 0  # whether bad steps may pass
     rules = model.update_rules(config.optim)

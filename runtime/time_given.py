@@ -1,0 +1,82 @@
+"""How long a run takes, by steps of it before it begins, and how many steps a time allows."""
+
+import dataclasses
+
+from base import InputError
+from base.options import seconds
+
+from . import compiling
+from .environment import best_seconds
+from .evaluation import evaluate
+from .machine import share_text
+from .setting_up import backward, val_stage
+
+TRIED = 4.0  # seconds of a step beyond which no step is tried
+AFTERWARDS = 1.5  # seconds for samples and weights at the end
+SLOWER = 1.05  # steps of a run over those tried before: there are logs, and caches are cold
+
+
+def expected_training(setup):
+    """Seconds that all steps will take: by a few of them at learning rate 0, which change nothing
+    since a run begins with new weights and moments; where trying takes long, or others have to
+    wait, by their FLOPs (setup.expected_seconds)."""
+    world = setup.world
+    steps = len(setup.stages)
+    quick = setup.expected_seconds / steps < TRIED
+    if world.size > 1 or world.device.type != "cpu" or not quick:
+        return setup.expected_seconds
+
+    compiled = setup.forward is not setup.model  # then later: what is tried is not compiled yet
+    plain = dataclasses.replace(setup, forward=setup.model)
+    first = {}  # stage -> its first step
+    for step, stage in setup.stages.items():
+        first.setdefault(stage, step)
+    taken = {}  # stage -> seconds of a step
+    for stage, step in first.items():
+        setup.model.enter(setup.config.schedule.progress(step))
+        batch = list(setup.data.train.micro_batches(step, micro_rows=setup.micro_rows[stage]))
+
+        def try_step(step=step, batch=batch):
+            loss = backward(plain, step, batch)
+            ok = setup.guard.judge(0, loss, setup.optimizer.gradients())
+            if compiled:
+                setup.optimizer.reset()
+            else:
+                setup.optimizer.step(0.0, 0.0, ok)
+
+        taken[stage] = best_seconds(world.device, try_step, 4, budget=TRIED / 4)
+    total = SLOWER * sum(taken[stage] for stage in setup.stages.values())
+    return total * (1 - compiling.SAVED) if compiled else total
+
+
+def validation_seconds(setup):
+    """Seconds of one validation of the whole split, by its first batch."""
+    stage = val_stage(setup, setup.config.schedule.steps)
+    one = setup.val._replace(batches=setup.val.batches[:1])
+
+    def validate():
+        evaluate(setup.model, stage, one, setup.world)
+
+    return len(setup.val.batches) * best_seconds(setup.world.device, validate, 2)
+
+
+def fit_to_time(setup, elapsed):
+    """{option: value} with which the process takes --time in all, of which `elapsed` seconds are
+    over: steps, and how far validations are apart, of which there are as many as before.
+
+    Raises InputError where not even a step fits.
+    """
+    schedule = setup.config.schedule
+    run = setup.config.run
+    n_validations = max(1, schedule.steps // run.eval_every)
+    others = n_validations * validation_seconds(setup) + AFTERWARDS
+    left = seconds(run.time) - elapsed - others
+    steps = int(schedule.steps * left / expected_training(setup))
+    steps = int(share_text(setup.world, str(steps)))
+    if steps < n_validations:
+        raise InputError(
+            f"--time {run.time}: {elapsed:.0f} s are over, and {n_validations} validations and "
+            f"samples take {others:.0f} s more; give more time, or a smaller --track"
+        )
+    every = max(1, steps // n_validations)
+    return dict(steps=steps, eval_every=every)
