@@ -331,7 +331,8 @@ BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference
 
 def choose_backend(device, dtype, head_dim, forced=None):
     """Name of the fastest backend that works here, found by running them forward and backward and
-    comparing; on a CPU it is blockwise.
+    comparing; on a CPU it is sdpa, whose fused kernels took a quarter to two thirds of blockwise's
+    time, forward and backward (uncompiled, rows of 256 to 2,048 tokens).
 
     forced, or the environment variable ATTENTION_BACKEND: use this one; ValueError if it does not
     work.
@@ -343,7 +344,7 @@ def choose_backend(device, dtype, head_dim, forced=None):
             f"unknown attention backend {forced!r}: expected one of {', '.join(BACKENDS)}"
         )
     if not forced and device.type != "cuda":
-        return "blockwise"
+        return "sdpa" if device.type == "cpu" else "blockwise"
     if forced:
         candidates = [forced]
     else:

@@ -147,8 +147,11 @@ def memory_of_logits(form, tokens, columns, size, recompute):
     return at_once * columns * per_logit
 
 
-def memory_of_scores(backend, queries, seen):
-    """Bytes that attention by PyTorch's plain means keeps; seen: keys of each query, by layer."""
-    if backend not in ("blockwise", "sdpa"):
-        return 0
-    return 4 * queries * sum(seen)
+def memory_of_scores(backend, tokens, n_head, seen, size):
+    """Bytes that attention by PyTorch's plain means keeps; seen: keys of each query, by layer;
+    size: bytes of a query's element."""
+    if backend == "blockwise":
+        return 4 * tokens * n_head * sum(seen)
+    if backend == "sdpa":  # the mask, as it is made and as a bias
+        return (1 + size) * tokens * sum(seen)
+    return 0

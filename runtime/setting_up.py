@@ -90,9 +90,7 @@ def set_up(config, stages, world, data, log):
     products = flops / peak  # seconds that they take
     if config.run.time:  # of which there will be as many as fit
         products = seconds(config.run.time) / compiling.OVERHEAD
-    compiled = compiling.choose(
-        config.run.compile, graph_options(config), products, world, log.say
-    )
+    compiled = compiling.choose(config.run.compile, graph_options(config), products, world, log.say)
     skips = config.guard.max_skips > 0  # whether bad steps may pass
     rules = model.update_rules(config.optim)
     optimizer = Optimizer(model, rules, world, compiled, skips, config.optim.clip)

@@ -3,7 +3,7 @@ dtype.
 
 Every backend is tested: on a GPU those that work there, else the flash ones as fakes that do what
 is documented, and flex through the mathematics PyTorch runs without a compiler. What only the CPU
-needs runs blockwise, which is default.
+needs runs blockwise, the reference.
 """
 
 import importlib
@@ -635,9 +635,9 @@ def test_flex_is_told_which_blocks_to_skip(rows, window, block):
     assert mask.kv_indices.dtype == mask.kv_num_blocks.dtype == torch.int32
 
 
-def test_cpu_gets_blockwise():
-    assert choose_backend("cpu", torch.float32, 64) == "blockwise"
-    assert choose_backend(torch.device("cpu"), torch.bfloat16, 128) == "blockwise"
+def test_cpu_gets_sdpa():
+    assert choose_backend("cpu", torch.float32, 64) == "sdpa"
+    assert choose_backend(torch.device("cpu"), torch.bfloat16, 128) == "sdpa"
 
 
 @pytest.mark.parametrize("name", OF_TOKENS)

@@ -19,7 +19,7 @@ def triton_ops(ops):
 def test_a_cpu_gets_pytorch():
     """The references, and for the head its own form, unless the references are asked for."""
     ops = choose_ops("cpu")
-    assert triton_ops(ops) == set() and ops.named()["attention"] == "blockwise"
+    assert triton_ops(ops) == set() and ops.named()["attention"] == "sdpa"
     assert ops.linear_cross_entropy is OPS["linear_cross_entropy"].on_cpu
     references = choose_ops("cpu", kernels=("reference",))
     assert references.linear_cross_entropy is OPS["linear_cross_entropy"].reference

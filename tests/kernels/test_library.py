@@ -78,4 +78,4 @@ def test_a_copy_of_the_folder_runs_the_examples_and_imports_little(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "'attention': 'blockwise'" in done.stdout and "'relu2_mlp': 'pytorch'" in done.stdout
+    assert "'attention': 'sdpa'" in done.stdout and "'relu2_mlp': 'pytorch'" in done.stdout
