@@ -30,9 +30,8 @@ from base import clock as clock  # noqa: E402  start-up is counted from its impo
 from base import last_resort, streams  # noqa: E402
 
 # Of verbs that are no package with a __main__
-MODULES = dict(
-    train="train_gpt", sample="inference.sample", chat="inference.chat", eval="evals.__main__"
-)
+MODULES = dict(train="train_gpt", eval="evals.__main__")
+MODULES |= {verb: f"inference.{verb}" for verb in ("sample", "chat", "serve")}
 
 
 def main(argv):

@@ -28,6 +28,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   data          fetch what a source has ahead of time
   sample        text from a run's model, with prompts and settings of yours
   chat          the same as a conversation in the terminal
+  serve         the same for other programs, by OpenAI's protocol, and for a browser
   eval          bits per byte, multiple choice and other tasks, of a run's model or of two
   export        write a run's weights, configuration and tokenizer into a folder for others
   records       add, check, compare, plot and list results
@@ -130,6 +131,7 @@ case $verb in
     test)
         require core
         require records
+        require serve
         require test
         [[ " $* " == *" slow "* ]] && require slow
         cd "$here"
@@ -140,7 +142,7 @@ case $verb in
         unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    data | sample | chat | eval | export | records | benchmarks)
+    data | sample | chat | serve | eval | export | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         require "$verb"

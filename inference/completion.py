@@ -14,6 +14,8 @@ import torch
 
 from .sampling import Sampling
 
+END_OF_TURN = "<|im_end|>"  # which ends an answer, as end-of-text does
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -57,27 +59,20 @@ class Completion:
         self.finish_reason = None
         self.generator = torch.Generator().manual_seed(request.seed)
         self.promised = b""  # what is to be written first
-        self.tokens = self.read(request.prompt)
+        self.tokens = ids_of(request.prompt, tokenizer)
+        # Of a text's words, the last token is drawn again
+        words = isinstance(request.prompt, str) and tokenizer.kind not in ("chars", "bytes")
+        if words and len(self.tokens) > 1:
+            self.promised = tokenizer.tokens[self.tokens.pop()]
         self.n_cut = max(0, len(self.tokens) - most)
         self.tokens = self.tokens[self.n_cut :]
         self.n_prompt = len(self.tokens)
         self.out_of_sight = 0  # of the tokens, those that the model no longer looks back at
         self.drawn = []  # where the request wants alternatives
+        self.ends = {tokenizer.eot, tokenizer.specials.get(END_OF_TURN)}
         # Bytes that are no character yet, and characters that may be the beginning of a stop string
         self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held_back = ""
-
-    def read(self, prompt):
-        """The tokens of a prompt, end-of-text first."""
-        eot = self.tokenizer.eot
-        if not isinstance(prompt, str):
-            ids = list(prompt)
-            return ids if ids[:1] == [eot] else [eot, *ids]
-        ids = [eot, *map(int, self.tokenizer.encode([prompt])[0])]
-        # Of a word, the prompt's last token is drawn again
-        if self.tokenizer.kind not in ("chars", "bytes") and len(ids) > 1:
-            self.promised = self.tokenizer.tokens[ids.pop()]
-        return ids
 
     @property
     def written(self):
@@ -88,10 +83,11 @@ class Completion:
         """Tokens that the model looks back at."""
         return self.tokens[self.out_of_sight :]
 
-    def cancel(self):
-        """End it as it is; the engine gives its place to the next one."""
+    def cancel(self, reason="cancelled"):
+        """End it as it is; the engine gives its place to the next one. May be called from another
+        thread than the engine's."""
         if self.finish_reason is None:
-            self.finish_reason = "cancelled"
+            self.finish_reason = reason
 
     def note(self, token, logprobs):
         """Keep the probabilities that this token was drawn with; logprobs: (n_vocab,)."""
@@ -110,7 +106,7 @@ class Completion:
         """Take the next token; returns the text that is certain by now and was not before."""
         self.tokens.append(token)
         finished = None
-        if token == self.tokenizer.eot:
+        if token in self.ends:
             finished = "stop"
         else:
             self.held_back += self.text_of(token)
@@ -131,7 +127,7 @@ class Completion:
 
     def text_of(self, token):
         """The characters that a token completes, without what the prompt had of it."""
-        text = self.tokenizer.tokens[token]
+        text = written_as(token, self.tokenizer)
         if isinstance(text, str):
             return text
         n = min(len(text), len(self.promised))
@@ -144,6 +140,20 @@ class Completion:
         if found:
             self.held_back = self.held_back[: min(found)]
         return bool(found)
+
+
+def ids_of(prompt, tokenizer):
+    """The token ids of a prompt, end-of-text first. Raises InputError for text that the tokenizer
+    does not know."""
+    if isinstance(prompt, str):
+        prompt = tokenizer.encode([prompt])[0].tolist()
+    ids = list(prompt)
+    return ids if ids[:1] == [tokenizer.eot] else [tokenizer.eot, *ids]
+
+
+def written_as(token, tokenizer):
+    """The text of a token: bytes, str where tokens are characters; nothing of special ones."""
+    return b"" if token >= len(tokenizer.tokens) else tokenizer.tokens[token]
 
 
 def overlap(text, stop):

@@ -27,6 +27,7 @@ __all__ = ["Completion", "Engine", "Request"]
 
 PART = 256  # tokens of prompts that are read between two steps of decoding
 PLACES = 32  # requests that are decoded together
+BEGINNINGS = 1000  # of prompts' last tokens, for which it is remembered what fits them
 
 
 class Engine:
@@ -115,6 +116,19 @@ class Engine:
             self.reading = []
             self.reading_cache = None
         return said
+
+    @torch.inference_mode()
+    def score(self, tokens, alternatives):
+        """[(log probability, [(token, log probability), ...]), ...] of each token but the first,
+        given those before it: its own, and those of the likeliest ones. tokens: ids, max_len at
+        most; all are computed at once."""
+        inputs = torch.tensor([tokens], device=self.device)
+        whole = torch.tensor([0, len(tokens)], dtype=torch.int32, device=self.device)
+        logprobs = self.model.logits(inputs, whole, self.stage)[0, :-1].log_softmax(-1)
+        own = logprobs.gather(1, inputs[0, 1:, None])[:, 0].tolist()
+        best = logprobs.topk(min(alternatives, logprobs.size(1)))
+        likeliest = [list(zip(*pair)) for pair in zip(best.indices.tolist(), best.values.tolist())]
+        return list(zip(own, likeliest))
 
     # ----------------------------------------------------------------------------------------------
     # The parts of a step
@@ -213,11 +227,13 @@ class Engine:
     def keeps(self, promised):
         """(n_vocab,) bool: tokens that begin with this text, or are its beginning."""
         if promised not in self.beginnings:
-            keep = [
-                token.startswith(promised) or promised.startswith(token)
-                for token in self.tokenizer.tokens
-            ]
-            self.beginnings[promised] = torch.tensor([*keep, False])  # end-of-text is none
+            keep = [False] * self.tokenizer.n_vocab
+            for i, token in enumerate(self.tokenizer.tokens):
+                if token.startswith(promised) or promised.startswith(token):
+                    keep[i] = token != b""  # special ones have no text
+            if len(self.beginnings) >= BEGINNINGS:
+                self.beginnings.clear()
+            self.beginnings[promised] = torch.tensor(keep)
         return self.beginnings[promised]
 
 

@@ -82,11 +82,11 @@ def check(args):
     return given
 
 
-def open_run(args):
-    """(what the run left, an Engine with its model). Raises InputError."""
+def open_run(args, **about):
+    """(what the run left, an Engine with its model). about: the engine. Raises InputError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = load_run(args.run or newest_run(), device, args.template, args.step)
-    return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len)
+    return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
 
 
 def say(line):

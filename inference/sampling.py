@@ -10,10 +10,12 @@ import dataclasses
 
 import torch
 
-from base.options import COUNT, FRACTION, POSITIVE, RATE, Options, option
+from base.options import COUNT, FRACTION, RATE, Options, option
 
 NEVER = float("-inf")
 PENALTY = lambda x: -2 <= x <= 2, "a number from -2 to 2"
+FACTOR = lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100"  # beyond, logits are infinite
+AS_GOOD_AS_ZERO = 1e-5  # a temperature; divided by a lower one, logits are infinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Sampling(Options):
         0.0, "leave out tokens below this part of the likeliest one's probability", FRACTION
     )
     repetition_penalty: float = option(
-        1.0, "divide logits of tokens that are there already, prompt included; 1 is off", POSITIVE
+        1.0, "divide logits of tokens that are there already, prompt included; 1 is off", FACTOR
     )
     no_repeat_ngram: int = option(
         0, "never the same so many tokens in a row a second time; 0 is off", COUNT
@@ -72,7 +74,7 @@ def process(logits, sampling, tokens, written):
         logits = no_repeat_ngram(logits, tokens, s.no_repeat_ngram)
     if s.frequency_penalty or s.presence_penalty:
         logits = count_penalties(logits, written, s.frequency_penalty, s.presence_penalty)
-    if s.temperature == 0:
+    if s.temperature < AS_GOOD_AS_ZERO:
         return top_k(logits, 1)
     logits = logits / s.temperature
     if s.top_k:
