@@ -25,6 +25,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
 
   train         what ./run.sh does without a verb; --help lists every option of training
   test          the tests; takes pytest's arguments
+  plan          tokens, memory, time, money and loss of a training before its first step
   data          fetch what a source has ahead of time
   sample        text from a run's model, with prompts and settings of yours
   chat          the same as a conversation in the terminal
@@ -142,9 +143,10 @@ case $verb in
         unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    data | sample | chat | serve | eval | export | records | benchmarks)
+    plan | data | sample | chat | serve | eval | export | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
+        [[ " $verb $* " == " plan "*" --chart "* ]] && require records
         require "$verb"
         exec "$venv/bin/python" "$here/door.py" "$verb" "$@"
         ;;

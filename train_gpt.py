@@ -52,7 +52,7 @@ from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
 from runtime.evaluation import evaluate
-from runtime.finish import in_words, save_weights, time_by_part, train_bpb
+from runtime.finish import cost_in_words, in_words, save_weights, time_by_part, train_bpb
 from runtime.guard import GuardConfig
 from runtime.launch import exit_status, run_on_all_gpus
 from runtime.log import Log, show
@@ -445,6 +445,8 @@ def save_result(setup, result, log, parts):
         log.say(f'more: ./run.sh sample --run {shlex.quote(str(log.folder))} --prompt "..."')
     result |= time_by_part(parts)
     log.say(in_words(result))
+    if cost := cost_in_words(result):
+        log.say(cost)
     log.finish(result)
 
 

@@ -47,6 +47,8 @@ from benchmarks import subject
 from benchmarks.options import COUNT, POSITIVE
 from benchmarks.report import document, number, say, table
 from benchmarks.synthetic import vocabulary
+from runtime import collectives, hardware
+from runtime.collectives import Links, communication_ms, sent_bytes, shards
 
 
 class Cost(typing.NamedTuple):
@@ -56,25 +58,6 @@ class Cost(typing.NamedTuple):
     shared_ms: float
     fixed_ms: float
     source: str = ""
-
-
-class Links(typing.NamedTuple):
-    """GB/s in one direction, as a GPU sees them.
-
-    link: measured by nccl-tests inside a node (H100: NVIDIA/nccl-tests, issue 326; A100: NCCL's
-    src/graph/tuning.cc); network: the card's.
-    """
-
-    link: float = 360.0
-    network: float = 50.0
-    node: int = 8  # GPUs in it
-
-
-class Collective(typing.NamedTuple):
-    kind: str  # reduce_scatter, all_gather or all_reduce
-    bytes: float  # of the whole
-    group: str = "all"  # the ranks of a node, a rank and its like "across" nodes, or all
-    every: int = 1  # steps between two of them
 
 
 RECORD = Cost(
@@ -87,71 +70,11 @@ LINKS = Links()
 TERMS = ("compute", "idle", "shared", "fixed", "communication")
 
 
-def shards(n, node):
-    """How many ranks divide the optimizer among them, of n in nodes of so many: see
-    join_world()."""
-    return node if n % node == 0 else n
-
-
 def collectives_of(c, parameters, n, node, tied=False):
     """What n ranks, in nodes of so many, exchange in a step of a stage with the head tied or
     not."""
-    k = shards(n, node)
-    found = []
-    reported = 4  # the loss and three requests
-    for p in parameters:
-        if not p.units or not subject.has_gradient(p.name, c, tied):
-            continue
-        reported += 1  # the sum of its gradient's squares
-        if not p.sharded or k == 1:
-            found.append(Collective("all_reduce", p.bytes, "all", p.every))
-            continue
-        part = p.bytes / p.units * -(-p.units // k)
-        found.append(Collective("reduce_scatter", k * part, "node", p.every))
-        found.append(Collective("all_gather", k * part, "node", p.every))
-        if n > k:
-            found.append(Collective("all_reduce", part, "across", p.every))
-    return [*found, Collective("all_reduce", 4 * reported)]
-
-
-def times(collective):
-    """How often a ring carries the bytes."""
-    return 2 if collective.kind == "all_reduce" else 1
-
-
-def ranks_in(group, n, node):
-    """How many ranks such a group has, and on how many nodes they are."""
-    k = shards(n, node)
-    if group == "node":
-        return k, -(-k // node)
-    if group == "across":
-        return n // k, n // k
-    return n, -(-n // node)
-
-
-def sent_bytes(collectives, n, node):
-    """Bytes a rank sends in a step."""
-    total = 0.0
-    for x in collectives:
-        m, _ = ranks_in(x.group, n, node)
-        total += times(x) * (m - 1) / m * x.bytes / x.every
-    return total
-
-
-def communication_ms(collectives, n, links):
-    """Milliseconds of a step, one collective after the other."""
-    total = 0.0
-    for x in collectives:
-        m, nodes = ranks_in(x.group, n, links.node)
-        rate = links.link  # GB/s
-        if nodes > 1:
-            cards = m // nodes  # that carry the ring from a node to the next
-            rate = min(rate, cards * links.network)
-        hops_us = 3.4 * (m - nodes) + 9.6 * (nodes - 1)
-        if m > 1:
-            ms = times(x) * ((m - 1) / m * x.bytes / rate / 1e6 + hops_us / 1e3) + 8.4e-3
-            total += ms / x.every
-    return total
+    used = [p for p in parameters if subject.has_gradient(p.name, c, tied)]
+    return collectives.collectives_of(used, n, node)
 
 
 def step_ms(rows, row_len, n, cost, collectives, links=LINKS):
@@ -232,9 +155,10 @@ def run(
     gpus=8,
     nodes=1,
     results=None,
-    link=LINKS.link,
-    network=LINKS.network,
+    link=None,
+    network=None,
     dollars_per_gpu_hour=None,
+    kind="h100",
     trainer_options=(),
 ):
     """dict(track, cost, links, predicted=see predict(), table=[the same from 1 to 1,024 GPUs])."""
@@ -249,7 +173,8 @@ def run(
         cost = cost_from(results, params)
     elif (c.n_layer, c.n_embd, c.tokenizer) != (11, 768, "gpt2"):
         raise InputError(f"no measurement of {c.track} as configured: give --from FILE")
-    links = Links(link, network, gpus)
+    known, _ = hardware.parse(kind)
+    links = Links(link or known.link, network or known.network, gpus)
 
     def line(n):
         return predict(c, parameters, n, cost, links, dollars_per_gpu_hour)
@@ -304,8 +229,10 @@ def add_arguments(parser):
     parser.option("--nodes", COUNT, 1, "N", "of them")
     about = "JSON of `./run.sh benchmarks trainer --tokens ...` on one rank"
     parser.option("--from", Path, None, "FILE", about, dest="results")
-    about = "bus bandwidth of a node: H100 and H200 360, A100 235; PCIe 4 x16 is below 32"
-    parser.option("--link", POSITIVE, LINKS.link, "GB/S", about)
-    about = "network of each GPU between nodes: 400 Gb/s is 50"
-    parser.option("--network", POSITIVE, LINKS.network, "GB/S", about)
+    about = "whose links these are: a name in runtime/hardware.toml"
+    parser.option("--hardware", str, "h100", "NAME", about, dest="kind")
+    about = "bus bandwidth of a node, if not the hardware's"
+    parser.option("--link", POSITIVE, None, "GB/S", about)
+    about = "network of each GPU between nodes, the same: 400 Gb/s is 50"
+    parser.option("--network", POSITIVE, None, "GB/S", about)
     parser.option("--dollars-per-gpu-hour", POSITIVE, None, "X", "price")

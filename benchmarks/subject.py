@@ -8,7 +8,6 @@ and .model, which has windows, max_doc_len, n_targets, tied and n_sampled. Steps
 import dataclasses
 import os
 import types
-import typing
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from benchmarks.breakdown import MARK
 from models import load_template
 from records.source import pack_source
 from runtime import corpus
+from runtime.collectives import parameters_of
 from runtime.launch import join_world
 from runtime.machine import World, keep_freed_memory
 from runtime.options import flat
@@ -90,28 +90,13 @@ def at_end(c, batch_tokens):
 # --- what the parameters are, without weights
 
 
-class Parameter(typing.NamedTuple):
-    name: str
-    count: int  # of elements
-    bytes: int
-    units: int  # that are shared out among ranks: matrices, rows or elements
-    sharded: bool
-    every: int  # steps between its updates
-
-
 def parameters(c, n_vocab):
     """[Parameter, ...] of the model in bf16, in the order in which the optimizer takes them."""
     max_len = max(c.row_len, c.val_row_len)
     template = load_template(c.template)
     with torch.device("meta"):
         model = template.Model(c.config.model, n_vocab, max_len, torch.bfloat16, None)
-    tensors = dict(model.named_parameters())
-    found = []
-    for name, rule in model.update_rules(c.config.optim).items():
-        p = tensors[name].data
-        units = len(rule.parts(p)) if p.numel() else 0
-        found.append(Parameter(name, p.numel(), p.nbytes, units, rule.sharded, rule.every))
-    return found
+    return parameters_of(model, model.update_rules(c.config.optim))
 
 
 def has_gradient(name, c, tied):

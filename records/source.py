@@ -28,6 +28,7 @@ FILES = (
     "door.py",
     "run.sh",
     "requirements*.txt",
+    "runtime/hardware.toml",
     # What training takes from this folder; the rest of it only reads results
     "records/__init__.py",
     "records/metrics.py",

@@ -39,6 +39,16 @@ def train_bpb(setup, step):
     return evaluate(setup.forward, val_stage(setup, step), split, alone)["val_bpb"]
 
 
+def cost_in_words(result):
+    """What the run took of energy and money in a line; empty where neither is known."""
+    parts = []
+    if result["energy_kwh"] is not None:
+        parts.append(f"{result['energy_kwh']:.4f} kWh by the hardware's counters")
+    if result["usd"] is not None:
+        parts.append(f"${result['usd']:.2f}")
+    return f"from the first step to the last: {', '.join(parts)}" if parts else ""
+
+
 def save_weights(setup, result, log):
     """model.safetensors, which is the best validation's where there is no target; then the last
     step's are last.safetensors. The model has the former afterwards, for samples."""

@@ -68,21 +68,17 @@ def describe(parts, free):
     return line if free is None else f"{line} of {free / 1e9:.2f} GB free"
 
 
-def fit(build, config, world):
-    """(rows in a forward pass, whether blocks are recomputed, the estimate in words), the same on
-    all ranks.
+def choose(model, config, free, shards=1, cuda=False):
+    """(rows in a forward pass, whether blocks are recomputed, the estimate by part) for so many
+    free bytes, None for any number; as many rows as fit, without recomputing if one does.
 
-    As many rows as fit, without recomputing if one does. build: () -> a template's Model; config:
-    a trainer's configuration. Raises InputError when not even one row fits.
+    model: a template's Model, may be on meta; config: a trainer's configuration. rows is 0 where
+    not even one fits; the estimate then is what one would need.
     """
-    with torch.device("meta"):
-        model = build()
     rules = model.update_rules(config.optim)
     row_len = config.data.row_len
     micro_tokens = config.run.micro_tokens
     recompute = config.run.recompute
-    free = free_memory(world.device, world.local_size)
-    cuda = world.device.type == "cuda"
     if micro_tokens:
         wanted = micro_tokens // row_len
     else:
@@ -90,7 +86,7 @@ def fit(build, config, world):
         wanted = max(1, min(max(config.schedule.batch_tokens), most) // row_len)
 
     def parts(rows, recompute):
-        return estimate(model, rules, rows, row_len, recompute, world.local_size, cuda)
+        return estimate(model, rules, rows, row_len, recompute, shards, cuda)
 
     def most_rows(recompute):
         """The most rows that fit, 0 if none does; only the given number if one was given."""
@@ -104,6 +100,27 @@ def fit(build, config, world):
     if not rows and recompute == "auto":
         recomputed = True
         rows = most_rows(recomputed)
+    return rows, recomputed, parts(rows or micro_tokens // row_len or 1, recomputed)
+
+
+def fit(build, config, world):
+    """(rows in a forward pass, whether blocks are recomputed, the estimate in words), the same on
+    all ranks.
+
+    What choose() says of this machine. build: () -> a template's Model; config: a trainer's
+    configuration. Raises InputError when not even one row fits.
+    """
+    with torch.device("meta"):
+        model = build()
+    row_len = config.data.row_len
+    micro_tokens = config.run.micro_tokens
+    free = free_memory(world.device, world.local_size)
+    cuda = world.device.type == "cuda"
+    rows, recomputed, _ = choose(model, config, free, world.local_size, cuda)
+
+    def parts(rows, recompute):
+        rules = model.update_rules(config.optim)
+        return estimate(model, rules, rows, row_len, recompute, world.local_size, cuda)
 
     # Ranks that disagreed would train on some rows twice and on others never
     chosen = torch.tensor([-rows, int(recomputed)], device=world.device)

@@ -8,7 +8,7 @@ import typing
 
 from base import InputError
 from base.command import path_text
-from base.options import AUTO, COUNT, POSITIVE, Options, interval, option, seconds, valid
+from base.options import AUTO, COUNT, POSITIVE, RATE, Options, interval, option, seconds, valid
 from base.places import cache_folder
 
 
@@ -61,6 +61,12 @@ class RunConfig(Options):
     )
     sample_prompts: tuple[str, ...] = option(
         (), "what samples begin with; empty: as documents of the validation split do"
+    )
+    usd_per_hour: float = option(
+        0.0,
+        "price of one GPU, or of the machine where there is none, for the cost in the result; 0: "
+        "by runtime/hardware.toml, if it knows the GPU",
+        RATE,
     )
     gpus: int = option(0, "how many GPUs; 0 is all there are", COUNT, group="machine")
     micro_tokens: int = option(0, "tokens per forward pass; 0 fits them to the memory found", COUNT)

@@ -20,6 +20,7 @@ from base.clock import Parts
 from base.options import interval, seconds
 from records.metrics import VAL_LOSS, better, lower_is_better, meets
 
+from . import energy
 from .machine import Clock, wait_for_first_rank
 from .options import flat
 from .signals import Interrupted
@@ -51,6 +52,8 @@ class Position:
     best_metrics: dict = dataclasses.field(default_factory=dict)
     since_best: int = 0  # validations since
     skipped: int = 0  # steps whose update did not count
+    seconds: float = 0.0  # from the first step on, in all processes, validations and all
+    joules: float | None = None  # that the devices took in them
     resumed_at: list = dataclasses.field(default_factory=list)
 
 
@@ -91,6 +94,7 @@ class Session:
         self.quick = None  # the target's metric on a part of the split, at the last look
         self.wanted = set()  # what is asked of the run: out of VOTES
         self.clock = Clock(setup.world.device, self.at.train_time)
+        self.meter = None  # of energy and time, from the first step of this process on
         self.save_steps, self.save_seconds = interval(self.options.checkpoint_every)
         self.save_at = time.monotonic() + self.save_seconds
         self.max_time = seconds(self.options.max_time) if self.options.max_time else math.inf
@@ -198,7 +202,10 @@ class Session:
     # What the loop tells
 
     def start(self):
-        """The training clock runs from here."""
+        """The training clock runs from here, and the meter on the first rank."""
+        world = self.state.world
+        counters = energy.counters_of(world) if world.rank == 0 else ()
+        self.meter = energy.Meter(counters, self.at.joules, self.at.seconds)
         self.clock.start()
 
     def after_step(self, step, tokens, flops):
@@ -206,9 +213,17 @@ class Session:
         self.at.step = step
         self.at.tokens += tokens
         self.at.flops += flops
+        self.read_meter()
         self.receive(step)
         if self.save_steps and step % self.save_steps == 0:
             self.wanted.add("save")
+
+    def read_meter(self, now=False):
+        """Take over what was used so far; now: not only if the last time is a while ago."""
+        if self.meter:
+            self.meter.look(now)
+            self.at.seconds = self.meter.seconds
+            self.at.joules = self.meter.joules
 
     def receive(self, step):
         """Look at what the steps up to this one have reported, log and show it."""
@@ -291,6 +306,7 @@ class Session:
             return False
         self.receive(math.inf)
         at.train_time = self.clock.now()
+        self.read_meter(now=True)
         self.save_at = time.monotonic() + self.save_seconds
         tensors = self.state.gather()  # all ranks take part
         if not self.store:
@@ -310,6 +326,7 @@ class Session:
         """Stop the clock and write the last checkpoint. Raises Interrupted when a signal ended the
         run."""
         self.clock.stop()
+        self.read_meter(now=True)
         self.parts.seconds["train_s"] = self.clock.total - self.earlier_time
         saved = self.save(wait=True) if self.at.step > self.first else False
         if "stop" in self.wanted:
@@ -318,6 +335,14 @@ class Session:
             self.log.say(f"stopped at step {self.at.step} by a signal{then}")
             wait_for_first_rank(self.state.world)
             raise Interrupted(128 + (self.requests.stop or signal.SIGTERM))
+
+    def cost(self):
+        """dict(energy_kwh, usd) of the run so far; None for what nobody knows."""
+        at = self.at
+        device = self.about["environment"]["device"]
+        kwh = None if at.joules is None else round(at.joules / energy.KWH, 6)
+        usd = energy.cost(at.seconds, self.state.world, device, self.options.usd_per_hour)
+        return dict(energy_kwh=kwh, usd=None if usd is None else round(usd, 4))
 
     def result(self):
         """What became of the run, for its JSON line."""
@@ -342,6 +367,7 @@ class Session:
             tokens=at.tokens,
             tokens_per_s=round(at.tokens / train_time),
             peak_share=round(at.flops / train_time / self.peak, 3),
+            **self.cost(),
             device=environment["device"],
             world_size=environment["world_size"],
             seed=self.goal.seed,

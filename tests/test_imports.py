@@ -23,7 +23,8 @@ KITS["runtime"] = {"base", "kernels", "data", "records", "optim", "models"}
 KITS["door"] = {"base"}  # which imports the program it starts by its name
 PROGRAMS = ("train_gpt", "inference", "evals", "export")
 PROGRAMS = {room: KITS.keys() | {"inference"} for room in PROGRAMS}
-ROOMS = KITS | PROGRAMS | {"benchmarks": KITS.keys() | PROGRAMS.keys()}
+PLAN = {"plan": KITS.keys() | {"train_gpt"}}  # of a training
+ROOMS = KITS | PROGRAMS | PLAN | {"benchmarks": KITS.keys() | PROGRAMS.keys()}
 
 
 def files_of(room):

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from base import InputError
 from benchmarks import cluster, subject
 from benchmarks.__main__ import main
-from benchmarks.cluster import RECORD, TERMS, Collective, Cost, Links, communication_ms, step_ms
+from benchmarks.cluster import RECORD, TERMS, Cost, step_ms
 from models import gpt
 from optim import Optimizer, gradient_report, shards
+from runtime.collectives import Collective, Links, communication_ms
 from runtime.guard import Guard
 from runtime.machine import World
 

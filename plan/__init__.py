@@ -1,0 +1,1 @@
+"""What a training run will take and reach, before its first step."""
