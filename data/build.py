@@ -331,8 +331,7 @@ def publish(out, stages, todo, files, checksums, done, keep_work):
         n_vocab=tokens.said["n_vocab"],
         eot=tokens.said["eot"],
         sources={
-            part.name: source_entry(part, files[part.name], read, encoded, mixed)
-            for part in todo.source
+            part.name: source_entry(part, files[part.name], encoded, mixed) for part in todo.source
         },
         stages={stage.name: stage.said for stage in done},
         recipe=recipe.as_json(todo),
@@ -340,7 +339,10 @@ def publish(out, stages, todo, files, checksums, done, keep_work):
         cleaning=clean.FTFY,
         checksums=checksums,
     )
+    manifest["fingerprint"] = hashlib.sha256(sorted_json(manifest).encode()).hexdigest()
     report_text = report.html(manifest)
+    for source in manifest["stages"]["read"]["sources"].values():
+        source.pop("examples")
 
     moves = [(tokens.folder / "tokenizer.json", out / "tokenizer.json")]
     for split in mixed.said["splits"].values():
@@ -354,7 +356,6 @@ def publish(out, stages, todo, files, checksums, done, keep_work):
             os.replace(made, place)
         name = place.relative_to(out).as_posix()
         manifest["files"][name] = [place.stat().st_size, sha256_of(place)]
-    manifest["fingerprint"] = hashlib.sha256(sorted_json(manifest).encode()).hexdigest()
     for stale in [*out.glob("*.bin"), *(out / "text").glob("*.zst")]:
         if stale.relative_to(out).as_posix() not in manifest["files"]:
             stale.unlink()
@@ -366,7 +367,7 @@ def publish(out, stages, todo, files, checksums, done, keep_work):
     return manifest
 
 
-def source_entry(part, files, read, encoded, mixed):
+def source_entry(part, files, encoded, mixed):
     """What the manifest says of a source."""
     about = dict(files.about)
     if part.licence:
@@ -375,7 +376,6 @@ def source_entry(part, files, read, encoded, mixed):
     return about | dict(
         files=len(files.paths),
         filters=filters.rules_of(part.preset, part.filters),
-        read=read.said["sources"][part.name],
         kept=encoded.said["sources"][part.name],
         mix=mixed.said["sources"].get(part.name),
     )

@@ -17,7 +17,6 @@ from .sources import Document
 # Of C0 and C1 all but newline and tab; the byte-order mark inside text; what is no character
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\ufeff\ufff9-\ufffb\ud800-\udfff]")
 NEWLINES = re.compile(r"\r\n|[\r\u2028\u2029\x0b\x0c\x85]")
-TRAILING = re.compile(r"[ \t\xa0]+$", re.MULTILINE)
 EMPTY_LINES = re.compile(r"\n{4,}")
 ROUNDS = 4  # of repair at most; nearly all texts are the same after one
 
@@ -63,7 +62,7 @@ def once(text):
         text = "\n".join(line if line.isascii() else repaired(line) for line in lines)
         text = NEWLINES.sub("\n", text)  # a repair may have brought one to light
     text = CONTROL.sub("", text)
-    text = TRAILING.sub("", text)
+    text = "\n".join([line.rstrip(" \t\xa0") for line in text.split("\n")])
     return EMPTY_LINES.sub("\n\n\n", text).strip("\n")
 
 

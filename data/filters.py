@@ -18,8 +18,11 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from base import InputError
 
+FACTOR = np.uint64(0xD6E8FEB86659FD93)
 PUNCTUATION = string.punctuation + "…‘’“”–—«»¡¿、。，？！：；（）【】「」《》"
 TERMINAL = (".", "!", "?", '"', "'", "”", "’", "…", "。", "！", "？")
 BULLETS = ("-", "*", "•", "●", "‣", "–", "◦", "▪")
@@ -84,20 +87,43 @@ class Measures:
     def repeated_ngram_share(self, n):
         """The fraction of characters in words that are part of n words in a row which have been
         there before; a word counts once."""
-        words = self.words
-        grams = list(zip(*(words[i:] for i in range(n))))
-        if len(set(grams)) == len(grams):
+        if n > 1 and self.repeats.get(n - 1) is False:
+            return 0.0  # what does not repeat in fewer words does not in more
+        values = self.word_values
+        count = max(0, len(values) - n + 1)
+        # n words in a row are a number modulo 2^64; equal ones by chance in one of 10^9 documents
+        hashes = np.zeros(count, dtype=np.uint64)
+        for k in range(n):
+            hashes *= FACTOR
+            hashes += values[k : k + count]
+        order = np.argsort(hashes, kind="stable")
+        ordered = hashes[order]
+        again = order[1:][ordered[1:] == ordered[:-1]]  # where some begin that were there before
+        self.repeats[n] = len(again) > 0
+        if not len(again):
             return 0.0
-        seen = set()
-        chars = 0
-        counted = 0  # words up to here
-        for i, gram in enumerate(grams):
-            if gram in seen:
-                for word in words[max(i, counted) : i + n]:
-                    chars += len(word)
-                counted = i + n
-            seen.add(gram)
-        return chars / max(1, self.word_chars)
+        edges = np.zeros(len(values) + 1, dtype=np.int64)
+        np.add.at(edges, again, 1)
+        np.add.at(edges, again + n, -1)
+        covered = np.cumsum(edges[:-1]) > 0
+        return int(self.word_lengths[covered].sum()) / max(1, self.word_chars)
+
+    @cached_property
+    def repeats(self):
+        """{n: whether some n words in a row are there twice}, as far as that has been asked."""
+        return {}
+
+    @cached_property
+    def word_values(self):
+        """A random number for each different word: (words,) uint64."""
+        numbers = {}
+        ids = [numbers.setdefault(word, len(numbers)) for word in self.words]
+        values = np.random.default_rng(0).integers(0, 2**64, len(numbers), dtype=np.uint64)
+        return values[np.array(ids, dtype=np.int64)]
+
+    @cached_property
+    def word_lengths(self):
+        return np.array([len(word) for word in self.words], dtype=np.int64)
 
     @cached_property
     def word_chars(self):

@@ -24,6 +24,7 @@ from .pieces import (
     write_json,
     write_lines,
 )
+from .recipe import Part
 from .shards import ShardWriter
 from .tokenizers import Tokenizer, make_tokenizer
 
@@ -380,6 +381,9 @@ def count_fates(pieces, fate):
 # --------------------------------------------------------------------------------------------------
 # decontaminate
 
+VALIDATION = "validation"
+MOST_HASHES = 50_000_000  # of the validation split: beyond, one in two is kept, or in three, ...
+
 
 def decontaminate(todo, read_folder, dedup_folder, folder, crew):
     """Training documents that share a run of words with a text that models are judged by go."""
@@ -390,28 +394,39 @@ def decontaminate(todo, read_folder, dedup_folder, folder, crew):
     n = todo.decontaminate.n
     sets = {}
     for name, path in todo.decontaminate.sets.items():
-        part = reading.Part(name=name, path=str(path))
+        part = Part(name=name, path=str(path))
         files = reading.locate(part, folder)
-        sets[name] = ngram_hashes([d.text for d in reading.documents(part, files)], n)
-    if todo.decontaminate.validation:
-        texts = (line["text"] for _, line in pieces.documents(np.flatnonzero(fate == VAL)))
-        sets["validation"] = ngram_hashes(texts, n)
-    for i, hashes in enumerate(sets.values()):
-        np.save(folder / f"set-{i}.npy", hashes)
+        sets[name] = ngram_hashes((d.text for d in reading.documents(part, files)), n)
 
+    # Each piece with training documents in it, and which those are
     tasks = []
     for i, begin, end in zip(pieces.numbers, pieces.starts, pieces.starts[1:]):
-        if sets and (fate[begin:end] == TRAIN).any():
-            tasks.append((read_folder, folder, i, fate[begin:end] == TRAIN, len(sets), n))
+        if (fate[begin:end] == TRAIN).any():
+            tasks.append((read_folder, folder, i, fate[begin:end] == TRAIN, n))
+    commonplaces = 0
+    if todo.decontaminate.validation:
+        texts = (line["text"] for _, line in pieces.documents(np.flatnonzero(fate == VAL)))
+        one_in = 1 + int(pieces.bytes[fate == VAL].sum() / 6) // MOST_HASHES  # 6 bytes a word
+        hashes = ngram_hashes(texts, n, one_in)
+        np.save(folder / "set.npy", hashes)
+        documents = np.zeros(len(hashes), dtype=np.int32)
+        counts = crew.map(count_in_piece, tasks)
+        for at, count in progress(counts, "looking for commonplaces", " pieces", len(tasks)):
+            documents[at] += count
+        common = documents > todo.decontaminate.common
+        commonplaces = int(common.sum())
+        sets[VALIDATION] = hashes[~common]
+
+    (folder / "sets").mkdir(exist_ok=True)
+    for k, hashes in enumerate(sets.values()):
+        np.save(folder / "sets" / f"{k}.npy", hashes)
     counts = {name: 0 for name in sets}
-    hits = crew.map(find_in_piece, tasks)
-    for task, found in progress(zip(tasks, hits), "decontaminating", " pieces", len(tasks)):
+    hits = crew.map(find_in_piece, [(*task, len(sets)) for task in tasks] if sets else [])
+    for task, found in zip(tasks, progress(hits, "decontaminating", " pieces", len(tasks))):
         begin = pieces.starts[pieces.numbers.index(task[2])]
         for name, hit in zip(sets, found):
             counts[name] += int(hit.sum())
         fate[begin : begin + len(found[0])][np.any(found, axis=0)] = CONTAMINATED
-    for path in folder.glob("set-*.npy"):
-        path.unlink()
     write_arrays(folder / "fate.npz", fate=fate)
     left = {name: int((fate == value).sum()) for value, name in ((TRAIN, "train"), (VAL, "val"))}
     if not left["val"] or not left["train"]:
@@ -420,21 +435,44 @@ def decontaminate(todo, read_folder, dedup_folder, folder, crew):
             f"nothing is left for {split} of {sum(left.values()):,} documents; expected a "
             "--val-fraction with which both have some, or more text"
         )
-    return dict(n=n, sets=counts, counts=count_fates(pieces, fate))
+    return dict(n=n, sets=counts, commonplaces=commonplaces, counts=count_fates(pieces, fate))
 
 
-def find_in_piece(read_folder, folder, i, train, n_sets, n):
+def train_texts(read_folder, i, train):
+    """Texts of the training documents of a piece."""
+    lines = read_lines(read_folder / f"{numbered(i)}.jsonl.zst")
+    return [line["text"] for line, its in zip(lines, train) if its]
+
+
+def count_in_piece(read_folder, folder, i, train, n):
+    """How many training documents have each of the set's n-grams: (places in it, documents)."""
+    from .decontaminate import ngram_hashes
+
+    path = folder / f"{numbered(i)}-common.npz"
+    if not path.exists():
+        hashes = np.load(folder / "set.npy", mmap_mode="r")
+        found = [np.zeros(0, dtype=np.int64)]
+        for text in train_texts(read_folder, i, train):
+            grams = ngram_hashes([text], n)
+            at = np.minimum(np.searchsorted(hashes, grams), len(hashes) - 1)
+            found.append(at[hashes[at] == grams] if len(hashes) else at[:0])
+        at, documents = np.unique(np.concatenate(found), return_counts=True)
+        write_arrays(path, at=at, documents=documents)
+    arrays = read_arrays(path)
+    return arrays["at"], arrays["documents"]
+
+
+def find_in_piece(read_folder, folder, i, train, n, n_sets):
     """[(documents,) bool for each set]; kept in the folder for when a build goes on."""
     from .decontaminate import contaminated
 
     path = folder / f"{numbered(i)}.npz"
     if not path.exists():
-        texts = [line["text"] for line in read_lines(read_folder / f"{numbered(i)}.jsonl.zst")]
-        wanted = np.flatnonzero(train)
-        hits = np.zeros((n_sets, len(texts)), dtype=bool)
+        texts = train_texts(read_folder, i, train)
+        hits = np.zeros((n_sets, len(train)), dtype=bool)
         for k in range(n_sets):
-            hashes = np.load(folder / f"set-{k}.npy", mmap_mode="r")
-            hits[k, wanted] = contaminated([texts[j] for j in wanted], hashes, n)
+            hashes = np.load(folder / "sets" / f"{k}.npy", mmap_mode="r")
+            hits[k, np.flatnonzero(train)] = contaminated(texts, hashes, n)
         write_arrays(path, hits=hits)
     return list(read_arrays(path)["hits"])
 
