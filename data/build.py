@@ -36,6 +36,7 @@ from . import clean, filters, reading, recipe, report
 from . import stages as work
 from .pieces import progress, read_json, say, workers, write_json
 from .sources import MANIFEST
+from .tokenizers import make_tokenizer, on_disk
 
 LAYOUT = 1  # change it when a stage comes to write something else for the same recipe
 
@@ -181,7 +182,8 @@ def build(todo, out, cache, crew, keep_work=False, replace=False):
     if before:
         return before
     sets = {name: file_state(path) for name, path in todo.decontaminate.sets.items()}
-    given = file_state(todo.tokenizer) if todo.tokenizer.endswith(".json") else todo.tokenizer
+    tokenizer = known_tokenizer(todo.tokenizer)
+    given = file_state(tokenizer) if tokenizer.endswith(".json") else tokenizer
 
     stages.begin()
     parts = [dataclasses.asdict(part) for part in todo.source]
@@ -205,7 +207,7 @@ def build(todo, out, cache, crew, keep_work=False, replace=False):
     tokens = stages.run(
         "tokenizer",
         [clear.key, given, todo.tokenizer_bytes],
-        lambda folder: work.choose_tokenizer(todo, read.folder, clear.folder, folder),
+        lambda folder: work.choose_tokenizer(todo, tokenizer, read.folder, clear.folder, folder),
     )
     encoded = stages.run(
         "encode",
@@ -284,6 +286,23 @@ def stamp_of(path):
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+class Asked(Exception):
+    """There is nothing wrong with a tokenizer's name; it asks for text to learn from."""
+
+
+def known_tokenizer(name):
+    """The name of a tokenizer, fetched if it is a repository's. Raises InputError for one that
+    cannot be made, before hours go into what it is for."""
+
+    def no_texts():
+        raise Asked
+
+    name = on_disk(name)
+    with contextlib.suppress(Asked):
+        make_tokenizer(name, no_texts)
+    return name
 
 
 def file_state(path):

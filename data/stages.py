@@ -5,6 +5,7 @@ A piece is some megabytes of documents of one source; what a stage makes of piec
 `00000i` with an ending. A document is number j of its piece, from `read` on.
 """
 
+import dataclasses
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -92,6 +93,8 @@ def wanted_pieces(todo, files, folder):
     i = 0
     for part in todo.source:
         rules = filters.rules_of(part.preset, part.filters)
+        licence = part.licence or files[part.name].about.get("licence", "")
+        part = dataclasses.replace(part, licence=licence)
         for documents in cut(reading.documents(part, files[part.name]), todo.piece_bytes):
             if not (folder / f"{numbered(i)}.json").exists():
                 yield folder, i, part, rules, todo.dedup, documents
@@ -481,27 +484,28 @@ def find_in_piece(read_folder, folder, i, train, n, n_sets):
 # tokenizer, encode
 
 
-def choose_tokenizer(todo, read_folder, clear_folder, folder):
+def choose_tokenizer(todo, name, read_folder, clear_folder, folder):
     """Learn the vocabulary from the training split, or take the one that is named."""
     pieces = Pieces(read_folder)
     fate = read_arrays(clear_folder / "fate.npz")["fate"]
     train = np.flatnonzero(fate == TRAIN)
     share = min(1.0, todo.tokenizer_bytes / max(1, pieces.bytes[train].sum()))
     sample = train[unit_hash(pieces.keys[train], "tokenizer") < share]
-    everything = todo.tokenizer == "chars"  # every character must have an id
+    everything = name == "chars"  # every character must have an id
     wanted = np.flatnonzero(fate <= VAL) if everything else sample
 
     def texts():
         for _, line in progress(pieces.documents(wanted), "learning the vocabulary", " documents"):
             yield line["text"]
 
-    tokenizer = make_tokenizer(todo.tokenizer, texts)
+    tokenizer = make_tokenizer(name, texts)
     write_text(folder / "tokenizer.json", tokenizer.to_json())
-    learned = todo.tokenizer.startswith("bpe:")
+    learned = ":" in name  # bpe:N or qwen2:N
     return dict(
-        name=Path(todo.tokenizer).name,
+        name=Path(todo.tokenizer).name,  # a path is of one machine
         n_vocab=tokenizer.n_vocab,
         eot=tokenizer.eot,
+        dtype=np.dtype(tokenizer.dtype).name,
         learned_from_bytes=int(pieces.bytes[wanted].sum()) if learned else 0,
     )
 
@@ -623,10 +627,14 @@ class Encoded:
         return self.ids[self.places[j] : self.places[j] + self.lengths[j]]
 
 
+WHOLE = 1 << 40  # tokens in a shard: all of them in one
+
+
 def mix(todo, encoded_folder, tokenizer, folder):
     """Write the shards of both splits, merged by the mix, and of each source's validation."""
     for path in folder.glob("*"):  # of a build that was stopped here
         path.unlink()
+    dtype = np.dtype(tokenizer["dtype"]).type
     splits = {}
     sources = {}
     for split in "train", "val":
@@ -639,11 +647,13 @@ def mix(todo, encoded_folder, tokenizer, folder):
             picked = pick(todo, there, sources)
         else:
             picked = {name: np.arange(len(found.lengths)) for name, found in there.items()}
-        splits[split] = write_split(there, picked, folder, split)
+        splits[split] = write_split(there, picked, folder, split, dtype)
         if split == "val":
             by_source = {}
             for number, (name, found) in enumerate(there.items()):
-                with ShardWriter(folder, f"source{number}_val", 1 << 40) as writer:
+                with ShardWriter(
+                    folder, f"source{number}_val", 1 << 40, tokenizer["dtype"]
+                ) as writer:
                     for j in range(len(found.lengths)):
                         writer.write(found.tokens(j))
                 by_source[name] = writer.paths[0].name
@@ -674,12 +684,12 @@ def pick(todo, there, sources):
     return {name: these for name, these in picked.items() if len(these)}
 
 
-def write_split(there, picked, folder, split):
+def write_split(there, picked, folder, split, dtype):
     """Write the shards of a split; returns what the manifest says of it."""
     names = [*picked]
     owners, positions = mixing.merged([there[name].lengths[picked[name]] for name in names])
     size = 0
-    with ShardWriter(folder, split) as writer:
+    with ShardWriter(folder, split, dtype=dtype) as writer:
         order = zip(owners.tolist(), positions.tolist())
         for owner, position in progress(order, f"writing {split}", " documents", len(owners)):
             found = there[names[owner]]
