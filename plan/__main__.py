@@ -14,7 +14,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import train_gpt
 from base import InputError, to_json
 from base.command import Parser, given_path, refuse
 
@@ -81,7 +80,7 @@ def run(args, options):
 
         chart.draw(args.chart, place, args.tokens, options, data, own)
         return 0
-    config = train_gpt.parse_args(options)
+    config = estimate.configured(options)
     plan = estimate.make_plan(config, place, args.tokens, data, args.vocab, **own)
     print(to_json(plan) if args.json else "\n".join(report.in_words(plan)))
     return 0

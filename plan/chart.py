@@ -1,6 +1,5 @@
 """A picture of cost against loss: what every size of the ladder would take and reach."""
 
-import train_gpt
 from base import InputError, whole_file
 from tracks import track_names
 
@@ -19,7 +18,7 @@ def draw(path, place, rule, options, data=None, own=()):
         raise InputError(f"--chart {path}: expected a name that ends in .svg, .png or .pdf")
     plans = []
     for name in ladder_tracks() or ["laptop", "laptop-deep", "gpt2-small", "gpt2-medium"]:
-        config = train_gpt.parse_args(["--track", name, *options])
+        config = estimate.configured(["--track", name, *options])
         plans.append(estimate.make_plan(config, place, rule, data, **dict(own)))
     plans = [plan for plan in plans if plan["val_bpb"] is not None and plan["hours"]]
     if not plans:

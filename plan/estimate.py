@@ -26,7 +26,9 @@ from runtime.collectives import Links, collectives_of, communication_ms, paramet
 from runtime.environment import device_name, matmul_rate
 from runtime.hardware import Hardware
 from runtime.machine import choose_dtype
+from runtime.options import peek
 from runtime.setting_up import n_tokens
+from tracks import load_track
 
 GB = 1e9
 MANIFESTS = ("manifest.json", "data.json")  # of prepared data, and of a run's
@@ -143,6 +145,15 @@ def own_runs(device, config, folder):
 # What
 
 
+def configured(options):
+    """The trainer's Config of these options, also of a track whose text is not given yet. Raises
+    InputError."""
+    first = peek(options, "track", "text")
+    if first["track"] and not first["text"] and load_track(first["track"]).get("data") == "text":
+        options = [*options, "--text", "not given"]
+    return train_gpt.parse_args(options)
+
+
 def read_data(folder):
     """The Data of a folder with a manifest. Raises InputError."""
     for name in MANIFESTS:
@@ -165,7 +176,7 @@ def vocabulary(config):
     name = config.data.tokenizer
     if config.data.data == "fineweb10B":
         name = "gpt2"
-    found = re.fullmatch(r"bpe:(\d+)", name)
+    found = re.fullmatch(r"\w+:(\d+)", name)
     known = dict(bytes=257, gpt2=50257, chars=66)  # characters: Tiny Shakespeare's
     if not found and name not in known:
         raise InputError(
@@ -360,6 +371,13 @@ def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, wa
     watts_each = watts if watts is not None else kind.watts
     expected = expected_loss(config, n, tokens)
     value = expected.expected if expected else scaling.Expected(None, None, None)
+    caveats = list(expected.caveats) if expected else []
+    passes = tokens / data.tokens if data else None
+    if passes and passes > REPEATS:
+        caveats.append(
+            f"{passes:.0f} passes over the data; from {REPEATS} on, text that comes again teaches "
+            "less than new text"
+        )
     return dict(
         track=config.goal.track,
         template=config.goal.template,
@@ -370,7 +388,7 @@ def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, wa
         tokens=tokens,
         tokens_rule=rule,
         tokens_per_param=round(tokens / min(params, n), 2),
-        passes=round(tokens / data.tokens, 2) if data else None,
+        passes=round(passes, 2) if passes else None,
         steps=steps,
         batch_tokens=round(batch),
         flops_per_token=per_token,
@@ -400,7 +418,7 @@ def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, wa
         val_bpb_low=value.low,
         val_bpb_high=value.high,
         val_bpb_from=expected.source if expected else None,
-        val_bpb_caveats=list(expected.caveats) if expected else [],
+        caveats=caveats,
         chinchilla_nats={
             name: round(scaling.loss((E, A, a, B, b), min(params, n), tokens), 3)
             for name, (E, A, a, B, b) in scaling.CHINCHILLA.items()
