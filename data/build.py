@@ -36,7 +36,7 @@ from . import clean, filters, reading, recipe, report
 from . import stages as work
 from .pieces import progress, read_json, say, workers, write_json
 from .sources import MANIFEST
-from .tokenizers import make_tokenizer, on_disk
+from .tokenizers import make_tokenizer, n_cores, on_disk
 
 LAYOUT = 1  # change it when a stage comes to write something else for the same recipe
 
@@ -128,13 +128,6 @@ def epilog():
     for name, rules in filters.PRESETS.items():
         lines.append(f"  {name:9}{len(rules)} rules")
     return "\n".join(lines + ["docs/building-data.md has recipes, and every rule."])
-
-
-def n_cores():
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
 
 
 def recipe_of(args):

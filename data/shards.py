@@ -21,7 +21,7 @@ import numpy as np
 from base import InputError, whole_file
 
 MAGIC = 20240520
-VERSIONS = {np.uint16: 1, np.uint32: 2}  # type of tokens -> version that is written
+VERSIONS = {2: 1, 4: 2}  # bytes of a token -> version that is written
 # What is read: (magic, version) -> type of tokens
 READ = {(MAGIC, 1): "<u2", (MAGIC, 2): "<u4", (20240801, 7): "<u4"}
 HEADER_BYTES = 256 * 4
@@ -114,7 +114,7 @@ class ShardWriter:
         self.folder = Path(folder)
         self.prefix = prefix
         self.shard_tokens = shard_tokens
-        self.dtype = dtype
+        self.dtype = np.dtype(dtype)
         self.paths = []
         self.n_tokens = 0  # in shards that are whole
         self._file = None  # the shard being written
@@ -132,9 +132,8 @@ class ShardWriter:
         most = np.iinfo(self.dtype).max
         if tokens.size and (tokens.min() < 0 or tokens.max() > most):
             bad = tokens[(tokens < 0) | (tokens > most)].flat[0]
-            name = np.dtype(self.dtype).name
-            raise InputError(f"token {bad} does not fit the shard format's {name}")
-        tokens = tokens.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False)
+            raise InputError(f"token {bad} does not fit the shard format's {self.dtype.name}")
+        tokens = tokens.astype(self.dtype.newbyteorder("<"), copy=False)
         while len(tokens):
             if self._file is None:
                 self._open()
@@ -162,7 +161,7 @@ class ShardWriter:
 
     def _close(self):
         header = np.zeros(256, dtype="<i4")
-        header[:3] = MAGIC, VERSIONS[self.dtype], self._count
+        header[:3] = MAGIC, VERSIONS[self.dtype.itemsize], self._count
         self._guard(self._file.seek, 0)
         self._guard(self._file.write, header.tobytes())
         self._guard(self._opened.close)

@@ -11,9 +11,10 @@ transformers and llama.cpp know, and it has the tokens that conversations are wr
 pre-training and teaching have the same vocabulary.
 """
 
-import itertools
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -102,17 +103,37 @@ class Tokenizer:
             return [self._encode_chars(t) for t in texts]
 
         parts = []
-        counts = []  # parts of each text
+        ends = []  # of each text's parts
         for text in texts:
-            own = PIECE.findall(text) if LONG_RUN.search(text) else [text]
-            parts += own
-            counts.append(len(own))
-        ids = iter(self._bpe.encode_ordinary_batch(parts, num_threads=4))
-        arrays = []
-        for count in counts:
-            joined = itertools.chain.from_iterable(itertools.islice(ids, count))
-            arrays.append(np.array(list(joined), dtype=self.dtype))
-        return arrays
+            parts += PIECE.findall(text) if LONG_RUN.search(text) else [text]
+            ends.append(len(parts))
+        ids = self._encode_parts(parts)
+        return [
+            ids[begin] if end - begin == 1 else np.concatenate(ids[begin:end])
+            for begin, end in zip([0, *ends], ends)
+        ]
+
+    def _encode_parts(self, parts):
+        """What tiktoken makes of texts, on all cores: into arrays, since its own batches make a
+        Python integer of every id."""
+
+        def encode(some):
+            found = []
+            for part in some:
+                ids = self._bpe.encode_to_numpy(part, disallowed_special=())
+                found.append(ids.astype(self.dtype))
+            return found
+
+        threads = min(n_cores(), len(parts))
+        if threads < 2:
+            return encode(parts)
+        shares = 4 * threads  # so that a long text does not keep the others waiting
+        found = [None] * len(parts)
+        with ThreadPoolExecutor(threads) as pool:
+            its = pool.map(encode, (parts[i::shares] for i in range(shares)))
+            for i, arrays in enumerate(its):
+                found[i::shares] = arrays
+        return found
 
     def _encode_chars(self, text):
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -187,6 +208,14 @@ class Tokenizer:
             raise InputError(
                 f"{where}: not a tokenizer of this program ({type(e).__name__}: {reason})"
             ) from None
+
+
+def n_cores():
+    """Those that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
 
 
 def smallest_dtype(n_vocab):

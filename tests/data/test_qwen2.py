@@ -332,3 +332,24 @@ def test_more_ids_than_uint16(tmp_path):
     [batch] = loader.micro_batches(1)
     assert batch.inputs.flatten()[:256].tolist() == tokens[:256].tolist()
     assert batch.targets.flatten()[:256].tolist() == tokens[1:257].tolist()
+
+
+@pytest.mark.slow
+def test_a_build_with_more_ids_than_uint16(tmp_path):
+    """From text to a corpus, with a tokenizer.json of anyone's."""
+    from data.__main__ import main
+
+    (tmp_path / "tokenizer.json").write_text(many_tokens())
+    for i in range(10):
+        part = SAMPLE[i * 700 : (i + 1) * 700]
+        (tmp_path / f"{i}.txt").write_text(f"Document {i} of ten.\n{part}")
+    out = tmp_path / "out"
+    sources = [str(tmp_path / f"{i}.txt") for i in range(10)]
+    options = ["--out", str(out), "--preset", "none", "--val-fraction", "0.3", "--processes", "1"]
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer.json")]
+    assert main(["build", *sources, *options, *tokenizer]) == 0
+    tok = load_tokenizer(out)
+    for split in "train", "val":
+        tokens = read_shard(out / f"{split}_000000.bin", tok.n_vocab)
+        assert tokens.dtype == np.uint32 and tokens[0] == tok.eot == 65792
+        assert "Document" in tok.decode(tokens)
