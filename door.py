@@ -30,7 +30,7 @@ from base import clock as clock  # noqa: E402  start-up is counted from its impo
 from base import last_resort, streams  # noqa: E402
 
 # Of verbs that are no package with a __main__
-MODULES = dict(train="train_gpt", eval="evals.__main__")
+MODULES = dict(train="train_gpt", eval="evals.__main__", report="records.report")
 MODULES |= {verb: f"inference.{verb}" for verb in ("sample", "chat", "serve")}
 
 

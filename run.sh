@@ -31,6 +31,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   chat          the same as a conversation in the terminal
   serve         the same for other programs, by OpenAI's protocol, and for a browser
   eval          bits per byte, multiple choice and other tasks, of a run's model or of two
+  report        one HTML page about a run, or about several side by side
   export        write a run's weights, configuration and tokenizer into a folder for others
   records       add, check, compare, plot and list results
   benchmarks    time kernels, steps, loaders, start-up; ablations; other programs side by side
@@ -143,7 +144,7 @@ case $verb in
         unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    plan | data | sample | chat | serve | eval | export | records | benchmarks)
+    plan | data | sample | chat | serve | eval | report | export | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records

@@ -361,13 +361,13 @@ def train_to_the_end(setup, session):
 
             # The update counts if loss and gradients are finite, on all ranks
             ok = guard.judge(step, loss, optimizer.gradients(), session.votes())
-            momentum = muon_momentum(config.schedule.annealing(step))
-            optimizer.step(lr_at(config, step), momentum, ok)
+            lr = lr_at(config, step)
+            optimizer.step(lr, muon_momentum(config.schedule.annealing(step)), ok)
             model.after_step()
 
             # Log what is known by now, validate, stop or save, each when it is due
             tokens = n_tokens(config, stage)
-            session.after_step(step, tokens, tokens * model.flops_per_token(stage.model))
+            session.after_step(step, tokens, tokens * model.flops_per_token(stage.model), lr)
             if session.snapshot_is_due():
                 with session.clock_stopped(), session.parts.part("save_s"):
                     session.log.save_weights(weights_after(setup, step), step_weights(step))

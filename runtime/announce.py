@@ -1,5 +1,7 @@
 """What is about to run: all of it into the log, the gist on the screen."""
 
+import shlex
+import sys
 from pathlib import Path
 
 from base import InputError, to_json
@@ -10,6 +12,13 @@ from .machine import mention_unused
 from .options import flat
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def command_line(argv):
+    """What a shell starts this run with; None where it is not a command that was typed."""
+    if Path(argv[0]).name not in ("door.py", "train_gpt.py"):
+        return None
+    return shlex.join(["./run.sh", *argv[1:]])
 
 
 def announce(log, setup):
@@ -24,6 +33,7 @@ def announce(log, setup):
         config=flat(config),
         data=data.dataset.fingerprint,
         n_vocab=data.dataset.n_vocab,
+        command=command_line(sys.argv),
     )
 
     goal = config.goal

@@ -41,6 +41,7 @@ class Report(typing.NamedTuple):
     loss: float
     votes: list  # added up
     complaint: str | None  # why its update did not count; None if it did
+    grad_norm: float = math.nan  # root of the sum of squares of all ranks' gradients
 
     def refusal(self):
         """Why the run stopped, and what to do."""
@@ -144,7 +145,7 @@ class Guard:
             sums = rest[: len(names)]
             votes = rest[len(names) :]
             complaint = None if ok else self.complaint(loss, names, sums)
-            yield Report(at, loss, votes, complaint)
+            yield Report(at, loss, votes, complaint, math.sqrt(max(0.0, sum(sums))))
 
     def complaint(self, loss, names, sums):
         """Why a step did not count, in words."""

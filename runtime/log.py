@@ -4,9 +4,10 @@ weights at the end.
 Step lines in log.txt are the field's (modded-nanogpt's), so its readers read ours:
     step:S/N train_loss:4.1234 train_time:1234ms step_avg:12.34ms
     step:S/N val_loss:4.1234 train_time:1234ms step_avg:12.34ms val_bpb:1.2345
-metrics.jsonl has an object for each step, with `step`, `train_loss` and `train_time` (seconds), and
-one for each validation, with `step`, `train_time` and every metric of records/metrics.py that the
-data allows.
+metrics.jsonl has an object for each step, with `step`, `train_loss`, `train_time` (seconds), `lr`
+(a fraction of its peak) and, in one process, `grad_norm`, the norm of all gradients. It has one for
+each validation, with `step`, `train_time` and every metric of records/metrics.py that the data
+allows.
 
 The source is beside them once, in source.tar.bz2, and log.txt begins with its digest: see
 records/source.py. With --repeat each seed's folder has its own, so that any of them can be moved
@@ -163,12 +164,14 @@ class Log:
                 "writing is tried again"
             )
 
-    def step(self, step, total, kind, loss, seconds, **more):
+    def step(self, step, total, kind, loss, seconds, kept=None, **more):
         """One step line and one object of metrics.jsonl.
 
         step: numbered from 1, of `total`; kind: train or val; loss: nats per token; seconds: of the
-        training clock; more: further metrics by name, None for what could not be measured.
+        training clock; kept: what only metrics.jsonl has besides; more: further metrics by name;
+        None for what could not be measured.
         """
+        kept = {name: value for name, value in (kept or {}).items() if value is not None}
         more = {name: value for name, value in more.items() if value is not None}
         line = (
             f"step:{step}/{total} {kind}_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
@@ -178,7 +181,7 @@ class Log:
             line += f" {name}:{value:{METRICS[name].format}}"
         self.say(line, quiet=kind == "train")
         if self.active:
-            row = {"step": step, f"{kind}_loss": loss, **more, "train_time": seconds}
+            row = {"step": step, f"{kind}_loss": loss, **more, "train_time": seconds, **kept}
             self.metrics.add(to_json(row))
 
     def validation(self, step, total, measured, seconds):

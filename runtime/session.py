@@ -100,6 +100,7 @@ class Session:
         self.max_time = seconds(self.options.max_time) if self.options.max_time else math.inf
         self.time_left = TimeLeft(setup.stages, setup.pass_seconds)
         self.time_left.forget(self.first)
+        self.lr = {}  # step -> learning rate, as a fraction of its peak, until that is logged
         self.reported = self.at.train_time  # the clock at the last report
         self.earlier_time = self.at.train_time  # of processes before this one
 
@@ -208,9 +209,11 @@ class Session:
         self.meter = energy.Meter(counters, self.at.joules, self.at.seconds)
         self.clock.start()
 
-    def after_step(self, step, tokens, flops):
-        """This step, of so many tokens and FLOPs over all ranks, was taken."""
+    def after_step(self, step, tokens, flops, lr=None):
+        """This step, of so many tokens and FLOPs over all ranks, was taken, at this fraction of the
+        peak learning rate."""
         self.at.step = step
+        self.lr[step] = lr
         self.at.tokens += tokens
         self.at.flops += flops
         self.read_meter()
@@ -241,7 +244,10 @@ class Session:
                     f"({at.skipped} of {self.max_skips})"
                 )
             elapsed = self.clock.now()
-            self.log.step(report.step, self.steps_in_all, "train", report.loss, elapsed)
+            kept = dict(lr=self.lr.pop(report.step, None))
+            if self.state.world.size == 1:  # else it is of each rank's own gradients
+                kept["grad_norm"] = report.grad_norm
+            self.log.step(report.step, self.steps_in_all, "train", report.loss, elapsed, kept)
             self.time_left.add(report.step, elapsed - self.reported)
             self.reported = elapsed
             left = min(self.time_left.seconds(), max(0.0, self.max_time - elapsed))

@@ -42,7 +42,7 @@ def test_a_finite_step_counts_and_is_reported():
     guard = make()
     assert judge(guard, 1, 2.5, (True, False, 3), a=1.0, b=-1e18, unused=None)
     (report,) = guard.reports(1)
-    assert report == (1, 2.5, [1.0, 0.0, 3.0], None)
+    assert report == (1, 2.5, [1.0, 0.0, 3.0], None, pytest.approx(1e18))
     assert list(guard.reports(INF)) == []  # each once
 
 
