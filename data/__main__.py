@@ -12,6 +12,7 @@ from . import sources
 # Command -> (module with its main(argv), a line for --help)
 COMMANDS = {
     "build": ("data.build", "text from any number of sources, cleaned, into tokens to train on"),
+    "tokenizer": ("data.tokenizer_command", "learn a vocabulary, or compare tokenizers on a text"),
     "where": ("data.where", "which documents of a corpus hold a string"),
 }
 
