@@ -32,7 +32,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   serve         the same for other programs, by OpenAI's protocol, and for a browser
   eval          bits per byte, multiple choice and other tasks, of a run's model or of two
   report        one HTML page about a run, or about several side by side
-  export        write a run's weights, configuration and tokenizer into a folder for others
+  export        write a model for transformers, llama.cpp or torchtitan
   records       add, check, compare, plot and list results
   benchmarks    time kernels, steps, loaders, start-up; ablations; other programs side by side
 

@@ -282,10 +282,18 @@ class Config(Options):
         }
 
     def hf_config(self, progress):
-        """Sizes and parts under Hugging Face's names, for weights of this progress."""
+        """Sizes and parts under Hugging Face's names, for weights of this progress; what
+        export/modeling_stopwatch.py builds the model from."""
+        stage = self.val_stage(self.stage(progress, 0), 0)
+        freqs = rope_frequencies(self.rope_base, self.head_dim // 4, self.long_windows(progress))
+        offset = [i for i in self.attn_layers if self.sees_far(i) and i not in self.paired_layers]
         return dict(
-            architectures=["StopwatchGPT"],
+            architectures=["StopwatchForCausalLM"],
             model_type="stopwatch",
+            auto_map=dict(
+                AutoConfig="modeling_stopwatch.StopwatchConfig",
+                AutoModelForCausalLM="modeling_stopwatch.StopwatchForCausalLM",
+            ),
             hidden_size=self.n_embd,
             num_hidden_layers=self.n_layer,
             num_attention_heads=self.n_head,
@@ -294,6 +302,23 @@ class Config(Options):
             hidden_act="relu2",
             rope_theta=self.rope_base,
             tie_word_embeddings=progress < self.tied or self.tied == 1,
+            # What no other model has
+            windows=stage.windows,
+            attention_scale=stage.attn_scale,
+            rope_frequencies=freqs.tolist(),
+            value_embed_layers=self.value_embed_layers,
+            key_offset_layers=offset if self.key_offset else [],
+            paired_layers=self.paired_layers,
+            output_gate=self.attn_gate,
+            skip=self.skip,
+            backout=self.backout,
+            smear=self.smear,
+            n_gram=self.n_gram,
+            ngram_rows=self.ngram_rows,
+            ngram_signs=self.ngram_signs,
+            norm_embedding=self.tied > 0,
+            softcap=self.softcap,
+            copies=self.copies,
         )
 
 

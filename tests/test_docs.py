@@ -103,7 +103,7 @@ def test_commands_are_found():
         "benchmarks trainer --stepz 3",
         "benchmarks nothing",
         "data download fineweb10B --shards x",
-        "export runs/a --too b",
+        "export --run runs/a --too hf b",
         "sample --promt x",
         "records chekc a",
     ],

@@ -96,7 +96,7 @@ def test_its_export_is_what_transformers_loads(whole, tmp_path):
     transformers = pytest.importorskip("transformers")
     to = tmp_path / "folder"
     with contextlib.redirect_stdout(None):
-        assert export.main([str(whole), "--to", str(to)]) == 0
+        assert export.main(["--run", str(whole), "--to", "hf", str(to)]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32)
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
 

@@ -253,8 +253,8 @@ def test_it_is_exported_under_the_fields_names(whole, tmp_path):
     to = tmp_path / "folder"
     with contextlib.redirect_stdout(None):
         # A folder does not say by itself what is imported
-        assert export.main([str(whole), "--to", str(to)]) == 2
-        given = [str(whole), "--to", str(to), "--template", "templates.ngram_mlp"]
+        assert export.main(["--run", str(whole), "--to", "torchtitan", str(to)]) == 2
+        given = ["--run", str(whole), "--to", "torchtitan", str(to), "--template", NAME]
         assert export.main(given) == 0
     tensors = load_file(to / "model.safetensors")
     weights = load_file(whole / "model.safetensors")

@@ -1,4 +1,4 @@
-"""export/folder.py: every element comes back bit for bit, under names from which the model can
+"""export/torchtitan.py: every element comes back bit for bit, under names from which the model can
 be built again."""
 
 import json
@@ -14,24 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from export_helpers import export, make_run, refused
 from helpers import ROOT, model_fields, tiny, tiny_model, write_text
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer as HF
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train_gpt as tg
-from data.tokenizers import PATTERN, Tokenizer, load_tokenizer, make_tokenizer
-from export import folder as export
+from data.tokenizers import load_tokenizer, make_tokenizer
+from export import weights as weights_files
 from export.__main__ import main as export_main
-from export.folder import save_tokenizer, template_config, unstack
+from export.source import template_config, unstack
 from models import gpt
-from records.source import source_of
-from runtime.checkpoints import Checkpoints
-from runtime.log import Log
-from runtime.options import flat
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is:UserWarning"
@@ -65,28 +59,9 @@ def everything(dtype=torch.float32, **fields):
     return small(dtype, **(EVERY_PART | fields))
 
 
-def make_run(folder, c, model, step=7, checkpoint=None):
-    """A finished run's folder, and with `checkpoint` a folder with one, of random masters."""
-    config = flat(c)
-    with Log(folder, 20) as log:
-        source = source_of({"train_gpt.py": b"the source"})
-        log.header(source, environment=dict(git_commit="abc"), config=config, data="f00d")
-        log.save_weights({name: p.detach() for name, p in model.named_parameters()})
-        log.finish(dict(steps=step))
-    if checkpoint is not None:
-        tensors = {
-            f"{kind}/{name}": t for kind in ("weights", "m", "v") for name, t in checkpoint.items()
-        }
-        meta = dict(config=config, data_fingerprint="f00d", progress=dict(step=step))
-        assert Checkpoints(folder / "checkpoints").save(step, tensors, meta, wait=True)
-    return folder
-
-
-def main(capsys, *args):
-    """(exit status, stdout, stderr) of ./run.sh export."""
-    capsys.readouterr()
-    status = export_main([*map(str, args)])
-    return status, *capsys.readouterr()
+def main(capsys, source, to, *more):
+    """(exit status, stdout, stderr) of ./run.sh export --to torchtitan."""
+    return export(capsys, source, "torchtitan", to, *more)
 
 
 def read_back(folder):
@@ -152,7 +127,7 @@ def test_the_model_comes_back(tmp_path, capsys, dtype, kind):
     }
     run = make_run(tmp_path / "run", c, model, checkpoint=masters)
     source = run if kind == "run" else run / "checkpoints/step-000007"
-    status, out, err = main(capsys, source, "--to", tmp_path / "out")
+    status, out, err = main(capsys, source, tmp_path / "out")
     assert (status, out) == (0, f"{tmp_path / 'out'}\n") and "no tokenizer is written" in err
     config, found = rebuild(tmp_path / "out")
     expected = dict(model.named_parameters()) if kind == "run" else masters
@@ -167,7 +142,7 @@ def test_the_model_comes_back(tmp_path, capsys, dtype, kind):
 def test_the_rebuilt_model_computes_the_same(tmp_path, capsys):
     """Sizes and switches from config.json, weights from the files."""
     c, model = everything()
-    assert main(capsys, make_run(tmp_path / "run", c, model), "--to", tmp_path / "out")[0] == 0
+    assert main(capsys, make_run(tmp_path / "run", c, model), tmp_path / "out")[0] == 0
     config, weights = rebuild(tmp_path / "out")
     again = template_config(config["training"])
     assert again == c.model
@@ -219,7 +194,7 @@ def test_a_tensor_without_dimensions_and_odd_names_survive(tmp_path):
         "b/c d": torch.arange(6.0).view(2, 3).T,
         "model.x": torch.zeros(1),
     }
-    export.save_weights(tensors, tmp_path)
+    weights_files.save_weights(tensors, tmp_path)
     found = read_back(tmp_path)
     assert found.keys() == tensors.keys() and all(
         torch.equal(found[n], t) for n, t in tensors.items()
@@ -231,9 +206,9 @@ def test_shards(tmp_path, capsys, monkeypatch, size):
     """Above the limit there are several files and the Hub's index; PyTorch reads them as one."""
     c, model = everything()
     run = make_run(tmp_path / "run", c, model)
-    assert main(capsys, run, "--to", tmp_path / "whole")[0] == 0
-    monkeypatch.setattr(export, "SHARD_BYTES", size)
-    assert main(capsys, run, "--to", tmp_path / "out")[0] == 0
+    assert main(capsys, run, tmp_path / "whole")[0] == 0
+    monkeypatch.setattr(weights_files, "SHARD_BYTES", size)
+    assert main(capsys, run, tmp_path / "out")[0] == 0
     whole, found = read_back(tmp_path / "whole"), read_back(tmp_path / "out")
     assert found.keys() == whole.keys() and all(
         torch.equal(found[name], t) for name, t in whole.items()
@@ -253,8 +228,8 @@ def test_shards(tmp_path, capsys, monkeypatch, size):
 
 def test_a_shard_may_have_all_the_bytes_it_is_allowed(tmp_path, monkeypatch):
     tensors = {name: torch.zeros(4) for name in "abcde"}
-    monkeypatch.setattr(export, "SHARD_BYTES", 32)  # two tensors
-    export.save_weights(tensors, tmp_path)
+    monkeypatch.setattr(weights_files, "SHARD_BYTES", 32)  # two tensors
+    weights_files.save_weights(tensors, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
@@ -266,21 +241,21 @@ def test_a_tied_model_says_so(tmp_path, capsys):
         for step in {1, last_tied, last_tied + 1, 20}:
             run = make_run(tmp_path / f"run{step}-{extension}", c, model, step)
             out = tmp_path / f"out{step}-{extension}"
-            assert main(capsys, run, "--to", out)[0] == 0
+            assert main(capsys, run, out)[0] == 0
             config = json.loads((out / "config.json").read_text())
             assert config["tie_word_embeddings"] is (step <= last_tied), (extension, step)
     # Steps that were added at the end bring no stage back
     c, model = small(tied=0.5, run=dict(steps=80, earlier=((20, 20, "replan"),)))
     for step, tied in ((10, True), (11, False), (30, False)):
         run = make_run(tmp_path / f"longer{step}", c, model, step)
-        assert main(capsys, run, "--to", tmp_path / f"added{step}")[0] == 0
+        assert main(capsys, run, tmp_path / f"added{step}")[0] == 0
         config = json.loads((tmp_path / f"added{step}/config.json").read_text())
         assert config["tie_word_embeddings"] is tied, step
 
 
 def test_no_pickle_and_no_path_of_this_machine(tmp_path, capsys):
     c, model = small(run={n: str(tmp_path / n) for n in ("cache_dir", "run_dir", "text")})
-    assert main(capsys, make_run(tmp_path / "run", c, model), "--to", tmp_path / "out")[0] == 0
+    assert main(capsys, make_run(tmp_path / "run", c, model), tmp_path / "out")[0] == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
     assert str(tmp_path) not in (tmp_path / "out/config.json").read_text()
     modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()}
@@ -291,7 +266,7 @@ def test_no_pickle_and_no_path_of_this_machine(tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_read_a_half_each(tmp_path, finished, capsys):
     """Into DTensors, as torchtitan has them."""
-    assert main(capsys, finished, "--to", tmp_path / "out")[0] == 0
+    assert main(capsys, finished, tmp_path / "out")[0] == 0
     (tmp_path / "read.py").write_text("""
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
@@ -326,13 +301,6 @@ dist.destroy_process_group()
 # --- what is refused
 
 
-def refused(result, to, *said):
-    status, out, err = result
-    assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, result
-    assert all(str(words) in err for words in said), err
-    assert not to.exists() and not list(to.parent.glob("*.tmp"))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     c, model = small()
@@ -349,19 +317,17 @@ def test_unfinished_runs_and_other_folders(copy, tmp_path, capsys):
     to = tmp_path / "out"
     (copy / "model.safetensors").unlink()
     refused(
-        main(capsys, copy, "--to", to),
+        main(capsys, copy, to),
         to,
         "has no model.safetensors",
-        copy / "checkpoints/step-000007",
+        "its last checkpoint is --step 7",
     )
     refused(
-        main(capsys, tmp_path / "nowhere", "--to", to),
+        main(capsys, tmp_path / "nowhere", to),
         to,
         "expected a finished run or a checkpoint",
     )
-    refused(
-        main(capsys, copy / "log.txt", "--to", to), to, "expected a finished run or a checkpoint"
-    )
+    refused(main(capsys, copy / "log.txt", to), to, "expected a finished run or a checkpoint")
 
 
 def test_damaged_weights(copy, tmp_path, capsys):
@@ -373,9 +339,9 @@ def test_damaged_weights(copy, tmp_path, capsys):
         whole = file.read_bytes()
         for damaged in (whole[:-9], b"", b"\x80\x04pickle" * 99):
             file.write_bytes(damaged)
-            refused(main(capsys, source, "--to", to), to, source)
+            refused(main(capsys, source, to), to, source)
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # the size is right
-    refused(main(capsys, source, "--to", to), to, "SHA-256")
+    refused(main(capsys, source, to), to, "SHA-256")
 
 
 @pytest.mark.parametrize(
@@ -390,7 +356,7 @@ def test_damaged_weights(copy, tmp_path, capsys):
 )
 def test_broken_descriptions(copy, tmp_path, capsys, name, text, said):
     (copy / name).write_text(text)
-    refused(main(capsys, copy, "--to", tmp_path / "out"), tmp_path / "out", copy, said)
+    refused(main(capsys, copy, tmp_path / "out"), tmp_path / "out", copy, said)
 
 
 def test_weights_of_another_configuration(copy, tmp_path, capsys):
@@ -398,20 +364,20 @@ def test_weights_of_another_configuration(copy, tmp_path, capsys):
     config = (copy / "config.json").read_text()
     (copy / "config.json").write_text(config.replace('"n_layer": 3', '"n_layer": 4'))
     refused(
-        main(capsys, copy, "--to", tmp_path / "out"),
+        main(capsys, copy, tmp_path / "out"),
         tmp_path / "out",
         "attn_bank has 12 matrices, expected 16",
     )
     save_file({"w": torch.zeros(3)}, copy / "model.safetensors")
-    refused(main(capsys, copy, "--to", tmp_path / "out"), tmp_path / "out", "KeyError('embed')")
+    refused(main(capsys, copy, tmp_path / "out"), tmp_path / "out", "KeyError('embed')")
 
 
 def test_a_target_that_is_taken_or_cannot_be_made(finished, tmp_path, capsys):
     (tmp_path / "there").mkdir()
-    status, _, err = main(capsys, finished, "--to", tmp_path / "there")
+    status, _, err = main(capsys, finished, tmp_path / "there")
     assert status == 2 and "is there already" in err and not any((tmp_path / "there").iterdir())
     (tmp_path / "file").write_text("x")
-    status, _, err = main(capsys, finished, "--to", tmp_path / "file/out")
+    status, _, err = main(capsys, finished, tmp_path / "file/out")
     assert status == 2 and "cannot be written" in err and (tmp_path / "file").read_text() == "x"
 
 
@@ -419,14 +385,14 @@ def test_a_disk_without_room(finished, tmp_path, capsys, monkeypatch):
     to = tmp_path / "out"
     with monkeypatch.context() as m:
         m.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-        status, out, err = main(capsys, finished, "--to", to)
+        status, out, err = main(capsys, finished, to)
         assert status == 2 and "0.00 GB are free" in err and not to.exists()
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    status, out, err = main(capsys, finished, "--to", to)
+    status, out, err = main(capsys, finished, to)
     assert (
         status == 2
         and "No space left on device; nothing is left there" in err
@@ -434,63 +400,7 @@ def test_a_disk_without_room(finished, tmp_path, capsys, monkeypatch):
     )
 
 
-# --- tokenizers
-
-TEXT = "Naïve 中文,  don't 12345\r\n\t🙂 they'll  see\n\n the the cat cats <x> \x00é" * 3
-TOKENIZERS = {
-    "bytes": make_tokenizer("bytes", None),
-    "chars": make_tokenizer("chars", lambda: [TEXT + "abc"]),
-    "bpe": make_tokenizer(
-        "bpe:400", lambda: iter([TEXT, (ROOT / "train_gpt.py").read_text()[:20000]])
-    ),
-}
-LEAPS = [
-    *TOKENIZERS["bytes"].tokens,
-    b"they",
-    b"cat",
-    b"the",
-    b"ll",
-    b" the",
-]  # that no merges lead to
-TOKENIZERS["leaps"] = Tokenizer("bpe", LEAPS, PATTERN)
-TOKENIZERS["gpt2"] = Tokenizer("bpe", TOKENIZERS["bpe"].tokens, r50k_pat_str)
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """{kind: (ours, Hugging Face's from the exported file)}"""
-    pairs = {}
-    for kind, ours in TOKENIZERS.items():
-        folder = tmp_path_factory.mktemp(kind)
-        save_tokenizer(ours, folder)
-        pairs[kind] = ours, HF.from_file(str(folder / "tokenizer.json"))
-    return pairs
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_tokenizers_agree(exported, kind):
-    ours, theirs = exported[kind]
-    assert (
-        theirs.get_vocab_size() == ours.n_vocab and theirs.token_to_id("<|endoftext|>") == ours.eot
-    )
-    texts = (
-        st.text(sorted(set(TEXT)))
-        if kind == "chars"
-        else st.text()
-        | st.text("the cats don'l\n 12")
-        | st.lists(st.sampled_from(TEXT.split(" ") + [" ", "\n", "  "])).map("".join)
-    )
-
-    @settings(max_examples=200, deadline=None)
-    @given(texts.filter(lambda text: "\ud800" not in text))
-    def agree(text):
-        ids = ours.encode([text])[0].tolist()
-        assert theirs.encode(text).ids == ids and theirs.decode(ids) == text
-
-    agree()
-    if kind == "chars":
-        with pytest.raises(Exception, match="unk|UNK"):
-            theirs.encode("Ω")
+# --- the tokenizer
 
 
 def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
@@ -506,7 +416,7 @@ def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
     assert (about["n_vocab"], about["eot"]) == (ours.n_vocab, ours.eot)
     for source in run, run / "checkpoints/step-000002":
         to = tmp_path / f"out-{source.name}"
-        status, out, err = main(capsys, source, "--to", to)
+        status, out, err = main(capsys, source, to)
         assert (status, err) == (0, "") and sorted(os.listdir(to)) == [
             "config.json",
             "model.safetensors",
@@ -515,7 +425,8 @@ def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
         ]
         theirs = HF.from_file(str(to / "tokenizer.json"))
         text = path.read_text()
-        assert theirs.encode(text).ids == ours.encode([text])[0].tolist()
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ids == ours.encode([text])[0].tolist()
         config = json.loads((to / "config.json").read_text())
         n = theirs.get_vocab_size()
         assert config["n_vocab"] == n <= config["vocab_size"] and config["bos_token_id"] == n - 1
@@ -523,19 +434,15 @@ def test_the_runs_own_tokenizer_is_found(tmp_path, capsys):
 
 def test_a_run_without_a_tokenizer(copy, tmp_path, capsys):
     """From before runs kept it: said, and another run's can be named."""
-    assert "name one with --tokenizer" in main(capsys, copy, "--to", tmp_path / "out")[2]
-    (tmp_path / "theirs.json").write_text(TOKENIZERS["bytes"].to_json())
-    given = "--to", tmp_path / "out2", "--tokenizer", tmp_path / "theirs.json"
+    assert "name one with --tokenizer" in main(capsys, copy, tmp_path / "out")[2]
+    (tmp_path / "theirs.json").write_text(make_tokenizer("bytes", None).to_json())
+    given = tmp_path / "out2", "--tokenizer", tmp_path / "theirs.json"
     assert main(capsys, copy, *given)[::2] == (0, "")
     assert (tmp_path / "out2/tokenizer.json").exists()
     (tmp_path / "text.txt").write_text("some text")
     for file in (tmp_path / "nowhere.json", tmp_path / "text.txt"):
         to = tmp_path / "out3"
-        refused(main(capsys, copy, "--to", to, "--tokenizer", file), to, file)
-
-
-def test_the_pattern_of_our_own_bpe_is_what_is_tested():
-    assert TOKENIZERS["bpe"].pattern == PATTERN
+        refused(main(capsys, copy, to, "--tokenizer", file), to, file)
 
 
 # --- the page
@@ -550,7 +457,7 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     c, model = everything()
     make_run(tmp_path / "runs/my-run", c, model)
     monkeypatch.chdir(tmp_path)
-    assert main(capsys, *shlex.split(command, comments=True))[0] == 0
+    assert export_main(shlex.split(command, comments=True)) == 0
     exec(python, {})
     assert f"{sum(p.numel() for p in model.parameters()):,} elements" in capsys.readouterr().out
     listed = set(re.findall(r"^\| `([\w.{}]+)`", page, re.MULTILINE))

@@ -1,0 +1,147 @@
+"""The model card: what a stranger should know of exported weights."""
+
+import dataclasses
+import shlex
+
+from data import sources
+from data.config import DataConfig
+from optim import OptimConfig
+from records.add import PATHS
+from records.metrics import METRICS
+from runtime.guard import GuardConfig
+from runtime.machine import PrecisionConfig
+from runtime.options import RunConfig
+from runtime.saved import template_config
+from tracks import load_track, track_names
+
+# Of what our own sources fetch or find
+LICENCES = dict(stdlib="PSF-2.0", fineweb10B="ODC-By-1.0")
+# Options of a machine or of a command, which say nothing of the model
+APART = {*PATHS, "resume", "gpus", "micro_tokens", "recompute", "kernels", "compile", "repeat"}
+APART |= {"checkpoint_every", "keep_last", "keep_best", "max_restarts", "sample_prompts", "earlier"}
+
+
+def model_card(exported, config, licence=None):
+    """README.md of an export. config: Hugging Face's; licence: of the weights, as the Hub names
+    it."""
+    model = exported.model
+    fields = model.fields
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"license: {licence}"] if licence else []
+    head += ["tags:", "- stopwatch", "---", ""]
+
+    loads = "AutoModelForCausalLM.from_pretrained(folder)"
+    if "auto_map" in config:
+        loads = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+    n = sum(t.numel() for t in exported.tensors.values())
+    body = [
+        f"# {model.run.absolute().name}",
+        "",
+        f"A language model of {n:,} parameters ({config['architectures'][0]}), trained by "
+        "Stopwatch from random weights."
+        if not fields.get("warm_start")
+        else f"A language model of {n:,} parameters ({config['architectures'][0]}), trained by "
+        "Stopwatch from the weights of an earlier run.",
+        "It continues text. It has not been tested for any use, and what it says may be false.",
+        "",
+        "## Data and licence",
+        "",
+        *about_data(model),
+        f"- Licence of the weights: {licence or 'none was named; ask whoever published them'}",
+        "",
+        "## Loss",
+        "",
+        *about_loss(model),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "."  # where this file is, or the name on the Hub',
+        f"model = {loads}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        "```",
+        "",
+        f"Every text begins with `<|endoftext|>`, which the tokenizer adds. The context is "
+        f"{model.max_len} tokens.",
+        "",
+        "## Command",
+        "",
+        "```",
+        command(model),
+        "```",
+        "",
+        f"Stopwatch at commit {model.commit}." if model.commit else "",
+    ]
+    return "\n".join([*head, *body]).rstrip() + "\n"
+
+
+def about_data(model):
+    name = model.fields.get("data")
+    about = "not known"
+    licence = None
+    if name in sources.names():
+        source = sources.find(name)
+        about = source.about
+        licence = getattr(source, "licence", None) or LICENCES.get(name)
+    lines = [f"- Data: `{name}`, {about}; fingerprint `{model.data}`"]
+    lines.append(f"- Licence of the data: {licence or 'not known to the program'}")
+    if model.result.get("tokens"):
+        lines.append(f"- Tokens seen in training: {model.result['tokens']:,}")
+    lines.append(f"- Tokenizer: `{model.fields.get('tokenizer')}`")
+    return lines
+
+
+def about_loss(model):
+    found = [
+        f"- `{name}`: {model.result[name]:.4f}"
+        for name in METRICS
+        if isinstance(model.result.get(name), float)
+    ]
+    if not found:
+        found = ["- not measured: these are weights of a checkpoint"]
+    return [*found, f"- after step {model.step} of {model.fields.get('steps')}"]
+
+
+def command(model):
+    """The command line that trains such a model: the track, and what differs from its values."""
+    fields = model.fields
+    track = fields.get("track")
+    values = load_track(track) if track in track_names() else {}
+    classes = (
+        DataConfig,
+        type(template_config(fields, fields.get("template"))),
+        OptimConfig,
+        GuardConfig,
+        PrecisionConfig,
+        RunConfig,
+    )
+    words = ["./run.sh"]
+    defaults = {}
+    if values:  # else the command line would put another track's in their place
+        words += ["--track", track]
+        defaults = {f.name: f.default for cls in classes for f in dataclasses.fields(cls)}
+    for name, value in fields.items():
+        if name in APART or name == "track" or value is None:
+            continue
+        expected = values.get(name, defaults.get(name))
+        if as_words(value) != as_words(expected):
+            words += option(name, value)
+    if fields.get("text"):
+        words += ["--text", "FILE"]
+    return shlex.join(words)
+
+
+def as_words(value):
+    return [*map(str, value)] if isinstance(value, list | tuple) else str(value)
+
+
+def option(name, value):
+    """The words of one option."""
+    dashed = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [dashed if value else f"--no-{dashed[2:]}"]
+    return [dashed, *(as_words(value) if isinstance(value, list | tuple) else [str(value)])]

@@ -1,0 +1,467 @@
+"""The speedrun's model for Hugging Face's transformers, in one file that needs nothing else.
+
+`./run.sh export --to hf` copies this file beside the weights; transformers loads it with
+
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+
+and the model then computes what the trained one does. Every row is one document, which the
+end-of-text token begins; rows may be padded on either side, with an attention mask. In decoding the
+cache holds keys and values only: what a token takes from those right before it is computed again,
+so that forward() is given all tokens so far, as generate() does, and not the new ones alone.
+
+Shapes: B rows, T tokens so far, S tokens that are computed, C width, H heads, D head width, V
+vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+GATE_INPUTS = 12  # gates look at this many dimensions of a token
+
+
+class StopwatchConfig(PretrainedConfig):
+    """Sizes, and the parts that a model has. Layers are counted from 0."""
+
+    model_type = "stopwatch"
+
+    def __init__(
+        self,
+        vocab_size=256,
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=64,
+        intermediate_size=128,
+        windows=(256,),  # of each layer: tokens that a query sees behind it
+        attention_scale=0.125,
+        rope_frequencies=(),  # radians a token; the other pairs of dimensions do not turn
+        value_embed_layers=(),  # layers whose values get a second embedding of the token
+        key_offset_layers=(),  # layers where half of a key is its predecessor's
+        paired_layers=(),  # layers where two heads see each other's keys
+        output_gate=False,  # whether each head's output has a gate
+        skip=(),  # two layers: the second has no attention but the first one's output
+        backout=-1,  # a layer whose output is taken out of the last one's; -1 is none
+        smear=False,  # whether a share of the previous token's embedding is added
+        n_gram=1,  # n-grams up to this length have embeddings
+        ngram_rows=0,  # of the table for each length
+        ngram_signs=False,  # whether each n-gram flips signs of its row
+        norm_embedding=False,  # whether tokens' embeddings are normalised by themselves
+        softcap=(),  # a, b, c: logits become a * sigmoid((z + b) / c)
+        copies=0,  # lengths of n-grams whose earlier continuations are mixed in
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.windows = list(windows)
+        self.attention_scale = attention_scale
+        self.rope_frequencies = list(rope_frequencies)
+        self.value_embed_layers = list(value_embed_layers)
+        self.key_offset_layers = list(key_offset_layers)
+        self.paired_layers = list(paired_layers)
+        self.output_gate = output_gate
+        self.skip = list(skip)
+        self.backout = backout
+        self.smear = smear
+        self.n_gram = n_gram
+        self.ngram_rows = ngram_rows
+        self.ngram_signs = ngram_signs
+        self.norm_embedding = norm_embedding
+        self.softcap = list(softcap)
+        self.copies = copies
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights, under the names that they have in the file
+
+
+class Attention(nn.Module):
+    """The weights of one layer's attention."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        C = c.hidden_size
+        H = c.num_attention_heads
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.k_proj = nn.Linear(C, C, bias=False)
+        self.v_proj = nn.Linear(C, C, bias=False)
+        self.o_proj = nn.Linear(C, C, bias=False)
+        if c.output_gate:
+            self.output_gate = nn.Linear(GATE_INPUTS, H, bias=False)
+        if layer in c.value_embed_layers:
+            self.value_embed = nn.Embedding(c.vocab_size, C)
+            self.value_gate = nn.Linear(GATE_INPUTS, H, bias=False)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(self.up_proj(x).relu().square())
+
+
+class Layer(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        if layer not in c.skip[1:]:
+            self.self_attn = Attention(c, layer)
+        self.mlp = MLP(c)
+
+
+class Tables(nn.Module):
+    """Tokens' embeddings, and the layers."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList([Layer(c, i) for i in range(c.num_hidden_layers)])
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
+    """The transformer and its head."""
+
+    config_class = StopwatchConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Layer"]
+    # Small numbers that are fp32 whatever the rest is
+    _keep_in_fp32_modules_strict = [
+        "lambdas",
+        "scalars",
+        "smear_gate",
+        "mix_gates",
+        "mix_counts",
+        "output_gate",
+        "value_gate",
+    ]
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        C = c.hidden_size
+        self.model = Tables(c)
+        self.lm_head = nn.Linear(C, c.vocab_size, bias=False)
+        self.lambdas = nn.Parameter(torch.zeros(c.num_hidden_layers, 2))
+        self.scalars = nn.Parameter(torch.zeros(3))  # weights of smear, skip and backout
+        if c.smear:
+            self.smear_gate = nn.Parameter(torch.zeros(1, GATE_INPUTS))
+        if c.n_gram > 1:
+            self.ngram_embeds = nn.Parameter(torch.zeros(c.n_gram - 1, c.ngram_rows, C))
+        if c.copies:
+            self.mix_gates = nn.Parameter(torch.zeros(c.copies + 1, C))
+            self.mix_counts = nn.Parameter(torch.zeros(c.copies + 1, 2 * c.copies + 1))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, use_cache=None, **kwargs
+    ):
+        """All tokens, also where a cache has most of them."""
+        return dict(
+            input_ids=input_ids.contiguous(),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+        )
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        return_dict=True,
+        **kwargs,
+    ):
+        """Logits of what follows each token, or log probabilities where copies are mixed in.
+
+        input_ids: (B, T) int64, all tokens so far; attention_mask: (B, T), 0 for padding;
+        past_key_values: a DynamicCache that holds the first P < T of them, whose logits are not
+        computed again; labels: (B, T), -100 for none: the loss is the mean over those that follow
+        a token; logits_to_keep: of the last so many tokens only, 0 for all. The logits are
+        (B, T - P, V) in fp32.
+        """
+        c = self.config
+        T = input_ids.size(1)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = 0
+        if past_key_values is not None:
+            turns = 2 if self.attention_layers()[0] in c.paired_layers else 1
+            past = past_key_values.get_seq_length() // turns
+        if T <= past:
+            raise ValueError(
+                f"input_ids has {T} tokens where the cache holds {past}: expected all tokens so "
+                "far, not only the new ones"
+            )
+        first = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        if attention_mask is not None:
+            first = attention_mask.long().argmax(dim=1)  # (B,): where each row's document begins
+
+        x = self.hidden(input_ids, first, past, past_key_values)
+        if logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        logits = F.linear(x, self.lm_head.weight).float()
+        if c.softcap:
+            scale, shift, width = c.softcap
+            logits = scale * torch.sigmoid((logits + shift) / width)
+        if c.copies:
+            logits = self.mix_copies(x, logits, input_ids, first)
+
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        if not return_dict:
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def attention_layers(self):
+        return [i for i in range(self.config.num_hidden_layers) if i not in self.config.skip[1:]]
+
+    def hidden(self, tokens, first, past, cache):
+        """(B, T) int64 -> (B, T - past, C) ready for the head."""
+        c = self.config
+        # A key's half comes from the token before it, which is computed again for that
+        begin = past - 1 if past and c.key_offset_layers else past
+        positions = torch.arange(begin, tokens.size(1), device=tokens.device) - first[:, None]
+        smear, skip, backout = self.scalars.unbind(0)
+        x = self.embed(tokens, first, begin, smear)
+        x0 = x  # what the residual stream begins with
+        outputs = []  # of each layer
+        n_attention = 0
+        for i, layer in enumerate(self.model.layers):
+            # The stream, and again some of what it began with
+            x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
+            if i in c.skip[1:]:
+                x = x + skip * outputs[c.skip[0]]
+            else:
+                h = norm(x)
+                keep = Keep(cache, n_attention, past - begin)
+                x = x + self.attend(i, layer.self_attn, h, tokens[:, begin:], positions, keep)
+                n_attention += 1
+            x = x + layer.mlp(norm(x))
+            outputs.append(x)
+        if c.backout >= 0:
+            x = x + backout * outputs[c.backout]
+        return norm(x)[:, past - begin :]
+
+    # ----------------------------------------------------------------------------------------------
+    # Embeddings
+
+    def embed(self, tokens, first, begin, smear):
+        """(B, T) int64 -> (B, T - begin, C): tokens, n-grams, and a share of the token before."""
+        c = self.config
+        # Those that n-grams and the smear look back at come along
+        start = max(begin - c.n_gram, 0)
+        tokens = tokens[:, start:]
+        at = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        begins = at <= first[:, None]  # (B, T - start): a document, or the padding before it
+        x = self.model.embed_tokens(tokens)
+        if c.norm_embedding:
+            x = norm(x)
+        if c.n_gram > 1:
+            x = x + self.embed_ngrams(tokens, begins)
+        x = norm(x)
+        if c.smear:
+            share = smear * gate(x, self.smear_gate)  # (B, T - start, 1)
+            x = x + share * one_before(x, begins, 0.0)
+        return x[:, begin - start :]
+
+    def embed_ngrams(self, tokens, begins):
+        """Sum of the embeddings of the 2-gram, 3-gram, ... that end at each token: (B, T, C)."""
+        key = before = tokens
+        signs = self.signs()
+        total = 0
+        for table in self.ngram_embeds.unbind(0):
+            before = one_before(before, begins, 0)
+            # An odd factor, so that rows of a power of two still depend on all tokens
+            key = key * (self.config.vocab_size | 1) + before
+            x = F.embedding(key % len(table), table)
+            if signs is not None:
+                x = x * F.embedding(key // len(table) % len(signs), signs)
+            total = total + x
+        return total
+
+    def signs(self):
+        """(1024, C) of 1 and -1, by which n-grams that share a row differ; None without."""
+        if not self.config.ngram_signs:
+            return None
+        if getattr(self, "_signs", None) is None:
+            g = torch.Generator().manual_seed(0)
+            bits = torch.randint(2, (1024, self.config.hidden_size), generator=g, device="cpu")
+            self._signs = (2 * bits - 1).to(self.ngram_embeds)
+        return self._signs.to(self.ngram_embeds)
+
+    # ----------------------------------------------------------------------------------------------
+    # Attention
+
+    def attend(self, i, layer, h, tokens, positions, keep):
+        """Attention of layer i: h (B, S, C), normalised -> (B, S, C)."""
+        c = self.config
+        B, S, C = h.shape
+        H = c.num_attention_heads
+        D = c.head_dim
+        # In a layer of pairs, heads h and h + H / 2 take turns in time
+        n = 2 if i in c.paired_layers else 1
+        q = layer.q_proj(h).view(B, n * S, H // n, D)
+        k = layer.k_proj(h).view(B, n * S, H // n, D)
+        v = layer.v_proj(h).view(B, S, H, D)
+        turns = n * positions[:, :, None] + torch.arange(n, device=h.device)
+        turns = turns.flatten(1)  # (B, n S)
+        cos, sin = self.angles(turns, q)
+        q = rotate(norm(q), cos, sin)
+        k = rotate(norm(k), cos, sin)
+
+        if i in c.key_offset_layers:
+            still = torch.arange(D, device=h.device) % (D // 2) >= D // 4
+            own = turns[:, :, None, None] <= 0  # a document's first token
+            k = torch.where(still & ~own, k.roll(1, dims=1), k)
+        if i in c.value_embed_layers:
+            second = layer.value_embed(tokens).view(B, S, H, D)
+            v = v + gate(h, layer.value_gate.weight)[..., None] * second
+        v = v.reshape(B, n * S, H // n, D)
+
+        k, v = keep.all(k.transpose(1, 2), v.transpose(1, 2), n)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k,
+            v,
+            attn_mask=self.mask(turns, n, k.size(2), n * c.windows[i]),
+            scale=c.attention_scale,
+        )
+        y = y.transpose(1, 2).reshape(B, S, H, D)
+        if c.output_gate:
+            y = gate(h, layer.output_gate.weight)[..., None] * y
+        return layer.o_proj(y.reshape(B, S, C))
+
+    def mask(self, turns, n, n_keys, window):
+        """(B, 1, n S, n_keys) bool: which keys each query sees."""
+        # The last query and the last key are the same token's: so keys are counted from there
+        keys = torch.arange(n_keys, device=turns.device) - n_keys + 1 + turns[:, -1:]
+        query = turns[:, :, None]
+        key = keys[:, None, :]
+        seen = (key <= query) & (key >= query - window) & (key >= 0)
+        seen = seen | (key == query)  # padding sees itself, so that it is a number
+        return seen[:, None]
+
+    def angles(self, turns, like):
+        """cos and sin, (B, n S, 1, D / 2) each."""
+        freqs = torch.zeros(self.config.head_dim // 2, device=turns.device)
+        given = self.config.rope_frequencies
+        freqs[: len(given)] = torch.tensor(given, device=turns.device)
+        angles = turns[:, :, None, None] * freqs
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+    # ----------------------------------------------------------------------------------------------
+    # What followed the last tokens before, earlier in the same document
+
+    def mix_copies(self, x, logits, tokens, first):
+        """Log probabilities (B, S, V) of the head's distribution, mixed with how often each token
+        followed the last 0, 1, ... tokens before.
+
+        x: (B, S, C), logits: (B, S, V) of the last S tokens; tokens: (B, T); first: (B,).
+        """
+        hits = self.what_followed(tokens, first, x.size(1))  # (B, S, V, copies)
+        seen = hits.sum(2)  # (B, S, copies)
+        # Gates: by the token, and by how often each context was there
+        one = torch.ones_like(seen[..., :1])
+        about = torch.cat([seen.log1p(), (seen > 0).float(), one], dim=-1)
+        by_token = F.linear(x.to(self.mix_gates.dtype), self.mix_gates)
+        gates = by_token + F.linear(about.to(self.mix_counts.dtype), self.mix_counts)
+        none = F.pad(seen == 0, (1, 0))  # the model itself always has something to say
+        share = gates.masked_fill(none, -torch.inf).log_softmax(-1).to(logits.dtype)
+
+        mixed = share[..., :1] + logits.log_softmax(-1)
+        for n in range(self.config.copies):
+            copied = hits[..., n] / seen[..., n : n + 1].clamp(min=1)
+            mixed = torch.logaddexp(mixed, share[..., n + 1 : n + 2] + copied.log())
+        return mixed
+
+    def what_followed(self, tokens, first, n_last):
+        """(B, n_last, V, copies) fp32 counts, for the last n_last tokens of each row."""
+        B, T = tokens.shape
+        at = torch.arange(T - n_last, T, device=tokens.device)[:, None]  # (S, 1)
+        earlier = torch.arange(T - 1, device=tokens.device)  # whose next token is counted
+        begin = first[:, None, None]
+        same = (earlier < at) & (earlier >= begin)  # (B, S, T - 1): contexts that agree
+        followed = tokens[:, None, 1:].expand(B, n_last, T - 1)
+        counts = []
+        for length in range(self.config.copies):
+            if length:
+                # One token more has to agree, that so far back
+                back = length - 1
+                there = tokens.roll(back, dims=1)[:, None, : T - 1]
+                here = tokens[:, (at[:, 0] - back).clamp(min=0), None]
+                same = same & (there == here) & (earlier - back >= begin)
+            hits = torch.zeros(B, n_last, self.config.vocab_size, device=tokens.device)
+            counts.append(hits.scatter_add_(2, followed, same.float()))
+        return torch.stack(counts, dim=-1)
+
+
+class Keep:
+    """The keys and values of one layer in a cache, if there is one.
+
+    number: of the layer among those with attention; known: how many of the tokens that are computed
+    the cache holds already.
+    """
+
+    def __init__(self, cache, number, known):
+        self.cache = cache
+        self.number = number
+        self.known = known
+
+    def all(self, k, v, n):
+        """(B, H / n, n S, D) each -> those of all tokens; n: turns that each token takes."""
+        if self.cache is None:
+            return k, v
+        new = n * self.known
+        return self.cache.update(k[:, :, new:], v[:, :, new:], self.number)
+
+
+def norm(x):
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def gate(x, w):
+    """x: (..., C), w: (H, GATE_INPUTS) -> (..., H) between 0 and 2."""
+    return 2 * torch.sigmoid(F.linear(x[..., :GATE_INPUTS], w.to(x.dtype)))
+
+
+def rotate(x, cos, sin):
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def one_before(x, begins, value):
+    """(B, T, ...) -> the value one token earlier; `value` where documents begin."""
+    begins = begins.view(*begins.shape, *[1] * (x.dim() - 2))
+    return x.roll(1, dims=1).masked_fill(begins, value)

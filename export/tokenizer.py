@@ -1,0 +1,73 @@
+"""A run's tokenizer for Hugging Face's library, and the template of a conversation."""
+
+import copy
+
+from data.tokenizers import END_OF_TEXT
+
+from .weights import write_json
+
+TURN_BEGINS = "<|im_start|>"
+TURN_ENDS = "<|im_end|>"
+# ChatML. What the assistant says, and that it ends there, is marked for those who train on it
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def special_tokens(tokenizer_json):
+    """{text: id} of the tokens that are no text, of a parsed tokenizer.json."""
+    return {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
+
+
+def can_chat(tokenizer_json):
+    """Whether it has the tokens that ChatML is written with."""
+    return {TURN_BEGINS, TURN_ENDS} <= special_tokens(tokenizer_json).keys()
+
+
+def save_tokenizer(tokenizer, said, max_len, folder):
+    """Write what Hugging Face's library reads: the file itself, and how it is used.
+
+    said: the run's tokenizer.json, parsed; max_len: tokens in the model's context.
+    """
+    said = copy.deepcopy(said)
+    # Every document begins with end-of-text, here as in training
+    bos = dict(SpecialToken=dict(id=END_OF_TEXT, type_id=0))
+    first = dict(Sequence=dict(id="A", type_id=0))
+    second = dict(Sequence=dict(id="B", type_id=1))
+    said["post_processor"] = dict(
+        type="TemplateProcessing",
+        single=[bos, first],
+        pair=[bos, first, second],
+        special_tokens={
+            END_OF_TEXT: dict(id=END_OF_TEXT, ids=[tokenizer.eot], tokens=[END_OF_TEXT]),
+        },
+    )
+    write_json(folder / "tokenizer.json", said)
+
+    about = dict(
+        # The only name that versions 4 and 5 of transformers both take as "what the file says"
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        add_bos_token=True,
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_len,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    if can_chat(said):
+        about["additional_special_tokens"] = [TURN_BEGINS, TURN_ENDS]
+        about["chat_template"] = CHAT_TEMPLATE
+    write_json(folder / "tokenizer_config.json", about)
