@@ -71,15 +71,15 @@ def test_train_refuses_in_one_line(capsys, tmp_path, text, options, why):
 def test_report(capsys, tmp_path, text):
     file = tmp_path / "given.json"
     run(capsys, "train", text, "--size", 300, "--out", file)
-    names = ["qwen2:300", "qwen2:600", "bytes", file, "gpt2"]
+    names = ["qwen2:300", "qwen2:400", "bytes", file, "gpt2"]
     status, said, err = run(capsys, "report", text, "--tokenizers", *names)
     assert status == 0 and "without gpt2" in err
     lines = said.splitlines()
     rows = {line.split()[0]: line.split() for line in lines[2:6]}
-    assert rows["bytes"][1:3] == ["257", "1.000"] and rows["qwen2:600"][1] == "600"
-    assert float(rows["qwen2:600"][2]) > float(rows["qwen2:300"][2]) > 1.5
-    assert "qwen2:600 takes" in said and "tokens than bytes" in said
-    assert "600 ids squared" in said and "a rule of thumb" in said
+    assert rows["bytes"][1:3] == ["257", "1.000"] and rows["qwen2:400"][1] == "400"
+    assert float(rows["qwen2:400"][2]) > float(rows["qwen2:300"][2]) > 1.5
+    assert "qwen2:400 takes" in said and "tokens than bytes" in said
+    assert "400 ids squared" in said and "a rule of thumb" in said
     assert "1|2|3|4|5|6|7" in said and "·" in said and r"\n" in said
 
 
