@@ -186,6 +186,24 @@ def qk_norm_rope(s):
     )
 
 
+def swiglu(s):
+    """Gates and values of the width that llama-100m has for this one, 8/3 of it."""
+    F = 8 * s.width // 3
+
+    def inputs(draw):
+        return (draw(s.tokens, 2 * F),)
+
+    e = 2 * s.tokens * F
+    variants = beside("kernels.swiglu.swiglu")
+    variants["Liger"] = Variant(
+        of(
+            "liger_kernel.ops.swiglu.LigerSiLUMulFunction",
+            lambda f, x: f.apply(*(half.contiguous() for half in x.chunk(2, -1))),
+        )
+    )
+    return Case(inputs, variants, three(3 * e, 5 * e), leaves=(0,))
+
+
 # --- embeddings and the head
 
 
@@ -435,6 +453,7 @@ CASES = {
     "rms_norm, weight": lambda s: rms_norm(s, weight=True, others=NORMS),
     "add_rms_norm, weight": lambda s: rms_norm(s, True, True, ADD_NORMS),
     "qk_norm_rope": qk_norm_rope,
+    "swiglu": swiglu,
     "embedding": embedding,
     "softcap_cross_entropy": softcap_cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,

@@ -65,6 +65,11 @@ def relu2_mlp(width, hidden):
     op.launch_linear_relu2(x, w, meta(TOKENS, hidden))
 
 
+def swiglu():
+    op = importlib.import_module("kernels.swiglu")
+    op.launch_backward(op.launch_forward(meta(TOKENS, 4096)), meta(TOKENS, 4096))
+
+
 def fp8_relu2_mlp():
     op = importlib.import_module("kernels.mlp_kernels")
     x = meta(TOKENS, WIDTH, dtype=E4M3)
@@ -132,6 +137,7 @@ CASES = {
     "relu2_mlp": (80, lambda: relu2_mlp(WIDTH, HIDDEN)),
     "relu2_mlp, rows not of 16 bytes": (80, lambda: relu2_mlp(100, 300)),
     "fp8_relu2_mlp": (89, fp8_relu2_mlp),
+    "swiglu": (80, swiglu),
     "qk_norm_rope": (80, qk_norm_rope),
     "fp8: quantize x; head gradient with transposed copy; head weight with both and amax": (
         89,

@@ -15,6 +15,7 @@ from .mlp import linear_relu2, relu2_mlp
 from .polar_express import polar_express
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import add_rms_norm, rms_norm
+from .swiglu import swiglu
 from .symmetric_matmul import symmetric_matmul
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "relu2_mlp",
     "rms_norm",
     "softcap_cross_entropy",
+    "swiglu",
     "symmetric_matmul",
 ]

@@ -20,7 +20,7 @@ from .polar_express import polar_express
 class Ops(types.SimpleNamespace):
     """The functions that a model and its optimizer call, each an attribute.
 
-    rms_norm, add_rms_norm, qk_norm_rope, relu2_mlp, linear_cross_entropy, symmetric_matmul
+    rms_norm, add_rms_norm, qk_norm_rope, relu2_mlp, swiglu, linear_cross_entropy, symmetric_matmul
                     as in the ops' files, in the form that was chosen
     attention       with its backend bound
     polar_express   with its symmetric products bound

@@ -4,6 +4,8 @@
     add_rms_norm:  s = x + residual,   y = s r w with r of s;   returns y, s
     backward:      dx = r (g - x r mean(g x r)) (+ ds),   g = dy w;   dw = sum over rows of dy x r
 
+x r is rounded to x's dtype before the weight multiplies it, as in Hugging Face's models.
+
 Minimum bytes for M rows of N elements of e bytes: forward 2 e M N (with the addition 4 e M N),
 backward 3 e M N (4 e M N). A program takes several rows, statistics are in fp32, and the gradient
 of w is added up from a fixed grid of partial sums: no atomics, so two runs agree bit by bit.
@@ -25,7 +27,8 @@ from .op import Op, declare
 
 def rms_norm_reference(x, weight=None, eps=1e-6):
     """rms_norm in plain PyTorch, which keeps statistics in fp32."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    y = F.rms_norm(x, x.shape[-1:], eps=eps)
+    return y if weight is None else (weight * y).to(x.dtype)
 
 
 def add_rms_norm_reference(x, residual, weight=None, eps=1e-6):
@@ -79,6 +82,7 @@ def rms_norm_forward_kernel(
     tl.store(rstd + row, r, row < M)
     v *= r[:, None]
     if WEIGHT:
+        v = cast(v, y.dtype.element_ty).to(tl.float32)
         v *= tl.load(weight + col, col < N, 0.0).to(tl.float32)
     tl.store(y + row64 * N + col, cast(v, y.dtype.element_ty), inside)
 

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from base import InputError
 from base.options import FRACTION, POSITIVE, RATE, Options, option
-from kernels import choose_ops, embedding
+from kernels import choose_ops, embedding, fp8_linear
 from optim.adam import Adam
 from optim.adamw import adamw_rules
 from optim.muon import Muon
@@ -224,6 +225,11 @@ class Model(nn.Module):
         self.dtype = dtype  # of large parameters and activations
         self.ops = ops or choose_ops("cpu")
         self.recompute = False
+        if self.ops.fp8 and (c.n_embd % 16 or c.ffn % 8):
+            raise InputError(
+                f"--fp8: products in 8-bit floats need an n_embd of a multiple of 16 and a ffn_dim "
+                f"of 8, not {c.n_embd} and {c.ffn}; choose others, or --fp8 off"
+            )
 
         def parameter(*shape, dtype=dtype):
             return nn.Parameter(torch.zeros(shape, dtype=dtype))
@@ -400,8 +406,13 @@ class Model(nn.Module):
 
     def mlp(self, layer, h):
         """SwiGLU: (..., C) -> (..., C)."""
-        gate, up = F.linear(h, layer.w_gate_up).chunk(2, dim=-1)  # (..., F) each
-        return (F.silu(gate) * up) @ layer.w_down
+        # In FP8 the wide product is in 8-bit floats, except where there are no gradients, so that
+        # validation measures the weights; the narrow one would lose more than it gains
+        wide = F.linear
+        if self.ops.fp8 and torch.is_grad_enabled():
+            wide = fp8_linear
+        y = self.ops.swiglu(wide(h, layer.w_gate_up))  # (..., F)
+        return y @ layer.w_down
 
     def drop(self, x, batch, place):
         """Dropout at a place of its own in the model; in training only."""

@@ -15,7 +15,8 @@ from kernels.op import OPS
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = (
     "add_rms_norm attention embedding fp8_linear linear_cross_entropy linear_log_prob linear_relu2 "
-    "polar_express qk_norm_rope relu2_mlp rms_norm softcap_cross_entropy symmetric_matmul"
+    "polar_express qk_norm_rope relu2_mlp rms_norm softcap_cross_entropy swiglu "
+    "symmetric_matmul"
 ).split()
 
 

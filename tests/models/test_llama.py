@@ -268,6 +268,27 @@ def test_compiled_it_is_one_graph_and_recomputed_the_same(fields):
         torch.testing.assert_close(ours, other)
 
 
+def test_in_fp8_the_gradients_are_near_and_validation_is_the_same():
+    fields = SMALL | dict(ffn_dim=96)
+    model = small(dtype=torch.bfloat16, **fields)
+    inputs, targets = text(rows=4), text(rows=4, seed=1)
+    args = inputs, targets, model.c.stage(0.0, 20)
+    plain = loss_and_gradients(model, model, *args)
+    with torch.no_grad():
+        exact = model(inputs, targets, rows_as_documents(inputs), args[2])
+    model.ops = choose_ops("cpu", torch.bfloat16, fp8="on")
+    eight_bits = loss_and_gradients(model, model, *args)
+    for ours, other in zip(eight_bits, plain):
+        assert not torch.equal(ours, other)
+        assert (ours - other).norm() < 0.2 * other.norm()
+    with torch.no_grad():
+        found = model(inputs, targets, rows_as_documents(inputs), args[2])
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
+    with pytest.raises(InputError, match="--fp8: .* a multiple of 16 and a ffn_dim of 8, not 48"):
+        c = llama.Config(**(SMALL | dict(ffn_dim=84)))
+        llama.Model(c, 131, 64, torch.bfloat16, model.ops)
+
+
 # --- Dropout
 
 
