@@ -27,6 +27,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   test          the tests; takes pytest's arguments
   plan          tokens, memory, time, money and loss of a training before its first step
   data          fetch what a source has ahead of time
+  sft           teach a run's model to answer, by conversations
   sample        text from a run's model, with prompts and settings of yours
   chat          the same as a conversation in the terminal
   serve         the same for other programs, by OpenAI's protocol, and for a browser
@@ -144,7 +145,7 @@ case $verb in
         unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    plan | data | sample | chat | serve | eval | report | export | records | benchmarks)
+    plan | data | sft | sample | chat | serve | eval | report | export | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records

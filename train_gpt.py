@@ -176,7 +176,8 @@ class Config:
 
 # What may differ between a run and its continuation; another text is found by its fingerprint
 FREE = {f.name for f in dataclasses.fields(RunConfig)}
-FREE |= {"target", "target_metric", "text", "val_text", "encoding", "vocabulary", "max_skips"}
+FREE |= {"target", "target_metric", "text", "val_text", "conversations", "encoding", "vocabulary"}
+FREE |= {"max_skips"}
 
 
 def config_classes(template="gpt"):
@@ -209,8 +210,9 @@ def expanded(path):
     return os.path.expanduser(path or "")
 
 
-def parse_args(argv):
-    """Command line -> Config: defaults, then the track's values, then the options given."""
+def parse_args(argv, beneath=None):
+    """Command line -> Config: defaults, then the track's values, then the options given; beneath:
+    {option: value} below the track's."""
     # The track and the template come first, since they say which other options there are
     names = ("track", "template", "text", "data", "resume", "warm_start")
     first = peek(argv, *names)  # None if not given
@@ -223,7 +225,7 @@ def parse_args(argv):
         track = "own-text"
     else:
         track = "gpt2-small" if torch.cuda.is_available() else "laptop"
-    fields = run or load_track(track)  # {option: value}
+    fields = run or (beneath or {}) | load_track(track)  # {option: value}
     template = first["template"] or fields.get("template", Goal.template)
     # Another template than the track's has no use for options that it does not know
     foreign = option_names(fields.get("template", Goal.template)) - option_names(template)
@@ -536,8 +538,11 @@ def train(config, world=None, requests=None, report=lambda result: None):
 # The door
 
 
-def main(argv=None):
-    """Parse, train in a process for each GPU, print the results. Returns the exit status."""
+def main(argv=None, beneath=None):
+    """Parse, train in a process for each GPU, print the results. Returns the exit status.
+
+    beneath: as of parse_args.
+    """
     argv = sys.argv[1:] if argv is None else argv
     reached = []  # of each run: True, False, or None without a target
 
@@ -549,7 +554,7 @@ def main(argv=None):
             show(f"the result cannot be written to stdout ({why}); it is in {path}")
 
     def program():
-        config = parse_args(argv)
+        config = parse_args(argv, beneath)
         body = functools.partial(train, config, report=report)
         status = run_on_all_gpus(__file__, argv, body, config.run.gpus, config.run.max_restarts)
         # Where torchrun would start again, 3 would count as a failure

@@ -1,6 +1,10 @@
 """Conversations: who said what, and the text that a model reads of it."""
 
+import json
+from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from base import InputError
 
@@ -62,3 +66,116 @@ def as_plain_text(messages):
             text += "\n"
         text += message.text
     return text
+
+
+# --------------------------------------------------------------------------------------------------
+# As a taught model reads it: ChatML, in tokens
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+def render(messages, tokenizer):
+    """A conversation in ChatML: (ids, counts), two arrays of one length.
+
+    <|im_start|>role, a new line, the text and <|im_end|>, a new line after each message, all behind
+    end-of-text. counts: whether a token is one that the assistant says, its <|im_end|> included:
+    what teaching is about. Texts are taken without white space around them, so that a header is
+    made of the same tokens whatever follows. Raises InputError where the tokenizer has no chat
+    tokens.
+    """
+    start, end = chat_tokens(tokenizer)
+    headers = tokenizer.encode([f"{message.role}\n" for message in messages])
+    texts = tokenizer.encode([message.text.strip() for message in messages])
+    (line_end,) = tokenizer.encode(["\n"])
+    parts = [([tokenizer.eot], False)]
+    for message, header, text in zip(messages, headers, texts):
+        said = message.role == "assistant"
+        parts += [([start], False), (header, False), (text, said), ([end], said), (line_end, False)]
+    ids = np.concatenate([np.asarray(part, dtype=tokenizer.dtype) for part, _ in parts])
+    counts = np.repeat([said for _, said in parts], [len(part) for part, _ in parts])
+    return ids, counts
+
+
+def prompt_of(messages, tokenizer):
+    """Ids that a model goes on from with the assistant's next message. Raises InputError."""
+    start, _ = chat_tokens(tokenizer)
+    (header,) = tokenizer.encode(["assistant\n"])
+    return [*render(messages, tokenizer)[0].tolist(), start, *header.tolist()]
+
+
+def chat_tokens(tokenizer):
+    """Ids of <|im_start|> and <|im_end|>. Raises InputError where there are none."""
+    if not knows_chat(tokenizer):
+        raise InputError(
+            f"the vocabulary has no {START}: expected a model that was taught with ./run.sh sft"
+        )
+    return tokenizer.specials[START], tokenizer.specials[END]
+
+
+def knows_chat(tokenizer):
+    """Whether conversations can be written with a vocabulary."""
+    return START in tokenizer.specials and END in tokenizer.specials
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of conversations
+
+
+def read_conversations(path):
+    """Yield the messages of each line of a .jsonl file: {"messages": [{"role": ..., "content":
+    ...}, ...]}. Raises InputError, which names the line."""
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, start=1):
+                if line.strip():
+                    yield conversation(line, f"{path}:{number}")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: expected UTF-8, found byte {e.object[e.start]:#04x}") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def conversation(line, where):
+    """[Message, ...] of a line, checked to be one that can be learned from. Raises InputError."""
+    try:
+        said = json.loads(line)
+    except ValueError as e:
+        raise InputError(f"{where}: expected a line of JSON: {e}") from None
+    if not isinstance(said, dict) or "messages" not in said:
+        raise InputError(f'{where}: expected {{"messages": [...]}}')
+    try:
+        messages = read_messages(said["messages"])
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from None
+    check_order(messages, where)
+    return messages
+
+
+def check_order(messages, where):
+    """Refuse roles out of order and answers without a text. Raises InputError."""
+    before = None
+    for i, message in enumerate(messages):
+        allowed = FOLLOWS[before]
+        if message.role not in allowed:
+            after = f" after {before}" if before else " first"
+            raise InputError(
+                f"{where}: messages[{i}].role: expected {' or '.join(allowed)}{after}, found "
+                f"{message.role}"
+            )
+        if message.role in ("user", "assistant") and not message.text.strip():
+            raise InputError(f"{where}: messages[{i}].content: expected a text, found none")
+        before = message.role
+    if before != "assistant":
+        raise InputError(f"{where}: expected the assistant's message last, found {before}'s")
+
+
+# Who may speak after whom; a tool answers what an assistant asked of it
+FOLLOWS = {
+    None: ("system", "developer", "user"),
+    "system": ("user",),
+    "developer": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}

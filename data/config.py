@@ -21,6 +21,9 @@ class DataConfig(Options):
     val_text: str = option(
         "", "validate on this file or folder, instead of on a tenth of the text held out"
     )
+    conversations: tuple[str, ...] = option(
+        (), "with --data conversations: .jsonl files of conversations to learn to answer from"
+    )
     encoding: str = option(
         "",
         "of text files without a byte-order mark, such as cp1252 or gb18030; empty finds out",
@@ -54,7 +57,7 @@ class DataConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         for name in "val_text", "encoding":
-            if getattr(self, name) and self.data != "text":
+            if getattr(self, name) and self.data not in ("text", "conversations"):
                 self.refuse(name, f"only with --text, not with --data {self.data}")
 
     @property

@@ -75,6 +75,7 @@ def default_max_docs(row_len):
 def pack(rows, row_len, max_docs, max_len):
     """Rows (each a list of (tokens, start, length) segments, or None for padding) -> MicroBatch.
 
+    A segment may have a fourth part, which of all those tokens count as targets, bool.
     No document in cu_seqlens is longer than max_len. A row with more than max_docs segments keeps
     the borders of the first ones; what remains of it, padding included, is divided every max_len
     tokens.
@@ -87,9 +88,12 @@ def pack(rows, row_len, max_docs, max_len):
     for r, row in enumerate(rows):
         at = 0
         rest = 0  # where the segments that have a border of their own end
-        for i, (tokens, start, length) in enumerate(row or ()):
+        for i, (tokens, start, length, *counts) in enumerate(row or ()):
             inputs[r, at : at + length] = tokens[start : start + length]
-            targets[r, at : at + length] = tokens[start + 1 : start + length + 1]
+            following = slice(start + 1, start + length + 1)
+            targets[r, at : at + length] = tokens[following]
+            if counts:
+                targets[r, at : at + length][~counts[0][following]] = IGNORE
             if i < max_docs:
                 cu_seqlens[n] = r * row_len + at
                 n += 1
@@ -191,6 +195,10 @@ class TrainLoader:
         rows += [None] * (-len(rows) % stride)
         for i in range(rank * micro_rows, len(rows), stride):
             yield pack(rows[i : i + micro_rows], self.row_len, self.max_docs, self._max_len(step))
+
+    def n_targets(self, step):
+        """How many targets of the global batch count in the loss: all, padding aside."""
+        return self.batch_rows(step) * self.row_len
 
     def _max_len(self, step):
         return min(self.max_doc_len(step), self.row_len)

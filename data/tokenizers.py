@@ -172,7 +172,7 @@ class Tokenizer:
                 splits.insert(0, pre_tokenizers.Split(Regex(self.pattern), "isolated"))
             hf.pre_tokenizer = pre_tokenizers.Sequence(splits)
             hf.decoder = decoders.ByteLevel()
-        hf.add_special_tokens([END_OF_TEXT])  # the last id, as here
+        hf.add_special_tokens([*self.specials])  # the last ids, as here
         return hf.to_str()
 
     @classmethod

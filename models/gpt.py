@@ -231,6 +231,12 @@ class Config(Options):
             n_sampled=by_stage(self.sampled_softmax, progress),
         )
 
+    def at_the_end(self):
+        """{option: value} of those that change in the course of training, as they end."""
+        by_stage = "short_window", "long_window", "mtp"
+        ends = {name: getattr(self, name)[-1:] for name in by_stage}
+        return ends | dict(sampled_softmax=(0,), tied=float(self.tied == 1))
+
     def val_stage(self, stage, max_doc_len):
         """The same for validation: windows of the end, one target, all tokens in the softmax."""
         short, long = self.val_windows or (self.short_window[-1], self.long_window[-1])

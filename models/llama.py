@@ -108,6 +108,10 @@ class Config(Options):
         """The Stage at this progress."""
         return Stage(max_doc_len)
 
+    def at_the_end(self):
+        """{option: value} of those that change in the course of training: none."""
+        return {}
+
     def val_stage(self, stage, max_doc_len):
         """The same for validation."""
         return Stage(max_doc_len)

@@ -127,7 +127,7 @@ def graph_options(config):
     options = {}
     for part in config.data, config.model, config.schedule, config.optim, config.precision:
         options |= dataclasses.asdict(part)
-    for name in "text", "val_text", "encoding", "vocabulary", "shuffle":
+    for name in "text", "val_text", "conversations", "encoding", "vocabulary", "shuffle":
         del options[name]
     return options
 
@@ -212,14 +212,14 @@ def backward(setup, step, batch):
     config = setup.config
     device = setup.world.device
     stage = setup.stages[step]
-    tokens = n_tokens(config, stage)
+    n_targets = setup.data.train.n_targets(step)
     weights = config.model.target_weights(config.schedule.progress(step))
     if weights is not None:
         weights = machine.to_device(weights, device)
     total = torch.zeros((), device=device)
     for micro in batch:
         inputs, targets, cu_seqlens = (t.to(device) for t in micro)
-        loss = setup.forward(inputs, targets, cu_seqlens, stage.model, weights) / tokens
+        loss = setup.forward(inputs, targets, cu_seqlens, stage.model, weights) / n_targets
         loss.backward()  # adds to .grad
         total += loss.detach()
     return total

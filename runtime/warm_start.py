@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -49,12 +50,41 @@ def copy_weights(given, model):
     InputError naming what does not fit."""
     tensors, parameters = read_weights(given), dict(model.named_parameters())
     wanted = {name: list(p.shape) for name, p in parameters.items() if p.numel()}
+    n_known = known_tokens(given)
+    if n_known and n_known < model.n_vocab:
+        n_padded = -(-n_known // 64) * 64
+        tensors = {
+            name: with_new_tokens(x, wanted.get(name), n_known, n_padded)
+            for name, x in tensors.items()
+        }
     differing = differences(wanted, {name: list(x.shape) for name, x in tensors.items()})
     if differing:
         raise InputError(f"--warm-start {given} does not fit this model: {'; '.join(differing)}")
     for name, x in tensors.items():
         if parameters[name].device.type != "meta":
             parameters[name].data.copy_(x)
+
+
+def known_tokens(given):
+    """How many tokens the vocabulary of that run has; None if nothing says."""
+    folder = run_folder(given)
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    return load_tokenizer(folder).n_vocab
+
+
+def with_new_tokens(x, shape, n_known, n_padded):
+    """A table of a smaller vocabulary, as it is for one with more tokens: those that are new begin
+    as the mean of all others. A tensor that is no table stays as it is.
+
+    shape: that is wanted, None for any; n_known: tokens of x's vocabulary; n_padded: its rows.
+    """
+    if shape is None or x.dim() < 2 or x.size(-2) != n_padded or x.size(-1) != shape[-1]:
+        return x
+    known = x.narrow(-2, 0, n_known)
+    mean = known.mean(-2, keepdim=True)
+    more = shape[-2] - n_known
+    return torch.cat([known, mean.expand(*mean.shape[:-2], more, -1)], dim=-2)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def test_run_sh_from_anywhere(checkout, tmp_path):
     ):
         done = run_sh(script, "--text", "my novel.txt", cwd=cwd, env=env)
         assert (done.stdout, done.stderr) == (expected, ""), script
-    assert run_sh("run.sh", "data", "x", cwd=checkout).stdout == f"{checkout}/door.py|data|x|"
+    assert run_sh("run.sh", "sample", "x", cwd=checkout).stdout == f"{checkout}/door.py|sample|x|"
 
 
 def test_run_sh_takes_a_python_in_a_path_with_a_space(checkout, tmp_path):

@@ -23,7 +23,8 @@ KITS["runtime"] = {"base", "kernels", "data", "records", "optim", "models"}
 KITS["door"] = {"base"}  # which imports the program it starts by its name
 PROGRAMS = ("train_gpt", "inference", "evals", "export")
 PROGRAMS = {room: KITS.keys() | {"inference"} for room in PROGRAMS}
-PLAN = {"plan": KITS.keys() | {"train_gpt"}}  # of a training
+# Of a training
+PLAN = {room: KITS.keys() | {"train_gpt", "inference"} for room in ("plan", "posttrain")}
 ROOMS = KITS | PROGRAMS | PLAN | {"benchmarks": KITS.keys() | PROGRAMS.keys()}
 
 

@@ -29,7 +29,7 @@ from data.loader import (
     default_max_docs,
     document_starts,
 )
-from data.shards import MAGIC, VERSION
+from data.shards import MAGIC
 
 EOT, N_VOCAB = 0, 60_000
 FAST = settings(
@@ -73,7 +73,7 @@ class Corpus:
         self.paths = [Path(self.folder.name) / f"{i}.bin" for i in range(len(shards))]
         for path, tokens in zip(self.paths, self.tokens):
             header = np.zeros(256, dtype="<i4")
-            header[:3] = MAGIC, VERSION, len(tokens)
+            header[:3] = MAGIC, 1, len(tokens)
             path.write_bytes(header.tobytes() + tokens.tobytes())
         self._which = {t.tobytes(): i for i, t in enumerate(self.tokens)}
 

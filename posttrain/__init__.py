@@ -1,0 +1,1 @@
+"""Teaching: what makes a model that continues text into one that answers."""

@@ -1,0 +1,97 @@
+"""./run.sh sft: a base model learns to answer, and stops and goes on as training does."""
+
+import json
+
+import pytest
+import torch
+from helpers import tiny, write_text
+
+import train_gpt as tg
+from data.chat import Message, prompt_of
+from inference.completion import Request
+from inference.engine import Engine
+from inference.sampling import Sampling
+from posttrain import sft
+from runtime import warm_start
+from runtime.saved import load_run
+
+GERMAN = dict(red="rot", blue="blau", green="gruen")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a small base run, and conversations for it."""
+    folder = tmp_path_factory.mktemp("base")
+    text = write_text(folder / "words.txt")
+    result = tg.train(tiny(text, folder, steps=4, eval_every=4, sample_tokens=0))
+    lines = []
+    for i in range(120):
+        word = list(GERMAN)[i % 3]
+        ask = f"{word}?"
+        messages = [dict(role="user", content=ask), dict(role="assistant", content=GERMAN[word])]
+        lines.append(json.dumps(dict(messages=messages)))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "val.jsonl").write_text("\n".join(lines[:6]))
+    return folder, result["run_dir"]
+
+
+def teach(base, tmp_path, *options, run="taught"):
+    folder, run_dir = base
+    argv = ["--from", run_dir, "--data", str(folder / "train.jsonl")]
+    argv += ["--val-data", str(folder / "val.jsonl"), "--cache-dir", str(tmp_path / "cache")]
+    argv += "--row-len 64 --val-row-len 64 --max-doc-len 64 --batch-tokens 512".split()
+    argv += "--dtype float32 --no-compile --sample-tokens 0 --stage-lr 1 --eval-every 10".split()
+    return sft.main([*argv, "--run-dir", str(tmp_path / run), *options])
+
+
+def test_it_learns_to_answer_and_to_stop(base, tmp_path, capsys):
+    assert teach(base, tmp_path, "--steps", "120", "--patience", "0") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["val_loss"] < 0.4
+    saved = load_run(tmp_path / "taught")
+    engine = Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len)
+    for word, answer in GERMAN.items():
+        prompt = tuple(prompt_of([Message("user", f"{word}?")], saved.tokenizer))
+        completion = engine.begin(Request(prompt, 12, Sampling(temperature=0)))
+        for _ in engine.run([completion]):
+            pass
+        assert (completion.text, completion.finish_reason) == (answer, "stop")
+
+
+def test_new_tokens_begin_as_the_mean_of_the_others(base, tmp_path):
+    """And the others as they were."""
+    _, run_dir = base
+    before = load_run(run_dir)
+    argv = sft.options_of_training(*sft.parse(["--from", run_dir, "--data", "x"]))
+    config = tg.parse_args(argv, sft.at_the_end(run_dir))
+    model = before.model.__class__(config.model, 264, 64, torch.float32)
+    warm_start.copy_weights(run_dir, model)
+    assert torch.equal(model.embed[:257], before.model.embed[:257])
+    mean = before.model.embed[:257].mean(0)
+    torch.testing.assert_close(model.lm_head[257:264].mean(0), before.model.lm_head[:257].mean(0))
+    torch.testing.assert_close(model.embed[260], mean)
+
+
+def test_the_loss_is_the_mean_over_what_counts(base, tmp_path):
+    """Whatever it is divided into, and however much does not count."""
+    losses = set()
+    for name, micro in (("a", "512"), ("b", "64")):
+        teach(base, tmp_path, "--steps", "2", "--micro-tokens", micro, run=name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines]
+        losses.add(round(next(x["train_loss"] for x in steps if x.get("step") == 1), 4))
+    assert len(losses) == 1
+    assert 3 < losses.pop() < 8  # of 264 tokens: a guess is 5.6
+
+
+@pytest.mark.parametrize(
+    "argv, problem",
+    [
+        ([], "expected --from RUN and --data FILE"),
+        (["--from", "nowhere", "--data", "x"], "--from nowhere: expected a run's folder"),
+    ],
+)
+def test_bad_input_is_one_line(argv, problem, capsys):
+    assert sft.main(argv) == 2
+    said = capsys.readouterr().err
+    assert problem in said and said.count("\n") == 1
