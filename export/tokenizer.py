@@ -8,15 +8,16 @@ from .weights import write_json
 
 TURN_BEGINS = "<|im_start|>"
 TURN_ENDS = "<|im_end|>"
-# ChatML. What the assistant says, and that it ends there, is marked for those who train on it
+# ChatML, as data/chat.py renders it. What the assistant says, and that it ends there, is marked for
+# those who train on it
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' -}}
     {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+        {%- generation -%}{{- message['content'] | trim + '<|im_end|>' -}}{%- endgeneration -%}
     {%- else -%}
-        {{- message['content'] + '<|im_end|>' -}}
+        {{- message['content'] | trim + '<|im_end|>' -}}
     {%- endif -%}
     {{- '\\n' -}}
 {%- endfor -%}

@@ -1,6 +1,7 @@
 """Conversations: who may speak when, which tokens count, and rows that keep them whole."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from data.conversations import with_chat_tokens
 from data.dataset import open_data
 from data.loader import IGNORE
 from data.tokenizers import Tokenizer, make_tokenizer
+from export.tokenizer import save_tokenizer
 
 BYTES = with_chat_tokens(make_tokenizer("bytes", None))
 EOT, START, END = (BYTES.specials[x] for x in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
@@ -81,6 +83,39 @@ def test_a_vocabulary_without_chat_tokens_gets_them_behind_its_own():
     assert with_chat_tokens(more) is more
     with pytest.raises(InputError, match="single characters"):
         with_chat_tokens(make_tokenizer("chars", lambda: ["abc"]))
+
+
+def random_conversations(n):
+    """n conversations of words, digits, code and other scripts, white space around them."""
+    r = random.Random(0)
+    pieces = ["word", "Zwölf", "中文", "🙂", " ", "  ", "\n", "\n\n", "\t", "12", "f(x)", "it's"]
+    pieces += ["<|im_end|>".replace("|", ""), "{", "'", "-", "é", ".", "\r\n"]
+    for _ in range(n):
+        messages = [Message("system", "Be brief. ")] if r.random() < 0.3 else []
+        for _ in range(r.randint(1, 3)):
+            for role in ("user", "assistant"):
+                messages.append(Message(role, "".join(r.choices(pieces, k=r.randint(1, 12))) + "x"))
+            if r.random() < 0.2:
+                messages += [Message("tool", "4\n"), Message("assistant", "\n four")]
+        yield messages
+
+
+@pytest.mark.parametrize("n", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_exported_template_has_the_same_tokens_and_the_same_ones_count(n, tmp_path):
+    """In transformers, of random conversations."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = make_tokenizer("qwen2:400", lambda: ["user assistant system tool word 12 it's"] * 9)
+    save_tokenizer(tokenizer, json.loads(tokenizer.to_json()), 512, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in random_conversations(n):
+        tokens, counts = render(messages, tokenizer)
+        found = theirs.apply_chat_template(
+            [dict(role=m.role, content=m.text) for m in messages],
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert found["input_ids"] == tokens.tolist(), messages
+        assert found["assistant_masks"] == counts.astype(int).tolist(), messages
 
 
 # --- files
