@@ -25,11 +25,12 @@ import shutil
 import sys
 import time
 import unicodedata
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from base import InputError, to_json, write_text
 from base.command import Parser, given_path
-from base.files import sha256_of
+from base.files import sha256_of, sweep
 from base.places import cache_folder
 
 from . import clean, filters, reading, recipe, report
@@ -56,10 +57,10 @@ def main(argv):
             raise InputError("--out: expected the folder that the corpus is to be in")
         try:
             manifest = build(todo, args.out, cache, crew, args.keep_work, args.replace)
-        except OSError as e:
+        except (OSError, BrokenProcessPool) as e:
             raise InputError(
-                f"{e.filename or args.out}: {e.strerror or e}; put this right and start the same "
-                "command again: it goes on where it was"
+                f"{getattr(e, 'filename', None) or args.out}: {why(e)}; put this right and start "
+                "the same command again: it goes on where it was"
             ) from None
     splits = manifest["splits"]
     result = dict(
@@ -73,6 +74,13 @@ def main(argv):
     )
     print(to_json(result))
     return 0
+
+
+def why(error):
+    """In words: what the system says, or that a process has gone."""
+    if isinstance(error, BrokenProcessPool):
+        return "a process was ended from outside, as the system does when memory is short"
+    return error.strerror or error
 
 
 def command_line():
@@ -179,6 +187,7 @@ def build(todo, out, cache, crew, keep_work=False, replace=False):
     given = file_state(tokenizer) if tokenizer.endswith(".json") else tokenizer
 
     stages.begin()
+    sweep(out, seconds=None)  # what a build left that was killed
     parts = [dataclasses.asdict(part) for part in todo.source]
     read = stages.run(
         "read",

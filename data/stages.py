@@ -651,9 +651,7 @@ def mix(todo, encoded_folder, tokenizer, folder):
         if split == "val":
             by_source = {}
             for number, (name, found) in enumerate(there.items()):
-                with ShardWriter(
-                    folder, f"source{number}_val", 1 << 40, tokenizer["dtype"]
-                ) as writer:
+                with ShardWriter(folder, f"source{number}_val", WHOLE, dtype) as writer:
                     for j in range(len(found.lengths)):
                         writer.write(found.tokens(j))
                 by_source[name] = writer.paths[0].name

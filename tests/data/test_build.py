@@ -1,13 +1,18 @@
 """data/build.py and its stages: from sources to shards that train."""
 
+import errno
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data import read_shard
+from base import InputError
+from data import DataConfig, open_data, read_shard
 from data.__main__ import main
 from data.pieces import read_lines
 
@@ -160,6 +165,235 @@ def test_a_second_build_finds_it_done_and_a_changed_source_is_noticed(tmp_path, 
     assert contents(out) == before
     assert run(three, "--out", out, "--processes", 1, "--seed", 5, "--replace") == 0
     assert contents(out) != before
+
+
+class Killed(BaseException):
+    """Stands for a kill -9: nothing of ours catches it."""
+
+
+def test_a_build_that_is_killed_again_and_again_makes_the_same_bytes(tmp_path, three, monkeypatch):
+    """At every ninth file that gets its name, in all stages; the file does not get it then. The
+    longest stage that begins anew names fewer."""
+    assert run(three, "--out", tmp_path / "whole", "--processes", 1) == 0
+    replace = os.replace
+    left = 0
+    stages = set()
+
+    def replace_or_die(*args):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            stages.update(path.name.split("-")[0] for path in (tmp_path / "out/work").iterdir())
+            raise Killed
+        return replace(*args)
+
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    kills = 0
+    while kills < 40:
+        left = 8
+        try:
+            assert run(three, "--out", tmp_path / "out", "--processes", 1) == 0
+            break
+        except Killed:
+            kills += 1
+            assert not (tmp_path / "out" / "manifest.json").exists()
+    assert kills >= 10 and stages >= {
+        "read",
+        "dedup",
+        "decontaminate",
+        "tokenizer",
+        "encode",
+        "mix",
+    }
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_time_with_several_processes(tmp_path, three):
+    command = [sys.executable, "door.py", "data", "build", three, "--processes", "3", "--out"]
+    assert run(three, "--out", tmp_path / "whole", "--processes", 1) == 0
+    out = tmp_path / "out"
+    seconds = 0.5
+    kills = 0
+    while True:
+        process = subprocess.Popen([*command, out], cwd=ROOT, stderr=subprocess.PIPE)
+        try:
+            assert process.wait(seconds) == 0, process.stderr.read()
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            process.stderr.read()  # is at its end when the last process has gone
+            kills += 1
+            seconds *= 1.15
+            assert not (out / "manifest.json").exists()
+    assert kills >= 3
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_weights_and_epochs(tmp_path, three, capsys):
+    """Stories make up half of the tokens, books a quarter, at most twice over."""
+    said = three.read_text().replace("[[source]]", "[[source]]\nmax_epochs = 2.0\nweight = 1.0", 3)
+    said = said.replace('path = "stories', 'weigt\npath = "stories').replace(
+        "weight = 1.0\n        weigt", "weight = 2.0"
+    )
+    three.write_text(said)
+    out = tmp_path / "out"
+    assert run(three, "--out", out, "--processes", 1) == 0
+    manifest = manifest_of(out)
+    sources = {name: source["mix"] for name, source in manifest["sources"].items()}
+    tokens = {name: source["tokens"] for name, source in sources.items()}
+    total = sum(tokens.values())
+    assert total == manifest["splits"]["train"]["tokens"]
+    assert tokens["stories"] / total == pytest.approx(0.5, abs=0.03)
+    assert tokens["books"] / total == pytest.approx(0.25, abs=0.03)
+    assert max(source["epochs"] for source in sources.values()) == 2.0
+    three.write_text(said + "\n[mix]\ntotal = 1000000\n")
+    assert run(three, "--out", tmp_path / "more", "--processes", 1) == 2
+    err = capsys.readouterr().err
+    assert "[mix] total 1,000,000:" in err and "max_epochs of 2; lower the total" in err
+
+
+def test_what_is_for_validation_is_no_longer_trained_on(tmp_path):
+    """A source of its own for validation, an evaluation set, and copies of both among the rest."""
+    texts = [prose(i) for i in range(60)]
+    exam = [prose(1000), prose(1001)]
+    near = texts[0].replace(texts[0].split()[40], "another")
+    quoting = prose(2000) + exam[1].split("\n")[3] + "\n" + prose(2001)
+    lines_of(tmp_path / "web.jsonl", [*texts, near, quoting])
+    lines_of(tmp_path / "held.jsonl", [texts[5], prose(3000)])
+    lines_of(tmp_path / "exam.jsonl", exam)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        """
+        tokenizer = "bytes"
+        preset = "none"
+        [[source]]
+        path = "web.jsonl"
+        split = "train"
+        [[source]]
+        path = "held.jsonl"
+        split = "val"
+        [decontaminate]
+        sets = {exam = "exam.jsonl"}
+        """
+    )
+    out = tmp_path / "out"
+    assert run(recipe, "--out", out, "--processes", 1) == 0
+    stages = manifest_of(out)["stages"]
+    counts = {n: c["documents"] for n, c in stages["decontaminate"]["counts"]["web"].items()}
+    assert counts == {
+        "train": 59, "exact duplicates": 1, "near duplicates": 1, "contaminated": 1
+    }  # fmt: skip
+    assert stages["decontaminate"]["sets"] == {"exam": 1, "validation": 0}
+    assert manifest_of(out)["splits"]["val"]["documents"] == 2
+
+
+def test_a_commonplace_is_no_contamination(tmp_path):
+    """A licence over every file, which validation has as well, drops none of them; a sentence that
+    one of them shares does."""
+    licence = "Permission is hereby granted to anyone who has a copy of this to do with it " * 2
+    texts = [f"{licence}\n{prose(i)}" for i in range(40)]
+    held = f"{licence}\n{prose(100)}"
+    texts[7] += held.split("\n")[4]
+    lines_of(tmp_path / "web.jsonl", texts)
+    lines_of(tmp_path / "held.jsonl", [held])
+    recipe = tmp_path / "recipe.toml"
+    sources = "[[source]]\npath = 'web.jsonl'\nsplit = 'train'\n"
+    sources += "[[source]]\npath = 'held.jsonl'\nsplit = 'val'\n"
+    recipe.write_text(f"tokenizer = 'bytes'\npreset = 'none'\n{sources}")
+    assert run(recipe, "--out", tmp_path / "out", "--processes", 1) == 0
+    said = manifest_of(tmp_path / "out")["stages"]["decontaminate"]
+    assert said["sets"] == {"validation": 1} and said["commonplaces"] > 10
+
+
+def test_training_opens_what_was_built(tmp_path, three, capsys):
+    out = tmp_path / "out"
+    assert run(three, "--out", out, "--processes", 1) == 0
+    config = DataConfig(data=str(out), row_len=64)
+    stages = dict(batch_rows=lambda step: 2, max_doc_len=lambda step: 64)
+    data = open_data(config, tmp_path / "cache", **stages)
+    manifest = manifest_of(out)
+    assert data.dataset.n_vocab == 400 and data.dataset.eot == manifest["eot"]
+    assert data.val_bytes == manifest["splits"]["val"]["bytes"]
+    assert data.train.rows(1) is not None
+
+    path = out / "train_000000.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="train_000000.bin: expected sha256 .* not what was built"):
+        open_data(config, tmp_path / "cache", **stages)
+    (out / "manifest.json").write_text('{"splits": {}}')
+    with pytest.raises(InputError, match="not the manifest of a built corpus"):
+        open_data(config, tmp_path / "cache", **stages)
+
+
+def test_where_a_string_is_from(tmp_path, three, capsys):
+    out = tmp_path / "out"
+    assert run(three, "--out", out, "--processes", 1) == 0
+    capsys.readouterr()
+    line = prose(7, 20).split("\n")[3]
+    where = ["where", "--data", str(out), "--text", line.upper().replace(" ", "\n ", 1)]
+    assert main(where) == 0
+    assert json.loads(capsys.readouterr().out) == dict(found=0, text=where[-1])
+    assert main([*where, "--any-case"]) == 0
+    hit, total = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (hit["source"], hit["id"], hit["licence"]) == ("books", "7.txt", "CC0-1.0")
+    assert total["found"] == 1 and hit["times"] == 1
+    assert main(["where", "--data", str(tmp_path), "--text", "x"]) == 2
+    assert main(["where", "--text", "x"]) == 2
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, three, monkeypatch, capsys):
+    out = tmp_path / "out"
+    replace = os.replace
+
+    def full(source, target):
+        if "encode-" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert run(three, "--out", out, "--processes", 1) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device; put this right and start the same command again" in err
+    assert not (out / "manifest.json").exists() and not list(out.glob("*.bin"))
+    monkeypatch.undo()
+    assert run(three, "--out", out, "--processes", 1) == 0
+
+
+def test_a_dry_run_writes_nothing_and_shows_what_goes(tmp_path, three, capsys):
+    text = three.read_text().replace('preset = "stories"', "filters = {gopher_words = true}")
+    three.write_text(text.replace("piece_bytes = 6000", "piece_bytes = 100_000"))
+    lines_of(tmp_path / "stories.jsonl", [prose(1), "the of", "the and of"])
+    before = contents(tmp_path)
+    assert run(three, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "books: 20 files; of the first 20 documents" in said
+    assert "gopher_words (least 50, most 100000): 2 dropped\n      1: the of\n" in said
+    assert contents(tmp_path) == before
+
+
+def test_parquet(tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    texts = [prose(i) for i in range(30)]
+    table = pa.table(dict(body=texts, id=[f"p{i}" for i in range(30)], score=[1.0] * 30))
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=7)
+    out = tmp_path / "out"
+    options = ["--processes", 1, "--val-fraction", 0.1, "--tokenizer", "bytes"]
+    assert run(path, "--out", out, "--column", "body", *options) == 0
+    assert manifest_of(out)["documents_kept"] == 30
+    found = [line for p in sorted((out / "text").iterdir()) for line in read_lines(p)]
+    assert [line["id"] for line in found] == [f"p{i}" for i in range(30)]
+    assert run(path, "--out", tmp_path / "b", *options) == 2
+    assert "a.parquet: no column text; found body, id, score" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:-100])
+    assert run(path, "--out", tmp_path / "c", "--column", "body", *options) == 2
+    assert "a.parquet: corrupt or cut short" in capsys.readouterr().err
+    assert not (tmp_path / "c" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
