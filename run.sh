@@ -149,6 +149,7 @@ case $verb in
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records
+        [[ $verb == eval && ${1:-} == --harness ]] && require harness
         require "$verb"
         exec "$venv/bin/python" "$here/door.py" "$verb" "$@"
         ;;

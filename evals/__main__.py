@@ -36,7 +36,8 @@ tasks:
 examples:
   ./run.sh eval
   ./run.sh eval --run runs/a --against runs/b
-  ./run.sh eval --text novel.txt --overlap 512 --tasks hellaswag_val.jsonl --json"""
+  ./run.sh eval --text novel.txt --overlap 512 --tasks hellaswag_val.jsonl --json
+  ./run.sh eval --harness --model_args run=runs/a --tasks lambada_openai    (lm-eval's options)"""
 
 DEFAULT = ["val", "train", "continuation", "order", "repeat"]
 TRAIN_TOKENS = 131_072  # of the training text, at most
@@ -109,13 +110,25 @@ def parse(argv):
     )
     parser.add_argument("--seed", type=int, default=0, help="of generated tasks [0]")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+    parser.add_argument(
+        "--harness",
+        nargs=argparse.REMAINDER,
+        metavar="ARGS",
+        help="start lm-eval with the run's model; what follows are its options",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Parse, measure, print. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(parse(sys.argv[1:] if argv is None else argv))
+        args = parse(argv)
+        if args.harness is not None:
+            from . import harness  # imports lm-eval, which takes long
+
+            return harness.main(args.harness)
+        run(args)
     except InputError as e:
         return refuse(e)
     return 0

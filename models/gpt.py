@@ -40,12 +40,12 @@ from . import copies
 from .cache import KVCache
 from .parts import (
     GATE_INPUTS,
-    VAL_LOGITS,
     document_starts,
     draw,
     gate,
     keep_less,
     later_targets,
+    log_probs_by_chunks,
     loss_by_chunks,
     memory_of_logits,
     memory_of_scores,
@@ -695,23 +695,16 @@ class Model(nn.Module):
 
     def log_probs(self, inputs, targets, cu_seqlens, stage):
         """(B, T) log probabilities of the targets, 0 where one is IGNORE; stage: of validation."""
-        x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
-        cap = self.c.softcap or None
-        rows = [x, targets.flatten()]
+        rows = [self.hidden(inputs, cu_seqlens, stage).flatten(0, 1), targets.flatten()]
         if self.c.copies:
             starts = document_starts(inputs, cu_seqlens)
-            rows += [
-                n.flatten(0, 1) for n in copies.earlier(inputs, targets, starts, self.c.copies)
-            ]
-        found = []
-        for x, targets_, *counts in zip(*(r.split(VAL_LOGITS // len(self.lm_head)) for r in rows)):
-            if counts:
-                found.append(self.mixed_log_probs(x, self.lm_head, targets_, *counts))
-            else:
-                found.append(
-                    linear_log_prob(x, self.lm_head, targets_, cap=cap, ignore_index=IGNORE)
-                )
-        return torch.cat(found).view_as(inputs)
+            counts = copies.earlier(inputs, targets, starts, self.c.copies)
+            rows += [n.flatten(0, 1) for n in counts]
+            of_rows = self.mixed_log_probs
+        else:
+            cap = self.c.softcap or None
+            of_rows = functools.partial(linear_log_prob, cap=cap, ignore_index=IGNORE)
+        return log_probs_by_chunks(of_rows, self.lm_head, *rows).view_as(inputs)
 
     def mix(self, x, seen):
         """Gates of the mixture: (..., C), (..., copies) -> (..., copies + 1) fp32."""

@@ -23,7 +23,8 @@ from torch import nn
 
 from base import InputError
 from base.options import FRACTION, POSITIVE, RATE, Options, option
-from kernels import choose_ops, embedding, fp8_linear
+from data.loader import IGNORE
+from kernels import choose_ops, embedding, fp8_linear, linear_log_prob
 from optim.adam import Adam
 from optim.adamw import adamw_rules
 from optim.muon import Muon
@@ -33,6 +34,7 @@ from .parts import (
     draw,
     dropout,
     keep_less,
+    log_probs_by_chunks,
     loss_by_chunks,
     memory_of_logits,
     memory_of_scores,
@@ -429,6 +431,12 @@ class Model(nn.Module):
         x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
         loss = functools.partial(self.ops.linear_cross_entropy, cap=None)
         return loss_by_chunks(self.recompute, loss, self.head, x, targets.flatten())
+
+    def log_probs(self, inputs, targets, cu_seqlens, stage):
+        """(B, T) log probabilities of the targets, 0 where one is IGNORE."""
+        x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)
+        of_rows = functools.partial(linear_log_prob, ignore_index=IGNORE)
+        return log_probs_by_chunks(of_rows, self.head, x, targets.flatten()).view_as(inputs)
 
     def logits(self, inputs, cu_seqlens, stage, last_only=False):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""

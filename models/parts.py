@@ -135,6 +135,13 @@ def loss_by_chunks(recompute, loss, w, *rows):
     return total
 
 
+def log_probs_by_chunks(log_probs, w, *rows):
+    """(N,) what log_probs(x, w, ...) says of each row, of which only a chunk's logits exist at a
+    time; w, rows: as above."""
+    chunks = zip(*(r.split(VAL_LOGITS // len(w)) for r in rows))
+    return torch.cat([log_probs(x, w, *rest) for x, *rest in chunks])
+
+
 def memory_of_logits(form, tokens, columns, size, recompute):
     """Bytes of logits while they exist; form: of linear_cross_entropy, size: bytes of a weight."""
     if form == "fp8":

@@ -342,7 +342,8 @@ def expenses(result):
             continue
         if match := re.fullmatch(r"(.*?)_?(kwh|wh|joules|watts?|eur|usd|dollars|co2_?\w*)", key):
             units = dict(kwh="kWh", wh="Wh", eur="EUR", usd="USD", dollars="USD")
-            name = match[1].replace("_", " ") or "energy"
+            money = match[2] in ("eur", "usd", "dollars")
+            name = match[1].replace("_", " ") or ("cost" if money else "energy")
             found.append((name, short(value), units.get(match[2], match[2])))
         elif key in ("cost", "price", "energy"):
             found.append((key, short(value), ""))

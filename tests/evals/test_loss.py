@@ -10,6 +10,7 @@ from helpers import tiny_model
 from evals.loss import as_documents, groups, measure_text, open_corpus, training, validation
 from evals.results import ratio_error
 from evals.scoring import Scorer
+from models import llama
 from runtime.saved import Saved, load_run
 
 
@@ -124,6 +125,24 @@ def test_documents_are_what_was_written(trained, saved):
     documents = as_documents(text.streams[0], saved.tokenizer)
     assert documents[0].startswith(("the ", "a ")) or documents[0].split()[0].isalpha()
     assert "".join(documents) == saved.tokenizer.decode(text.streams[0])
+
+
+def test_llamas_log_probs_are_those_of_its_loss_and_logits():
+    c = llama.Config(n_layer=1, n_embd=32, n_head=2, head_dim=16, ffn_dim=64)
+    model = llama.Model(c, 128, 24)  # a multiple of 64
+    model.init_weights(0)
+    inputs = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    targets = inputs.roll(-1, 1)
+    targets[0, 3] = -100
+    cu_seqlens = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
+    with torch.no_grad():
+        found = model.log_probs(inputs, targets, cu_seqlens, c.stage(1.0, 24))
+        logits = model.logits(inputs, cu_seqlens, c.stage(1.0, 24)).log_softmax(-1)
+        loss = model(inputs, targets, cu_seqlens, c.stage(1.0, 24))
+    expected = logits.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    expected[0, 3] = 0
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(-found.sum(), loss, atol=1e-3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("copies", [0, 2])
