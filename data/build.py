@@ -33,7 +33,7 @@ from base.command import Parser, given_path
 from base.files import sha256_of, sweep
 from base.places import cache_folder
 
-from . import clean, filters, reading, recipe, report
+from . import clean, emit, filters, reading, recipe, report
 from . import stages as work
 from .pieces import progress, read_json, say, workers, write_json
 from .sources import MANIFEST
@@ -49,6 +49,9 @@ def main(argv):
     todo = recipe_of(args)
     cache = Path(args.cache_dir) / "data"
     began = time.perf_counter()
+    if args.emit:
+        emit.emit(*args.emit, todo)
+        return 0
     with workers(args.processes) as crew:
         if args.dry_run:
             print(work.dry_run(todo, cache, crew))
@@ -120,6 +123,12 @@ def command_line():
     )
     parser.add_argument(
         "--processes", type=int, default=n_cores(), metavar="N", help="to work in [%(default)s]"
+    )
+    parser.add_argument(
+        "--emit",
+        nargs=2,
+        metavar=("datatrove", "FILE.py"),
+        help="build nothing: write a script that reads, filters and deduplicates on a cluster",
     )
     parser.add_argument("--keep-work", action="store_true", help="keep what stages hand on")
     parser.add_argument(
