@@ -2,12 +2,14 @@
 
 import dataclasses
 import shlex
+from pathlib import Path
 
 from data import sources
 from data.config import DataConfig
 from optim import OptimConfig
 from records.add import PATHS
 from records.metrics import METRICS
+from records.read import read_json
 from runtime.guard import GuardConfig
 from runtime.machine import PrecisionConfig
 from runtime.options import RunConfig
@@ -21,27 +23,23 @@ APART = {*PATHS, "resume", "gpus", "micro_tokens", "recompute", "kernels", "comp
 APART |= {"checkpoint_every", "keep_last", "keep_best", "max_restarts", "sample_prompts", "earlier"}
 
 
-def model_card(exported, config, licence=None):
+def model_card(exported, config, licence=None, gguf=None):
     """README.md of an export. config: Hugging Face's; licence: of the weights, as the Hub names
-    it."""
+    it; gguf: the name of the file, where it is one."""
     model = exported.model
     fields = model.fields
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    library = "llama.cpp" if gguf else "transformers"
+    head = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     head += [f"license: {licence}"] if licence else []
     head += ["tags:", "- stopwatch", "---", ""]
 
-    loads = "AutoModelForCausalLM.from_pretrained(folder)"
-    if "auto_map" in config:
-        loads = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
     n = sum(t.numel() for t in exported.tensors.values())
+    began = "the weights of another model" if fields.get("warm_start") else "random weights"
     body = [
         f"# {model.run.absolute().name}",
         "",
         f"A language model of {n:,} parameters ({config['architectures'][0]}), trained by "
-        "Stopwatch from random weights."
-        if not fields.get("warm_start")
-        else f"A language model of {n:,} parameters ({config['architectures'][0]}), trained by "
-        "Stopwatch from the weights of an earlier run.",
+        f"Stopwatch from {began}.",
         "It continues text. It has not been tested for any use, and what it says may be false.",
         "",
         "## Data and licence",
@@ -55,15 +53,7 @@ def model_card(exported, config, licence=None):
         "",
         "## Use",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'folder = "."  # where this file is, or the name on the Hub',
-        f"model = {loads}",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
-        "```",
+        *(use_of_gguf(gguf) if gguf else use_of_folder(config)),
         "",
         f"Every text begins with `<|endoftext|>`, which the tokenizer adds. The context is "
         f"{model.max_len} tokens.",
@@ -79,19 +69,38 @@ def model_card(exported, config, licence=None):
     return "\n".join([*head, *body]).rstrip() + "\n"
 
 
+def use_of_folder(config):
+    trust = ", trust_remote_code=True" if "auto_map" in config else ""
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "."  # where this file is, or the name on the Hub',
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        "```",
+    ]
+
+
+def use_of_gguf(file):
+    return ["```", f'llama-cli -m {file} -p "Once upon a time" -n 50', "```"]
+
+
 def about_data(model):
-    name = model.fields.get("data")
-    about = "not known"
-    licence = None
+    name = str(model.fields.get("data"))
+    about = "documents that ./run.sh data build has put together"
+    licences = read_json(model.run / "data.json").get("licences") or {name: LICENCES.get(name)}
     if name in sources.names():
-        source = sources.find(name)
-        about = source.about
-        licence = getattr(source, "licence", None) or LICENCES.get(name)
-    lines = [f"- Data: `{name}`, {about}; fingerprint `{model.data}`"]
-    lines.append(f"- Licence of the data: {licence or 'not known to the program'}")
+        about = sources.find(name).about
+    lines = [f"- Data: `{Path(name).name}`, {about}; fingerprint `{model.data}`"]
+    for part, licence in licences.items():
+        of_part = f" `{part}`" if len(licences) > 1 else " the data"
+        lines.append(f"- Licence of{of_part}: {licence or 'not known to the program'}")
     if model.result.get("tokens"):
         lines.append(f"- Tokens seen in training: {model.result['tokens']:,}")
-    lines.append(f"- Tokenizer: `{model.fields.get('tokenizer')}`")
+    lines.append(f"- Tokenizer: `{Path(str(model.fields.get('tokenizer'))).name}`")
     return lines
 
 
@@ -129,7 +138,7 @@ def command(model):
             continue
         expected = values.get(name, defaults.get(name))
         if as_words(value) != as_words(expected):
-            words += option(name, value)
+            words += option(name, Path(value).name if name in ("data", "tokenizer") else value)
     if fields.get("text"):
         words += ["--text", "FILE"]
     return shlex.join(words)

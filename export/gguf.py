@@ -17,22 +17,20 @@ import re
 from tqdm import tqdm
 
 from base import InputError
+from data.chat import END
+from data.tokenizers import QWEN2_PATTERN
 from models.llama import rope_frequencies
 
 from .hf import FAMILIES, TABLES
-from .tokenizer import CHAT_TEMPLATE, TURN_ENDS, can_chat, special_tokens
+from .tokenizer import CHAT_TEMPLATE, PADDING, can_chat, special_tokens
 
 # Of the numbers: the field's names of files that have them
 FILE_TYPES = dict(f32="ALL_F32", f16="MOSTLY_F16", q8_0="MOSTLY_Q8_0", q4_0="MOSTLY_Q4_0")
 TYPES = tuple(FILE_TYPES)
 BLOCK = 32  # numbers that share a scale in q8_0 and q4_0
 # What llama.cpp splits text by before it merges, under its names
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {QWEN2: "qwen2"}
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
+SPLITS = {QWEN2_PATTERN: "qwen2"}
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -242,9 +240,9 @@ def describe_tokenizer(writer, exported):
     special = special_tokens(said)
     tokens = {i: token for token, i in said["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, NORMAL)
-    for token, i in special.items():
-        tokens[i] = token
-        types[i] = CONTROL
+    for added in said["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     # An id that nothing has is a row of the table all the same, and has to be named
     for i in range(exported.tokenizer.n_vocab):
         if i not in tokens:
@@ -260,10 +258,10 @@ def describe_tokenizer(writer, exported):
     eot = exported.tokenizer.eot
     writer.add_bos_token_id(eot)
     writer.add_eos_token_id(eot)
-    writer.add_pad_token_id(eot)
+    writer.add_pad_token_id(special.get(PADDING, eot))
     writer.add_add_bos_token(True)  # every document begins with it
     if can_chat(said):
-        writer.add_eot_token_id(special[TURN_ENDS])
+        writer.add_eot_token_id(special[END])
         writer.add_chat_template(plain_template())
 
 

@@ -12,10 +12,11 @@ import shutil
 from pathlib import Path
 
 from base import InputError
+from data.chat import END
 
 from .card import model_card
 from .source import EMBEDDING
-from .tokenizer import TURN_ENDS, can_chat, save_tokenizer, special_tokens
+from .tokenizer import PADDING, can_chat, save_tokenizer, special_tokens
 from .weights import save_weights, write_json
 
 HERE = Path(__file__).parent
@@ -96,10 +97,15 @@ def whole_model(exported):
 def generation_config(exported, config):
     """How text is drawn where nobody says it."""
     eot = exported.tokenizer.eot
+    special = special_tokens(exported.tokenizer_json)
     ends = [eot]
     if can_chat(exported.tokenizer_json):
-        ends.append(special_tokens(exported.tokenizer_json)[TURN_ENDS])
-    said = dict(bos_token_id=eot, eos_token_id=ends if len(ends) > 1 else eot, pad_token_id=eot)
+        ends.append(special[END])
+    said = dict(
+        bos_token_id=eot,
+        eos_token_id=ends if len(ends) > 1 else eot,
+        pad_token_id=special.get(PADDING, eot),
+    )
     padding = range(exported.tokenizer.n_vocab, config["vocab_size"])
     if padding:
         said["suppress_tokens"] = list(padding)

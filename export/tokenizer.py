@@ -2,12 +2,11 @@
 
 import copy
 
-from data.tokenizers import END_OF_TEXT
+from data.chat import END, START
 
 from .weights import write_json
 
-TURN_BEGINS = "<|im_start|>"
-TURN_ENDS = "<|im_end|>"
+PADDING = "<|pad|>"
 # ChatML, as data/chat.py renders it. What the assistant says, and that it ends there, is marked for
 # those who train on it
 CHAT_TEMPLATE = """\
@@ -34,7 +33,7 @@ def special_tokens(tokenizer_json):
 
 def can_chat(tokenizer_json):
     """Whether it has the tokens that ChatML is written with."""
-    return {TURN_BEGINS, TURN_ENDS} <= special_tokens(tokenizer_json).keys()
+    return {START, END} <= special_tokens(tokenizer_json).keys()
 
 
 def save_tokenizer(tokenizer, said, max_len, folder):
@@ -44,7 +43,9 @@ def save_tokenizer(tokenizer, said, max_len, folder):
     """
     said = copy.deepcopy(said)
     # Every document begins with end-of-text, here as in training
-    bos = dict(SpecialToken=dict(id=END_OF_TEXT, type_id=0))
+    special = special_tokens(said)
+    end_of_text = next(text for text, i in special.items() if i == tokenizer.eot)
+    bos = dict(SpecialToken=dict(id=end_of_text, type_id=0))
     first = dict(Sequence=dict(id="A", type_id=0))
     second = dict(Sequence=dict(id="B", type_id=1))
     said["post_processor"] = dict(
@@ -52,7 +53,7 @@ def save_tokenizer(tokenizer, said, max_len, folder):
         single=[bos, first],
         pair=[bos, first, second],
         special_tokens={
-            END_OF_TEXT: dict(id=END_OF_TEXT, ids=[tokenizer.eot], tokens=[END_OF_TEXT]),
+            end_of_text: dict(id=end_of_text, ids=[tokenizer.eot], tokens=[end_of_text]),
         },
     )
     write_json(folder / "tokenizer.json", said)
@@ -60,15 +61,15 @@ def save_tokenizer(tokenizer, said, max_len, folder):
     about = dict(
         # The only name that versions 4 and 5 of transformers both take as "what the file says"
         tokenizer_class="PreTrainedTokenizerFast",
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        bos_token=end_of_text,
+        eos_token=end_of_text,
+        pad_token=PADDING if PADDING in special else end_of_text,
         add_bos_token=True,
         clean_up_tokenization_spaces=False,
         model_max_length=max_len,
         model_input_names=["input_ids", "attention_mask"],
     )
     if can_chat(said):
-        about["additional_special_tokens"] = [TURN_BEGINS, TURN_ENDS]
+        about["additional_special_tokens"] = [START, END]
         about["chat_template"] = CHAT_TEMPLATE
     write_json(folder / "tokenizer_config.json", about)

@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 from helpers import ROOT, model_fields
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as HF
 
 import train_gpt as tg
-from data.tokenizers import BYTE, Tokenizer
+from data.tokenizers import train_qwen2
 from export.__main__ import main as export_main
 from kernels import choose_ops
 from models import gpt, llama
@@ -21,10 +19,6 @@ from runtime.log import Log
 from runtime.options import flat
 from runtime.saved import load_run
 
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA = dict(
     template="llama",
     n_layer=2,
@@ -39,22 +33,10 @@ LLAMA = dict(
 )
 
 
-def bpe(n_vocab, pattern=QWEN2, text=None):
-    """A Tokenizer trained on some source of ours, or on a text."""
-    text = text or (ROOT / "train_gpt.py").read_text()
-    trained = HF(models.BPE())
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trained.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
-    trained.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False
-    )
-    trained.train_from_iterator([text], trainer)
-    vocabulary = trained.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    return Tokenizer("bpe", [bytes(BYTE[c] for c in t) for t in tokens], pattern)
+def qwen2(n_vocab):
+    """A Tokenizer that others have words for, learned from some source of ours; its last 8 tokens
+    are special."""
+    return train_qwen2([(ROOT / "train_gpt.py").read_text()], n_vocab)
 
 
 def random_model(config, n_vocab, size=0.1, dtype=torch.float32):

@@ -9,14 +9,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from export_helpers import Ours, bpe, export, gpt_run, llama_run, refused
+from export_helpers import Ours, export, gpt_run, llama_run, qwen2, refused
 from helpers import ROOT
 
-from data.tokenizers import PATTERN, Tokenizer, make_tokenizer
-from export import gguf as ours_gguf
+from data.tokenizers import QWEN2_PATTERN, Tokenizer, make_tokenizer
 
 xllamacpp = pytest.importorskip("xllamacpp")
-TOKENIZER = bpe(500)  # so that 12 rows pad the table
+TOKENIZER = qwen2(500)  # so that 12 rows pad the table
+SOURCE = (ROOT / "train_gpt.py").read_text()
 
 
 class LlamaCpp:
@@ -99,7 +99,6 @@ def written(capsys, run, out, kind="f32"):
 def torture(n, seed=0):
     """Texts with what tokenizers disagree on."""
     r = random.Random(seed)
-    source = (ROOT / "train_gpt.py").read_text()
     pieces = ["Naïve", "中文", "don't", "DON'T", "we'LL", "'s", "12345", "3.14", "\r\n", "\t", "🙂"]
     pieces += [
         "e\u0301",
@@ -132,8 +131,8 @@ def torture(n, seed=0):
         if i % 3:
             texts.append("".join(r.choice(pieces) for _ in range(r.randint(1, 12))))
         else:
-            at = r.randrange(len(source) - 300)
-            texts.append(source[at : at + r.randint(1, 300)])
+            at = r.randrange(len(SOURCE) - 300)
+            texts.append(SOURCE[at : at + r.randint(1, 300)])
     return texts
 
 
@@ -215,8 +214,10 @@ def test_keys_that_llama_cpp_would_guess(tmp_path, capsys):
         "llama.vocab_size": 500,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.bos_token_id": 499,
-        "tokenizer.ggml.eos_token_id": 499,
+        "tokenizer.ggml.bos_token_id": 492,
+        "tokenizer.ggml.eos_token_id": 492,
+        "tokenizer.ggml.eot_token_id": 494,
+        "tokenizer.ggml.padding_token_id": 495,
         "tokenizer.ggml.add_bos_token": True,
     }
     assert {name: said[name] for name in expected} == expected
@@ -224,8 +225,8 @@ def test_keys_that_llama_cpp_would_guess(tmp_path, capsys):
     tokens = said["tokenizer.ggml.tokens"]
     types = said["tokenizer.ggml.token_type"]
     assert len(set(tokens)) == len(tokens) == len(types) == 500  # the rows that pad are left out
-    assert tokens[499] == "<|endoftext|>"
-    assert types == [1] * 499 + [3]
+    assert tokens[492:496] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    assert types == [1] * 492 + [3] * 8
 
 
 # --- Text
@@ -242,6 +243,22 @@ def test_it_tokenizes_like_ours(tmp_path, capsys, n):
         assert theirs.ids("a", add_special=True) == [TOKENIZER.eot, *TOKENIZER.encode(["a"])[0]]
 
 
+def test_a_conversation_is_rendered_like_ours(tmp_path, capsys):
+    """Without its first token, which is added when the text is tokenized."""
+    run = llama_run(tmp_path / "run", TOKENIZER)
+    said = [
+        dict(role="user", content="Hi\n"),
+        dict(role="assistant", content="Hello {{ you }}"),
+        dict(role="user", content="Again"),
+    ]
+    with LlamaCpp(written(capsys, run, tmp_path / "model.gguf")) as theirs:
+        found = theirs.post("/apply-template", messages=said)["prompt"]
+    assert found.removeprefix("<|endoftext|>") == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello {{ you }}<|im_end|>\n"
+        "<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 # --- What is refused
 
 
@@ -250,9 +267,9 @@ def test_it_tokenizes_like_ours(tmp_path, capsys, n):
     [
         (make_tokenizer("chars", lambda: ["abc"]), "a token for each character"),
         (make_tokenizer("bytes", None), "splits text in a way"),
-        (bpe(300, PATTERN), "\\p{N}{1,2}"),
+        (make_tokenizer("bpe:300", lambda: [SOURCE]), "\\p{N}{1,2}"),
         (
-            Tokenizer("bpe", [*[bytes([i]) for i in range(256)], b"they"], ours_gguf.QWEN2),
+            Tokenizer("bpe", [*[bytes([i]) for i in range(256)], b"they"], QWEN2_PATTERN),
             "1 tokens that no merges lead to, such as 'they'",
         ),
     ],

@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_helpers import Ours, bpe, export, gpt_run, llama_run, refused
+from export_helpers import Ours, export, gpt_run, llama_run, qwen2, refused
 from helpers import PIECES, write_text
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_gpt as tg
-from data.tokenizers import PATTERN, make_tokenizer
+from data.chat import read_messages, render
+from data.tokenizers import make_tokenizer
 from export import hf
 from export import weights as weights_files
 from export.card import APART
-from export.tokenizer import CHAT_TEMPLATE
 from models import gpt
 from runtime.options import flat
 
-TOKENIZER = bpe(500)  # so that 12 rows pad the table
+TOKENIZER = qwen2(500)  # so that 12 rows pad the table
 
 
 def in_transformers(folder, reference, python=sys.executable):
@@ -55,9 +55,11 @@ def load(folder):
     """transformers' model of a folder, in this process, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32
     ).eval()
+    model.generation_config.eos_token_id = None  # nothing ends a text here
+    return model
 
 
 # --- The speedrun's template
@@ -88,7 +90,7 @@ def test_the_speedruns_model_is_the_same(tmp_path, capsys, fields):
     last = theirs(inputs, logits_to_keep=2).logits
     torch.testing.assert_close(last, found[:, -2:], rtol=0, atol=1e-5)
     # With a cache, token by token and in two parts; the rows that pad are left out
-    out = theirs.generate(inputs[:1, :9], max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    out = theirs.generate(inputs[:1, :9], max_new_tokens=12, do_sample=False)
     assert out[0, 9:].tolist() == ours.greedy(ids[:9], 12)
     half = len(ids) // 2
     part = theirs(inputs[:, :half], use_cache=True)
@@ -159,9 +161,7 @@ def test_llama_is_the_same(tmp_path, capsys, fields):
     found = theirs(torch.tensor([ids])).logits[..., : TOKENIZER.n_vocab]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     # The rows that pad are never written
-    out = theirs.generate(
-        torch.tensor([ids[:9]]), max_new_tokens=12, min_new_tokens=12, do_sample=False
-    )
+    out = theirs.generate(torch.tensor([ids[:9]]), max_new_tokens=12, do_sample=False)
     assert out[0, 9:].tolist() == ours.greedy(ids[:9], 12)
 
 
@@ -175,11 +175,12 @@ def test_what_the_configuration_says(tmp_path, capsys):
     assert said["head_dim"] == 16
     assert said["tie_word_embeddings"] is True
     assert said["vocab_size"] == 512
-    assert (said["bos_token_id"], said["eos_token_id"]) == (499, 499)
+    assert (said["bos_token_id"], said["eos_token_id"]) == (492, 492)
     assert "pad_token_id" not in said  # which would keep that token from learning
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation["suppress_tokens"] == [*range(500, 512)]
-    assert generation["pad_token_id"] == 499
+    assert generation["pad_token_id"] == TOKENIZER.specials["<|pad|>"]
+    assert generation["eos_token_id"] == [492, TOKENIZER.specials["<|im_end|>"]]
     with safe_open(tmp_path / "out/model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}
         assert "lm_head.weight" not in f.keys()
@@ -211,37 +212,45 @@ def test_the_tokenizer_in_transformers(tmp_path, capsys):
     assert said["input_ids"] == [TOKENIZER.eot, *ids]
     assert sorted(said) == ["attention_mask", "input_ids"]
     assert theirs.decode(said["input_ids"], skip_special_tokens=True) == text
-    assert theirs.chat_template is None  # it has no tokens for turns
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+    assert (theirs.pad_token, theirs.eos_token) == ("<|pad|>", "<|endoftext|>")
 
 
-def test_a_conversation():
-    """The template in transformers' own engine, with the mask of what the assistant says."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+CONVERSATION = [
+    dict(role="system", content="Be brief."),
+    dict(role="user", content="Hi\n"),
+    dict(role="assistant", content=" Hello {{ you }}"),
+]
+RENDERED = (
+    "<|endoftext|><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    "<|im_start|>assistant\nHello {{ you }}<|im_end|>\n"
+)
 
-    messages = [
-        dict(role="system", content="Be brief."),
-        dict(role="user", content="Hi\n"),
-        dict(role="assistant", content=" Hello {{ you }}"),
-    ]
-    rendered, spans = render_jinja_template(
-        conversations=[messages],
-        chat_template=CHAT_TEMPLATE,
-        return_assistant_tokens_mask=True,
-        bos_token="<|endoftext|>",
+
+def test_a_conversation(tmp_path, capsys):
+    """Its text, its ids, and which of them are what the assistant says."""
+    from transformers import AutoTokenizer
+
+    run = llama_run(tmp_path / "run", TOKENIZER)
+    assert export(capsys, run, "hf", tmp_path / "out")[0] == 0
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.apply_chat_template(CONVERSATION, tokenize=False) == RENDERED
+    ids, counts = render(read_messages(CONVERSATION), TOKENIZER)
+    both = theirs.apply_chat_template(
+        CONVERSATION, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    assert rendered[0] == (
-        "<|endoftext|><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\n<|im_end|>\n"
-        "<|im_start|>assistant\n Hello {{ you }}<|im_end|>\n"
-    )
-    [(begin, end)] = spans[0]
-    assert rendered[0][begin:end] == " Hello {{ you }}<|im_end|>"
-    asked, _ = render_jinja_template(
-        conversations=[messages[:2]],
-        chat_template=CHAT_TEMPLATE,
-        add_generation_prompt=True,
-        bos_token="<|endoftext|>",
-    )
-    assert asked[0].endswith("Hi\n<|im_end|>\n<|im_start|>assistant\n")
+    assert both["input_ids"] == ids.tolist()
+    assert both["assistant_masks"] == counts.astype(int).tolist()
+    asked = theirs.apply_chat_template(CONVERSATION[:2], tokenize=False, add_generation_prompt=True)
+    assert asked.endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_tokenizer_without_turns_has_no_template(tmp_path, capsys):
+    run = gpt_run(tmp_path / "run", make_tokenizer("bytes", None))
+    assert export(capsys, run, "hf", tmp_path / "out")[0] == 0
+    said = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert "chat_template" not in said
+    assert said["pad_token"] == "<|endoftext|>"
 
 
 # --- The model card
@@ -287,7 +296,7 @@ def test_the_card_says_where_it_comes_from(tmp_path, capsys):
 def test_a_tokenizer_of_another_model(tmp_path, capsys):
     run = llama_run(tmp_path / "run", TOKENIZER)
     other = tmp_path / "other.json"
-    other.write_text(bpe(300).to_json())
+    other.write_text(qwen2(300).to_json())
     out = tmp_path / "out"
     said = "has 300 tokens", "embeddings of 512"
     refused(export(capsys, run, "hf", out, "--tokenizer", other), out, *said)
@@ -421,7 +430,7 @@ def test_tokenizers_of_all_kinds_load(tmp_path, capsys, kind):
     tokenizer = {
         "bytes": lambda: make_tokenizer("bytes", None),
         "chars": lambda: make_tokenizer("chars", lambda: [text]),
-        "own split": lambda: bpe(300, PATTERN),
+        "own split": lambda: make_tokenizer("bpe:300", lambda: [text * 9]),
     }[kind]()
     run = gpt_run(tmp_path / "run", tokenizer)
     assert export(capsys, run, "hf", tmp_path / "out")[0] == 0
