@@ -25,7 +25,7 @@ TRACK = dict(
     # schedule and optimizer
     steps=150,
     batch_tokens=(2048,),
-    adam_lr=0.02,
+    adam_lr=0.04,
     weight_decay=1.2,
     normuon=True,
     adamw_lr=3e-3,
