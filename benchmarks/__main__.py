@@ -35,6 +35,7 @@ BENCHMARKS = {
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
     "peers": "nanoGPT, nanochat, minimind or modded-nanogpt beside this trainer, whole processes",
     "ablate": "what each piece of the recipe is worth, in loss and in time",
+    "serving": "a server's tokens/s for many clients at once, beside one after another",
     "checkpoint": "what writing and loading a checkpoint costs, and what it costs training",
 }
 # in `all`: 8 minutes, nothing downloaded; kernels last, since one may leave the GPU unusable

@@ -135,6 +135,7 @@ def make_server(args, given):
     about = dict(
         kind="base",  # it continues text
         context_length=saved.max_len,
+        end_token=saved.tokenizer.eot,  # what logit_bias calls it
         max_tokens=args.max_tokens,
         defaults=dict(max_tokens=served.tokens, **knobs_of(sampling)),
     )

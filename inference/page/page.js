@@ -129,7 +129,10 @@ function shown(bytes) {
   }
 }
 
-const percent = (p) => (p >= 0.9995 ? "100%" : p >= 0.0995 ? `${(100 * p).toFixed(0)}%` : `${(100 * p).toFixed(1)}%`);
+function percent(p) {
+  if (p < 0.0005) return "<0.1%";
+  return `${(100 * p).toFixed(p < 0.0995 || (p > 0.9 && p < 0.995) ? 1 : 0)}%`;
+}
 const about = new WeakMap(); // span -> its token
 
 function showAlternatives(span) {
