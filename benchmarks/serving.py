@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from base import InputError
 from base.command import given_path
 from benchmarks.options import COUNT
-from benchmarks.report import document, say, table
+from benchmarks.report import document, number, say, table
 from runtime.saved import newest_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +125,14 @@ class Served:
             return None
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
+    def cpu_seconds(self):
+        """That its process has used so far, None where the system does not say."""
+        try:
+            said = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return None
+        return (int(said[11]) + int(said[12])) / os.sysconf("SC_CLK_TCK")
+
 
 def send(port, body):
     """(tokens written, seconds to the first text, seconds in all) of one request."""
@@ -148,9 +156,12 @@ def send(port, body):
 def send_all(server, bodies, clients):
     """Send the requests by so many clients; what came of it."""
     started = time.perf_counter()
+    used = server.cpu_seconds()
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda body: send(server.port, body), bodies))
     seconds = time.perf_counter() - started
+    if used is not None:
+        used = server.cpu_seconds() - used
     n = sum(tokens for tokens, _, _ in answers)
     lost = sum(got < body["max_tokens"] for (got, _, _), body in zip(answers, bodies))
     firsts = sorted(first or seconds for _, first, _ in answers)
@@ -160,6 +171,7 @@ def send_all(server, bodies, clients):
         lost=lost,
         seconds=seconds,
         tokens_per_s=n / seconds,
+        server_cpu_ms_per_token=used and 1e3 * used / max(1, n),
         first_text_s=dict(median=at(firsts, 0.5), p95=at(firsts, 0.95)),
         answer_s=dict(median=at(whole, 0.5), p95=at(whole, 0.95)),
     )
@@ -167,6 +179,11 @@ def send_all(server, bodies, clients):
 
 def at(ordered, share):
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def cpu_of(parts):
+    times = [p["server_cpu_ms_per_token"] for p in parts]
+    return None if None in times else statistics.median(times)
 
 
 def render(result):
@@ -178,6 +195,7 @@ def render(result):
             [
                 label,
                 f"{statistics.median(p['tokens_per_s'] for p in parts):,.0f}",
+                number(cpu_of(parts), ".2f"),
                 f"{statistics.median(p['first_text_s']['median'] for p in parts):.3f}",
                 f"{statistics.median(p['first_text_s']['p95'] for p in parts):.3f}",
                 f"{statistics.median(p['answer_s']['p95'] for p in parts):.2f}",
@@ -190,5 +208,15 @@ def render(result):
         f"each in a round: {result['ratio']:.2f} times the tokens/s of one after another (median "
         f"of {len(result['rounds'])} rounds), {result['lost']} requests lost; the server held "
         f"{memory[0]:,.0f} MB at first and {memory[-1]:,.0f} MB at the end.",
-        table(["", "tokens/s", "first text, s", "its p95", "answer's p95, s"], rows),
+        table(
+            [
+                "",
+                "tokens/s",
+                "server's CPU, ms/token",
+                "first text, s",
+                "its p95",
+                "answer's p95, s",
+            ],
+            rows,
+        ),
     )

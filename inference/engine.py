@@ -218,10 +218,11 @@ class Engine:
             of_rows = [completions[row] for row in rows]
             tokens = [c.tokens for c in of_rows]
             processed = process(logits[rows], sampling, tokens, [c.written for c in of_rows])
-            for row, completion, scores in zip(rows, of_rows, processed):
-                chosen[row] = draw(scores, completion.generator)
+            drawn = draw(processed, [c.generator for c in of_rows])
+            for row, completion, token in zip(rows, of_rows, drawn):
+                chosen[row] = token
                 if completion.request.alternatives is not None:
-                    completion.note(chosen[row], logits[row].log_softmax(-1))
+                    completion.note(token, logits[row].log_softmax(-1))
         return [chosen[row] for row in range(len(completions))]
 
     def keeps(self, promised):

@@ -86,10 +86,17 @@ def process(logits, sampling, tokens, written):
     return logits
 
 
-def draw(logits, generator=None):
-    """A token id from (V,) logits; generator: a CPU torch.Generator. The likeliest one where no
-    other is left."""
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).item()
+def draw(logits, generators):
+    """Token ids, one for each row of (B, V) logits.
+
+    generators: a CPU torch.Generator for each row, so that a row's draws do not depend on others.
+    """
+    reached = logits.softmax(-1).double().cumsum(-1)
+    at = [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
+    at = torch.stack(at) * reached[:, -1:]  # (B, 1)
+    # The first token whose probability, with those before it, is more
+    tokens = torch.searchsorted(reached, at, right=True).clamp(max=logits.size(-1) - 1)
+    return tokens[:, 0].tolist()
 
 
 # --------------------------------------------------------------------------------------------------

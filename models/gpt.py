@@ -759,9 +759,15 @@ class Model(nn.Module):
         x: (C,), of the last token; text: (T,) int64, the document so far.
         """
         hits = copies.what_followed(text, self.c.copies, self.n_vocab)
-        seen = hits.sum(0)
-        gates = self.mix(x, seen).expand(self.n_vocab, -1)
-        return copies.mixed(logits.log_softmax(-1), gates, seen.expand_as(hits), hits)
+        seen = hits.sum(0)  # the same for every token, as the gates are
+        gates = self.mix(x, seen)
+        # Of most tokens there are no copies: only the model's own share is theirs
+        nothing = torch.zeros_like(hits[:1])
+        own = logits.log_softmax(-1)
+        log_probs = own + copies.mixed(torch.zeros_like(own[:1]), gates, seen, nothing)
+        there = hits[:, 0].nonzero()[:, 0]
+        log_probs[there] = copies.mixed(own[there], gates, seen, hits[there])
+        return log_probs
 
     # ----------------------------------------------------------------------------------------------
     # What others need to know of the parameters
