@@ -3,9 +3,6 @@ one at a time.
 
     ./run.sh benchmarks ablate --track laptop --seeds 5 --json ablate.json --table ablate.md
     ./run.sh benchmarks ablate --track laptop --only softcap smear --steps 80
-    ./run.sh benchmarks ablate --track llama-1m --only adamw --json adamw.json
-
-The last one compares the recipe as a whole with AdamW, which gets twice the steps.
 
 Options other than those below are the trainer's own (./run.sh train --help): --steps N shortens
 the whole schedule, --seed N is the first seed. The recipe as it comes (base) and each variant of it
@@ -124,21 +121,6 @@ PIECES = {
 }
 
 
-def warmup(c):
-    """As the configuration says, or else a twentieth of twice its steps."""
-    return c.adamw_warmup or c.steps // 10
-
-
-# What the whole recipe is compared with, only where --only names it
-RIVALS = {
-    # The field's optimizer, with its own learning rate (--adamw-lr), gets twice the steps
-    "adamw": Piece(
-        dict(optimizer="muon"),
-        dict(optimizer="adamw", adamw_warmup=warmup, steps=lambda c: 2 * c.steps),
-    ),
-}
-
-
 class Variant(NamedTuple):
     label: str
     what: str
@@ -159,7 +141,7 @@ def differences(c, base):
 def variant(base, name):
     """The piece turned off, or on where base goes without. Raises InputError, saying why, where
     neither can be done."""
-    piece = (PIECES | RIVALS)[name]
+    piece = PIECES[name]
     for word, turned, fields in (("without", "off", piece.off), ("with", "on", piece.on)):
         try:
             changed = apply(base, fields)
@@ -173,12 +155,11 @@ def variant(base, name):
 def choose(base, only):
     """({name: Variant}, the base first, {name: why it is left out}). Names that were asked for
     are not left out: an InputError says what is wrong with them."""
-    known = PIECES | RIVALS
     for name in only:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+        if name not in PIECES:
+            near = difflib.get_close_matches(name, PIECES, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            expected = ", ".join(known)
+            expected = ", ".join(PIECES)
             raise InputError(f"--only {name}: no such piece; {hint}expected of {expected}")
     chosen = {BASE: Variant(BASE, "the recipe as it comes", {}, base)}
     left_out = {}
@@ -302,7 +283,7 @@ class Points(Log):
         super().__init__(folder, steps)
         self.val = []
 
-    def step(self, step, total, kind, loss, seconds, kept=None, **more):
+    def step(self, step, total, kind, loss, seconds):
         pass
 
     def validation(self, step, total, metrics, seconds):
@@ -588,7 +569,6 @@ def render(result):
 def add_arguments(parser):
     width = max(map(len, PIECES)) + 2
     lines = [f"  {name:{width}}{piece.what}" for name, piece in PIECES.items()]
-    rivals = [f"  {name:{width}}{piece.what}" for name, piece in RIVALS.items()]
-    parser.epilog = "\n".join(["pieces:", *lines, "rivals, with --only:", *rivals])
+    parser.epilog = "\n".join(["pieces:", *lines])
     parser.option("--only", str, (), "NAME", "these pieces instead of all", nargs="+")
     parser.option("--seeds", COUNT, 3, "N", "runs of every variant")

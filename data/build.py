@@ -191,16 +191,25 @@ def build(todo, out, cache, crew, keep_work=False, replace=False):
     before = finished(out, todo, checksums, replace)
     if before:
         return before
+    done = make_tokens(todo, stages, files, checksums, crew)
+    done["mix"] = make_mix(todo, stages, done)
+    manifest = describe(todo, files, checksums, done)
+    publish(out, stages, manifest, done)
+    if not keep_work:
+        shutil.rmtree(stages.work, ignore_errors=True)
+    return manifest
+
+
+def make_tokens(todo, stages, files, checksums, crew):
+    """All stages before the mix: {name: Stage}."""
     sets = {name: file_state(path) for name, path in todo.decontaminate.sets.items()}
     tokenizer = known_tokenizer(todo.tokenizer)
     given = file_state(tokenizer) if tokenizer.endswith(".json") else tokenizer
-
     stages.begin()
-    sweep(out, seconds=None)  # what a build left that was killed
-    parts = [dataclasses.asdict(part) for part in todo.source]
+
     read = stages.run(
         "read",
-        [parts, todo.piece_bytes, dataclasses.asdict(todo.dedup), clean.FTFY, checksums],
+        [what_is_read(todo), todo.piece_bytes, settings(todo.dedup), clean.FTFY, checksums],
         lambda folder: work.read(todo, files, folder, crew),
     )
     if changed := stages.changed():
@@ -210,28 +219,50 @@ def build(todo, out, cache, crew, keep_work=False, replace=False):
         [read.key, todo.val_fraction, todo.seed],
         lambda folder: work.find_duplicates(todo, read.folder, folder),
     )
+    done = dict(read=read, dedup=duplicates)
+    texts = read  # the stage whose pieces hold the text
+    if todo.dedup.parts:
+        texts = duplicates = done["parts"] = stages.run(
+            "parts",
+            [duplicates.key],
+            lambda folder: work.drop_parts(todo, read.folder, done["dedup"].folder, folder, crew),
+        )
     clear = stages.run(
         "decontaminate",
-        [duplicates.key, dataclasses.asdict(todo.decontaminate), sets],
-        lambda folder: work.decontaminate(todo, read.folder, duplicates.folder, folder, crew),
+        [duplicates.key, settings(todo.decontaminate), sets],
+        lambda folder: work.decontaminate(todo, texts.folder, duplicates.folder, folder, crew),
     )
     tokens = stages.run(
         "tokenizer",
         [clear.key, given, todo.tokenizer_bytes],
-        lambda folder: work.choose_tokenizer(todo, tokenizer, read.folder, clear.folder, folder),
+        lambda folder: work.choose_tokenizer(todo, tokenizer, texts.folder, clear.folder, folder),
     )
     encoded = stages.run(
         "encode",
         [tokens.key],
-        lambda folder: work.encode(read.folder, clear.folder, tokens.folder, folder, crew),
+        lambda folder: work.encode(texts.folder, clear.folder, tokens.folder, folder, crew),
     )
-    mixed = stages.run(
+    return done | dict(decontaminate=clear, tokenizer=tokens, encode=encoded)
+
+
+def make_mix(todo, stages, done):
+    """The Stage that writes the shards."""
+    weights = [[part.name, part.weight, part.max_epochs] for part in todo.source]
+    return stages.run(
         "mix",
-        [encoded.key, dataclasses.asdict(todo.mix)],
-        lambda folder: work.mix(todo, encoded.folder, tokens.said, folder),
+        [done["encode"].key, settings(todo.mix), weights],
+        lambda folder: work.mix(todo, done["encode"].folder, done["tokenizer"].said, folder),
     )
-    done = [read, duplicates, clear, tokens, encoded, mixed]
-    return publish(out, stages, todo, files, checksums, done, keep_work)
+
+
+def what_is_read(todo):
+    """Settings of the sources, without those that only the mix looks at."""
+    parts = [settings(part) for part in todo.source]
+    return [{k: v for k, v in p.items() if k not in ("weight", "max_epochs")} for p in parts]
+
+
+def settings(config):
+    return dataclasses.asdict(config)
 
 
 @dataclasses.dataclass
@@ -350,54 +381,61 @@ def finished(out, todo, checksums, replace):
     path.unlink()
 
 
-def publish(out, stages, todo, files, checksums, done, keep_work):
-    """Move what was made to `out`, the manifest last; returns it."""
-    read, _, _, tokens, encoded, mixed = done
+def describe(todo, files, checksums, done):
+    """The manifest of a build, without the files that publish() adds."""
+    tokens = done["tokenizer"].said
     manifest = dict(
         layout=LAYOUT,
-        documents=read.said["documents"],
-        documents_kept=encoded.said["documents"],
-        splits=mixed.said["splits"],
-        n_vocab=tokens.said["n_vocab"],
-        eot=tokens.said["eot"],
-        sources={
-            part.name: source_entry(part, files[part.name], encoded, mixed) for part in todo.source
-        },
-        stages={stage.name: stage.said for stage in done},
+        documents=done["read"].said["documents"],
+        documents_kept=done["encode"].said["documents"],
+        splits=done["mix"].said["splits"],
+        n_vocab=tokens["n_vocab"],
+        eot=tokens["eot"],
+        sources={part.name: source_entry(part, files[part.name], done) for part in todo.source},
+        stages={name: stage.said for name, stage in done.items()},
         recipe=recipe.as_json(todo),
         versions=VERSIONS,
         cleaning=clean.FTFY,
         checksums=checksums,
     )
     manifest["fingerprint"] = hashlib.sha256(sorted_json(manifest).encode()).hexdigest()
-    report_text = report.html(manifest)
-    for source in manifest["stages"]["read"]["sources"].values():
-        source.pop("examples")
+    return manifest
 
-    moves = [(tokens.folder / "tokenizer.json", out / "tokenizer.json")]
+
+def publish(out, stages, manifest, done, copy=False):
+    """Move what was made to `out`, the manifest last; copy: leave it there for another mix, and
+    leave out the text."""
+    page = report.html(manifest)
+    for source in manifest["stages"]["read"]["sources"].values():
+        source.pop("examples", None)  # of which the report has enough
+
+    mixed = done["mix"]
+    moves = [(done["tokenizer"].folder / "tokenizer.json", out / "tokenizer.json")]
     for split in mixed.said["splits"].values():
         moves += [(mixed.folder / name, out / name) for name in split["shards"]]
     moves += [(mixed.folder / name, out / name) for name in mixed.said["by_source"].values()]
-    moves += [(encoded.folder / name, out / "text" / name) for name in encoded.said["files"]]
+    if not copy:
+        text = done["encode"]
+        moves += [(text.folder / name, out / "text" / name) for name in text.said["files"]]
     (out / "text").mkdir(parents=True, exist_ok=True)
+    sweep(out, seconds=None)  # what a build left that was killed
     manifest["files"] = {}
     for made, place in progress(moves, "comparing and naming files", "file"):
-        if made.exists():  # else a build that was stopped here has moved it
+        if copy:
+            shutil.copyfile(made, place)
+        elif made.exists():  # else a build that was stopped here has moved it
             os.replace(made, place)
         name = place.relative_to(out).as_posix()
         manifest["files"][name] = [place.stat().st_size, sha256_of(place)]
     for stale in [*out.glob("*.bin"), *(out / "text").glob("*.zst")]:
         if stale.relative_to(out).as_posix() not in manifest["files"]:
             stale.unlink()
-    write_text(out / "report.html", report_text)
+    write_text(out / "report.html", page)
     write_json(out / "timings.json", dict(seconds=stages.seconds, processes=stages.processes))
     write_json(out / MANIFEST, manifest)
-    if not keep_work:
-        shutil.rmtree(out / "work", ignore_errors=True)
-    return manifest
 
 
-def source_entry(part, files, encoded, mixed):
+def source_entry(part, files, done):
     """What the manifest says of a source."""
     about = dict(files.about)
     if part.licence:
@@ -406,8 +444,8 @@ def source_entry(part, files, encoded, mixed):
     return about | dict(
         files=len(files.paths),
         filters=filters.rules_of(part.preset, part.filters),
-        kept=encoded.said["sources"][part.name],
-        mix=mixed.said["sources"].get(part.name),
+        kept=done["encode"].said["sources"][part.name],
+        mix=done["mix"].said["sources"].get(part.name),
     )
 
 

@@ -133,19 +133,23 @@ def heading(manifest):
 # Flow
 
 STEPS = ("read", "filters", "exact duplicates", "near duplicates", "decontaminated")
-AFTER = ("exact duplicates", "near duplicates", "contaminated")
 
 
 def flow_counts(manifest):
     """{source: [(documents, bytes) after each of STEPS]}, of what is still there."""
     counts = {}
-    for name, source in manifest["stages"]["read"]["sources"].items():
+    stages = manifest["stages"]
+    nothing = dict(documents=0, bytes=0)
+    for name, source in stages["read"]["sources"].items():
         there = [(source["documents"], source["bytes"]), (source["kept"], source["kept_bytes"])]
-        gone = manifest["stages"]["decontaminate"]["counts"].get(name, {})
-        for fate in AFTER:
-            lost = gone.get(fate, dict(documents=0, bytes=0))
+        gone = stages["dedup"]["counts"].get(name, {})
+        for fate in "exact duplicates", "near duplicates":
+            lost = gone.get(fate, nothing)
             documents, size = there[-1]
             there.append((documents - lost["documents"], size - lost["bytes"]))
+        left = stages["decontaminate"]["counts"].get(name, {})
+        kept = [left.get(split, nothing) for split in ("train", "val")]
+        there.append((sum(n["documents"] for n in kept), sum(n["bytes"] for n in kept)))
         counts[name] = there
     return counts
 
@@ -160,7 +164,7 @@ def flow(manifest, colors):
     counts = flow_counts(manifest)
     total = sum(there[0][1] for there in counts.values()) or 1
     top, tall = 46, 230
-    left = 75  # of the middle of the first bar, whose words need room
+    left = 95  # of the middle of the first bar, whose words need room
     step = (WIDTH - 2 * left) / (len(STEPS) - 1)
     width = 22
     parts = []
@@ -330,6 +334,10 @@ def duplicates(manifest):
         for d in top
     ]
     words = "<p>Documents with most others like them; one of each is kept.</p>"
+    parts = manifest["stages"].get("parts")
+    if parts:
+        said = [f"{n}: {d['parts']:,}, {amount(d['bytes'])}B" for n, d in parts["dropped"].items()]
+        words += f"<p>Repeated {parts['what']} that went: {text('; '.join(said))}.</p>"
     return "<h2>Duplicates</h2>" + words + table([">alike", "source", "kept", "begins"], rows)
 
 

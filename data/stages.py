@@ -34,7 +34,7 @@ MOST = 6
 EXAMPLE_CHARS = 400
 
 # What becomes of a document that filters let through
-TRAIN, VAL, EXACT, NEAR, CONTAMINATED = range(5)
+TRAIN, VAL, EXACT, NEAR, CONTAMINATED, REPEATED = range(6)
 
 
 def numbered(i):
@@ -126,12 +126,19 @@ def read_piece(folder, i, part, rules, settings, documents):
         keys=dedup.exact_keys(texts),
         bytes=np.array([len(text.encode(errors="replace")) for text in texts], dtype=np.int64),
     )
+    if settings.parts:
+        arrays["part_keys"], arrays["part_counts"] = dedup.piece_keys(
+            texts, DIVIDERS[settings.parts]
+        )
     if settings.near:
         arrays["signatures"] = dedup.signatures(texts, minhash(settings))
     lines = [as_line(document, part) for document in kept]
     arrays["places"] = write_lines(folder / f"{numbered(i)}.jsonl.zst", lines)
     write_arrays(folder / f"{numbered(i)}.npz", **arrays)
     write_json(folder / f"{numbered(i)}.json", dict(source=part.name, counts=counts))
+
+
+DIVIDERS = dict(lines="\n", paragraphs="\n\n")
 
 
 def as_line(document, part):
@@ -363,7 +370,14 @@ def find_duplicates(todo, read_folder, folder):
     return dict(counts=count_fates(pieces, fate), top=top)
 
 
-NAMES = ("train", "val", "exact duplicates", "near duplicates", "contaminated")
+NAMES = (
+    "train",
+    "val",
+    "exact duplicates",
+    "near duplicates",
+    "contaminated",
+    "repeated parts",  # and nothing else in it
+)
 
 
 def count_fates(pieces, fate):
@@ -379,6 +393,70 @@ def count_fates(pieces, fate):
                     documents=int(these.sum()), bytes=int(pieces.bytes[these].sum())
                 )
     return counts
+
+
+# --------------------------------------------------------------------------------------------------
+# parts
+
+
+def drop_parts(todo, read_folder, dedup_folder, folder, crew):
+    """Lines or paragraphs that documents before have as well go, and documents that are left
+    without any; the pieces are written again."""
+    from . import dedup
+
+    pieces = Pieces(read_folder)
+    fate = read_arrays(dedup_folder / "fate.npz")["fate"]
+    keys = []
+    counts = []
+    for i, begin, end in zip(pieces.numbers, pieces.starts, pieces.starts[1:]):
+        with np.load(read_folder / f"{numbered(i)}.npz", allow_pickle=False) as arrays:
+            keep = fate[begin:end] <= VAL
+            counts.append(np.where(keep, arrays["part_counts"], 0))
+            keys.append(arrays["part_keys"][np.repeat(keep, arrays["part_counts"])])
+    counts = np.concatenate(counts)
+    gone = dedup.repeated_pieces(np.concatenate(keys), counts)
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    tasks = []
+    for i, begin, end in zip(pieces.numbers, pieces.starts, pieces.starts[1:]):
+        part = gone[ends[begin] : ends[end]]
+        tasks.append((read_folder, folder, i, counts[begin:end], part, todo.dedup.parts))
+    dropped = {}
+    done = crew.map(rewrite_piece, tasks)
+    for task, (empty, size) in zip(tasks, progress(done, "dropping parts", " pieces", len(tasks))):
+        at = pieces.numbers.index(task[2])
+        begin = pieces.starts[at]
+        fate[begin : begin + len(empty)][empty] = REPEATED
+        add(dropped.setdefault(pieces.sources[at], {}), dict(parts=int(task[4].sum()), bytes=size))
+    write_arrays(folder / "fate.npz", fate=fate)
+    return dict(what=todo.dedup.parts, dropped=dropped)
+
+
+def rewrite_piece(read_folder, folder, i, counts, gone, kind):
+    """Write a piece without parts; returns (documents without any left (n,) bool, bytes)."""
+    from .dedup import without_pieces
+
+    name = numbered(i)
+    if not (folder / f"{name}.json").exists():
+        arrays = read_arrays(read_folder / f"{name}.npz")
+        lines = list(read_lines(read_folder / f"{name}.jsonl.zst"))
+        begin = 0
+        for line, count in zip(lines, counts.tolist()):
+            part = gone[begin : begin + count]
+            begin += count
+            if part.any():
+                line["text"] = without_pieces(line["text"], part, DIVIDERS[kind]).strip("\n")
+        before = arrays["bytes"]
+        arrays = dict(
+            keys=arrays["keys"],
+            bytes=np.array([len(line["text"].encode()) for line in lines], dtype=np.int64),
+            empty=np.array([not line["text"].strip() for line in lines]),
+            places=write_lines(folder / f"{name}.jsonl.zst", lines),
+        )
+        arrays["size"] = (before - arrays["bytes"]).sum()
+        write_arrays(folder / f"{name}.npz", **arrays)
+        write_json(folder / f"{name}.json", read_json(read_folder / f"{name}.json"))
+    arrays = read_arrays(folder / f"{name}.npz")
+    return arrays["empty"] & (counts > 0), int(arrays["size"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -452,3 +452,27 @@ def test_bad_recipes(tmp_path, capsys, said, found):
     err = capsys.readouterr().err
     assert found in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "parts, kept", [("paragraphs", "own 1\nfooter of all"), ("lines", "own 1")]
+)
+def test_repeated_parts_go_from_all_but_the_first(tmp_path, parts, kept):
+    head = "A header that every page of the site has."
+    pages = [f"{head}\n\nown {i}\nfooter of all" for i in range(8)] + [f"{head}\n\n{head}"]
+    lines_of(tmp_path / "web.jsonl", [f"{page}\n\n{prose(i)}" for i, page in enumerate(pages)])
+    lines_of(tmp_path / "more.jsonl", [head])
+    recipe = tmp_path / "recipe.toml"
+    sources = "[[source]]\npath = 'web.jsonl'\n[[source]]\npath = 'more.jsonl'\n"
+    recipe.write_text(
+        "tokenizer = 'bytes'\npreset = 'none'\nval_fraction = 0.3\npiece_bytes = 3000\n"
+        f"{sources}[dedup]\nparts = '{parts}'\n"
+    )
+    out = tmp_path / "out"
+    assert run(recipe, "--out", out, "--processes", 1) == 0
+    found = [line for p in sorted((out / "text").iterdir()) for line in read_lines(p)]
+    assert found[0]["text"].startswith(head)
+    assert found[1]["text"] == f"{kept}\n\n{prose(1)}".strip()
+    assert len(found) == 9 and not any(head in line["text"] for line in found[1:])
+    counts = manifest_of(out)["stages"]["decontaminate"]["counts"]
+    assert counts["more"] == {"repeated parts": {"documents": 1, "bytes": 0}}
