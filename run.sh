@@ -34,6 +34,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   eval          bits per byte, multiple choice and other tasks, of a run's model or of two
   report        one HTML page about a run, or about several side by side
   export        write a model for transformers, llama.cpp or torchtitan
+  import        make a run of a Llama or Qwen3 that transformers has written
   records       add, check, compare, plot and list results
   benchmarks    time kernels, steps, loaders, start-up; ablations; other programs side by side
 
@@ -145,7 +146,7 @@ case $verb in
         unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    plan | data | sft | sample | chat | serve | eval | report | export | records | benchmarks)
+    plan | data | sft | sample | chat | serve | eval | report | export | import | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records

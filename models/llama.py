@@ -184,6 +184,49 @@ class Config(Options):
             config["rope_scaling"] = self.hf_rope_scaling()
         return config
 
+    @classmethod
+    def from_hf(cls, said):
+        """The Config of a Hugging Face configuration of a Llama or a Qwen3, a dict. Raises
+        InputError for what this template does not have, KeyError for what is missing."""
+        qwen3 = said["model_type"] == "qwen3"
+        n_head = said["num_attention_heads"]
+        # Version 5 of transformers has the numbers of positions in a dict of their own
+        rope = dict(said.get("rope_parameters") or said.get("rope_scaling") or {})
+        theta = rope.get("rope_theta", said.get("rope_theta", 10000.0))
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        width = said.get("head_dim") or (128 if qwen3 else said["hidden_size"] // n_head)
+        config = cls(
+            n_layer=said["num_hidden_layers"],
+            n_embd=said["hidden_size"],
+            n_head=n_head,
+            n_kv_head=said.get("num_key_value_heads") or n_head,
+            head_dim=width,
+            ffn_dim=said["intermediate_size"],
+            tied_embeddings=said.get("tie_word_embeddings", False),
+            qk_norm=qwen3,
+            norm_eps=said.get("rms_norm_eps", 1e-6),
+            rope_theta=float(theta),
+            rope_scaling="none" if scaling == "default" else scaling,
+            rope_factor=float(rope.get("factor", 1.0)),
+            rope_original_len=rope.get("original_max_position_embeddings", 2048),
+        )
+        # What it would say of itself differs where something has no place here
+        ours = config.hf_config(1.0)
+        own = ours.pop("rope_scaling", {})
+        theirs = {k: x for k, x in rope.items() if k not in ("type", "rope_theta", "rope_type")}
+        for name in {*theirs, *own} - {"rope_type"}:
+            if theirs.get(name) != own.get(name):
+                raise InputError(
+                    f"{name} of its positions is {theirs.get(name)}, where models/llama.py has "
+                    f"{own.get(name)}"
+                )
+        for name in "attention_bias", "mlp_bias", "hidden_act", "use_sliding_window":
+            if name in ours and said.get(name, ours[name]) != ours[name]:
+                raise InputError(
+                    f"{name} is {said[name]}, where models/llama.py has {ours[name]} only"
+                )
+        return config
+
     def hf_rope_scaling(self):
         scaling = dict(rope_type=self.rope_scaling, factor=self.rope_factor)
         if self.rope_scaling != "linear":
