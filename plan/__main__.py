@@ -47,6 +47,9 @@ def main(argv=None):
     parser.add_argument(
         "--chart", type=given_path, metavar="FILE", help="cost against loss over the ladder"
     )
+    parser.add_argument(
+        "--torchtitan", type=given_path, metavar="FILE", help="a configuration of torchtitan for it"
+    )
     parser.add_argument("--check", action="store_true", help="published runs beside their plans")
     try:
         args, options = parser.parse_known_args(argv)
@@ -82,6 +85,10 @@ def run(args, options):
         return 0
     config = estimate.configured(options)
     plan = estimate.make_plan(config, place, args.tokens, data, args.vocab, **own)
+    if args.torchtitan:
+        from . import torchtitan
+
+        torchtitan.write(args.torchtitan, config, plan, place)
     print(to_json(plan) if args.json else "\n".join(report.in_words(plan)))
     return 0
 

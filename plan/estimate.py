@@ -32,6 +32,8 @@ from tracks import load_track
 
 GB = 1e9
 MANIFESTS = ("manifest.json", "data.json")  # of prepared data, and of a run's
+FAR = 4  # times as many FLOPs a token, or as few, from where a rate is another model's
+FEW_TOKENS = 16384  # of a GPU in a step, below which what every step costs anyway is felt
 REPEATS = 4  # passes over the same text that are worth about as much as new text: arXiv 2305.16264
 
 
@@ -117,9 +119,11 @@ def speed_of(place, config, flops_per_token, runs=None):
         return Speed(None, False, "nothing was measured on its kind")
     words = f"{rate.share:.0%} of peak, measured on {rate.hardware}: {rate.what} ({rate.source})"
     same = rate.hardware == key and key != "cpu"
-    far = max(flops_per_token / rate.flops_per_token, rate.flops_per_token / flops_per_token)
-    if same and far < 4:
+    smaller = rate.flops_per_token / flops_per_token
+    if same and 1 / FAR < smaller < FAR:
         return Speed(rate.share, True, words)
+    if smaller >= FAR:
+        words += f"; this model is {smaller:.0f} times smaller, and small ones reach less"
     return Speed(rate.share, False, f"predicted from {words}")
 
 
@@ -276,8 +280,18 @@ def expected_loss(config, n, tokens, folder=scaling.FOLDER):
 # All of it
 
 
-def choose_memory(model, config, place, data_ranks):
-    return memory.choose(model, config, place.free, data_ranks, place.cuda)
+def choose_memory(model, config, place, shards):
+    """memory.choose() for one of the place's ranks, of rows as the trainer has them: the largest
+    batch is shared out over the ranks, and each makes equal passes of its part."""
+    most, recompute, parts = memory.choose(model, config, place.free, shards, place.cuda)
+    if not most:
+        return most, recompute, parts
+    largest = max(config.schedule.batch_tokens) // config.data.row_len
+    rows = memory.equal_passes(-(-largest // place.count), most)
+    rules = model.update_rules(config.optim)
+    row_len = config.data.row_len
+    parts = memory.estimate(model, rules, rows, row_len, recompute, shards, place.cuda)
+    return rows, recompute, parts
 
 
 def advice(model, config, place):
@@ -373,6 +387,11 @@ def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, wa
     value = expected.expected if expected else scaling.Expected(None, None, None)
     caveats = list(expected.caveats) if expected else []
     passes = tokens / data.tokens if data else None
+    if place.cuda and batch / place.count < FEW_TOKENS:
+        caveats.append(
+            f"{batch / place.count:,.0f} tokens a step for each GPU are few: what every step costs "
+            "whatever its size, milliseconds, is not counted"
+        )
     if passes and passes > REPEATS:
         caveats.append(
             f"{passes:.0f} passes over the data; from {REPEATS} on, text that comes again teaches "

@@ -28,8 +28,8 @@ TOKENS = tuple(2**k for k in range(18, 22))  # 262,144 to 2,097,152
 N_VOCAB = 4096
 UNIT = 4096  # token counts are multiples of it
 
-# (layers, width) with heads of 32: 0.4M to 4.2M weights in matrix products
-SIZES = ((2, 64), (4, 128), (3, 192), (4, 256))
+# (layers, width) with heads of 32: 0.1M to 4.2M weights in matrix products
+SIZES = ((1, 32), (2, 64), (4, 128), (3, 192), (4, 256))
 
 # What the sizes have in common, by template: the plain block, no part that only the speedrun has
 SHAPES = dict(

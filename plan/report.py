@@ -77,9 +77,9 @@ def in_words(plan):
             f"loss        {p['val_bpb']:.3f} bits per byte, between {p['val_bpb_low']:.3f} and "
             f"{p['val_bpb_high']:.3f} in 9 of 10 draws (predicted from {p['val_bpb_from']})"
         )
-        lines += [f"            {caveat}" for caveat in p["caveats"]]
     said = ", ".join(f"{name} {nats:.2f}" for name, nats in p["chinchilla_nats"].items())
     lines.append(
         f"            for comparison only, nats per token of Chinchilla's tokens and text: {said}"
     )
+    lines += [f"note        {caveat}" for caveat in p["caveats"]]
     return lines
