@@ -36,6 +36,8 @@ BENCHMARKS = {
     "peers": "nanoGPT, nanochat, minimind or modded-nanogpt beside this trainer, whole processes",
     "ablate": "what each piece of the recipe is worth, in loss and in time",
     "serving": "a server's tokens/s for many clients at once, beside one after another",
+    "dedup": "finding near duplicates, beside datatrove, rensa and datasketch",
+    "tokenizer": "learning a vocabulary and encoding, beside tokenizers, rustbpe and tiktoken",
     "checkpoint": "what writing and loading a checkpoint costs, and what it costs training",
 }
 # in `all`: 8 minutes, nothing downloaded; kernels last, since one may leave the GPU unusable
