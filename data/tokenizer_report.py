@@ -104,9 +104,9 @@ def remarks(row):
     tokens = row["all_tokens"]
     if n_vocab**2 > tokens:
         yield (
-            f"{n_vocab:,} ids squared are {n_vocab**2:.2g} and more than the {tokens:.2g} tokens "
-            f"of this text, so an id occurs less than {n_vocab:,} times; a rule of thumb takes "
-            f"at most the root, {tokens**0.5:,.0f} ids, if this is all there is to train on"
+            f"{n_vocab:,} ids squared are {n_vocab**2:.2g}, more than this text's {tokens:.2g} "
+            f"tokens: an id occurs {tokens / n_vocab:,.0f} times on average. If this is all there "
+            f"is to train on, a rule of thumb takes the root at most, {tokens**0.5:,.0f} ids"
         )
     if row["never"]:
         yield f"{row['never']:,} ids never occur in this text: what they stand for is not learned"
