@@ -16,6 +16,7 @@ process makes it. At the end files move to OUT, manifest.json last: without it O
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -392,7 +393,7 @@ def describe(todo, files, checksums, done):
         n_vocab=tokens["n_vocab"],
         eot=tokens["eot"],
         sources={part.name: source_entry(part, files[part.name], done) for part in todo.source},
-        stages={name: stage.said for name, stage in done.items()},
+        stages={name: copy.deepcopy(stage.said) for name, stage in done.items()},
         recipe=recipe.as_json(todo),
         versions=VERSIONS,
         cleaning=clean.FTFY,
@@ -402,9 +403,9 @@ def describe(todo, files, checksums, done):
     return manifest
 
 
-def publish(out, stages, manifest, done, copy=False):
-    """Move what was made to `out`, the manifest last; copy: leave it there for another mix, and
-    leave out the text."""
+def publish(out, stages, manifest, done, leave=False):
+    """Move what was made to `out`, the manifest last; leave: it stays there for another mix, and
+    its text is left out."""
     page = report.html(manifest)
     for source in manifest["stages"]["read"]["sources"].values():
         source.pop("examples", None)  # of which the report has enough
@@ -414,14 +415,14 @@ def publish(out, stages, manifest, done, copy=False):
     for split in mixed.said["splits"].values():
         moves += [(mixed.folder / name, out / name) for name in split["shards"]]
     moves += [(mixed.folder / name, out / name) for name in mixed.said["by_source"].values()]
-    if not copy:
+    if not leave:
         text = done["encode"]
         moves += [(text.folder / name, out / "text" / name) for name in text.said["files"]]
     (out / "text").mkdir(parents=True, exist_ok=True)
     sweep(out, seconds=None)  # what a build left that was killed
     manifest["files"] = {}
     for made, place in progress(moves, "comparing and naming files", "file"):
-        if copy:
+        if leave:
             shutil.copyfile(made, place)
         elif made.exists():  # else a build that was stopped here has moved it
             os.replace(made, place)
