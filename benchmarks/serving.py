@@ -28,6 +28,7 @@ from benchmarks.report import document, number, say, table
 from runtime.saved import newest_run
 
 ROOT = Path(__file__).resolve().parents[1]
+HEADER = ["", "tokens/s", "server's CPU, ms/token", "first text, s", "its p95", "answer's p95, s"]
 PROMPT = "import os\n\ndef "
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,8 @@ from runtime.saved import load_run, newest_run
 from .engine import Engine
 from .sampling import OF_CHARACTERS, OF_WORDS, Sampling
 
+FIXED_PROMPTS = Path(__file__).parent / "prompts.txt"  # one on each line, \n for a line end
+FIXED = "fixed"  # what options call them
 # All but the one that a command line has no good form for
 KNOBS = [f for f in dataclasses.fields(Sampling) if f.name != "logit_bias"]
 
@@ -87,6 +90,13 @@ def open_run(args, **about):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = load_run(args.run or newest_run(), device, args.template, args.step)
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
+
+
+def fixed_prompts():
+    """Prompts that are the same for every run and track, so that models can be compared by what
+    they make of them."""
+    lines = FIXED_PROMPTS.read_text(encoding="utf-8").splitlines()
+    return [line.replace("\\n", "\n") for line in lines]
 
 
 def say(line):

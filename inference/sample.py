@@ -8,7 +8,16 @@ from base.command import given_path, refuse
 from base.terminal import on_screen
 
 from .engine import Request
-from .options import check, is_text, make_parser, open_run, say
+from .options import (
+    FIXED,
+    FIXED_PROMPTS,
+    check,
+    fixed_prompts,
+    is_text,
+    make_parser,
+    open_run,
+    say,
+)
 from .sampling import default_sampling
 
 BATCH = 32  # samples that are written together
@@ -21,7 +30,8 @@ EXAMPLES = """\
 examples:
   ./run.sh sample --prompt "def " -n 300
   ./run.sh sample --prompt "class " --temperature 0.5 --stop $'\\nclass'
-  ./run.sh sample --prompts prompts.txt --json > samples.jsonl"""
+  ./run.sh sample --prompts prompts.txt --json > samples.jsonl
+  ./run.sh sample --prompts fixed --temperature 0 -n 40"""
 
 
 def parse(argv):
@@ -30,7 +40,11 @@ def parse(argv):
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be given again"
     )
     parser.add_argument(
-        "--prompts", type=given_path, metavar="FILE", help="a file with a prompt on each line"
+        "--prompts",
+        type=given_path,
+        metavar="FILE",
+        help=f"a file with a prompt on each line; {FIXED}: those of {FIXED_PROMPTS.name}, the same "
+        "for every run",
     )
     parser.add_argument(
         "--samples", type=int, default=1, metavar="N", help="continuations of each prompt [1]"
@@ -96,6 +110,8 @@ def given_prompts(args):
             raise InputError(f"--prompt {ascii(prompt)}: expected UTF-8")
     if not args.prompts:
         return prompts
+    if str(args.prompts) == FIXED:
+        return prompts + fixed_prompts()
     expected = "expected a text file with a prompt on each line"
     try:
         lines = args.prompts.read_text(encoding="utf-8").splitlines()

@@ -4,6 +4,7 @@ from base import InputError, last_resort
 from runtime.setting_up import val_stage
 
 from .engine import Engine, Request
+from .options import FIXED, fixed_prompts
 from .sampling import default_sampling
 
 
@@ -20,8 +21,12 @@ def show_samples(setup, step, log):
     engine = Engine(setup.model, stage, dataset.tokenizer, setup.config.data.val_row_len)
     sampling = default_sampling(dataset.tokenizer)
     requests = []
+    prompts = list(run.sample_prompts)
+    if FIXED in prompts:
+        at = prompts.index(FIXED)
+        prompts[at : at + 1] = fixed_prompts()
     try:
-        for prompt in run.sample_prompts or dataset.beginnings() or ("",):
+        for prompt in prompts or dataset.beginnings() or ("",):
             seed = setup.config.goal.seed + len(requests)
             requests.append(Request(prompt, run.sample_tokens, sampling, seed))
         for done in engine.generate(requests):

@@ -60,7 +60,9 @@ class RunConfig(Options):
         0, "steps between samples in the course of training; 0 is only at the end", COUNT
     )
     sample_prompts: tuple[str, ...] = option(
-        (), "what samples begin with; empty: as documents of the validation split do"
+        (),
+        "what samples begin with; empty: as documents of the validation split do; fixed: the same "
+        "for every run, those of inference/prompts.txt",
     )
     usd_per_hour: float = option(
         0.0,

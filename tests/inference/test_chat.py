@@ -1,9 +1,15 @@
 """A conversation goes on from line to line, and no command or interruption ends the program."""
 
 import builtins
+import contextlib
+import os
+import select
+import signal
 import sys
+import time
 
 import pytest
+from processes import ROOT
 
 from inference import chat
 from inference.engine import Engine
@@ -111,3 +117,81 @@ def test_an_answer_does_not_color_the_terminal(talk, monkeypatch, tmp_path):
 def test_options_that_are_wrong_end_it_at_once(talk):
     status, out, err = talk("the ", options=["--top-p", 2])
     assert status == 2 and out == "" and "--top-p 2.0: expected a fraction" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_in_a_terminal(trained, tmp_path):
+    """As a person has it: lines are typed, Ctrl-C stops an answer and then what is typed, but not
+    the program; Ctrl-D ends it."""
+    file = tmp_path / "said.txt"
+    argv = [sys.executable, "door.py", "chat", "--run", trained[0].run.run_dir, "-n", "100000"]
+    with Terminal(argv) as terminal:
+        terminal.until("> ")
+        terminal.type("the cat \n")
+        terminal.until("the cat \r\nthe cat ")  # what was typed, and again what the answer is to
+        before = len(terminal.shown)
+        terminal.wait_for_more(before + 20)
+        terminal.type("\x03")
+        terminal.until("\r\n> ", before)
+        terminal.type("/set tokens 5\n")
+        terminal.until("> ", len(terminal.shown))
+        terminal.type("half a line\x03")
+        terminal.until("\r\n> ", len(terminal.shown))
+        terminal.type(f"/save {file}\n")
+        terminal.until(f"characters in {file}", 0)
+        terminal.type("\x04")
+        assert terminal.status() == 0
+    text = file.read_text()
+    assert text.startswith("the cat ") and len(text) > 20
+    assert "half a line" not in text and "Traceback" not in terminal.shown
+
+
+class Terminal:
+    """A program in a pseudo-terminal. Use as a context manager."""
+
+    def __init__(self, argv):
+        import pty
+
+        self.shown = ""
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.chdir(ROOT)
+            os.execve(argv[0], [*map(str, argv)], os.environ | {"TERM": "dumb"})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+    def read(self, until):
+        assert time.monotonic() < until, f"waited in vain; there is {self.shown[-500:]!r}"
+        if select.select([self.fd], [], [], 0.2)[0]:
+            with contextlib.suppress(OSError):
+                self.shown += os.read(self.fd, 10_000).decode(errors="replace")
+
+    def until(self, text, begin=0, seconds=120):
+        """Wait until this is shown, behind so many characters."""
+        end = time.monotonic() + seconds
+        while text not in self.shown[begin:]:
+            self.read(end)
+
+    def wait_for_more(self, n, seconds=120):
+        end = time.monotonic() + seconds
+        while len(self.shown) < n:
+            self.read(end)
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def status(self, seconds=60):
+        end = time.monotonic() + seconds
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            self.read(end)

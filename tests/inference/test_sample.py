@@ -1,16 +1,19 @@
 """./run.sh sample: text from a run's folder, and one line for everything that is missing there."""
 
+import dataclasses
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import train_gpt as tg
-from inference import sample
+from inference import sample, show
 from inference.engine import Engine
+from inference.options import fixed_prompts
 from runtime import saved as saved_runs
 from runtime.machine import World
 from runtime.saved import load_run, newest_run
@@ -89,6 +92,29 @@ def test_json_has_what_was_written_and_why_it_ended(folder, tmp_path, capsys):
     # Several at a time are what each is alone
     options = ["--prompt", "the dog ", "--seed", 3, "-n", 9, "--json"]
     assert lines(run(capsys, "--run", folder, *options)[1]) == said[3:4]
+
+
+def test_the_fixed_prompts(folder, trained, capsys, monkeypatch):
+    """The same for every run; during and after training, too, among those of a track."""
+    said = lines(run(capsys, "--run", folder, "--prompts", "fixed", "-n", 1, "--json")[1])
+    prompts = [x["prompt"] for x in said]
+    assert prompts == fixed_prompts() and prompts[0] == "The capital of France is"
+    assert any("\n" in prompt for prompt in prompts) and len(prompts) >= 8
+
+    shown = []
+    config = dataclasses.replace(trained[0].run, sample_prompts=("the ", "fixed"), sample_tokens=1)
+    saved = load_run(folder)
+    setup = SimpleNamespace(
+        config=SimpleNamespace(run=config, goal=trained[0].goal, data=trained[0].data),
+        world=World(),
+        model=saved.model,
+        data=SimpleNamespace(val_bytes=1, dataset=SimpleNamespace(tokenizer=saved.tokenizer)),
+    )
+    monkeypatch.setattr(show, "val_stage", lambda setup, step: saved.stage)
+    log = SimpleNamespace(say=shown.append, folder=folder)
+    assert show.show_samples(setup, 3, log)
+    assert len(shown) == 1 + len(prompts)
+    assert "\nthe " in shown[0] and prompts[-1] in shown[-1]
 
 
 def test_knobs_reach_the_draw(folder, capsys):
