@@ -3,6 +3,9 @@ one at a time.
 
     ./run.sh benchmarks ablate --track laptop --seeds 5 --json ablate.json --table ablate.md
     ./run.sh benchmarks ablate --track laptop --only softcap smear --steps 80
+    ./run.sh benchmarks ablate --track llama-1m --only adamw --json adamw.json
+
+The last one compares the recipe as a whole with AdamW, which gets twice the steps.
 
 Options other than those below are the trainer's own (./run.sh train --help): --steps N shortens
 the whole schedule, --seed N is the first seed. The recipe as it comes (base) and each variant of it
@@ -121,6 +124,21 @@ PIECES = {
 }
 
 
+def warmup(c):
+    """As the configuration says, or else a twentieth of twice its steps."""
+    return c.adamw_warmup or c.steps // 10
+
+
+# What the whole recipe is compared with, only where --only names it
+RIVALS = {
+    # The field's optimizer, with its own learning rate (--adamw-lr), gets twice the steps
+    "adamw": Piece(
+        dict(optimizer="muon"),
+        dict(optimizer="adamw", adamw_warmup=warmup, steps=lambda c: 2 * c.steps),
+    ),
+}
+
+
 class Variant(NamedTuple):
     label: str
     what: str
@@ -141,7 +159,7 @@ def differences(c, base):
 def variant(base, name):
     """The piece turned off, or on where base goes without. Raises InputError, saying why, where
     neither can be done."""
-    piece = PIECES[name]
+    piece = (PIECES | RIVALS)[name]
     for word, turned, fields in (("without", "off", piece.off), ("with", "on", piece.on)):
         try:
             changed = apply(base, fields)
@@ -155,11 +173,12 @@ def variant(base, name):
 def choose(base, only):
     """({name: Variant}, the base first, {name: why it is left out}). Names that were asked for
     are not left out: an InputError says what is wrong with them."""
+    known = PIECES | RIVALS
     for name in only:
-        if name not in PIECES:
-            near = difflib.get_close_matches(name, PIECES, 1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            expected = ", ".join(PIECES)
+            expected = ", ".join(known)
             raise InputError(f"--only {name}: no such piece; {hint}expected of {expected}")
     chosen = {BASE: Variant(BASE, "the recipe as it comes", {}, base)}
     left_out = {}
@@ -283,7 +302,7 @@ class Points(Log):
         super().__init__(folder, steps)
         self.val = []
 
-    def step(self, step, total, kind, loss, seconds):
+    def step(self, step, total, kind, loss, seconds, kept=None, **more):
         pass
 
     def validation(self, step, total, metrics, seconds):
@@ -569,6 +588,7 @@ def render(result):
 def add_arguments(parser):
     width = max(map(len, PIECES)) + 2
     lines = [f"  {name:{width}}{piece.what}" for name, piece in PIECES.items()]
-    parser.epilog = "\n".join(["pieces:", *lines])
+    rivals = [f"  {name:{width}}{piece.what}" for name, piece in RIVALS.items()]
+    parser.epilog = "\n".join(["pieces:", *lines, "rivals, with --only:", *rivals])
     parser.option("--only", str, (), "NAME", "these pieces instead of all", nargs="+")
     parser.option("--seeds", COUNT, 3, "N", "runs of every variant")

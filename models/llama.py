@@ -429,7 +429,8 @@ class Model(nn.Module):
         kv = F.linear(h, layer.w_kv).view(B, T, 2, c.kv_heads, c.head_dim)
         k, v = kv.unbind(2)  # (B, T, G, D) each
 
-        # Normalised or not, queries and keys turn with their positions
+        # Normalised or not, queries and keys turn with their positions. (The op qk_norm_rope has no
+        # weights, and turns the other way.)
         if c.qk_norm:
             q = self.ops.rms_norm(q, layer.q_norm, c.norm_eps)
             k = self.ops.rms_norm(k, layer.k_norm, c.norm_eps)

@@ -462,3 +462,13 @@ def test_many_compiled_variants_in_one_process(small):
     assert not any("error" in r for r in compiled["runs"])
     for a, b in zip(eager["runs"], compiled["runs"]):
         assert a["val"][-1]["val_loss"] == pytest.approx(b["val"][-1]["val_loss"], rel=1e-4)
+
+
+def test_adamw_is_a_rival_with_twice_the_steps_and_only_by_name():
+    base = subject.configure(template="llama", steps=100, adamw_lr=2e-3)
+    assert "adamw" not in ablate.choose(subject.configure(), ())[0]
+    found = ablate.choose(base, ["adamw"])[0]["adamw"].config
+    assert found.steps == 200 and found.optimizer == "adamw"
+    assert found.adamw_lr == 2e-3 and found.adamw_warmup == 10
+    warm = subject.change(base, adamw_warmup=30)
+    assert ablate.choose(warm, ["adamw"])[0]["adamw"].config.adamw_warmup == 30

@@ -165,6 +165,21 @@ def test_heads_do_not_mix():
 # --- who sees whom
 
 
+@pytest.mark.parametrize("backend", ["blockwise", "sdpa"])
+def test_fewer_heads_of_keys_serve_as_many_queries_each_in_order(backend):
+    rows = [[5, 7], [12]]
+    q, dy = draw(rows, H=6, n=2)
+    k, v = draw(rows, H=2, seed=1, n=2)
+    ours = output_and_gradients(lambda *x: run(*x, rows, 4, backend=backend), q, k, v, dy)
+    whole = [x.unflatten(2, (2, 1)).expand(-1, -1, -1, 3, -1).flatten(2, 3) for x in (k, v)]
+    y, dq, dk, dv = output_and_gradients(
+        lambda *x: run(*x, rows, 4, backend=backend), q, *whole, dy
+    )
+    summed = [x.unflatten(2, (2, 3)).sum(3) for x in (dk, dv)]
+    for a, b in zip(ours, [y, dq, *summed]):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("window", [0, 1, 7, 15, 16, 17, 31, 32, 33, 62, 63, 64, HUGE])
 def test_window_is_exact(window):
     """A token `window` back is seen, one more back is not: all of the T x T pattern, across

@@ -10,6 +10,7 @@ from tracks import load_track
 
 # Parameters, tokens of the vocabulary
 LADDER = {
+    "llama-1m": (1_049_728, 2048),
     "llama-20m": (19_960_576, 50_257),
     "llama-50m": (49_881_600, 50_257),
     "llama-100m": (99_598_080, 50_257),
@@ -21,7 +22,9 @@ LADDER = {
 
 
 def config_of(track, **fields):
-    return tg.configure(**(load_track(track) | dict(text="some.txt") | fields))
+    values = load_track(track)
+    text = "some.txt" if values["data"] == "text" else ""
+    return tg.configure(**(values | dict(text=text) | fields))
 
 
 def by_formula(c, n_vocab):
@@ -37,8 +40,7 @@ def by_formula(c, n_vocab):
 @pytest.mark.parametrize("track", LADDER)
 def test_the_size_is_what_the_track_says(track):
     expected, n_vocab = LADDER[track]
-    fields = {} if "1b" in track or "shakespeare" in track else dict(text="")
-    config = config_of(track, **fields)
+    config = config_of(track)
     model = outline(config, n_vocab)
     assert sum(p.numel() for p in model.parameters()) == expected
     assert by_formula(config.model, n_vocab) == expected
@@ -52,7 +54,7 @@ def test_the_ladder_has_the_guides_adamw():
         ("llama-50m", 2e-4, 500),
         ("llama-100m", 1.5e-4, 1000),
     ):
-        config = config_of(track, optimizer="adamw", text="")
+        config = config_of(track, optimizer="adamw")
         rules = outline(config, 50_257).update_rules(config.optim)
         assert rules["mlp_bank"].lr == lr
         assert rules["mlp_bank"].betas == (0.9, 0.95)
@@ -63,7 +65,7 @@ def test_the_ladder_has_the_guides_adamw():
 
 @pytest.mark.parametrize("track", ["llama-20m", "llama-50m", "llama-100m"])
 def test_twenty_tokens_a_parameter_and_shards_that_have_them(track):
-    config = config_of(track, text="")
+    config = config_of(track)
     tokens = config.schedule.steps * config.schedule.batch_tokens[0]
     assert tokens / LADDER[track][0] == pytest.approx(20, rel=0.01)
     assert config.data.train_shards * 1e8 >= tokens
