@@ -23,13 +23,13 @@ TRACK = dict(
     head_dim=64,
     ffn_dim=384,
     # schedule and optimizer
-    steps=150,
+    steps=100,
     batch_tokens=(2048,),
     adam_lr=0.04,
     weight_decay=1.2,
     normuon=True,
-    adamw_lr=3e-3,
-    adamw_warmup=15,
-    eval_every=50,
+    adamw_lr=2e-3,
+    adamw_warmup=10,
+    eval_every=25,
     sample_prompts=("def ", "class ", "import "),
 )
