@@ -28,6 +28,8 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   plan          tokens, memory, time, money and loss of a training before its first step
   data          fetch what a source has ahead of time
   sft           teach a run's model to answer, by conversations
+  dpo           teach it which of two answers is better, beside what it was before
+  orpo          the same without that, from a base model
   sample        text from a run's model, with prompts and settings of yours
   chat          the same as a conversation in the terminal
   serve         the same for other programs, by OpenAI's protocol, and for a browser
@@ -146,7 +148,8 @@ case $verb in
         unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    plan | data | sft | sample | chat | serve | eval | report | export | import | records | benchmarks)
+    plan | data | sft | dpo | orpo | sample | chat | serve | eval | report | export | import \
+        | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records

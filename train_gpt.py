@@ -51,17 +51,18 @@ from runtime import folders, machine, memory, resume, warm_start
 from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
-from runtime.evaluation import evaluate
 from runtime.finish import cost_in_words, in_words, save_weights, time_by_part, train_bpb
 from runtime.guard import GuardConfig
 from runtime.launch import exit_status, run_on_all_gpus
 from runtime.log import Log, show
 from runtime.machine import PrecisionConfig, World
 from runtime.options import RunConfig, build_parts, flat, parse_options, peek
+from runtime.preferences import TeachingConfig, give_reference
 from runtime.saved import step_weights
 from runtime.session import Session
 from runtime.setting_up import (
     backward,
+    is_compiled,
     n_tokens,
     set_up,
     time_passes,
@@ -155,6 +156,7 @@ class Config:
     optim: OptimConfig
     guard: GuardConfig
     precision: PrecisionConfig
+    teaching: TeachingConfig
     run: RunConfig
 
     def __post_init__(self):
@@ -393,10 +395,10 @@ def validate(setup, session):
     with session.clock_stopped(), session.parts.part("validation_s"):
         # A part of the split says whether the target may have been reached
         if setup.quick_val and not session.is_last_step():
-            quick = evaluate(setup.forward, stage, setup.quick_val, setup.world)
+            quick = setup.measure(setup.forward, stage, setup.quick_val, setup.world)
             if not session.look(quick):
                 return
-        session.record(evaluate(setup.forward, stage, setup.val, setup.world))
+        session.record(setup.measure(setup.forward, stage, setup.val, setup.world))
         if session.is_best() and setup.world.rank == 0:
             with session.parts.part("save_s"):
                 weights = weights_after(setup, session.at.step)
@@ -422,6 +424,7 @@ def run_once(setup, log, requests, store, found, parts):
         setup.model.init_weights(config.goal.seed)
     if config.run.warm_start and not found:
         warm_start.copy_weights(config.run.warm_start, setup.model)
+    give_reference(setup, val_stage(setup, 1), log.folder, begins=not found)
     setup.optimizer.reset()  # moments at zero
     session = Session(setup, log, requests, store, found, parts)
     cold_start = parts.elapsed()
@@ -512,7 +515,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
                         setup.expected_seconds = expected_training(setup)
                 setup.config = config  # of this seed
                 announce(log, setup)
-                if new and setup.forward is not setup.model:
+                if new and is_compiled(setup):
                     log.say("compiling ... (minutes the first time, seconds from then on)")
                     with parts.part("compile_s"):
                         setup = warm_up_or_go_without(setup, log)

@@ -179,3 +179,76 @@ FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs of answers to the same conversation, one preferred to the other
+
+
+class Pair(NamedTuple):
+    """Two conversations that differ in their last message."""
+
+    chosen: list
+    rejected: list
+
+
+def pair(line, where):
+    """The Pair of a line: {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of
+    messages; without a prompt, chosen and rejected are whole conversations that begin alike. Raises
+    InputError, which names the place."""
+    try:
+        said = json.loads(line)
+    except ValueError as e:
+        raise InputError(f"{where}: expected a line of JSON: {e}") from None
+    if not isinstance(said, dict) or not {"chosen", "rejected"} <= said.keys():
+        raise InputError(f'{where}: expected {{"prompt": ..., "chosen": ..., "rejected": ...}}')
+    before = []
+    if said.get("prompt") is not None:
+        before = messages_of(said["prompt"], "user", f"{where}: prompt")
+    sides = []
+    for name in "chosen", "rejected":
+        messages = before + messages_of(said[name], "assistant", f"{where}: {name}")
+        check_order(messages, f"{where}: {name}")
+        sides.append(messages)
+    found = Pair(*sides)
+    if found.chosen[:-1] != found.rejected[:-1]:
+        raise InputError(f"{where}: chosen and rejected answer different conversations")
+    if found.chosen[-1].text.strip() == found.rejected[-1].text.strip():
+        raise InputError(f"{where}: chosen and rejected are equal: expected two different answers")
+    return found
+
+
+def messages_of(said, role, where):
+    """[Message, ...] of a text or a list of messages. Raises InputError."""
+    if isinstance(said, str):
+        return [Message(role, said)]
+    try:
+        return read_messages(said)
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from None
+
+
+def read_pairs(path):
+    """Yield the Pairs of a .jsonl file. Raises InputError, which names the line."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, start=1):
+                if line.strip():
+                    yield pair(line, f"{path}:{number}")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: expected UTF-8, found byte {e.object[e.start]:#04x}") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def render_pair(found, tokenizer):
+    """(ids, counts) of both conversations, one after the other; the last message of each counts."""
+    ids = []
+    counts = []
+    for messages in found:
+        tokens, said = render(messages, tokenizer)
+        before, _ = render(messages[:-1], tokenizer)
+        said[: len(before)] = False
+        ids.append(tokens)
+        counts.append(said)
+    return np.concatenate(ids), np.concatenate(counts)

@@ -22,7 +22,7 @@ class DataConfig(Options):
         "", "validate on this file or folder, instead of on a tenth of the text held out"
     )
     conversations: tuple[str, ...] = option(
-        (), "with --data conversations: .jsonl files of conversations to learn to answer from"
+        (), "with --data conversations or preferences: their .jsonl files"
     )
     encoding: str = option(
         "",
@@ -57,7 +57,7 @@ class DataConfig(Options):
     def __post_init__(self):
         super().__post_init__()
         for name in "val_text", "encoding":
-            if getattr(self, name) and self.data not in ("text", "conversations"):
+            if getattr(self, name) and self.data not in ("text", "conversations", "preferences"):
                 self.refuse(name, f"only with --text, not with --data {self.data}")
 
     @property

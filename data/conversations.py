@@ -18,7 +18,7 @@ from tqdm import tqdm
 from base import InputError, to_json, write_text
 from base.files import aside, one_at_a_time
 
-from .chat import START, read_conversations, render
+from .chat import START, read_conversations, read_pairs, render, render_pair
 from .dataset import Dataset
 from .loader import document_starts, pack
 from .shards import ShardWriter, read_shard
@@ -33,24 +33,26 @@ def open_conversations(config, cache):
     """The Dataset of a DataConfig's --conversations, prepared under `cache` if that has not been
     done before. Raises InputError."""
     if not config.conversations:
-        raise InputError("--data conversations: expected --conversations with .jsonl files")
+        raise InputError(f"--data {config.data}: expected --conversations with .jsonl files")
+    pairs = config.data == "preferences"
     train = [Path(path) for path in config.conversations]
     val = [Path(config.val_text)] if config.val_text else []
 
     def texts():
-        for _, messages in each_of(train, val):
-            yield from (message.text for message in messages)
+        for _, said in each_of(train, val, pairs):
+            for messages in said if pairs else [said]:
+                yield from (message.text for message in messages)
 
     tokenizer = with_chat_tokens(make_tokenizer(config.encoder, texts))
     try:
         digests = [sha256_of(path) for path in (*train, *val)]
     except OSError as e:
         raise InputError(f"{e.filename}: cannot be read: {e.strerror or e}") from None
-    key = [LAYOUT, len(train), *digests, tokenizer.to_json()]
+    key = [LAYOUT, config.data, len(train), *digests, tokenizer.to_json()]
     fingerprint = hashlib.sha256(to_json(key).encode()).hexdigest()
-    folder = Path(cache) / f"conversations-{fingerprint[:16]}"
+    folder = Path(cache) / f"{config.data}-{fingerprint[:16]}"
     if not (folder / "meta.json").exists():
-        prepare(train, val, tokenizer, folder)
+        prepare(train, val, pairs, tokenizer, folder)
     said = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Dataset(
         name=", ".join(map(str, train)),
@@ -63,7 +65,7 @@ def open_conversations(config, cache):
         load_tokenizer=lambda: tokenizer,
         notes=[in_words(said)],
         about=said,
-        conversations=True,
+        rows="pairs" if config.data == "preferences" else "conversations",
     )
 
 
@@ -84,7 +86,7 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def prepare(train, val, tokenizer, folder):
+def prepare(train, val, pairs, tokenizer, folder):
     """Write conversations as shards into a folder, which appears when all of it is there."""
     os.makedirs(folder.parent, exist_ok=True)
     temp = aside(folder)
@@ -92,7 +94,7 @@ def prepare(train, val, tokenizer, folder):
         if (folder / "meta.json").exists():  # another process has just prepared it
             return
         try:
-            said = write_splits(train, val, tokenizer, temp)
+            said = write_splits(train, val, pairs, tokenizer, temp)
             write_text(temp / "meta.json", to_json(said))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temp, folder)
@@ -100,7 +102,7 @@ def prepare(train, val, tokenizer, folder):
             shutil.rmtree(temp, ignore_errors=True)
 
 
-def write_splits(train, val, tokenizer, folder):
+def write_splits(train, val, pairs, tokenizer, folder):
     """Shards of both splits; returns {split: what is in it}."""
     said = dict(
         train=dict(conversations=0, tokens=0, counted=0),
@@ -115,9 +117,9 @@ def write_splits(train, val, tokenizer, folder):
         ShardWriter(folder, "val-counts", **marks) as val_counts,
     ):
         writers = dict(train=(train_tokens, train_counts), val=(val_tokens, val_counts))
-        for path, messages in each_of(train, val):
+        for path, messages in each_of(train, val, pairs):
             split = "val" if path in val or (not val and is_held_out(messages)) else "train"
-            ids, counts = render(messages, tokenizer)
+            ids, counts = (render_pair if pairs else render)(messages, tokenizer)
             tokens_out, counts_out = writers[split]
             tokens_out.write(ids)
             counts_out.write(counts)
@@ -131,12 +133,12 @@ def write_splits(train, val, tokenizer, folder):
     return said
 
 
-def each_of(train, val):
-    """(path, messages) of every conversation, with progress."""
+def each_of(train, val, pairs=False):
+    """(path, messages) of every conversation, or (path, Pair) of every pair, with progress."""
     bar = tqdm(desc="reading conversations", unit="", delay=2, disable=None)
     with bar:
         for path in (*train, *val):
-            for messages in read_conversations(path):
+            for messages in (read_pairs if pairs else read_conversations)(path):
                 bar.update()
                 yield path, messages
 
@@ -157,65 +159,99 @@ def in_words(said):
 
 
 class Conversations:
-    """Packed rows of a split's conversations. Shared by the loaders of both splits."""
+    """A split's conversations, and rows of whole ones."""
+
+    parts = 1  # conversations that stay together
 
     def __init__(self, shard, n_vocab, row_len):
         self.tokens = read_shard(shard, n_vocab)
         counts = shard.with_name(shard.name.replace("_", "-counts_"))
         self.counts = np.asarray(read_shard(counts), dtype=bool)
-        eot = int(self.tokens[0])
-        starts = document_starts(self.tokens, eot)
+        starts = document_starts(self.tokens, int(self.tokens[0]))
         ends = np.append(starts[1:], len(self.tokens)) - 1  # the last token is only a target
         self.row_len = row_len
-        self.starts = np.maximum(starts, ends - row_len)
+        self.starts = np.maximum(starts, ends - row_len // self.parts)
         self.lengths = ends - self.starts
         self.n_cut = int((self.starts > starts).sum())
         # Short ones are many in a row, and each has borders of its own
         self.max_docs = max(8, row_len // 16)
 
+    def __len__(self):
+        return len(self.starts) // self.parts
+
+    def segments(self, i):
+        """What pack() takes of the i-th, or of all that stay together with it."""
+        return [
+            (self.tokens, int(self.starts[j]), int(self.lengths[j]), self.counts)
+            for j in range(self.parts * i, self.parts * (i + 1))
+        ]
+
     def packed(self, order):
-        """Rows of whole conversations in this order: lists of segments, as pack() takes them."""
+        """Rows of whole conversations in this order: lists of their numbers."""
+        sizes = self.lengths.reshape(-1, self.parts).sum(1)
         rows = []
         room = 0
         for i in order:
-            length = int(self.lengths[i])
-            if length > room or len(rows[-1]) == self.max_docs:
+            if sizes[i] > room or self.parts * (len(rows[-1]) + 1) > self.max_docs:
                 rows.append([])
                 room = self.row_len
-            rows[-1].append((self.tokens, int(self.starts[i]), length, self.counts))
-            room -= length
+            rows[-1].append(int(i))
+            room -= sizes[i]
         return rows
 
+    def batch(self, rows):
+        """A MicroBatch of rows, lists of numbers or None for padding."""
+        segments = []
+        for row in rows:
+            segments.append(None if row is None else sum(map(self.segments, row), []))
+        return pack(segments, self.row_len, self.max_docs, self.row_len)
 
-def counted(rows):
-    """How many targets of rows count."""
-    return sum(
-        int(counts[start + 1 : start + length + 1].sum())
-        for row in rows
-        for _, start, length, counts in row
-    )
+    def targets_of(self, row):
+        """Those that count, (n,)."""
+        found = []
+        for i in row:
+            for tokens, start, length, counts in self.segments(i):
+                following = slice(start + 1, start + length + 1)
+                found.append(tokens[following][counts[following]])
+        return np.concatenate(found)
+
+    def counted(self, rows):
+        """How many numbers the loss is a mean of: targets that count."""
+        return sum(len(self.targets_of(row)) for row in rows)
+
+
+def shared_out(of, rows, rank, world_size, micro_rows):
+    """One rank's rows as batches, padded where they do not divide evenly."""
+    if not micro_rows:
+        micro_rows = -(-len(rows) // world_size)
+    stride = micro_rows * world_size
+    rows = rows + [None] * (-len(rows) % stride)
+    for i in range(rank * micro_rows, len(rows), stride):
+        yield of.batch(rows[i : i + micro_rows])
 
 
 class ConversationLoader:
     """Batches of conversations for training, as data.loader.TrainLoader has them of text: a pure
     function of (data, seed, step). Every epoch is packed anew from another order."""
 
-    def __init__(self, shard, *, n_vocab, row_len, batch_rows, seed=0):
-        self.of = Conversations(shard, n_vocab, row_len)
-        self.row_len = row_len
+    def __init__(self, of, batch_rows, seed=0):
+        """of: Conversations, or Pairs; batch_rows: function of the step."""
+        self.of = of
+        self.row_len = of.row_len
         self.batch_rows = batch_rows
-        self.n_tokens = len(self.of.tokens)
-        self.max_docs = self.of.max_docs
+        self.n_tokens = len(of.tokens)
         self.reseed(seed)
 
     def reseed(self, seed):
         """Begin anew in another order."""
         self.seed = seed
         self._epoch = functools.lru_cache(maxsize=2)(self._pack_epoch)
-        self._targets = functools.lru_cache(maxsize=8)(lambda step: counted(self.rows(step)))
+        self._counted = functools.lru_cache(maxsize=8)(
+            lambda step: self.of.counted(self.rows(step))
+        )
 
     def _pack_epoch(self, epoch):
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.of.starts))
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.of))
         return self.of.packed(order)
 
     def rows_in_epoch(self):
@@ -237,28 +273,31 @@ class ConversationLoader:
         return rows
 
     def n_targets(self, step):
-        """How many targets of the global batch count in the loss, 1 or more."""
-        return max(1, self._targets(step))
+        """How many numbers the loss of the global batch is a mean of, 1 or more."""
+        return max(1, self._counted(step))
 
     def micro_batches(self, step, rank=0, world_size=1, micro_rows=None):
         """One rank's share of the batch as equally shaped MicroBatches."""
         yield from shared_out(self.of, self.rows(step), rank, world_size, micro_rows)
 
+    def padding(self, step, micro_rows):
+        """A batch of padding alone."""
+        return self.of.batch([None] * micro_rows)
+
 
 class ConversationValLoader:
-    """The validation split's conversations in their order. n_targets: how many targets count;
-    targets: these, for counting bytes."""
+    """The validation split's conversations in their order. n_targets: how many numbers the loss is
+    a mean of."""
 
-    def __init__(self, shard, *, n_vocab, row_len):
-        self.of = Conversations(shard, n_vocab, row_len)
-        self._rows = self.of.packed(range(len(self.of.starts)))
-        self.n_targets = counted(self._rows)
-        found = []
-        for row in self._rows:
-            for tokens, start, length, counts in row:
-                following = slice(start + 1, start + length + 1)
-                found.append(tokens[following][counts[following]])
-        self.targets = np.concatenate(found)
+    def __init__(self, of):
+        self.of = of
+        self._rows = of.packed(range(len(of)))
+        self.n_targets = of.counted(self._rows)
+
+    @functools.cached_property
+    def targets(self):
+        """Those that count, for counting bytes: (n,)."""
+        return np.concatenate([self.of.targets_of(row) for row in self._rows])
 
     def micro_batches(self, rank=0, world_size=1, micro_rows=1, n_rows=None):
         """One rank's share as equally shaped MicroBatches; n_rows: of so many rows, evenly
@@ -267,14 +306,3 @@ class ConversationValLoader:
         if n_rows is not None:
             rows = rows[:: max(1, len(rows) // n_rows)][:n_rows]
         yield from shared_out(self.of, rows, rank, world_size, micro_rows)
-
-
-def shared_out(conversations, rows, rank, world_size, micro_rows):
-    """One rank's rows as MicroBatches, padded where they do not divide evenly."""
-    if not micro_rows:
-        micro_rows = -(-len(rows) // world_size)
-    stride = micro_rows * world_size
-    rows = rows + [None] * (-len(rows) % stride)
-    row_len, max_docs = conversations.row_len, conversations.max_docs
-    for i in range(rank * micro_rows, len(rows), stride):
-        yield pack(rows[i : i + micro_rows], row_len, max_docs, row_len)

@@ -31,7 +31,7 @@ class Dataset:
     load_tokenizer: Callable | None = None  # returns its Tokenizer; None if no text is behind it
     notes: list = field(default_factory=list)  # lines that whoever trains on it should see
     about: dict = field(default_factory=dict)  # what else its source says of it, for manifest()
-    conversations: bool = False  # of which only what the assistant says counts
+    rows: str = "text"  # what they hold: text, conversations or pairs of them
 
     @cached_property
     def tokenizer(self):
@@ -110,8 +110,8 @@ def open_data(
     from .loader import TrainLoader, ValLoader  # late: what makes data needs no torch
 
     dataset = open_dataset(config, cache)
-    if dataset.conversations:
-        return open_loaders_of_conversations(dataset, config, batch_rows, seed)
+    if dataset.rows != "text":
+        return open_conversations(dataset, config, batch_rows, seed)
     train = TrainLoader(
         dataset.train,
         eot=dataset.eot,
@@ -152,21 +152,21 @@ def open_data(
     return Data(dataset, train, val, val_bytes)
 
 
-def open_loaders_of_conversations(dataset, config, batch_rows, seed):
-    """The Data of a corpus of conversations."""
-    from .conversations import ConversationLoader, ConversationValLoader
+def open_conversations(dataset, config, batch_rows, seed):
+    """The Data of a corpus of conversations, or of pairs of them."""
+    from .conversations import ConversationLoader, Conversations, ConversationValLoader
+    from .preferences import Pairs
 
-    train = ConversationLoader(
-        dataset.train[0],
-        n_vocab=dataset.n_vocab,
-        row_len=config.row_len,
-        batch_rows=batch_rows,
-        seed=seed,
-    )
-    val = ConversationValLoader(dataset.val[0], n_vocab=dataset.n_vocab, row_len=config.val_row_len)
-    if train.of.n_cut:
+    kind = dict(conversations=Conversations, pairs=Pairs)[dataset.rows]
+    train = kind(dataset.train[0], dataset.n_vocab, config.row_len)
+    val = kind(dataset.val[0], dataset.n_vocab, config.val_row_len)
+    if train.n_cut:
         dataset.notes.append(
-            f"{train.of.n_cut} conversations are longer than --row-len {config.row_len} and lose "
+            f"{train.n_cut} conversations do not fit into --row-len {config.row_len} and lose "
             "their beginning"
         )
-    return Data(dataset, train, val, int(dataset.tokenizer.token_bytes[val.targets].sum()))
+    val = ConversationValLoader(val)
+    val_bytes = None
+    if dataset.rows == "conversations":
+        val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
+    return Data(dataset, ConversationLoader(train, batch_rows, seed), val, val_bytes)

@@ -196,6 +196,10 @@ class TrainLoader:
         for i in range(rank * micro_rows, len(rows), stride):
             yield pack(rows[i : i + micro_rows], self.row_len, self.max_docs, self._max_len(step))
 
+    def padding(self, step, micro_rows):
+        """A MicroBatch of padding alone, as of this step."""
+        return pack([None] * micro_rows, self.row_len, self.max_docs, self._max_len(step))
+
     def n_targets(self, step):
         """How many targets of the global batch count in the loss: all, padding aside."""
         return self.batch_rows(step) * self.row_len
@@ -371,7 +375,7 @@ class Prefetcher:
         try:
             for batch in batches:
                 if self.device.type == "cuda":
-                    batch = [MicroBatch(*(t.pin_memory() for t in micro)) for micro in batch]
+                    batch = [type(micro)(*(t.pin_memory() for t in micro)) for micro in batch]
                 if not self._put(batch):
                     return
             self._put(None)
@@ -394,7 +398,8 @@ class Prefetcher:
                 raise item
             batch = []
             for micro in item:
-                batch.append(MicroBatch(*(t.to(self.device, non_blocking=True) for t in micro)))
+                moved = (t.to(self.device, non_blocking=True) for t in micro)
+                batch.append(type(micro)(*moved))
             yield batch
 
     def close(self):

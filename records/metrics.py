@@ -21,6 +21,9 @@ class Evaluation(NamedTuple):
     nats: float  # the cross-entropies of all targets, summed
     targets: int
     n_bytes: int | None  # of UTF-8 in the text of the targets; None where that is not known
+    # Of pairs of answers, which are the targets then: how many are the right way round, rewards of
+    # the chosen ones and of the rejected ones, summed
+    pairs: tuple | None = None
 
 
 class Metric(NamedTuple):
@@ -28,6 +31,7 @@ class Metric(NamedTuple):
     compute: Callable  # Evaluation -> float, or None where the evaluation lacks what it needs
     format: str  # of its values in log.txt
     lower_is_better: bool = True
+    of_pairs: bool = False  # of answers; else of text
 
 
 def nats_per_token(e):
@@ -38,15 +42,26 @@ def bits_per_byte(e):
     return e.nats / math.log(2) / e.n_bytes if e.n_bytes else None
 
 
+def of_pairs(compute):
+    """The same function of the means of Evaluation.pairs; None for text."""
+    return lambda e: compute(*(x / e.targets for x in e.pairs)) if e.pairs else None
+
+
 METRICS = {
     VAL_LOSS: Metric("nats per token", nats_per_token, ".4f"),
     "val_bpb": Metric("bits per byte", bits_per_byte, ".4f"),
+    "val_accuracy": Metric("of pairs", of_pairs(lambda right, c, r: right), ".3f", False, True),
+    "val_margin": Metric("reward", of_pairs(lambda right, c, r: c - r), ".4f", False, True),
+    "val_chosen": Metric("reward", of_pairs(lambda right, c, r: c), ".4f", False, True),
+    "val_rejected": Metric("reward", of_pairs(lambda right, c, r: r), ".4f", True, True),
 }
 
 
 def measure(evaluation):
-    """{name: value} of every metric; None for those that this evaluation cannot tell."""
-    return {name: metric.compute(evaluation) for name, metric in METRICS.items()}
+    """{name: value} of every metric of text, or of pairs as well where it is one of those; None
+    for those that this evaluation cannot tell."""
+    metrics = {name: m for name, m in METRICS.items() if evaluation.pairs or not m.of_pairs}
+    return {name: metric.compute(evaluation) for name, metric in metrics.items()}
 
 
 def needs_bytes(name):

@@ -4,7 +4,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .evaluation import evaluate, of_training_text
+from .evaluation import of_training_text
 from .saved import fill
 from .setting_up import val_stage
 
@@ -36,7 +36,7 @@ def train_bpb(setup, step):
     row_len = config.data.val_row_len
     split = of_training_text(setup.data, config.run.train_eval, row_len, micro_rows)
     alone = setup.world._replace(rank=0, size=1)
-    return evaluate(setup.forward, val_stage(setup, step), split, alone)["val_bpb"]
+    return setup.measure(setup.forward, val_stage(setup, step), split, alone)["val_bpb"]
 
 
 def cost_in_words(result):

@@ -13,7 +13,6 @@ import torch
 
 from base import InputError, RankError, last_resort, to_json
 from base.options import seconds
-from data import pack
 from kernels import choose_ops
 from models import load_template
 from optim import Optimizer, gradient_report
@@ -23,6 +22,7 @@ from .environment import best_seconds, describe_environment, machine_probe
 from .evaluation import Split, evaluate, part_of
 from .guard import Guard
 from .machine import World
+from .preferences import PairLoss, evaluate_pairs
 
 
 @dataclasses.dataclass
@@ -33,7 +33,9 @@ class Setup:
     world: World
     data: typing.Any  # loaders and the data set
     model: torch.nn.Module
-    forward: typing.Callable  # the model, compiled where that is on
+    eager: typing.Callable  # the loss of a batch: the model, or a PairLoss of it
+    forward: typing.Callable  # the same, compiled where that is on
+    measure: typing.Callable  # evaluate() or evaluate_pairs()
     optimizer: Optimizer
     guard: Guard
     stages: dict  # step -> Stage
@@ -101,13 +103,22 @@ def set_up(config, stages, world, data, log):
         report = torch.compile(report, dynamic=False)
     guard = Guard(device, report, strict=not skips, spike_sigmas=config.guard.spike_sigmas)
 
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    measure = evaluate
+    eager = forward = model
+    if config.teaching.preference != "none":
+        measure = evaluate_pairs
+        eager = PairLoss(model, config.teaching)
+        forward = PairLoss(model, config.teaching, compiled)
+    elif compiled:
+        forward = torch.compile(model, fullgraph=True, dynamic=False)
     return Setup(
         config=config,
         world=world,
         data=data,
         model=model,
+        eager=eager,
         forward=forward,
+        measure=measure,
         optimizer=optimizer,
         guard=guard,
         stages=stages,
@@ -125,7 +136,8 @@ def set_up(config, stages, world, data, log):
 def graph_options(config):
     """{option: value} of what compiled code may depend on."""
     options = {}
-    for part in config.data, config.model, config.schedule, config.optim, config.precision:
+    parts = config.data, config.model, config.schedule, config.optim, config.precision
+    for part in *parts, config.teaching:
         options |= dataclasses.asdict(part)
     for name in "text", "val_text", "conversations", "encoding", "vocabulary", "shuffle":
         del options[name]
@@ -150,7 +162,7 @@ def warm_up(setup):
         if step % config.run.eval_every == 0 or step == config.schedule.steps:
             graphs[val_stage(setup, step)] = setup.val._replace(batches=setup.val.batches[:1])
     for stage, split in graphs.items():
-        evaluate(setup.forward, stage, split, setup.world)
+        setup.measure(setup.forward, stage, split, setup.world)
 
 
 def padding_by_stage(setup):
@@ -160,10 +172,8 @@ def padding_by_stage(setup):
         first_step.setdefault(stage, step)
     found = []
     for stage in sorted(setup.micro_rows):
-        rows = [None] * setup.micro_rows[stage]
-        max_docs = setup.data.train.max_docs
-        padding = pack(rows, setup.config.data.row_len, max_docs, stage.model.max_doc_len)
-        found.append((first_step[stage], padding))
+        step = first_step[stage]
+        found.append((step, setup.data.train.padding(step, setup.micro_rows[stage])))
     return found
 
 
@@ -218,11 +228,15 @@ def backward(setup, step, batch):
         weights = machine.to_device(weights, device)
     total = torch.zeros((), device=device)
     for micro in batch:
-        inputs, targets, cu_seqlens = (t.to(device) for t in micro)
-        loss = setup.forward(inputs, targets, cu_seqlens, stage.model, weights) / n_targets
+        tensors = (t.to(device) for t in micro)
+        loss = setup.forward(*tensors, stage=stage.model, target_weights=weights) / n_targets
         loss.backward()  # adds to .grad
         total += loss.detach()
     return total
+
+
+def is_compiled(setup):
+    return setup.forward is not setup.eager
 
 
 def val_stage(setup, step):

@@ -7,9 +7,8 @@ from base.options import seconds
 
 from . import compiling
 from .environment import best_seconds
-from .evaluation import evaluate
 from .machine import share_text
-from .setting_up import backward, val_stage
+from .setting_up import backward, is_compiled, val_stage
 
 TRIED = 4.0  # seconds of a step beyond which no step is tried
 AFTERWARDS = 1.5  # seconds for samples and weights at the end
@@ -26,8 +25,8 @@ def expected_training(setup):
     if world.size > 1 or world.device.type != "cpu" or not quick:
         return setup.expected_seconds
 
-    compiled = setup.forward is not setup.model  # then later: what is tried is not compiled yet
-    plain = dataclasses.replace(setup, forward=setup.model)
+    compiled = is_compiled(setup)  # then later: what is tried is not compiled yet
+    plain = dataclasses.replace(setup, forward=setup.eager)
     first = {}  # stage -> its first step
     for step, stage in setup.stages.items():
         first.setdefault(stage, step)
@@ -55,7 +54,7 @@ def validation_seconds(setup):
     one = setup.val._replace(batches=setup.val.batches[:1])
 
     def validate():
-        evaluate(setup.model, stage, one, setup.world)
+        setup.measure(setup.eager, stage, one, setup.world)
 
     return len(setup.val.batches) * best_seconds(setup.world.device, validate, 2)
 

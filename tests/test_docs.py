@@ -13,6 +13,7 @@ import door
 import train_gpt
 from base import InputError
 from benchmarks import __main__ as benchmarks
+from posttrain import command as teaching
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"COMMAND", "NAME", "OPTIONS", "SOURCE", "VERB"}  # stand for a word of one's choice
@@ -58,6 +59,9 @@ def check(arguments, monkeypatch):
     elif verb == "benchmarks":
         *_, options_of_training = benchmarks.parse(arguments)
         train_gpt.parse_args(options_of_training)
+    elif verb in ("sft", "dpo", "orpo"):
+        args, rest = teaching.make_parser(verb, "", "").parse_known_args(arguments)
+        train_gpt.parse_args(teaching.options_of_training(verb, args, rest))
     elif verb != "test":  # whose options are pytest's
         parse_only(verb, arguments, monkeypatch)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base import InputError
-from data.chat import Message, prompt_of, read_conversations, render
+from data.chat import Message, prompt_of, read_conversations, read_pairs, render
 from data.config import DataConfig
 from data.conversations import with_chat_tokens
 from data.dataset import open_data
@@ -167,7 +168,8 @@ def test_a_file_that_is_not_there_or_not_utf8(tmp_path):
 
 def opened(path, tmp_path, row_len=64, rows=2, seed=0, **fields):
     fields = dict(row_len=row_len, val_row_len=row_len, tokenizer="bytes") | fields
-    config = DataConfig(data="conversations", conversations=(str(path),), **fields)
+    fields = dict(data="conversations", conversations=(str(path),)) | fields
+    config = DataConfig(**fields)
     return open_data(
         config,
         tmp_path / "cache",
@@ -225,7 +227,7 @@ def test_a_conversation_beyond_the_row_loses_its_beginning(tmp_path):
     path = write(tmp_path / "x.jsonl", [said(f"{i}", "b") for i in range(60)] + [long])
     val = write(tmp_path / "val.jsonl", [said("a", "b"), long])
     loaded = opened(path, tmp_path, val_text=str(val))
-    assert any("1 conversations are longer than --row-len 64" in x for x in loaded.dataset.notes)
+    assert any("1 conversations do not fit into --row-len 64" in x for x in loaded.dataset.notes)
     batches = list(loaded.val.micro_batches())
     counted = [micro.targets[micro.targets != IGNORE].tolist() for micro in batches]
     assert sum(counted, []) == [*ids("b"), END, *ids("the end"), END]
@@ -253,6 +255,75 @@ def test_files_that_leave_nothing_for_a_split_are_refused(tmp_path):
             batch_rows=lambda step: 1,
             max_doc_len=lambda step: 64,
         )
+
+
+# --- pairs
+
+
+def write_pairs(path, pairs):
+    """pairs: (prompt, chosen, rejected)."""
+    names = "prompt", "chosen", "rejected"
+    path.write_text("\n".join(json.dumps(dict(zip(names, pair))) for pair in pairs) + "\n")
+    return path
+
+
+def test_both_answers_of_a_pair_are_in_a_row_and_marked(tmp_path):
+    pairs = [(f"{i}?", f"yes {i}", "no") for i in range(60)]
+    path = write_pairs(tmp_path / "x.jsonl", pairs)
+    loaded = opened(path, tmp_path, row_len=128, rows=3, data="preferences")
+    for step in (1, 2, 9):
+        (batch,) = loaded.train.micro_batches(step, micro_rows=4)
+        K = len(batch.reference)
+        found = {}
+        for place, target in zip(batch.answer.flatten().tolist(), batch.targets.flatten().tolist()):
+            if place < 2 * K:
+                found.setdefault(place, []).append(target)
+            else:
+                assert target == IGNORE
+        assert len(found) == 2 * loaded.train.n_targets(step)
+        for k in range(len(found) // 2):
+            assert found[2 * k][:4] == ids("yes ") and found[2 * k][-1] == END
+            assert found[2 * k + 1] == [*ids("no"), END]
+
+
+def test_references_stay_with_their_pairs(tmp_path):
+    pairs = [(f"{i}?", f"{i}", "no") for i in range(60)]
+    loaded = opened(write_pairs(tmp_path / "x.jsonl", pairs), tmp_path, 128, data="preferences")
+    of = loaded.train.of
+    of.reference = torch.stack([torch.arange(len(of)), torch.arange(len(of))], 1).float()
+    (batch,) = loaded.train.micro_batches(2)
+    numbers = [p for row in loaded.train.rows(2) for p in row]
+    assert batch.reference[: len(numbers), 0].tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        (dict(prompt="a", chosen="b"), 'expected {"prompt": ..., "chosen": ..., "rejected": ...}'),
+        (dict(prompt="a", chosen="b", rejected=" b"), "chosen and rejected are equal"),
+        (dict(prompt="a", chosen="b", rejected=""), "rejected: messages[1].content: expected a"),
+        (dict(chosen="b", rejected="c"), "chosen: messages[0].role: expected system or"),
+        (
+            dict(
+                chosen=[dict(role="user", content="a"), dict(role="assistant", content="b")],
+                rejected=[dict(role="user", content="x"), dict(role="assistant", content="c")],
+            ),
+            "chosen and rejected answer different conversations",
+        ),
+    ],
+)
+def test_a_wrong_pair_is_named(tmp_path, line, problem):
+    (tmp_path / "x.jsonl").write_text(json.dumps(line))
+    with pytest.raises(InputError, match="x.jsonl:1: " + re.escape(problem)):
+        list(read_pairs(tmp_path / "x.jsonl"))
+
+
+def test_whole_conversations_are_pairs_as_well(tmp_path):
+    chosen = [dict(role="user", content="a"), dict(role="assistant", content="b")]
+    rejected = [chosen[0], dict(role="assistant", content="c")]
+    (tmp_path / "x.jsonl").write_text(json.dumps(dict(chosen=chosen, rejected=rejected)))
+    (pair,) = read_pairs(tmp_path / "x.jsonl")
+    assert [m.text for m in pair.chosen] == ["a", "b"] and pair.rejected[1].text == "c"
 
 
 def test_padding_does_not_count(tmp_path):

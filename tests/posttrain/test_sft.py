@@ -12,6 +12,7 @@ from inference.completion import Request
 from inference.engine import Engine
 from inference.sampling import Sampling
 from posttrain import sft
+from posttrain.command import at_the_end, make_parser, options_of_training
 from runtime import warm_start
 from runtime.saved import load_run
 
@@ -62,8 +63,8 @@ def test_new_tokens_begin_as_the_mean_of_the_others(base, tmp_path):
     """And the others as they were."""
     _, run_dir = base
     before = load_run(run_dir)
-    argv = sft.options_of_training(*sft.parse(["--from", run_dir, "--data", "x"]))
-    config = tg.parse_args(argv, sft.at_the_end(run_dir))
+    args = make_parser("sft", "", "").parse_args(["--from", run_dir, "--data", "x"])
+    config = tg.parse_args(options_of_training("sft", args, []), at_the_end(run_dir))
     model = before.model.__class__(config.model, 264, 64, torch.float32)
     warm_start.copy_weights(run_dir, model)
     assert torch.equal(model.embed[:257], before.model.embed[:257])
