@@ -203,7 +203,7 @@ def build(todo, out, cache, crew, keep_work=False, replace=False):
 
 def make_tokens(todo, stages, files, checksums, crew):
     """All stages before the mix: {name: Stage}."""
-    sets = {name: file_state(path) for name, path in todo.decontaminate.sets.items()}
+    sets = {n: file_state(path) for n, path in work.set_paths(todo.decontaminate).items()}
     tokenizer = known_tokenizer(todo.tokenizer)
     given = file_state(tokenizer) if tokenizer.endswith(".json") else tokenizer
     stages.begin()
@@ -230,7 +230,7 @@ def make_tokens(todo, stages, files, checksums, crew):
         )
     clear = stages.run(
         "decontaminate",
-        [duplicates.key, settings(todo.decontaminate), sets],
+        [duplicates.key, {**settings(todo.decontaminate), "base": ""}, sets],
         lambda folder: work.decontaminate(todo, texts.folder, duplicates.folder, folder, crew),
     )
     tokens = stages.run(
@@ -256,10 +256,13 @@ def make_mix(todo, stages, done):
     )
 
 
+LATER = ("weight", "max_epochs", "base")  # of no influence on what is read
+
+
 def what_is_read(todo):
     """Settings of the sources, without those that only the mix looks at."""
     parts = [settings(part) for part in todo.source]
-    return [{k: v for k, v in p.items() if k not in ("weight", "max_epochs")} for p in parts]
+    return [{k: v for k, v in p.items() if k not in LATER} for p in parts]
 
 
 def settings(config):

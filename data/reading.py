@@ -56,12 +56,12 @@ def files_of_path(part):
     Of several, those that are no text are left out, and about["left_out"] says why. Equal files are
     all read: that is for deduplication to find and to count.
     """
-    path = Path(os.path.expanduser(part.path))
+    path = Path(part.base, os.path.expanduser(part.path))
     if not os.path.exists(path) and glob.has_magic(str(path)):
         paths = [Path(found) for found in glob.glob(str(path), recursive=True)]
         paths = sorted(found for found in paths if not why_not_file(found))
         if not paths:
-            raise InputError(f"{part.path}: no file fits this pattern")
+            raise InputError(f"{path}: no file fits this pattern")
         root = Path(os.path.commonpath([found.parent for found in paths]))
         names = [found.relative_to(root).as_posix() for found in paths]
         left_out = []
@@ -85,7 +85,7 @@ def files_of_path(part):
             kept.append(name)
     if not kept:
         why = f": {left_out[0][0]} is {left_out[0][1]}" if left_out else ""
-        raise InputError(f"{part.path}: no files that can be read{why}")
+        raise InputError(f"{path}: no files that can be read{why}")
     about = dict(left_out=sorted(map(list, left_out))) if left_out else {}
     return Files([root / name for name in kept], kept, about)
 

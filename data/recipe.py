@@ -23,7 +23,8 @@ import tomllib
 from pathlib import Path
 
 from base import InputError
-from base.options import POSITIVE, Options, option
+from base.files import sha256_of
+from base.options import POSITIVE, Options, option, remembered
 
 from . import encodings, filters
 
@@ -68,6 +69,7 @@ class Part(Options):
     max_epochs: float = option(1.0, "how often the mix may repeat its documents", POSITIVE)
     limit: int | None = option(None, "read this many documents at most", UNLESS_LEFT_OUT)
     licence: str = option("", "under which its text may be used; empty: as the source says")
+    base: str = remembered("")  # folder that its path is relative to; of one machine
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,6 +106,7 @@ class Decontaminate(Options):
         13, "words that have to be the same in a row", ((lambda n: 8 <= n <= 63), "8 to 63")
     )
     sets: dict = table('name -> file with what is never to be trained on, such as "exam.jsonl"')
+    base: str = remembered("")  # folder that they are relative to
     validation: bool = option(True, "also against the validation split")
     common: int = option(
         10,
@@ -166,7 +169,7 @@ def nearest(key, valid):
 
 def build(cls, said, where):
     """A dataclass from a table of the recipe; where: what to call it. Raises InputError."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata["help"] is not None}
     if not isinstance(said, dict):
         raise InputError(f"{where}: expected a table, found {said!r}")
     values = {}
@@ -219,28 +222,21 @@ def from_table(said, where, base=None):
             raise InputError(f"{where}: unknown key {key}; {nearest(key, fields)}")
 
     if base is not None:
-        sets = {k: relative(v, base) for k, v in tables["decontaminate"].sets.items()}
-        tables["decontaminate"] = dataclasses.replace(tables["decontaminate"], sets=sets)
+        tables["decontaminate"] = dataclasses.replace(tables["decontaminate"], base=str(base))
         if str(said.get("tokenizer", "")).endswith(".json"):
-            said["tokenizer"] = relative(said["tokenizer"], base)
+            said["tokenizer"] = str(Path(base, Path(said["tokenizer"]).expanduser()))
     made = []
     for i, table in enumerate(parts):
         part = build(Part, table, f"{where}: [[source]] {i + 1}")
-        if base is not None and part.path:
-            part = dataclasses.replace(part, path=relative(part.path, base))
-        if not part.preset:
-            part = dataclasses.replace(part, preset=said.get("preset", Recipe.preset))
-        if not part.language:
-            part = dataclasses.replace(part, language=said.get("language", ""))
-        if not part.name:
-            part = dataclasses.replace(part, name=name_of(part, made))
+        part = dataclasses.replace(
+            part,
+            base=str(base or ""),
+            name=part.name or name_of(part, made),
+            preset=part.preset or said.get("preset", Recipe.preset),
+            language=part.language or said.get("language", ""),
+        )
         made.append(part)
     return build(Recipe, said | tables | dict(source=tuple(made)), where)
-
-
-def relative(path, base):
-    """A path of a recipe: relative to the folder that the recipe is in."""
-    return str(Path(base, Path(path).expanduser()))
 
 
 def name_of(part, others):
@@ -265,5 +261,13 @@ def read(path):
 
 
 def as_json(recipe):
-    """The recipe as values that JSON can hold: what the manifest keeps of it."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    """The recipe as values that JSON can hold: what the manifest keeps of it, without what is of
+    one machine."""
+    said = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for table in (*said["source"], said["decontaminate"]):
+        del table["base"]
+    if said["tokenizer"].endswith(".json"):
+        path = Path(said["tokenizer"])
+        content = sha256_of(path)[:16] if path.is_file() else "gone"
+        said["tokenizer"] = f"{path.name} {content}"
+    return said

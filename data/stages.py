@@ -466,6 +466,12 @@ VALIDATION = "validation"
 MOST_HASHES = 50_000_000  # of the validation split: beyond, one in two is kept, or in three, ...
 
 
+def set_paths(settings):
+    """{name: Path} of the evaluation sets."""
+    sets = settings.sets.items()
+    return {name: Path(settings.base, Path(path).expanduser()) for name, path in sets}
+
+
 def decontaminate(todo, read_folder, dedup_folder, folder, crew):
     """Training documents that share a run of words with a text that models are judged by go."""
     from .decontaminate import ngram_hashes
@@ -474,7 +480,7 @@ def decontaminate(todo, read_folder, dedup_folder, folder, crew):
     fate = read_arrays(dedup_folder / "fate.npz")["fate"]
     n = todo.decontaminate.n
     sets = {}
-    for name, path in todo.decontaminate.sets.items():
+    for name, path in set_paths(todo.decontaminate).items():
         part = Part(name=name, path=str(path))
         files = reading.locate(part, folder)
         sets[name] = ngram_hashes((d.text for d in reading.documents(part, files)), n)

@@ -1,9 +1,12 @@
 """data/build.py and its stages: from sources to shards that train."""
 
+import contextlib
 import errno
 import gzip
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +50,20 @@ def lines_of(path, texts):
 
 @pytest.fixture
 def three(tmp_path):
+    return make_three(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder of a build of `three` by one process, what it said)."""
+    folder = tmp_path_factory.mktemp("whole")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert run(make_three(folder), "--out", folder / "out", "--processes", 1) == 0
+    return folder / "out", json.loads(said.getvalue())
+
+
+def make_three(tmp_path):
     """A recipe of three sources in three formats, with duplicates among them."""
     books = tmp_path / "books"
     books.mkdir()
@@ -92,10 +109,8 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_three_sources_become_tokens(tmp_path, three, capsys):
-    out = tmp_path / "out"
-    assert run(three, "--out", out, "--processes", 1) == 0
-    said = json.loads(capsys.readouterr().out)
+def test_three_sources_become_tokens(whole):
+    out, said = whole
     manifest = manifest_of(out)
     assert said["documents"] == manifest["documents"] == 102
     # Two duplicates, one across sources
@@ -124,11 +139,10 @@ def test_three_sources_become_tokens(tmp_path, three, capsys):
     }
 
 
-def test_the_shards_are_the_texts_in_an_order_that_has_the_mix_everywhere(tmp_path, three):
+def test_the_shards_are_the_texts_in_an_order_that_has_the_mix_everywhere(whole):
     from data.built import load_tokenizer
 
-    out = tmp_path / "out"
-    assert run(three, "--out", out, "--processes", 1) == 0
+    out, _ = whole
     manifest = manifest_of(out)
     tokenizer = load_tokenizer(out)
     documents = [line for path in sorted((out / "text").iterdir()) for line in read_lines(path)]
@@ -144,16 +158,22 @@ def test_the_shards_are_the_texts_in_an_order_that_has_the_mix_everywhere(tmp_pa
     assert manifest["eot"] == 399
 
 
-def test_the_same_bytes_on_any_number_of_processes(tmp_path, three):
-    for n in 1, 2:
-        assert run(three, "--out", tmp_path / str(n), "--processes", n) == 0
-    one = contents(tmp_path / "1")
+def test_the_same_bytes_on_any_number_of_processes(tmp_path, three, whole):
+    assert run(three, "--out", tmp_path / "2", "--processes", 2) == 0
+    one = contents(whole[0])
     assert len(one) > 5 and one == contents(tmp_path / "2")
 
 
-def test_a_second_build_finds_it_done_and_a_changed_source_is_noticed(tmp_path, three, capsys):
-    out = tmp_path / "out"
-    assert run(three, "--out", out, "--processes", 1) == 0
+@pytest.mark.slow
+def test_the_same_bytes_on_three(tmp_path, three, whole):
+    assert run(three, "--out", tmp_path / "3", "--processes", 3) == 0
+    assert contents(whole[0]) == contents(tmp_path / "3")
+
+
+def test_a_second_build_finds_it_done_and_a_changed_source_is_noticed(
+    tmp_path, three, whole, capsys
+):
+    out = shutil.copytree(whole[0], tmp_path / "out")
     before = contents(out)
     assert run(three, "--out", out, "--processes", 1) == 0
     assert "is built already" in capsys.readouterr().err
@@ -171,10 +191,11 @@ class Killed(BaseException):
     """Stands for a kill -9: nothing of ours catches it."""
 
 
-def test_a_build_that_is_killed_again_and_again_makes_the_same_bytes(tmp_path, three, monkeypatch):
+def test_a_build_that_is_killed_again_and_again_makes_the_same_bytes(
+    tmp_path, three, whole, monkeypatch
+):
     """At every ninth file that gets its name, in all stages; the file does not get it then. The
     longest stage that begins anew names fewer."""
-    assert run(three, "--out", tmp_path / "whole", "--processes", 1) == 0
     replace = os.replace
     left = 0
     stages = set()
@@ -205,13 +226,12 @@ def test_a_build_that_is_killed_again_and_again_makes_the_same_bytes(tmp_path, t
         "encode",
         "mix",
     }
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(whole[0])
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_time_with_several_processes(tmp_path, three):
+def test_kill_9_at_any_time_with_several_processes(tmp_path, three, whole):
     command = [sys.executable, "door.py", "data", "build", three, "--processes", "3", "--out"]
-    assert run(three, "--out", tmp_path / "whole", "--processes", 1) == 0
     out = tmp_path / "out"
     seconds = 0.5
     kills = 0
@@ -228,7 +248,7 @@ def test_kill_9_at_any_time_with_several_processes(tmp_path, three):
             seconds *= 1.15
             assert not (out / "manifest.json").exists()
     assert kills >= 3
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(whole[0])
 
 
 def test_weights_and_epochs(tmp_path, three, capsys):
@@ -307,9 +327,8 @@ def test_a_commonplace_is_no_contamination(tmp_path):
     assert said["sets"] == {"validation": 1} and said["commonplaces"] > 10
 
 
-def test_training_opens_what_was_built(tmp_path, three, capsys):
-    out = tmp_path / "out"
-    assert run(three, "--out", out, "--processes", 1) == 0
+def test_training_opens_what_was_built(tmp_path, whole):
+    out = shutil.copytree(whole[0], tmp_path / "out")
     config = DataConfig(data=str(out), row_len=64)
     stages = dict(batch_rows=lambda step: 2, max_doc_len=lambda step: 64)
     data = open_data(config, tmp_path / "cache", **stages)
@@ -328,10 +347,8 @@ def test_training_opens_what_was_built(tmp_path, three, capsys):
         open_data(config, tmp_path / "cache", **stages)
 
 
-def test_where_a_string_is_from(tmp_path, three, capsys):
-    out = tmp_path / "out"
-    assert run(three, "--out", out, "--processes", 1) == 0
-    capsys.readouterr()
+def test_where_a_string_is_from(tmp_path, whole, capsys):
+    out, _ = whole
     line = prose(7, 20).split("\n")[3]
     where = ["where", "--data", str(out), "--text", line.upper().replace(" ", "\n ", 1)]
     assert main(where) == 0

@@ -14,7 +14,7 @@ ODD = st.text(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.one_of(st.text(), ODD, st.text().map(lambda t: t.encode().decode("latin-1"))))
 def test_cleaning_never_raises_and_is_the_same_twice(text):
     once = clean.clean(text)
@@ -24,7 +24,7 @@ def test_cleaning_never_raises_and_is_the_same_twice(text):
     assert "\n\n\n\n" not in once and not once.startswith("\n") and not once.endswith("\n")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"]), min_size=1)))
 def test_plain_text_stays_as_it_is(lines):
     text = "\n".join(lines)
