@@ -1,25 +1,28 @@
 """./run.sh chat: a conversation with a run's model, in the terminal."""
 
 import contextlib
+import functools
 from pathlib import Path
 
-from base import InputError, write_text
+from base import InputError, to_json, write_text
 from base.command import refuse
 from base.terminal import on_screen
+from data.chat import Message, prompt_of
 
 from .engine import Request
-from .options import KNOBS, check, is_text, make_parser, open_run, say
+from .options import KNOBS, check, is_taught, is_text, make_parser, open_run, say
 from .sampling import default_sampling
 
 DESCRIPTION = """\
 A conversation with the model of a finished run: the newest one, or the one that is named. A model
-that was trained on text alone does not answer: it continues what you write, and its own text."""
+that ./run.sh sft has taught answers. One that was trained on text alone does not: it continues what
+you write, and its own text."""
 
 COMMANDS = """\
 commands:
   /set NAME VALUE    change an option, such as /set temperature 0.7 or /set tokens 50
   /reset             forget the conversation
-  /save FILE         write it into a file
+  /save FILE         write it into a file; of a model that answers, a line that sft reads
   /help              this list
   /quit              the end; so is Ctrl-D. Ctrl-C stops an answer"""
 
@@ -34,18 +37,77 @@ def main(argv=None):
         return refuse(e)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  lines can be edited, and come back with the arrow keys
-    say(f"{saved.folder}: a base model, which continues what you write. /help lists commands")
-    Conversation(engine, args).hold()
+    kind = "a base model, which continues what you write"
+    said = Continued
+    if is_taught(saved):
+        kind = "a model that was taught to answer"
+        said = functools.partial(Answered, saved.tokenizer)
+    say(f"{saved.folder}: {kind}. /help lists commands")
+    Conversation(engine, args, said).hold()
     return 0
 
 
-class Conversation:
-    """All text so far, the user's and the model's, and the options, which /set changes."""
+class Continued:
+    """A conversation with a base model: one text, the user's lines and what the model added."""
 
-    def __init__(self, engine, args):
+    def __init__(self):
+        self.text = ""
+        self.prompt = ""
+
+    def prompt_with(self, line):
+        """What the model goes on from with one line more."""
+        # The model goes on within the line, but what the user says begins a new one
+        between = "\n" if self.text and not self.text.endswith("\n") else ""
+        self.prompt = self.text + between + line
+        return self.prompt
+
+    def begin(self, line):
+        """Take the line. Returns what of it the answer is shown behind."""
+        self.text = self.prompt
+        return line
+
+    def add(self, piece):
+        self.text += piece
+
+    def to_save(self):
+        return self.text
+
+
+class Answered:
+    """A conversation with a model that was taught to have one: messages in turn."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.messages = []
+
+    def prompt_with(self, line):
+        """What the model goes on from with one message more. Raises InputError."""
+        return tuple(prompt_of([*self.messages, Message("user", line)], self.tokenizer))
+
+    def begin(self, line):
+        """Take the message. Returns what of it the answer is shown behind."""
+        self.messages += [Message("user", line), Message("assistant", "")]
+        return ""
+
+    def add(self, piece):
+        last = self.messages[-1]
+        self.messages[-1] = last._replace(text=last.text + piece)
+
+    def to_save(self):
+        """A line that ./run.sh sft reads."""
+        messages = [dict(role=m.role, content=m.text) for m in self.messages]
+        return to_json(dict(messages=messages), ensure_ascii=False) + "\n"
+
+
+class Conversation:
+    """What was said so far, and the options, which /set changes."""
+
+    def __init__(self, engine, args, said):
+        """said: makes a Continued or an Answered in which nothing is said yet."""
         self.engine = engine
         self.args = args
-        self.text = ""
+        self.new = said
+        self.said = said()
         self.n_answers = 0
 
     def hold(self):
@@ -70,12 +132,10 @@ class Conversation:
                 refuse(e)
 
     def answer(self, line):
-        """Add a line to the text, and what the model makes of it. Raises InputError."""
+        """Take a line, and show what the model makes of it. Raises InputError."""
         if not is_text(line):
             raise InputError("that line is not UTF-8")
-        # The model goes on within the line, but what the user says begins a new one
-        between = "\n" if self.text and not self.text.endswith("\n") else ""
-        prompt = self.text + between + line
+        prompt = self.said.prompt_with(line)
         seed = self.args.seed + self.n_answers
         sampling = default_sampling(self.engine.tokenizer, **check(self.args))
         request = Request(prompt, self.args.tokens, sampling, seed, tuple(self.args.stop))
@@ -83,8 +143,7 @@ class Conversation:
         if completion.n_cut:
             say(f"note: the first {completion.n_cut} tokens of the conversation are out of sight")
 
-        self.text = prompt
-        print(line, end="", flush=True)
+        print(self.said.begin(line), end="", flush=True)
         try:
             for text in on_screen(self.written(completion)):
                 print(text, end="", flush=True)
@@ -96,14 +155,14 @@ class Conversation:
     def written(self, completion):
         """Yield an answer in pieces, which the conversation has as they are."""
         for _, text in self.engine.run([completion]):
-            self.text += text
+            self.said.add(text)
             yield text
 
     def command(self, line):
         """Do what a line that begins with / says. Raises InputError."""
         name, *words = line.split(maxsplit=2)
         if name == "/reset" and not words:
-            self.text = ""
+            self.said = self.new()
         elif name == "/save" and words:
             self.save(line.split(maxsplit=1)[1])
         elif name == "/set" and len(words) == 2:
@@ -115,11 +174,12 @@ class Conversation:
 
     def save(self, name):
         path = Path(name).expanduser()
+        text = self.said.to_save()
         try:
-            write_text(path, self.text)
+            write_text(path, text)
         except OSError as e:
             raise InputError(f"/save {path}: {e.strerror}; expected a file to write") from None
-        say(f"{len(self.text)} characters in {path}")
+        say(f"{len(text)} characters in {path}")
 
     def set(self, name, value):
         """Change one of the options."""

@@ -9,6 +9,7 @@ import torch
 
 from base import InputError
 from base.command import Parser, given_path
+from data.chat import knows_chat
 from runtime.options import add_option
 from runtime.saved import load_run, newest_run
 
@@ -90,6 +91,11 @@ def open_run(args, **about):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = load_run(args.run or newest_run(), device, args.template, args.step)
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
+
+
+def is_taught(saved):
+    """Whether a run's model was taught to answer; others continue text."""
+    return saved.options.get("data") == "conversations" and knows_chat(saved.tokenizer)
 
 
 def fixed_prompts():

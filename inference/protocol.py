@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from base import InputError, to_json
 from base.options import COUNT
-from data.chat import as_plain_text, read_messages
+from data.chat import as_plain_text, prompt_of, read_messages
 
 from .completion import Request
 from .options import KNOBS, is_text
@@ -49,6 +49,7 @@ class Served(NamedTuple):
     """What requests are checked against."""
 
     model: str  # its name
+    taught: bool  # to answer; else it continues text
     tokenizer: object
     max_len: int
     knobs: dict  # {field of Sampling: value} where a request says nothing
@@ -99,6 +100,12 @@ def read_chat(body, served):
     """Asked, by the JSON object of a request for a chat completion. Raises ApiError."""
     try:
         messages = read_messages(body.get("messages"))
+        if not all(is_text(message.text) for message in messages):
+            raise InputError("messages: expected Unicode, found half of a surrogate pair")
+        if served.taught:
+            prompt = tuple(prompt_of(messages, served.tokenizer))
+        else:
+            prompt = as_plain_text(messages)
     except InputError as e:
         raise ApiError(400, str(e), "messages") from None
     if field(body, "logprobs", bool, False):
@@ -110,9 +117,6 @@ def read_chat(body, served):
     kind = field(body, "response_format", dict, {}).get("type", "text")
     if kind != "text":
         raise wrong("response_format", 'type "text", as this model cannot promise another')
-    prompt = as_plain_text(messages)
-    if not is_text(prompt):
-        raise wrong("messages", "Unicode, found half of a surrogate pair")
     return read_rest(body, served, [prompt], alternatives, chat=True)
 
 

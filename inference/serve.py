@@ -10,7 +10,7 @@ from base.command import refuse
 from base.options import RATE
 
 from .engine import PLACES
-from .options import KNOBS, check, make_parser, open_run, say
+from .options import KNOBS, check, is_taught, make_parser, open_run, say
 from .sampling import default_sampling
 
 KEY = "STOPWATCH_API_KEY"  # in the environment
@@ -125,6 +125,7 @@ def make_server(args, given):
     sampling = default_sampling(saved.tokenizer, **given)
     served = Served(
         model=args.name or saved.folder.resolve().name,
+        taught=is_taught(saved),
         tokenizer=saved.tokenizer,
         max_len=saved.max_len,
         knobs=given,
@@ -133,7 +134,7 @@ def make_server(args, given):
         most_tokens=args.max_tokens,
     )
     about = dict(
-        kind="base",  # it continues text
+        kind="chat" if served.taught else "base",  # which continues text
         context_length=saved.max_len,
         end_token=saved.tokenizer.eot,  # what logit_bias calls it
         max_tokens=args.max_tokens,

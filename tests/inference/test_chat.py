@@ -11,6 +11,7 @@ import time
 import pytest
 from processes import ROOT
 
+from data.chat import read_conversations
 from inference import chat
 from inference.engine import Engine
 
@@ -117,6 +118,31 @@ def test_an_answer_does_not_color_the_terminal(talk, monkeypatch, tmp_path):
 def test_options_that_are_wrong_end_it_at_once(talk):
     status, out, err = talk("the ", options=["--top-p", 2])
     assert status == 2 and out == "" and "--top-p 2.0: expected a fraction" in err
+
+
+def test_a_model_that_was_taught_answers(talk, monkeypatch, tmp_path):
+    """Its answer stands alone, and what was said is saved as teaching reads it."""
+    asked = []
+
+    class Answers(chat.Answered):
+        def prompt_with(self, line):
+            asked.append([*self.messages, line])
+            return (100, 101)
+
+    def run(engine, batch):
+        for text in "yes", "!":
+            batch[0].text += text
+            yield batch[0], text
+
+    monkeypatch.setattr(chat, "is_taught", lambda saved: True)
+    monkeypatch.setattr(chat, "Answered", Answers)
+    monkeypatch.setattr(Engine, "run", run)
+    file = tmp_path / "said.jsonl"
+    _, out, err = talk("is it?", "is it, too?", f"/save {file}", "/reset", "again?")
+    assert out == "yes!\nyes!\nyes!\n\n" and "taught to answer" in err
+    [messages] = read_conversations(file)
+    assert [m.text for m in messages] == ["is it?", "yes!", "is it, too?", "yes!"]
+    assert [len(before) for before in asked] == [1, 3, 1]
 
 
 @pytest.mark.slow

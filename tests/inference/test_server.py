@@ -44,8 +44,8 @@ NO_LIMITS = Limits()
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, engine, limits=NO_LIMITS, tokens=16, **options):
-        served = Served("tiny", engine.tokenizer, engine.max_len, {}, (), tokens, 500)
+    def __init__(self, engine, limits=NO_LIMITS, tokens=16, taught=False, **options):
+        served = Served("tiny", taught, engine.tokenizer, engine.max_len, {}, (), tokens, 500)
         self.server = Server(engine, served, dict(kind="base"), limits, **options)
         self.engine = engine
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -205,6 +205,25 @@ def test_messages_of_all_kinds_are_read(small, client):
     assert chat.choices[0].message.role == "assistant"
     ours = expected(small, "be\ndef \nfoo", 9, temperature=0.0)
     assert chat.choices[0].message.content == ours.text
+
+
+def test_a_model_that_was_taught_reads_roles():
+    """And ends with its turn, which is no part of the text."""
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = Tokenizer("bytes", [bytes([i]) for i in range(256)], specials=specials)
+    model = Scripted(tokenizer, b"o", b"k")
+    model.script.append(tokenizer.specials["<|im_end|>"])
+    with Running(Engine(model, None, tokenizer, 200), taught=True) as running:
+        messages = [dict(role="system", content="be"), dict(role="user", content="<|im_end|>?")]
+        said = running.client().chat.completions.create(
+            model="tiny", messages=messages, temperature=0, logprobs=True
+        )
+    assert said.choices[0].message.content == "ok" and said.choices[0].finish_reason == "stop"
+    assert [token.token for token in said.choices[0].logprobs.content] == ["o", "k"]
+    read = model.seen[0][0][0]
+    start = tokenizer.specials["<|im_start|>"]
+    assert read.count(start) == 3 and read.count(tokenizer.specials["<|im_end|>"]) == 2
+    assert tokenizer.decode(read[-10:]) == "assistant\n"
 
 
 def test_stop_strings_are_not_shown(small, client):
