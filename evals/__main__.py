@@ -10,6 +10,7 @@ from base import InputError, to_json, write_text
 from base.command import Parser, given_path, refuse
 from base.files import sha256_of
 from base.terminal import on_screen
+from inference.quantize import KINDS, quantize
 from records.read import read_json
 from runtime.saved import load_run, newest_run
 
@@ -63,6 +64,9 @@ def parse(argv):
         "--template",
         metavar="NAME",
         help="the run's template, where it is a module from outside models/",
+    )
+    parser.add_argument(
+        "--quantize", choices=KINDS, help="measure the run's weights in so many bits"
     )
     parser.add_argument(
         "--text",
@@ -143,10 +147,14 @@ def run(args):
         raise InputError(f"--overlap {args.overlap}: expected less than a row, {row_len(saved)}")
     plan = make_plan(names, args, saved)
     say(f"{saved.folder}: {', '.join(name for name, _ in plan)}")
+    bits = quantize(saved.model, args.quantize) if args.quantize else None
+    if bits:
+        say(f"{args.quantize}: {bits:.2f} bits a weight over all parameters")
 
     measures = measure(plan, saved, args)
-    said = summary(saved, measures, args)
-    keep(saved, said)
+    said = summary(saved, measures, args, bits)
+    if not args.quantize:  # the numbers of the run itself
+        keep(saved, said)
     lines = table(measures)
     if args.against:
         other = load_run(args.against, device, args.template)
@@ -266,10 +274,12 @@ def both(measures, others):
 # What is said of it
 
 
-def summary(saved, measures, args):
-    """The JSON of an evaluation."""
+def summary(saved, measures, args, bits):
+    """The JSON of an evaluation; bits: of a weight, where they are quantized."""
     result = saved.result
+    quantized = dict(quantize=args.quantize, bits_per_weight=bits) if bits else {}
     return dict(
+        **quantized,
         run=str(saved.folder),
         step=result.get("best_step", result.get("steps")),
         weights=sha256_of(saved.folder / "model.safetensors"),

@@ -14,6 +14,7 @@ from runtime.options import add_option
 from runtime.saved import load_run, newest_run
 
 from .engine import Engine
+from .quantize import KINDS, quantize
 from .sampling import OF_CHARACTERS, OF_WORDS, Sampling
 
 FIXED_PROMPTS = Path(__file__).parent / "prompts.txt"  # one on each line, \n for a line end
@@ -39,6 +40,9 @@ def make_parser(verb, description, epilog, tokens):
         type=int,
         metavar="N",
         help="of the weights that training kept after this step with --snapshots",
+    )
+    parser.add_argument(
+        "--quantize", choices=KINDS, help="hold the weights in so many bits: smaller, less exact"
     )
     parser.add_argument(
         "--template",
@@ -90,6 +94,9 @@ def open_run(args, **about):
     """(what the run left, an Engine with its model). about: the engine. Raises InputError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = load_run(args.run or newest_run(), device, args.template, args.step)
+    if args.quantize:
+        bits = quantize(saved.model, args.quantize)
+        say(f"{args.quantize}: {bits:.2f} bits a weight over all parameters")
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
 
 

@@ -48,6 +48,9 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
                                    is a document; inputs: (B, S) int64, padded on the right; counts:
                                    how many are no padding, 1 or more. Without these two, sampling
                                    calls logits() with all tokens each time
+    quantizable                    attribute: dict(layer={field of a Layer: whether it is stored
+                                   transposed}, tables=names, banks=names) of matrices that may be
+                                   replaced, for inference/quantize.py. Without it it rounds them
     update_rules(optim)            {parameter name: optim.Rule}, from an OptimConfig; the order is
                                    that in which gradients are reduced and updated
     successors(before, after)      {parameter: the parameter whose weights and moments it takes over

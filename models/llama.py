@@ -267,6 +267,14 @@ class Batch(typing.NamedTuple):
 class Model(nn.Module):
     """The transformer; models/__init__.py says what its methods are for."""
 
+    # For weights of fewer bits: matrices of a Layer (whether stored transposed), tables, and the
+    # banks that the matrices are of
+    quantizable = dict(
+        layer=dict(w_q=False, w_kv=False, w_o=False, w_gate_up=False, w_down=True),
+        tables=("embed", "lm_head"),
+        banks=("q_bank", "kv_bank", "o_bank", "mlp_bank"),
+    )
+
     def __init__(self, c, n_vocab, max_len, dtype=torch.float32, ops=None):
         super().__init__()
         self.c = c

@@ -107,7 +107,7 @@ def test_the_numbers_of_the_hf_backend(run, tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     to = tmp_path / "exported"
     with contextlib.redirect_stdout(None):
-        assert export.main([str(run), "--to", str(to)]) == 0
+        assert export.main(["--run", str(run), "--to", "hf", str(to)]) == 0
     theirs = HFLM(pretrained=str(to), dtype="float32", device="cpu", batch_size=1, max_length=64)
     ours = StopwatchLM(run=str(run), device="cpu")
     assert ours.max_length == theirs.max_length == 64
