@@ -126,8 +126,7 @@ class Schedule(Options):
         return progress_of(step, self.steps, self.extension, self.earlier)
 
     def part(self, step):
-        """Of the part of training, between additions of steps, that a step is in: the step after
-        which it began, the last one planned in it, and how it went on (--extend)."""
+        """(step before it, last step planned, --extend) of the part between additions of steps."""
         steps = self.steps
         for after, planned, extend in reversed(self.earlier):
             if step > after:
@@ -136,8 +135,7 @@ class Schedule(Options):
         return 0, steps, "replan"
 
     def annealing(self, step):
-        """What learning rate and momentum follow: the same, but where steps were added the rate
-        may rise again, to fall once more until the new end."""
+        """What the rate and momentum follow: the same, but with added steps it may fall again."""
         first, steps, extend = self.part(step)
         if extend == "cooldown":
             share = progress_of(step - first, steps - first, self.extension)
@@ -302,9 +300,8 @@ def warmup_cosine(optim, schedule, step):
     first, steps, extend = schedule.part(step)
     begin = first if extend == "cooldown" else optim.adamw_warmup  # of the fall
     t = max(0.0, progress_of(step - begin, steps - begin, schedule.extension))  # 0 to 1
-    fall = (1 + math.cos(math.pi * t)) / 2
-    warm = min(1.0, step / max(1, optim.adamw_warmup))
-    return warm * (optim.adamw_floor + (1 - optim.adamw_floor) * fall)
+    fall = (1 - optim.adamw_floor) * (1 + math.cos(math.pi * t)) / 2
+    return min(1.0, step / max(1, optim.adamw_warmup)) * (optim.adamw_floor + fall)
 
 
 def lr_scale(schedule, progress, annealing=None):
@@ -499,8 +496,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 log = Log(run_dir, config.schedule.steps, not world.rank, at if resuming else None)
                 closing.enter_context(log)
                 closing.enter_context(memory.explained(config.data.row_len, lambda: setup))
-                lr = functools.partial(lr_at, config)
-                if added := resume.added_steps_in_words(config.schedule, at, lr):
+                if added := resume.added_steps_in_words(config, at, lr_at):
                     log.say(added)
                 if setup and setup.config.schedule != config.schedule:
                     setup = None  # steps were added to one seed's run and not to another's

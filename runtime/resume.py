@@ -390,14 +390,15 @@ def refuse_run_in_the_way(folder):
         )
 
 
-def added_steps_in_words(schedule, at, lr):
+def added_steps_in_words(config, at, lr_at):
     """What happens to the learning rate of a run that goes on after step `at`, if it is there that
-    steps were added to it; else None. schedule: a trainer's; lr: step -> its factor."""
+    steps were added to it; else None. lr_at(config, step): its factor."""
+    schedule = config.schedule
     if not schedule.earlier or schedule.earlier[-1][0] != at:
         return None
     _, planned, extend = schedule.earlier[-1]
-    before = lr(max(at, 1))
-    after = lr(at + 1)
+    before = lr_at(config, max(at, 1))
+    after = lr_at(config, at + 1)
     how = dict(
         replan=f"the learning rate is that of a run of {schedule.steps} steps from here on",
         cooldown="the learning rate falls from its peak over the added steps",

@@ -1,6 +1,5 @@
 """The schedules of train_gpt.py: plain functions of the step or of progress."""
 
-import functools
 import math
 from fractions import Fraction
 
@@ -171,8 +170,7 @@ def test_progress_never_falls(parts, extension):
 
 def test_what_is_said_of_added_steps():
     def words(at, **fields):
-        c = tg.configure(**fields)
-        return added_steps_in_words(c.schedule, at, functools.partial(tg.lr_at, c))
+        return added_steps_in_words(tg.configure(**fields), at, tg.lr_at)
 
     added = dict(steps=200, earlier=((100, 100, "replan"),))
     said = words(100, **added)
