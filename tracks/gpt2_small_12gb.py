@@ -7,4 +7,6 @@ and by the trainer's estimate spares 3.9 GB: 7.4 GB are left. Not measured yet o
 
 from tracks.gpt2_small import TRACK
 
-TRACK = TRACK | dict(gpus=1, micro_tokens=16384, recompute="on", row_moments=True)
+TRACK = TRACK | dict(
+    gpus=1, val_row_len=65536, micro_tokens=16384, recompute="on", row_moments=True
+)

@@ -6,4 +6,4 @@ measured yet on a GPU.
 
 from tracks.gpt2_small import TRACK
 
-TRACK = TRACK | dict(gpus=1, micro_tokens=16384)
+TRACK = TRACK | dict(gpus=1, val_row_len=65536, micro_tokens=16384)
