@@ -120,6 +120,24 @@ def test_rows_that_are_padded_are_the_same(tmp_path, capsys):
         theirs(inputs[:, -1:], past_key_values=part.past_key_values)
 
 
+def test_small_numbers_stay_fp32(tmp_path, capsys):
+    """Of a model in bf16, as in the run."""
+    from transformers import AutoModelForCausalLM
+
+    run = gpt_run(tmp_path / "run", TOKENIZER, dtype=torch.bfloat16, attn_gate=True, copies=1)
+    assert export(capsys, run, "hf", tmp_path / "out")[0] == 0
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, dtype="auto"
+    )
+    ours = load_file(run / "model.safetensors")
+    state = theirs.state_dict()
+    for name in "lambdas", "scalars", "mix_gates", "mix_counts":
+        assert torch.equal(state[name], ours[name])
+    assert state["lambdas"].dtype == torch.float32
+    assert state["model.layers.0.self_attn.output_gate.weight"].dtype == torch.float32
+    assert state["lm_head.weight"].dtype == torch.bfloat16
+
+
 def test_every_option_of_the_template_is_told():
     """A new part of models/gpt.py has to come into modeling_stopwatch.py as well."""
     in_training_only = {"mtp", "sampled_softmax"}

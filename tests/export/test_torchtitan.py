@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from export_helpers import export, make_run, refused
+from export_helpers import Ours, export, llama_run, make_run, qwen2, refused
 from helpers import ROOT, model_fields, tiny, tiny_model, write_text
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as HF
@@ -463,3 +463,27 @@ def test_the_page(tmp_path, capsys, monkeypatch):
     listed = set(re.findall(r"^\| `([\w.{}]+)`", page, re.MULTILINE))
     out = unstack({name: p.detach() for name, p in model.named_parameters()}, c.model)
     assert {re.sub(r"\.\d+\.", ".{i}.", name) for name in out} <= listed
+
+
+# --- torchtitan itself
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, dict(qk_norm=True, tied_embeddings=False)], ids=str)
+def test_torchtitans_own_model_computes_the_same(tmp_path, capsys, fields):
+    """Its loader, its adapter, its model: by the Python that STOPWATCH_TORCHTITAN names."""
+    python = os.environ.get("STOPWATCH_TORCHTITAN")
+    if not python:
+        pytest.skip("STOPWATCH_TORCHTITAN names no Python")
+    run = llama_run(tmp_path / "run", qwen2(500), **fields)
+    assert main(capsys, run, tmp_path / "out")[0] == 0
+    Ours(run, tmp_path).reference(tmp_path / "reference.json", n_tokens=1, n_prompts=1)
+    program = Path(__file__).with_name("in_torchtitan.py")
+    done = subprocess.run(
+        [python, program, tmp_path / "out", tmp_path / "reference.json"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["difference"] < 1e-4
