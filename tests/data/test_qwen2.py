@@ -1,6 +1,8 @@
 """`qwen2:N`: what other programs make of the same file, and tokens of other programs' files."""
 
 import json
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,24 @@ def test_numbers_are_single_digits_and_line_ends_one_piece(tok):
     assert len(tok.encode(["12345"])[0]) == 5
     learned = train_qwen2(iter(["x\n\n\n\ny 77 77 77\n" * 50]), 320)
     assert b"\n\n\n\n" in learned.tokens and b"77" not in learned.tokens
+
+
+@FAST
+@given(st.lists(st.sampled_from(["x", "yz ", " ", "\n", "a" * 300, " " * 20_000]), max_size=9))
+def test_long_words_are_learned_from_in_parts(parts):
+    text = "".join(parts)
+    cut = list(data.tokenizers.without_long_words(text))
+    assert "".join(cut) == text
+    assert max((len(word) for part in cut for word in part.split()), default=0) <= 256
+    if not re.search(r"\S{257}|\s{9000}", text):
+        assert cut == [text]
+
+
+def test_text_without_spaces_does_not_take_forever():
+    letters = np.random.default_rng(0).integers(ord("a"), ord("m"), 300_000, dtype=np.uint8)
+    began = time.process_time()
+    train_qwen2(iter([letters.tobytes().decode()]), 400)
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("size", [0, 263, 1 << 21])
