@@ -35,10 +35,12 @@ def draw(path, place, rule, options, data=None, own=()):
     below = [plan["val_bpb"] - plan["val_bpb_low"] for plan in plans]
     above = [plan["val_bpb_high"] - plan["val_bpb"] for plan in plans]
     axes.errorbar(costs, values, yerr=[below, above], fmt="o-", capsize=3)
-    for plan, cost in zip(plans, costs):
+    for i, (plan, cost) in enumerate(zip(plans, costs)):
         label = plan["track"] if plan["fits"] else f"{plan['track']} (does not fit)"
-        axes.annotate(label, (cost, plan["val_bpb"]), (6, 6), textcoords="offset points")
+        place = (6, -14 if i % 2 else 6)  # neighbours' names below and above
+        axes.annotate(label, (cost, plan["val_bpb"]), place, textcoords="offset points")
     axes.set_xscale("log")
+    axes.margins(x=0.12)
     unit = "dollars" if priced else "hours"
     axes.set_xlabel(f"{unit} on {plans[0]['hardware']}, tokens: {rule}")
     axes.set_ylabel("bits per byte, predicted, 9 of 10 draws")
