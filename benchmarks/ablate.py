@@ -148,6 +148,9 @@ class Variant(NamedTuple):
 
 def apply(c, fields):
     """The configuration with these values, or what functions make of it. Raises InputError."""
+    for name in fields:
+        if name not in c.fields:
+            raise InputError(f"this template has no {name}")
     values = {name: value(c) if callable(value) else value for name, value in fields.items()}
     return subject.change(c, **values)
 

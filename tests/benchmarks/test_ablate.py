@@ -470,5 +470,9 @@ def test_adamw_is_a_rival_with_twice_the_steps_and_only_by_name():
     found = ablate.choose(base, ["adamw"])[0]["adamw"].config
     assert found.steps == 200 and found.optimizer == "adamw"
     assert found.adamw_lr == 2e-3 and found.adamw_warmup == 10
+    # What is another template's is left out
+    chosen, left_out = ablate.choose(base, ())
+    assert {"normuon", "weight-decay", "cooldown"} < chosen.keys()
+    assert left_out["smear"] == "cannot be turned off here: this template has no smear"
     warm = subject.change(base, adamw_warmup=30)
     assert ablate.choose(warm, ["adamw"])[0]["adamw"].config.adamw_warmup == 30

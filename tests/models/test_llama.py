@@ -334,6 +334,14 @@ def test_dropout_is_of_the_batch_and_the_place():
         assert both.float().mean() == pytest.approx(0.75**2, abs=0.05)
 
 
+def test_every_place_has_dropout_of_its_own(monkeypatch):
+    places = []
+    monkeypatch.setattr(llama, "dropout", lambda x, p, inputs, place: places.append(place) or x)
+    model = small(dropout=0.5)
+    model(text(), text(seed=1), rows_as_documents(text()), model.c.stage(0.0, 20))
+    assert len(places) == len(set(places)) == 1 + 2 * model.c.n_layer
+
+
 def test_dropout_is_for_training_only():
     model = small(dropout=0.5)
     inputs, targets = text(), text(seed=1)
