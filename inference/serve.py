@@ -175,12 +175,20 @@ def serve(server, listener):
         proxy_headers=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=SHUTDOWN,
+        timeout_graceful_shutdown=1,  # after what Ending gives them
     )
+
+    class Ending(uvicorn.Server):
+        """Requests that run have a few seconds when it is ended."""
+
+        async def shutdown(self, sockets=None):
+            await server.worker.finish(SHUTDOWN, at_once=lambda: self.force_exit)
+            await super().shutdown(sockets)
+
     say(f"serving {server.served.model} at {url}; Ctrl-C ends it")
     print(to_json(dict(url=url, model=server.served.model)), flush=True)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Ending(config).run(sockets=[listener])
     except KeyboardInterrupt:  # which it raises again when all is closed
         pass
     return 0

@@ -177,6 +177,15 @@ class Worker:
             job.fail(error)
         self.jobs.clear()
 
+    async def finish(self, seconds, at_once):
+        """Take no more jobs, and give those there are so many seconds, or until at_once()."""
+        self.queue = -1
+        until = time.monotonic() + seconds
+        while self.jobs and time.monotonic() < until and not at_once():
+            await asyncio.sleep(0.05)
+        for job in set(self.jobs.values()):
+            job.fail(busy("the server is ending"))
+
     def close(self):
         self.thread.shutdown(wait=False, cancel_futures=True)
 

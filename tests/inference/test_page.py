@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def scripted(text):
 
 def picture(page, name):
     """What one looks at: in the temporary folder, by name."""
-    folder = Path("/tmp/stopwatch-page")
+    folder = Path(tempfile.gettempdir(), "stopwatch-page")
     folder.mkdir(exist_ok=True)
     page.screenshot(path=folder / f"{name}.png")
 

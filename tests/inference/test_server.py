@@ -1,10 +1,13 @@
 """The server as its clients see it: the openai package, curl, and those that know no manners."""
 
+import asyncio
 import json
 import random
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -14,7 +17,7 @@ import openai
 import pytest
 import torch
 import uvicorn
-from helpers import stage_of, tiny_model
+from helpers import ROOT, stage_of, tiny_model
 from test_engine import BPE, ENDLESS, Scripted
 
 from data import Tokenizer
@@ -59,7 +62,12 @@ class Running:
             timeout_graceful_shutdown=1,
         )
         self.uvicorn = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.uvicorn.run, args=([self.socket],))
+        self.loop = None
+        self.thread = threading.Thread(target=asyncio.run, args=(self.serve(),))
+
+    async def serve(self):
+        self.loop = asyncio.get_running_loop()
+        await self.uvicorn.serve([self.socket])
 
     def __enter__(self):
         self.thread.start()
@@ -739,6 +747,43 @@ def test_a_port_that_is_taken(capsys):
 def test_loopback():
     assert all(map(serve.is_loopback, ["127.0.0.1", "127.1.2.3", "::1", "localhost"]))
     assert not any(map(serve.is_loopback, ["0.0.0.0", "::", "10.0.0.1", "example.org"]))
+
+
+def test_what_runs_has_a_moment_when_the_server_ends(small):
+    """Then it is told; who comes meanwhile is told so at once."""
+    with Running(engine_of(small)) as running:
+        step = running.engine.step
+        running.engine.step = lambda: time.sleep(0.02) or step()
+        client = running.client()
+        options = dict(model="tiny", prompt="def ", logit_bias=KEEP_ON, stream=True)
+        short = client.completions.create(**options, max_tokens=10)
+        long = client.completions.create(**options, max_tokens=400)
+        finish = running.server.worker.finish(0.8, at_once=lambda: False)
+        ended = asyncio.run_coroutine_threadsafe(finish, running.loop)
+        assert sum(len(c.choices[0].text) > 0 for c in short) > 1
+        assert running.call("/v1/completions", dict(prompt="a"))[0] == 503
+        with pytest.raises(openai.APIError, match="the server is ending"):
+            list(long)
+        ended.result(10)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it(trained):
+    """With status 0 and nothing but its own lines, even in the middle of an answer."""
+    argv = [sys.executable, "door.py", "serve", "--run", trained[0].run.run_dir, "--port", "0"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([*map(str, argv)], cwd=ROOT, **pipes) as process:
+        url = json.loads(process.stdout.readline())["url"]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        bias = {client.models.list().data[0].model_extra["end_token"]: -100}
+        options = dict(prompt="a", max_tokens=4000, logit_bias=bias, stream=True)
+        stream = client.completions.create(model="run", **options)
+        next(iter(stream))
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="the server is ending"):
+            list(stream)
+        assert process.wait(60) == 0
+        assert process.stdout.read() == "" and process.stderr.read().count("\n") == 1
 
 
 def test_the_command_serves_a_run_and_ends(trained, capsys, monkeypatch):
