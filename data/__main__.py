@@ -14,6 +14,7 @@ COMMANDS = {
     "build": ("data.build", "text from any number of sources, cleaned, into tokens to train on"),
     "tokenizer": ("data.tokenizer_command", "learn a vocabulary, or compare tokenizers on a text"),
     "where": ("data.where", "which documents of a corpus hold a string"),
+    "stats": ("data.stats", "what is in a corpus that was built"),
     "mix-search": ("data.mix_search", "short trainings over a few ratios of a mix"),
 }
 
