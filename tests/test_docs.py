@@ -16,7 +16,14 @@ from benchmarks import __main__ as benchmarks
 from posttrain import command as teaching
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PLACEHOLDERS = {"COMMAND", "DIR", "NAME", "OPTIONS", "SOURCE", "VERB"}  # stand for a word of one's choice
+PLACEHOLDERS = {
+    "COMMAND",
+    "DIR",
+    "NAME",
+    "OPTIONS",
+    "SOURCE",
+    "VERB",
+}  # stand for a word of one's choice
 
 
 def commands_in(text):
