@@ -35,6 +35,7 @@ BENCHMARKS = {
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
     "peers": "nanoGPT, nanochat, minimind or modded-nanogpt beside this trainer, whole processes",
     "ablate": "what each piece of the recipe is worth, in loss and in time",
+    "inference": "prefill and decode by batch and context, beside the memory's floor and others",
     "serving": "a server's tokens/s for many clients at once, beside one after another",
     "dedup": "finding near duplicates, beside datatrove, rensa and datasketch",
     "tokenizer": "learning a vocabulary and encoding, beside tokenizers, rustbpe and tiktoken",

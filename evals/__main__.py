@@ -14,9 +14,9 @@ from inference.quantize import KINDS, quantize
 from records.read import read_json
 from runtime.saved import load_run, newest_run
 
-from . import generated, loss
+from . import generated, loss, prompts
 from .items import measure_task, read_task
-from .results import comparison, table, verdict
+from .results import changed_prompts, comparison, table, verdict
 from .scoring import Scorer
 
 DESCRIPTION = """\
@@ -32,6 +32,7 @@ tasks:
   order          generated: which of four orders of the same tokens is the true one
   repeat         generated: how does a passage end that stood there before
   arithmetic     generated: sums of numbers below 100
+  prompts        grammar, facts and coherence, of a file of prompts with simple checks
   FILE.jsonl     multiple choice or completion in HellaSwag's form or CORE's
 
 examples:
@@ -40,7 +41,7 @@ examples:
   ./run.sh eval --text novel.txt --overlap 512 --tasks hellaswag_val.jsonl --json
   ./run.sh eval --harness --model_args run=runs/a --tasks lambada_openai    (lm-eval's options)"""
 
-DEFAULT = ["val", "train", "continuation", "order", "repeat"]
+DEFAULT = ["val", "train", "continuation", "order", "repeat", "prompts"]
 TRAIN_TOKENS = 131_072  # of the training text, at most
 HELD_OUT = 1_000_000  # tokens of the validation split that tasks are made of, at most
 
@@ -81,6 +82,12 @@ def parse(argv):
         nargs="+",
         metavar="TASK",
         help=f"what to measure [{' '.join(DEFAULT)}, with --text that alone]",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="prompts with checks: a file, english or python [python for runs on Python's library, "
+        "else english]",
     )
     parser.add_argument(
         "--limit",
@@ -163,6 +170,7 @@ def run(args):
         measures, others = both(measures, others)
         said["against"] = dict(run=str(other.folder), results=compared(measures, others))
         lines = comparison(measures, others, [saved.folder.name, other.folder.name])
+        lines += changed_prompts(measures, others)
     if args.json:
         print(to_json(said), flush=True)
         return
@@ -179,7 +187,7 @@ def check(args):
     names = args.tasks
     if names is None:
         names = [] if args.text else DEFAULT
-    known = ["val", "train", *generated.TASKS]
+    known = ["val", "train", "prompts", *generated.TASKS]
     for name in names:
         if name not in known and not os.path.exists(name):
             raise InputError(f"--tasks {name}: expected {', '.join(known)} or a file of JSON lines")
@@ -203,12 +211,13 @@ def make_plan(names, args, saved):
         plan.append((name, measure_given(name, documents, args)))
     own = [name for name in names if name in ("val", "train")]
     made = [name for name in names if name in generated.TASKS]
+    asked = [name for name in names if name == "prompts"]
     for name in own:
         plan.append((name, measure_own(name, args)))
 
     # Items are made once, of the first run's text, so that another run is asked the same
     documents = []
-    if [name for name in made if name != "arithmetic"]:
+    if asked or [name for name in made if name != "arithmetic"]:
         documents = [text for texts in given.values() for text in texts] or held_out(saved)
     for name in made:
         task = generated.TASKS[name](documents, args.limit or 1000, args.seed)
@@ -218,8 +227,12 @@ def make_plan(names, args, saved):
             )
         else:
             plan.append((name, measure_items(task)))
+    for name in asked:
+        own_set = "python" if saved.options.get("data") == "stdlib" else "english"
+        rows = prompts.read_prompts(args.prompts or own_set)
+        plan.append((name, measure_prompts(rows, prompts.known_words(documents), args.seed)))
     for name in names:
-        if name not in own and name not in made:
+        if name not in own + made + asked:
             task = read_task(name, args.limit, args.examples)
             plan.append((task.name, measure_items(task)))
     if not plan:
@@ -255,6 +268,10 @@ def measure_own(name, args):
 
 def measure_items(task):
     return lambda scorer, saved: measure_task(scorer, task)
+
+
+def measure_prompts(rows, known, seed):
+    return lambda scorer, saved: prompts.measure_prompts(scorer, saved, rows, known, seed)
 
 
 def measure(plan, saved, args):

@@ -126,6 +126,19 @@ def comparison(measures, others, names):
     return aligned(head, rows)
 
 
+def changed_prompts(measures, others):
+    """Lines that name each prompt which one run passes and the other does not."""
+    lines = []
+    for one, other in zip(measures, others):
+        if one.task != "prompts" or one.items != other.items:
+            continue
+        for name, mine, theirs in zip(one.items, one.above, other.above):
+            if mine != theirs:
+                how = "gained" if mine else "lost"
+                lines.append(f"{how}: {one.metric}: {name!r}")
+    return lines
+
+
 def number(value):
     if value is None:
         return ""
