@@ -78,6 +78,11 @@ def with_chat_tokens(tokenizer):
             "--warm-start: a vocabulary of single characters cannot write conversations: expected "
             "a model with --tokenizer bytes, bpe:N or qwen2:N"
         )
+    if tokenizer.kind == "foreign":
+        raise InputError(
+            f"--warm-start: its tokenizer is another program's and has no {START}: expected a "
+            "model with one that has, or with --tokenizer bytes, bpe:N or qwen2:N"
+        )
     return Tokenizer(tokenizer.kind, tokenizer.tokens, tokenizer.pattern, SPECIALS)
 
 

@@ -134,7 +134,7 @@ def as_text(name, documents, tokenizer, most=0):
     tokenizer does not know."""
     tokens = []
     for ids in tokenizer.encode(documents):
-        tokens += [np.array([tokenizer.eot], dtype=np.uint16), ids]
+        tokens += [np.array([tokenizer.eot], dtype=tokenizer.dtype), ids]
     tokens = np.concatenate(tokens)
     return Text(name, [tokens[: most + 1] if most else tokens])
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as HF
 
 import data.tokenizers
 from base import InputError
+from data.conversations import with_chat_tokens
 from data.foreign import ForeignTokenizer
 from data.loader import TrainLoader
 from data.shards import read_shard
@@ -236,6 +237,12 @@ def test_taken_as_it_is(tmp_path, make, end):
         load_tokenizer(tmp_path / "run").encode(["fox"])[0].tolist()
         == taken.encode(["fox"])[0].tolist()
     )
+
+
+def test_another_program_s_tokenizer_gets_no_tokens_of_conversations():
+    taken = Tokenizer.from_json(gpt2_like().to_str())
+    with pytest.raises(InputError, match="another program's and has no <.im_start.>"):
+        with_chat_tokens(taken)
 
 
 def test_qwen2_s_own_split_with_another_order_of_merges_is_not_run_by_tiktoken(tok):
