@@ -12,6 +12,7 @@ import torch
 from export_helpers import Ours, export, gpt_run, llama_run, qwen2, refused
 from helpers import ROOT
 
+import train_gpt as tg
 from data.tokenizers import QWEN2_PATTERN, Tokenizer, make_tokenizer
 
 xllamacpp = pytest.importorskip("xllamacpp")
@@ -227,6 +228,29 @@ def test_keys_that_llama_cpp_would_guess(tmp_path, capsys):
     assert len(set(tokens)) == len(tokens) == len(types) == 500  # the rows that pad are left out
     assert tokens[492:496] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
     assert types == [1] * 492 + [3] * 8
+
+
+@pytest.mark.slow
+def test_a_trained_model_goes_on_the_same(tmp_path, capsys):
+    """200 greedy tokens after each of 20 prompts in f32; smaller types begin the same way."""
+    run = tmp_path / "run"
+    options = ["--template", "llama", "--data", "stdlib", "--tokenizer", "qwen2:2048"]
+    options += ["--n-embd", 128, "--n-layer", 3, "--n-head", 4, "--n-kv-head", 2, "--head-dim", 32]
+    options += ["--steps", 60, "--eval-every", 60, "--val-tokens", 8192, "--adam-lr", 0.004]
+    options += ["--run-dir", run, "--cache-dir", tmp_path / "cache", "--no-compile"]
+    assert tg.main([*map(str, options), "--sample-tokens", "0"]) in (0, 3)
+    ours = Ours(run, tmp_path)
+    ids = ours.ids(SOURCE)
+    prompts = [[ids[0], *ids[1 + 50 * i : 11 + 52 * i]] for i in range(20)]
+    expected = [ours.greedy(prompt, 200, never=None) for prompt in prompts]
+    with LlamaCpp(written(capsys, run, tmp_path / "model.gguf")) as theirs:
+        for prompt, tokens in zip(prompts, expected):
+            assert theirs.greedy(prompt, 200) == tokens
+    for kind in "f16", "q8_0", "q4_0":
+        with LlamaCpp(written(capsys, run, tmp_path / f"{kind}.gguf", kind)) as theirs:
+            firsts = [theirs.greedy(prompt, 1)[0] for prompt in prompts]
+        same = sum(first == tokens[0] for first, tokens in zip(firsts, expected))
+        assert same >= (12 if kind == "q4_0" else 18), kind
 
 
 # --- Text

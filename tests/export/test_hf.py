@@ -396,7 +396,7 @@ def trained(tmp_path_factory):
             "--data",
             "stdlib",
             "--tokenizer",
-            "bpe:2048",
+            "qwen2:2048",
             "--n-embd",
             128,
             "--n-layer",
@@ -431,13 +431,20 @@ def test_a_trained_model_goes_on_the_same(trained, tmp_path, capsys, name, versi
         pytest.skip("STOPWATCH_TRANSFORMERS_4 names no Python")
     assert export(capsys, trained[name], "hf", tmp_path / "out")[0] == 0
     ours = Ours(trained[name], tmp_path)
-    expected = ours.reference(tmp_path / "reference.json", n_tokens=200, n_prompts=20, length=200)
+    said = dict(messages=CONVERSATION) if name == "llama" else {}
+    file = tmp_path / "reference.json"
+    expected = ours.reference(file, n_tokens=200, n_prompts=20, length=200, **said)
     if name == "laptop":
         expected["logits"] = torch.tensor(expected["logits"]).log_softmax(-1).tolist()
-        (tmp_path / "reference.json").write_text(json.dumps(expected))
-    found = in_transformers(tmp_path / "out", tmp_path / "reference.json", python)
+        file.write_text(json.dumps(expected))
+    found = in_transformers(tmp_path / "out", file, python)
     assert found["version"].startswith(version)
     agree(found, expected)
+    if said:
+        ids, counts = render(read_messages(CONVERSATION), ours.tokenizer)
+        assert found["chat"] == RENDERED
+        assert found["chat_ids"] == ids.tolist()
+        assert found["assistant"] == counts.astype(int).tolist()
 
 
 @pytest.mark.parametrize("kind", ["bytes", "chars", "own split"])
