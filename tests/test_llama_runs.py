@@ -1,20 +1,14 @@
-"""models/llama.py through the programs as they are: trained, stopped and resumed, sampled,
-exported."""
+"""models/llama.py through the trainer as it is: trained, stopped and resumed, sampled."""
 
-import contextlib
 import json
 import math
 import os
 import signal
 
 import pytest
-import torch
 from helpers import write_text
-from safetensors.torch import load_file
 
 import train_gpt as tg
-from export import __main__ as export
-from models import llama
 from runtime.guard import Guard
 
 SHAPE = dict(n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, ffn_dim=64, dropout=0.1)
@@ -89,21 +83,3 @@ def test_stopped_and_resumed_it_is_the_same_bit_for_bit(whole, text, tmp_path, c
     assert losses(folder) == losses(whole)
     for name in ("model.safetensors", "checkpoints/step-000030/state.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-@torch.no_grad()
-def test_its_export_is_what_transformers_loads(whole, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    to = tmp_path / "folder"
-    with contextlib.redirect_stdout(None):
-        assert export.main(["--run", str(whole), "--to", "hf", str(to)]) == 0
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32)
-    assert type(theirs).__name__ == "Qwen3ForCausalLM"
-
-    c = llama.Config(**SHAPE, qk_norm=True)
-    model = llama.Model(c, 257, 64)
-    model.load_state_dict(load_file(whole / "model.safetensors"))
-    inputs = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(0))
-    cu_seqlens = torch.tensor([0, 64, 128], dtype=torch.int32)
-    ours = model.logits(inputs, cu_seqlens, c.stage(1.0, 64))
-    torch.testing.assert_close(ours, theirs(inputs).logits[..., :257], rtol=0, atol=1e-4)
