@@ -80,8 +80,9 @@ def test_signatures_do_not_depend_on_the_batch_or_the_process():
 
 def test_short_texts_and_those_without_words():
     texts = ["Hello, world!", "hello world", "", "...", "", "hello there"]
+    texts += ["one two three four", "ONE, two, three: four", "a b c d e", "a b c d e!"]
     signatures = dedup.signatures(texts, CONFIG)
-    assert dedup.near_duplicates(signatures, CONFIG).tolist() == [0, 0, 2, 3, 4, 5]
+    assert dedup.near_duplicates(signatures, CONFIG).tolist() == [0, 0, 2, 3, 4, 5, 6, 6, 8, 8]
 
 
 def test_the_first_of_a_cluster_stays_and_chains_hold_together():
