@@ -45,6 +45,14 @@ def test_intervals_hold_the_truth_and_grow_with_the_distance():
     assert 3 * np.median(widths[near]) < np.median(widths[far])
 
 
+def test_draws_are_of_the_runs_and_no_constant_is_negative(monkeypatch):
+    """With one pair of exponents only the runs differ between draws."""
+    monkeypatch.setattr(scaling, "EXPONENTS", np.array([0.2]))  # too small: E would be negative
+    fit = scaling.fit(runs_of(0.01))
+    assert len(set(fit.draws)) > scaling.DRAWS / 2
+    assert fit.E == 0 and all(min(draw) >= 0 for draw in fit.draws)
+
+
 def test_larger_models_and_more_tokens_are_never_worse():
     fit = scaling.fit(runs_of(0.02, seed=3))
     values = [fit(n, 1e9).value for n in (1e6, 1e7, 1e8, 1e9)]

@@ -34,13 +34,15 @@ class Ticking:
 def test_packages_are_summed_and_counters_that_begin_again_go_on(tmp_path):
     first = package(tmp_path, "0", 999_000_000)
     second = package(tmp_path, "1", 5_000_000, "package-1")
-    package(tmp_path, "0:0", 1, "core")  # a part of the first
-    package(tmp_path, "2", 1, "psys")  # the board, with the packages in it
+    part = package(tmp_path, "0:0", 1, "package-0")  # a part of the first
+    board = package(tmp_path, "2", 1, "psys")  # with the packages in it
     clock = Ticking()
     meter = energy.Meter(energy.rapl_counters(tmp_path), clock=clock)
     assert meter.joules == 0
     first.write_text("2000000")  # 3 J later, after its end at 1000 J
     second.write_text("12000000")  # 7 J
+    part.write_text("2000000")
+    board.write_text("20000000")
     clock.seconds = 1.0
     meter.look()
     assert (meter.joules, meter.seconds) == (0, 0)  # not yet

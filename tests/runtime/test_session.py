@@ -2,6 +2,7 @@
 it; with a toy for a trainer, and in whole runs."""
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -18,7 +19,7 @@ import train_gpt as tg
 from base import InputError
 from kernels import launch
 from optim import Adam, Optimizer, gradient_report
-from runtime import checkpoints, machine
+from runtime import checkpoints, energy, machine
 from runtime import session as session_module
 from runtime.guard import Guard
 from runtime.log import Log
@@ -299,6 +300,23 @@ def test_the_clock_of_a_resumed_run_goes_on(tmp_path, clock):
     assert result["train_time_s"] == 20 and result["resumed_at"] == [4]
     assert result["tokens"] == 100 and result["tokens_per_s"] == 5
     assert result["peak_share"] == round(1000 / 20 / 1e9, 3)
+
+
+def test_energy_and_money_of_a_run_that_was_stopped_add_up(tmp_path, clock, monkeypatch):
+    toy = Toy(tmp_path, seconds=360.0, asks={4: "stop"}, usd_per_hour=0.5)
+    toy.sleep = clock.sleep
+    counters = [energy.Counter(lambda: 50 * clock.now)]  # 50 W, also while nobody trains
+    monkeypatch.setattr(energy, "counters_of", lambda world: counters)
+    meter = functools.partial(energy.Meter, clock=lambda: clock.now)
+    monkeypatch.setattr(energy, "Meter", meter)
+    with pytest.raises(Interrupted):
+        toy.run()
+    clock.now += 10_000
+    counters[0].since()  # of a new process
+    toy.asks = {}
+    result = toy.run(resume=True).result()
+    # 10 steps of a tenth of an hour
+    assert result["energy_kwh"] == pytest.approx(0.050) and result["usd"] == 0.5
 
 
 def test_train_time_never_falls_across_a_resume(text, tmp_path, monkeypatch):
