@@ -47,7 +47,7 @@ from inference.show import show_samples
 from models import load_template, option_names, outline, template_names
 from optim import OptimConfig
 from records.metrics import METRICS, VAL_LOSS
-from runtime import folders, machine, memory, resume, warm_start
+from runtime import folders, machine, memory, resume, trackers, warm_start
 from runtime.announce import announce
 from runtime.checkpoints import Checkpoints
 from runtime.corpus import load_data
@@ -72,6 +72,7 @@ from runtime.setting_up import (
 )
 from runtime.signals import Requests
 from runtime.time_given import expected_training, fit_to_time
+from runtime.trackers import Tracker
 from tracks import load_track, track_names
 
 # --------------------------------------------------------------------------------------------------
@@ -464,6 +465,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
     machine.choose_compile_cache(options.cache_dir)
     machine.use_threads()
     resume.refuse_other_options(config, FREE, world)
+    trackers.check(options.track_with)
     folder, resuming = folders.choose_run_dir(config, world)
     if world.device.type == "cpu":
         machine.keep_freed_memory()
@@ -495,6 +497,8 @@ def train(config, world=None, requests=None, report=lambda result: None):
                     config = changed(config, earlier=resume.added_steps(config, found[1]))
                 log = Log(run_dir, config.schedule.steps, not world.rank, at if resuming else None)
                 closing.enter_context(log)
+                if options.track_with and log.active:
+                    log.tracker = Tracker(options.track_with, run_dir, flat(config), log.say)
                 closing.enter_context(memory.explained(config.data.row_len, lambda: setup))
                 if added := resume.added_steps_in_words(config, at, lr_at):
                     log.say(added)

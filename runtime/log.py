@@ -64,6 +64,7 @@ class Log:
         self.failed = False  # whether somebody was told that a file cannot be written
         self.resume_step = resume_step
         self.first = None  # (lines before it, description) of the header of the run that goes on
+        self.tracker = None  # a Tracker, which gets what metrics.jsonl gets
         self.kept = {}  # files of the header, {name: content}: there from the start to the end
         if not active:
             return
@@ -182,7 +183,13 @@ class Log:
         self.say(line, quiet=kind == "train")
         if self.active:
             row = {"step": step, f"{kind}_loss": loss, **more, "train_time": seconds, **kept}
-            self.metrics.add(to_json(row))
+            self.keep_numbers(row)
+
+    def keep_numbers(self, row):
+        """An object of metrics.jsonl."""
+        self.metrics.add(to_json(row))
+        if self.tracker:
+            self.tracker.log(row)
 
     def validation(self, step, total, measured, seconds):
         """The lines of a validation. measured: {name: value}, as records.metrics.measure gives."""
@@ -197,7 +204,7 @@ class Log:
         )
         if self.active:
             row = {"step": step, f"part_{name}": value, "train_time": seconds}
-            self.metrics.add(to_json(row))
+            self.keep_numbers(row)
 
     def progress(self, step, text):
         """Show where training is; text: what to put beside the bar."""
@@ -260,6 +267,8 @@ class Log:
         return self
 
     def __exit__(self, kind, error, traceback):
+        if self.tracker:
+            self.tracker.finish()
         if isinstance(error, InputError):
             self.say(f"error: {error}", quiet=True)  # on the screen it comes from main()
         elif isinstance(error, Exception) and self.active:

@@ -11,6 +11,8 @@ from base.command import path_text
 from base.options import AUTO, COUNT, POSITIVE, RATE, Options, interval, option, seconds, valid
 from base.places import cache_folder
 
+from .trackers import PACKAGES
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Options):
@@ -63,6 +65,12 @@ class RunConfig(Options):
         (),
         "what samples begin with; empty: as documents of the validation split do; fixed: the same "
         "for every run, those of inference/prompts.txt",
+    )
+    track_with: str = option(
+        "",
+        "send the metrics to this tracker as well, if its package is installed: tensorboard, "
+        "trackio or wandb; empty: to none",
+        (lambda name: name in ("", *PACKAGES), "tensorboard, trackio or wandb"),
     )
     usd_per_hour: float = option(
         0.0,
