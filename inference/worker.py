@@ -73,6 +73,7 @@ class Worker:
         self.jobs = {}  # Completion -> Job
         self.wanted = asyncio.Event()
         self.scoring = 0  # calls that wait for the thread
+        self.ending = False
         # Since the start
         self.steps = 0
         self.n_read = 0  # tokens of prompts
@@ -81,7 +82,11 @@ class Worker:
 
     def submit(self, asked):
         """A Job for what a client asks for, a protocol.Asked. Raises ApiError."""
-        if len(self.engine.waiting) + len(asked.requests) > self.queue:
+        if self.ending:
+            raise busy("the server is ending")
+        engine = self.engine
+        free = engine.places - len(engine.live) - len(engine.reading)
+        if len(engine.waiting) + len(asked.requests) > self.queue + free:
             raise busy("too many requests are waiting")
         completions = [self.begin(request) for request in asked.requests]
         if not asked.cut:
@@ -122,7 +127,7 @@ class Worker:
 
     async def score(self, tokens, alternatives):
         """The engine's, between two steps. Raises ApiError."""
-        if self.scoring >= self.queue:
+        if self.ending or self.scoring >= self.queue:
             raise busy("too many requests are waiting")
         self.scoring += 1
         try:
@@ -179,7 +184,7 @@ class Worker:
 
     async def finish(self, seconds, at_once):
         """Take no more jobs, and give those there are so many seconds, or until at_once()."""
-        self.queue = -1
+        self.ending = True
         until = time.monotonic() + seconds
         while self.jobs and time.monotonic() < until and not at_once():
             await asyncio.sleep(0.05)

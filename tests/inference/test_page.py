@@ -237,7 +237,7 @@ def test_an_answer_can_be_stopped(visit, small):  # noqa: F811
 def test_errors_are_said_and_it_goes_on(visit, small):  # noqa: F811
     with Running(engine_of(small, places=1), Limits(queue=1)) as running:
         page = ready(visit(running))
-        running.server.worker.queue = 0
+        running.server.worker.queue = -1
         page.fill("#entry", "def ")
         page.keyboard.press("Enter")
         page.locator("#error").wait_for()
