@@ -157,6 +157,14 @@ def test_the_nearest_rate():
     assert hardware.nearest_rate("h200", 1e9, True).share == pytest.approx(share, rel=1e-3)
 
 
+def test_a_rate_in_fp8_is_for_runs_in_fp8(monkeypatch):
+    table, (fp8, bf16, *_) = hardware.read()
+    far = bf16._replace(flops_per_token=1e6)
+    monkeypatch.setattr(hardware, "read", lambda: (table, [fp8, far]))
+    assert hardware.nearest_rate("h200", fp8.flops_per_token) == far
+    assert hardware.nearest_rate("h200", fp8.flops_per_token, True) == fp8
+
+
 def test_a_table_that_is_none(tmp_path):
     path = tmp_path / "hardware.toml"
     path.write_text("[h100]\nspeed = 9\n")
