@@ -33,8 +33,8 @@ def emit(kind, path, todo):
     rules = {part.name: filters.rules_of(part.preset, part.filters) for part in todo.source}
     parts = []
     for part in todo.source:
-        here = str(Path(part.path).expanduser().resolve()) if part.path else ""
-        changed = dataclasses.asdict(dataclasses.replace(part, path=here))
+        here = str(Path(part.base, Path(part.path).expanduser()).absolute()) if part.path else ""
+        changed = dataclasses.asdict(dataclasses.replace(part, path=here, base=""))
         default = {f.name: f.default for f in dataclasses.fields(part)}
         parts.append({key: v for key, v in changed.items() if v != default[key] and v != {}})
     values = dict(

@@ -63,7 +63,7 @@ def test_the_script_has_the_thresholds(tmp_path, recipe):
     compile(text, script, "exec")
     for said in ("'code_mean_line': {'most': 100}", "'least': 150", "'threshold': 0.8", str(ROOT)):
         assert said in text
-    assert "$" not in text
+    assert f"'path': '{tmp_path}/files'" in text and "$" not in text
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,8 @@ def test_datatrove_keeps_what_a_build_keeps(tmp_path, recipe):
     for tasks in 1, 4:
         folder = tmp_path / f"with-{tasks}"
         command = [DATATROVE, script, "--out", folder, "--tasks", str(tasks), "--workers", "2"]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
         kept = {}
         for path in (folder / "documents").glob("*.jsonl.gz"):
             for line in gzip.open(path, "rt", encoding="utf-8"):
