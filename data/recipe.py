@@ -140,7 +140,7 @@ class Recipe(Options):
         200_000_000, "bytes of training text that a vocabulary is learned from", POSITIVE
     )
     piece_bytes: int = option(
-        4_000_000,
+        2_000_000,
         "characters that are worked on at once; results depend on it by their order of files only",
         POSITIVE,
     )

@@ -35,6 +35,7 @@ def test_plain_text_stays_as_it_is(lines):
     "text, right",
     [
         ("cafÃ© and donâ€™t", "café and don’t"),
+        ("cafÃ\x00©", "café"),  # to be repaired once the control character is gone
         ("a\r\nb\rc\u2028d", "a\nb\nc\nd"),
         ("a \t\nb\xa0", "a\nb"),
         ("e\u0301", "é"),
