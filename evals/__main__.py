@@ -14,7 +14,7 @@ from inference.quantize import KINDS, quantize
 from records.read import read_json
 from runtime.saved import load_run, newest_run
 
-from . import generated, loss, prompts
+from . import core, generated, loss, prompts
 from .items import measure_task, read_task
 from .results import changed_prompts, comparison, table, verdict
 from .scoring import Scorer
@@ -34,6 +34,8 @@ tasks:
   arithmetic     generated: sums of numbers below 100
   prompts        grammar, facts and coherence, of a file of prompts with simple checks
   FILE.jsonl     multiple choice or completion in HellaSwag's form or CORE's
+  FOLDER         CORE's bundle: 22 tasks and their mean
+  core, hellaswag  the same from the network, once
 
 examples:
   ./run.sh eval
@@ -42,6 +44,7 @@ examples:
   ./run.sh eval --harness --model_args run=runs/a --tasks lambada_openai    (lm-eval's options)"""
 
 DEFAULT = ["val", "train", "continuation", "order", "repeat", "prompts"]
+FETCHED = ("core", "hellaswag")
 TRAIN_TOKENS = 131_072  # of the training text, at most
 HELD_OUT = 1_000_000  # tokens of the validation split that tasks are made of, at most
 
@@ -187,7 +190,7 @@ def check(args):
     names = args.tasks
     if names is None:
         names = [] if args.text else DEFAULT
-    known = ["val", "train", "prompts", *generated.TASKS]
+    known = ["val", "train", "prompts", *generated.TASKS, *FETCHED]
     for name in names:
         if name not in known and not os.path.exists(name):
             raise InputError(f"--tasks {name}: expected {', '.join(known)} or a file of JSON lines")
@@ -232,8 +235,14 @@ def make_plan(names, args, saved):
         rows = prompts.read_prompts(args.prompts or own_set)
         plan.append((name, measure_prompts(rows, prompts.known_words(documents), args.seed)))
     for name in names:
-        if name not in own + made + asked:
-            task = read_task(name, args.limit, args.examples)
+        path = core.fetched(name) if name in FETCHED and not os.path.exists(name) else name
+        if os.path.isdir(path):
+            tasks = core.read_bundle(path, args.limit)
+            plan.append(
+                ("CORE", lambda scorer, saved, tasks=tasks: core.measure_bundle(scorer, tasks))
+            )
+        elif name not in own + made + asked:
+            task = read_task(path, args.limit, args.examples)
             plan.append((task.name, measure_items(task)))
     if not plan:
         raise InputError("nothing is left to measure; name a text with --text, or other --tasks")

@@ -71,16 +71,16 @@ def read_task(path, most=0, examples=0, name=None, chance=None, delimiter=" "):
         raise InputError(f"{path}: has items of several forms, {', '.join(sorted(kinds))}")
     [kind] = kinds
     rows = [row for _, row in rows]
-    if examples >= len(rows):
-        raise InputError(f"{path}: {len(rows)} items; expected more than {examples} examples")
-
     order = list(range(len(rows)))
     random.Random(SHUFFLED_BY).shuffle(order)
-    rows = [rows[i] for i in order]
+    rows = [rows[i] for i in order[: most or None]]
+    if examples >= len(rows):
+        raise InputError(f"{path}: {len(rows)} items; expected more than {examples} examples")
     items = []
-    for i, row in enumerate(rows[: most or len(rows)]):
-        others = [other for n, other in enumerate(rows) if n != i]
-        shown = random.Random(EXAMPLES_FROM + i).sample(others, examples)
+    for i, row in enumerate(rows):
+        # Out of all but this one
+        chosen = random.Random(EXAMPLES_FROM + i).sample(range(len(rows) - 1), examples)
+        shown = [rows[n + (n >= i)] for n in chosen]
         before = "".join(solved(kind, other, delimiter) + "\n\n" for other in shown)
         items.append(as_item(kind, row, before, delimiter))
     if chance is None:

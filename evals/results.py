@@ -23,6 +23,7 @@ class Measure(NamedTuple):
     note: str = ""
     log: bool = False  # whether the number is e to the power of the ratio, as perplexity is
     items: tuple = ()  # what each item is called, where that is of interest
+    error: float | None = None  # the standard error, where it is not that over items
 
     @property
     def value(self):
@@ -32,6 +33,8 @@ class Measure(NamedTuple):
     @property
     def stderr(self):
         """Standard error of the value over items; None for fewer than two."""
+        if self.error is not None:
+            return self.error
         error = ratio_error(self.above, self.below)
         if error is not None and self.log:
             error *= self.value
