@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from export_helpers import export, llama_run, qwen2
 
+from base import InputError
+from export.hub import Hub
+
 TOKENIZER = qwen2(300)
 TOKENS = {"hf_writes": "write", "hf_reads": "read", "hf_powerless": "fineGrained"}
 
@@ -230,3 +233,12 @@ def test_no_hub_there(push, tmp_path, monkeypatch):
 
 def test_torchtitans_folder_is_not_for_the_hub(hub, push, tmp_path):
     refused(push("--push", "me/model", to="torchtitan"), tmp_path, "--push: is for --to hf")
+
+
+def test_an_error_does_not_show_the_token():
+    hub = object.__new__(Hub)
+    hub.name = "me/model"
+    hub.token = "hf_writes"
+    with pytest.raises(InputError) as e:
+        hub.refuse("Invalid header:\nBearer hf_writes")
+    assert str(e.value) == "--push me/model: Invalid header: Bearer ***"
