@@ -159,6 +159,15 @@ def test_draws_come_as_often_as_the_softmax_says(options):
     assert chi2 < degrees + 4 * math.sqrt(2 * degrees)  # one in 10,000 is beyond
 
 
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-53])
+def test_what_is_ruled_out_is_not_drawn_by_the_least_or_the_largest_number(monkeypatch, number):
+    monkeypatch.setattr(
+        sampling.torch, "rand", lambda n, generator, dtype: torch.full((n,), number, dtype=dtype)
+    )
+    logits = torch.tensor([[sampling.NEVER, 1.0, 2.0, sampling.NEVER]])
+    assert sampling.draw(logits, [None])[0] in (1, 2)
+
+
 def test_a_generator_of_the_same_seed_draws_the_same():
     logits = torch.zeros(1000)
     draws = [
