@@ -106,6 +106,15 @@ def test_a_bucket_of_many_that_are_not_alike_ends(monkeypatch):
     assert found[1500] == 20
 
 
+def test_every_two_of_a_bucket_are_compared():
+    """Also those after its first document: here two that agree in one whole band only."""
+    signatures = np.random.default_rng(0).integers(0, 1 << 32, (3, 112), dtype=np.uint32)
+    signatures[2] = signatures[1]
+    signatures[2, 8::8] ^= 1  # one place of every other band
+    signatures[:, :8] = 7
+    assert dedup.near_duplicates(signatures, CONFIG).tolist() == [0, 1, 1]
+
+
 def peak_memory(function, *args):
     tracemalloc.start()
     function(*args)
