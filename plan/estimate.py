@@ -5,6 +5,7 @@ estimate, runtime/hardware.toml and the runs in records/scaling/. Each number th
 where it is used is said to be predicted, with what it was predicted from.
 """
 
+import collections
 import functools
 import json
 import math
@@ -204,15 +205,20 @@ def build(config, n_vocab, place):
         return template.Model(config.model, n_vocab, max_len, dtype, ops)
 
 
+@functools.lru_cache(maxsize=8)
+def tokens_by_stage(config):
+    """{stage: tokens of all its steps}"""
+    tokens = collections.Counter()
+    for stage in train_gpt.stages_of(config).values():
+        tokens[stage] += n_tokens(config, stage)
+    return tokens
+
+
 def flops_per_token(model, config):
     """Training FLOPs, the mean over the tokens of the schedule."""
-    flops = 0
-    tokens = 0
-    for stage in train_gpt.stages_of(config).values():
-        n = n_tokens(config, stage)
-        flops += n * model.flops_per_token(stage.model)
-        tokens += n
-    return flops / tokens
+    tokens = tokens_by_stage(config)
+    flops = sum(n * model.flops_per_token(stage.model) for stage, n in tokens.items())
+    return flops / tokens.total()
 
 
 def tokens_of(rule, config, n):
@@ -221,7 +227,7 @@ def tokens_of(rule, config, n):
     n: parameters that count. Raises InputError.
     """
     if rule == "track":
-        return sum(n_tokens(config, stage) for stage in train_gpt.stages_of(config).values())
+        return tokens_by_stage(config).total()
     ratio = re.fullmatch(r"(\d+(?:\.\d+)?):1", rule)
     number = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)", rule, re.IGNORECASE)
     if ratio and float(ratio[1]) > 0:
