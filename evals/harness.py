@@ -5,7 +5,7 @@ plugins. So this program registers the model `stopwatch` and hands over. Everyth
 is lm-eval's own: tasks come from the Hub, or from local files by its --include_path.
 
 Numbers are those of lm-eval's hf backend on the exported folder: the same tokens, cut in the same
-way, with no end-of-text before a context (tests/evals/test_harness.py).
+way, with end-of-text first, which the exported tokenizer adds (tests/evals/test_harness.py).
 """
 
 import sys
@@ -68,7 +68,8 @@ class StopwatchLM(TemplateLM):
         return str(self.saved.folder)
 
     def tok_encode(self, string, add_special_tokens=None, **others):
-        return self.text_tokenizer.encode([string])[0].tolist()
+        ids = self.text_tokenizer.encode([string])[0].tolist()
+        return ids if add_special_tokens is False else [self.eot_token_id, *ids]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **others):
         """[(log probability, whether every token is the likeliest one)] of ((texts), tokens of the
@@ -113,7 +114,7 @@ class StopwatchLM(TemplateLM):
             completions.append(
                 engine.begin(
                     Request(
-                        tuple(ids) or (self.eot_token_id,),
+                        tuple(ids),
                         most,
                         Sampling(temperature=float(temperature)),
                         stop=tuple(text for text in until if text),
