@@ -24,7 +24,7 @@ from runtime.collectives import parameters_of
 from runtime.launch import join_world
 from runtime.machine import World, keep_freed_memory
 from runtime.options import flat
-from runtime.setting_up import warm_up
+from runtime.setting_up import is_compiled, warm_up
 from runtime.signals import Requests
 
 ROOT = Path(tg.__file__).resolve().parent
@@ -163,7 +163,7 @@ class Subject:
         )
         self.model = self.setup.model
         self.params = sum(p.numel() for p in self.model.parameters())
-        self.compiled = self.setup.forward is not self.model
+        self.compiled = is_compiled(self.setup)
         self.environment = self.setup.environment
         self.peak = self.setup.peak  # FLOP/s of all ranks
         self.at = 1  # the step of the schedule that is taken again and again
@@ -210,9 +210,9 @@ class Subject:
         self.setup.optimizer.reset()
         forward = self.setup.forward
 
-        def named(*args):
+        def named(*args, **more):
             with record_function(f"{MARK}forward"):
-                return forward(*args)
+                return forward(*args, **more)
 
         self.setup.forward = named
 

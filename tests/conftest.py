@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 from processes import Nursery  # noqa: E402
 
+import train_gpt  # noqa: E402
 from runtime import setting_up  # noqa: E402
 
 # Files of ten seconds and more, the longest first: none is left to one worker at the end
@@ -46,6 +47,8 @@ def no_probe():
     speed = dict(matmul=dict(float32=1e12, bfloat16=1e12), copy=1e10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setting_up, "machine_probe", lambda device: speed)
+        # And steps that are tried before a run begins
+        patch.setattr(train_gpt, "expected_training", lambda setup: setup.expected_seconds)
         yield
 
 

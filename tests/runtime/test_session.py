@@ -19,7 +19,7 @@ import train_gpt as tg
 from base import InputError
 from kernels import launch
 from optim import Adam, Optimizer, gradient_report
-from runtime import checkpoints, energy, machine
+from runtime import checkpoints, energy, machine, setting_up
 from runtime import session as session_module
 from runtime.guard import Guard
 from runtime.log import Log
@@ -745,14 +745,14 @@ def test_with_a_target_the_result_is_the_last_validations(tmp_path):
 def gets_worse(monkeypatch):
     """Validations are worse from the fourth on; returns the weights at each of them."""
     weights = []
-    real = tg.evaluate
+    real = setting_up.evaluate
 
     def evaluate(forward, *args):
         weights.append({name: p.detach().clone() for name, p in forward.named_parameters()})
         found = real(forward, *args)
         return found | dict(val_loss=found["val_loss"] + (5.0 if len(weights) > 3 else 0.0))
 
-    monkeypatch.setattr(tg, "evaluate", evaluate)
+    monkeypatch.setattr(setting_up, "evaluate", evaluate)
     return weights
 
 

@@ -25,6 +25,7 @@ def measured(monkeypatch):
         return 0.5 if repeats == 4 else 0.2
 
     monkeypatch.setattr(time_given, "best_seconds", seconds)
+    monkeypatch.setattr(tg, "expected_training", time_given.expected_training)
     monkeypatch.setattr(tg, "START", time.perf_counter())  # tests have been running for a while
 
 
@@ -69,11 +70,9 @@ def test_a_time_that_not_even_validations_fit_is_refused(text, tmp_path, measure
 
 def test_trying_steps_changes_nothing(text, tmp_path, monkeypatch):
     """A run of so many steps is the same whether they were given or found."""
-    monkeypatch.setattr(time_given, "expected_training", lambda setup: 100.0)
     given = small(text, tmp_path, steps=6, eval_every=3, run_dir=str(tmp_path / "given"))
-    monkeypatch.setattr(tg, "expected_training", lambda setup: 1.0)
     tg.train(given)
-    monkeypatch.undo()
+    monkeypatch.setattr(tg, "expected_training", time_given.expected_training)
     tried = small(text, tmp_path, steps=6, eval_every=3, run_dir=str(tmp_path / "tried"))
     result = tg.train(tried)
     assert train_losses(tmp_path / "given") == train_losses(tmp_path / "tried")
@@ -100,6 +99,7 @@ def test_large_steps_are_not_tried(text, tmp_path, monkeypatch):
         raise AssertionError("a step was tried")
 
     monkeypatch.setattr(time_given, "best_seconds", refuse)
+    monkeypatch.setattr(tg, "expected_training", time_given.expected_training)
     monkeypatch.setattr(time_given, "TRIED", 0.0)
     steps, _, setup = planned(small(text, tmp_path, steps=4), monkeypatch)
     assert steps == 4
