@@ -54,6 +54,8 @@ def earlier(inputs, targets, starts, n):
     target that is negative means nothing.
     """
     keys = contexts(inputs, starts, n)
+    # A target that does not count in the loss has followed all the same
+    targets = torch.where(targets < 0, inputs.roll(-1, dims=1), targets)
     seen = [rank(key) for key in keys]
     hits = [rank(hashed(key, targets)) for key in keys]
     return torch.stack(seen, dim=-1), torch.stack(hits, dim=-1)

@@ -68,6 +68,17 @@ def test_counts_are_those_of_the_definition(batch, n):
                 assert hits[row, t].tolist() == [c[1] for c in counts]
 
 
+def test_targets_that_do_not_count_have_followed_all_the_same(batch):
+    """As those of a question before its answer."""
+    inputs, targets, starts = batch
+    seen, hits = copies.earlier(inputs, targets, starts, 3)
+    masked = targets.clone()
+    masked[:, :20] = -100
+    again = copies.earlier(inputs, masked, starts, 3)
+    counts = masked >= 0
+    assert torch.equal(again[0], seen) and torch.equal(again[1][counts], hits[counts])
+
+
 def test_nothing_depends_on_what_comes_later(batch):
     inputs, targets, starts = batch
     seen, hits = copies.earlier(inputs, targets, starts, 3)
