@@ -277,8 +277,8 @@ class ConversationLoader:
             epoch += 1
         return rows
 
-    def n_targets(self, step):
-        """How many numbers the loss of the global batch is a mean of, 1 or more."""
+    def n_targets(self, step, tokens):
+        """How many numbers the loss of the global batch is a mean of, 1 or more; tokens: in it."""
         return max(1, self._counted(step))
 
     def micro_batches(self, step, rank=0, world_size=1, micro_rows=None):

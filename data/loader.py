@@ -200,9 +200,9 @@ class TrainLoader:
         """A MicroBatch of padding alone, as of this step."""
         return pack([None] * micro_rows, self.row_len, self.max_docs, self._max_len(step))
 
-    def n_targets(self, step):
-        """How many targets of the global batch count in the loss: all, padding aside."""
-        return self.batch_rows(step) * self.row_len
+    def n_targets(self, step, tokens):
+        """How many targets of the global batch of `tokens` count in the loss: all."""
+        return tokens
 
     def _max_len(self, step):
         return min(self.max_doc_len(step), self.row_len)

@@ -67,6 +67,7 @@ def load_run(folder, device="cpu", template=None, step=None):
     """
     folder = Path(folder)
     said = read_object(folder / "config.json")
+    result = {}  # of a run that may still be going on
     if step is None:
         result = read_object(folder / "result.json")
         steps = result.get("best_step", result.get("steps"))

@@ -222,7 +222,7 @@ def backward(setup, step, batch):
     config = setup.config
     device = setup.world.device
     stage = setup.stages[step]
-    n_targets = setup.data.train.n_targets(step)
+    n_targets = setup.data.train.n_targets(step, n_tokens(config, stage))
     weights = config.model.target_weights(config.schedule.progress(step))
     if weights is not None:
         weights = machine.to_device(weights, device)

@@ -130,10 +130,12 @@ def wait_for(condition, seconds=60):
 
 
 def rows(run_dir):
-    """metrics.jsonl without the times, [] while there is none."""
+    """metrics.jsonl without the times and what only one process knows, [] while there is none."""
+    left_out = "train_time", "grad_norm"
     with contextlib.suppress(FileNotFoundError):
         lines = (Path(run_dir) / "metrics.jsonl").read_text().split("\n")[:-1]
-        return [{k: v for k, v in json.loads(line).items() if k != "train_time"} for line in lines]
+        found = [json.loads(line) for line in lines]
+        return [{k: v for k, v in row.items() if k not in left_out} for row in found]
     return []
 
 
@@ -169,6 +171,7 @@ def serve():
     rates = dict(float32=1e9, bfloat16=1e9)
     # The real one takes a second
     setting_up.machine_probe = lambda device: dict(matmul=rates, copy=1e9)
+    tg.expected_training = lambda setup: setup.expected_seconds  # and trying steps
     log.tqdm.monitor_interval = 0  # which is a thread
     # Its own lock is shared with forks, and one that is killed may never give it back
     log.tqdm.set_lock(threading.RLock())

@@ -236,7 +236,7 @@ def test_every_kind_of_stage_is_entered_and_run(tiny_options, monkeypatch):
         function = getattr(owner, name)
 
         def call(*args, **kwargs):
-            note(*args)
+            note(*args, *kwargs.values())
             return function(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, call)

@@ -195,7 +195,7 @@ def test_an_epoch_has_every_conversation_once_and_whole(tmp_path_factory, pairs,
     found = []
     for step in range(1, n_rows + 1):
         (micro,) = loaded.train.micro_batches(step)
-        assert loaded.train.n_targets(step) == (micro.targets != IGNORE).sum()
+        assert loaded.train.n_targets(step, 0) == (micro.targets != IGNORE).sum()
         borders = [n for n in micro.cu_seqlens.tolist() if n < row_len]
         for a, b in zip(borders, [*borders[1:], row_len]):
             document = micro.inputs[0, a:b].tolist()
@@ -280,7 +280,7 @@ def test_both_answers_of_a_pair_are_in_a_row_and_marked(tmp_path):
                 found.setdefault(place, []).append(target)
             else:
                 assert target == IGNORE
-        assert len(found) == 2 * loaded.train.n_targets(step)
+        assert len(found) == 2 * loaded.train.n_targets(step, 0)
         for k in range(len(found) // 2):
             assert found[2 * k][:4] == ids("yes ") and found[2 * k][-1] == END
             assert found[2 * k + 1] == [*ids("no"), END]

@@ -85,7 +85,8 @@ def likeliest(ours, ids):
     for n in range(len(ids), 0, -1):
         log_probs = ours.logits(torch.tensor([ids[:n]]))[0, -1].log_softmax(-1)
         token = int(log_probs.argmax())
-        if token != ours.tokenizer.eot and ours.tokenizer.tokens[token].isascii():
+        tokens = ours.tokenizer.tokens  # special ones have no text
+        if token < len(tokens) and tokens[token].isascii():
             return ids[:n], token, log_probs[token].item()
     raise AssertionError("no such beginning")
 

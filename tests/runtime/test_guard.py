@@ -13,7 +13,7 @@ import train_gpt as tg
 from base import InputError
 from models import gpt
 from optim import Optimizer, gradient_report
-from runtime import guard
+from runtime import guard, setting_up
 from runtime.guard import WINDOW, Guard
 
 NAN, INF = math.nan, math.inf
@@ -297,6 +297,6 @@ def test_a_jump_is_skipped_where_it_is_looked_for(text, tmp_path, poisoned, monk
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(tg, "evaluate", lambda *args: dict(val_loss=NAN, val_bpb=NAN))
+    monkeypatch.setattr(setting_up, "evaluate", lambda *args: dict(val_loss=NAN, val_bpb=NAN))
     with pytest.raises(InputError, match="^step 10: the validation loss is nan"):
         tg.train(tiny(text, tmp_path))

@@ -434,7 +434,9 @@ def test_a_validation_that_is_made_up_for_counts_for_its_checkpoint(tmp_path):
 
 def test_a_run_leaves_the_best_steps_folder(text, tmp_path, monkeypatch):
     losses = iter([2.0, 3.0, 4.0, 5.0])
-    monkeypatch.setattr(tg, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=None))
+    monkeypatch.setattr(
+        setting_up, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=None)
+    )
     fields = dict(steps=8, eval_every=2, checkpoint_every="10m", keep_best=1, keep_last=1)
     tg.train(tiny(text, tmp_path, **fields))
     assert kept(tmp_path / "run") == [2, 8]

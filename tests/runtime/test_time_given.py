@@ -20,11 +20,12 @@ def text(tmp_path_factory):
 def measured(monkeypatch):
     """Steps of half a second, and batches of validation of a fifth."""
 
-    def seconds(device, work, repeats, budget=None):
+    def step(work):
         work()
-        return 0.5 if repeats == 4 else 0.2
+        return 0.5
 
-    monkeypatch.setattr(time_given, "best_seconds", seconds)
+    monkeypatch.setattr(time_given, "least_seconds", step)
+    monkeypatch.setattr(time_given, "best_seconds", lambda device, work, repeats: 0.2)
     monkeypatch.setattr(tg, "expected_training", time_given.expected_training)
     monkeypatch.setattr(tg, "START", time.perf_counter())  # tests have been running for a while
 
@@ -98,7 +99,7 @@ def test_large_steps_are_not_tried(text, tmp_path, monkeypatch):
     def refuse(*args, **more):
         raise AssertionError("a step was tried")
 
-    monkeypatch.setattr(time_given, "best_seconds", refuse)
+    monkeypatch.setattr(time_given, "least_seconds", refuse)
     monkeypatch.setattr(tg, "expected_training", time_given.expected_training)
     monkeypatch.setattr(time_given, "TRIED", 0.0)
     steps, _, setup = planned(small(text, tmp_path, steps=4), monkeypatch)
