@@ -263,7 +263,9 @@ def test_an_altered_checkpoint_is_refused_and_what_to_do_is_said(
     older, newest = sorted((tmp_path / "run/checkpoints").glob("step-*"))
     path = newest / name
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    # In `complete` a digit of a checksum, which stays one
+    at = 0 if name == "complete" else len(data) // 2
+    data[at] = ord("0") if data[at] == ord("1") else ord("1")
     path.write_bytes(data)
     done = nursery.run([*argv("run"), "--resume", "auto"], tmp_path / "output")
     assert done.status == 2 and done.err.count("\n") == 1, done.err
