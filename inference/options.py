@@ -102,7 +102,8 @@ def open_run(args, **about):
 
 def is_taught(saved):
     """Whether a run's model was taught to answer; others continue text."""
-    return saved.options.get("data") == "conversations" and knows_chat(saved.tokenizer)
+    of_conversations = saved.options.get("data") in ("conversations", "preferences")
+    return of_conversations and knows_chat(saved.tokenizer)
 
 
 def fixed_prompts():
