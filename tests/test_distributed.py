@@ -88,7 +88,7 @@ def run(case, tmp_path, start=None):
     [
         ("one batch", 1, 1),
         ("one batch", 2, 1),
-        ("everything", 2, 1),
+        pytest.param("everything", 2, 1, marks=pytest.mark.slow),
         ("stages, accumulation, nothing divides", 3, 1),
         ("everything", 4, 2),  # parts are shared out on each host, and summed between them
         pytest.param("one batch", 3, 1, marks=pytest.mark.slow),

@@ -299,6 +299,7 @@ def without_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
 
 
+@pytest.mark.slow
 def test_fp8_follows_bf16(text, tmp_path, monkeypatch, without_interpreter):
     """Products in 8 bits, emulated on a CPU: other losses, near by; compiled without a break,
     they are the same."""
@@ -351,6 +352,7 @@ def test_fp8_that_cannot_be_is_refused(text, tmp_path):
         tg.train(tiny(text, tmp_path, fp8="on", dtype="float32"))
 
 
+@pytest.mark.slow
 def test_compiled_run_agrees_with_eager(text, tmp_path):
     """The one run through Inductor: forward, backward, both optimizers, validation. Rows do not
     fill attention's blocks: a padding query that sees nothing would make gradients NaN."""
@@ -817,8 +819,9 @@ def test_a_run_that_looks_at_a_part_first_ends_with_the_whole_splits_loss(text, 
     assert looks["val_loss"] == plain["val_loss"] and looks["steps"] == plain["steps"]
 
 
-def test_training_text_is_measured_as_the_validation_split_is(text, tmp_path):
+def test_training_text_is_measured_as_the_validation_split_is(tmp_path):
     """In rows of the same length, all of it if so much is asked for."""
+    text = write_text(tmp_path / "words.txt", n_words=2000)
     fields = dict(steps=4, eval_every=2, train_eval=10**9, val_tokens=0, **SMALL_MODEL)
     result = tg.train(tiny(text, tmp_path, **fields))
     none = tg.train(

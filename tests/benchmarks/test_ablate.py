@@ -400,6 +400,7 @@ def test_a_variant_that_fails_is_reported_and_the_others_go_on(small, monkeypatc
         ablate.run(only=["softcap"], seeds=1, trainer_options=args)
 
 
+@pytest.mark.slow
 def test_trainers_that_do_not_fit_are_built_anew(small, monkeypatch):
     folder, c, args = small
     built, real = [], ablate.Bench.build

@@ -16,6 +16,7 @@ from runtime import corpus, machine
 from runtime.finish import PARTS
 
 
+@pytest.mark.slow
 def test_cold_and_warm(tmp_path, capsys):
     text = write_text(tmp_path / "text.txt")
     c = tiny(text, tmp_path, tokenizer="bpe:300", target_metric="val_loss")

@@ -160,7 +160,9 @@ def test_fp8_by_auto_is_off_on_a_cpu():
 
 
 @needs_fp8
-@pytest.mark.parametrize("wrong", ["linear_cross_entropy", "relu2_mlp"])
+@pytest.mark.parametrize(
+    "wrong", ["linear_cross_entropy", pytest.param("relu2_mlp", marks=pytest.mark.slow)]
+)
 def test_fp8_that_does_not_work(monkeypatch, wrong):
     """One form that is off by a third turns all of FP8 off under auto, and is an error under on."""
     right = OPS[wrong].new_fp8

@@ -228,7 +228,9 @@ def test_linear_is_its_formula(dtype, options):
         assert_as_exact_as_eager(*pair(**options), inputs, slack=SLACK)
 
 
-@pytest.mark.parametrize("options", SCALES)
+@pytest.mark.parametrize(
+    "options", [*(pytest.param(s, marks=pytest.mark.slow) for s in SCALES[:3]), SCALES[3]]
+)
 def test_linear_with_strided_inputs_and_expanded_upstream_gradients(options):
     wide_, w = draw(4, 16, 200), draw(80, 96, seed=1)
     for x in (wide_[:, :, :96], wide_[:, ::2, 8:104], wide_.mT[:, :96, :1].expand(4, 96, 96)):
@@ -249,6 +251,7 @@ def test_weights_may_be_of_another_dtype():
         assert (y.dtype, dx.dtype, dw.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
+@pytest.mark.slow
 def test_error_against_the_exact_product_is_that_of_fp8():
     """Relative error, in norm. e4m3 rounds normal numbers by about 2.6% each, e5m2 by about
     5.2%."""

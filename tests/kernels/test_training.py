@@ -17,7 +17,8 @@ ONE_LAYER = dict(n_layer=1, value_embed_layers=(0,))
     [
         ("float32", 3, 1e-3, ONE_LAYER),
         ("bfloat16", 2, 0.02, ONE_LAYER),
-        ("float32", 3, 1e-3, EVERYTHING | THREE_LAYERS),  # a step in each of its stages
+        # A step in each of its stages
+        pytest.param("float32", 3, 1e-3, EVERYTHING | THREE_LAYERS, marks=pytest.mark.slow),
     ],
     ids=["float32", "bfloat16", "everything"],
 )

@@ -228,7 +228,7 @@ def compiled():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [1003, 520])
+@pytest.mark.parametrize("n", [1003, pytest.param(520, marks=pytest.mark.slow)])
 def test_compiled_is_eager_and_one_kernel(n, kind, compiled):
     grads = [draw(n, seed=i) for i in range(4)]
     results = []
@@ -252,7 +252,11 @@ def test_compiled_is_eager_and_one_kernel(n, kind, compiled):
 
 
 @pytest.mark.parametrize(
-    "kind, dynamic", [(KINDS[2], True), pytest.param(KINDS[1], False, marks=pytest.mark.slow)]
+    "kind, dynamic",
+    [
+        pytest.param(KINDS[2], True, marks=pytest.mark.slow),
+        pytest.param(KINDS[1], False, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_steps_that_are_not_ok_never_happened(kind, dynamic, compiled):
     """Bit for bit, and in one kernel; sizes known, as on a GPU, or not, as on a CPU. All others

@@ -892,7 +892,9 @@ def start(work, folder, **options):
     )
 
 
-@pytest.mark.parametrize("work", [kill_everywhere, kill_at_random, write_together])
+@pytest.mark.parametrize(
+    "work", [kill_everywhere, pytest.param(kill_at_random, marks=pytest.mark.slow), write_together]
+)
 def test_processes(tmp_path, work):
     process = start(work, tmp_path / "checkpoints")
     _, error = process.communicate(timeout=120)

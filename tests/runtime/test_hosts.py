@@ -88,7 +88,7 @@ def agrees(run_dir, alone):
     return result
 
 
-@pytest.mark.parametrize("local", [1, 2])
+@pytest.mark.parametrize("local", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_processes_of_two_hosts(nursery, hosts, text, tmp_path, alone, local):
     """What torchrun starts on each, in short: stopped by a signal to one of them, and gone on
     with."""

@@ -397,7 +397,9 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
-@pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["nothing", "everything"])
+@pytest.mark.parametrize(
+    "fields", [pytest.param({}, marks=pytest.mark.slow), EVERYTHING], ids=["nothing", "everything"]
+)
 def test_a_run_with_little_memory_has_the_same_losses(text, tmp_path, free, fields, capsys):
     whole = tg.train(tiny(text, tmp_path, **fields))
     assert "blocks recomputed" not in capsys.readouterr().err

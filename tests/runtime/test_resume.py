@@ -120,6 +120,7 @@ def test_two_processes_go_on_bit_for_bit(whole):
     same(whole.tmp / "stopped2", whole.tmp / "whole2")
 
 
+@pytest.mark.slow
 def test_two_hosts_of_two_processes_go_on_bit_for_bit(whole):
     fields = dict(job=dict(ranks=4, hosts=2), steps=12)
     assert whole("whole4", **fields).status == 0
@@ -144,7 +145,7 @@ def test_another_number_of_processes_goes_on_with_the_same_tokens(whole):
     )
 
 
-@pytest.mark.parametrize("fp8", ["off", "on"])
+@pytest.mark.parametrize("fp8", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_bf16_weights_go_on_bit_for_bit(run, fp8):
     """Two weights in one: bf16, and what lies below. FP8 has scales from the step before."""
     fields = dict(dtype="bfloat16", fp8=fp8, steps=8)
@@ -305,6 +306,7 @@ def test_added_steps_have_the_rate_of_their_schedule(run, monkeypatch, extend):
     assert given == expected and given[6][0] > 1.5 * given[5][0]
 
 
+@pytest.mark.slow
 def test_added_steps_that_are_stopped_are_those_that_were_not(whole):
     """Of a run with everything on, which gets steps in the middle and, after its end, again."""
     for name in ("longer", "longer_stopped"):

@@ -638,6 +638,7 @@ def test_skipped_steps_are_counted_across_a_resume(tmp_path):
 # --- seeds
 
 
+@pytest.mark.slow
 def test_the_second_seed_in_fp8_is_that_seed_alone(text, tmp_path, monkeypatch):
     """Scales of activations are those of a new run, not where the first one left them.
 

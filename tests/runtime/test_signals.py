@@ -246,6 +246,7 @@ def workers(pid):
     ]
 
 
+@pytest.mark.slow
 def test_gpus_n_restarts_after_a_kill_and_stops_for_a_signal(nursery, argv, tmp_path):
     """What --gpus 2 --max-restarts 1 does: a worker is killed, both begin again by themselves
     from the last checkpoint; then the launcher gets SIGUSR1, which is not for it, and SIGTERM,

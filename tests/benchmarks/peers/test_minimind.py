@@ -66,6 +66,7 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_minimind_and_ours(around):
     out = around / "out.json"
     table = around / "out.md"
