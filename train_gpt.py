@@ -177,8 +177,9 @@ class Config:
 
 # What may differ between a run and its continuation; another text is found by its fingerprint
 FREE = {f.name for f in dataclasses.fields(RunConfig)}
-FREE |= {"target", "target_metric", "text", "val_text", "conversations", "encoding", "vocabulary"}
-FREE |= {"max_skips"}
+FREE |= set(
+    "target target_metric text val_text conversations encoding vocabulary max_skips".split()
+)
 
 
 def config_classes(template="gpt"):
@@ -206,23 +207,18 @@ def changed(config, **fields):
     return configure(**(flat(config) | fields))
 
 
-def expanded(path):
-    """A path that peek() gives, with its ~ as parse_options() has it."""
-    return os.path.expanduser(path or "")
-
-
 def parse_args(argv, beneath=None):
     """Command line -> Config: defaults, then the track's values, then the options given; beneath:
     {option: value} below the track's."""
     # The track and the template come first, since they say which other options there are
     names = ("track", "template", "text", "data", "resume", "warm_start")
-    first = peek(argv, *names)  # None if not given
-    run = resume.options_of(expanded(first["resume"]))  # of the run to go on with, if it is named
+    first = {name: os.path.expanduser(x or "") for name, x in peek(argv, *names).items()}
+    run = resume.options_of(first["resume"])  # of the run to go on with, if it is named
     if first["track"]:
         track = first["track"]
     elif run:
         track = run["track"]
-    elif first["text"] or is_built(expanded(first["data"])):
+    elif first["text"] or is_built(first["data"]):
         track = "own-text"
     else:
         track = "gpt2-small" if torch.cuda.is_available() else "laptop"
@@ -250,7 +246,7 @@ def parse_args(argv, beneath=None):
         fields |= dict(long_docs="split", shuffle=True, sample_prompts=())
     # Weights to begin with stand for their own tokens
     if first["warm_start"]:
-        name = warm_start.tokenizer_name(expanded(first["warm_start"]))
+        name = warm_start.tokenizer_name(first["warm_start"])
         fields["tokenizer"] = name or fields.get("tokenizer", DataConfig.tokenizer)
     return configure(**(fields | given | dict(track=track)))
 
@@ -447,9 +443,7 @@ def save_result(setup, result, log, parts):
     if shown:
         log.say(f'more: ./run.sh sample --run {shlex.quote(str(log.folder))} --prompt "..."')
     result |= time_by_part(parts)
-    log.say(in_words(result))
-    if cost := cost_in_words(result):
-        log.say(cost)
+    log.say(in_words(result) + cost_in_words(result))
     log.finish(result)
 
 
@@ -508,9 +502,8 @@ def train(config, world=None, requests=None, report=lambda result: None):
                 if new:
                     setup = set_up(config, stages_of(config), world, data, log)
                     if options.time:
-                        config = changed(config, **fit_to_time(setup, parts.elapsed()))
+                        config = changed(config, **fit_to_time(setup, parts.elapsed(), log))
                         setup.stages = stages_of(config)
-                        log.expect(config.schedule.steps)
                     if options.time or config.goal.target is None:
                         setup.expected_seconds = expected_training(setup)
                 setup.config = config  # of this seed
@@ -542,10 +535,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
 
 
 def main(argv=None, beneath=None):
-    """Parse, train in a process for each GPU, print the results. Returns the exit status.
-
-    beneath: as of parse_args.
-    """
+    """Parse, train in a process for each GPU, print the results. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     reached = []  # of each run: True, False, or None without a target
 

@@ -40,13 +40,13 @@ def train_bpb(setup, step):
 
 
 def cost_in_words(result):
-    """What the run took of energy and money in a line; empty where neither is known."""
+    """What training took of energy and money, behind its time; empty where neither is known."""
     parts = []
     if result["energy_kwh"] is not None:
         parts.append(f"{result['energy_kwh']:.4f} kWh by the hardware's counters")
     if result["usd"] is not None:
         parts.append(f"${result['usd']:.2f}")
-    return f"from the first step to the last: {', '.join(parts)}" if parts else ""
+    return f"; training took {', '.join(parts)}" if parts else ""
 
 
 def save_weights(setup, result, log):

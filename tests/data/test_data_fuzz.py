@@ -68,7 +68,8 @@ class Shard:
         self.mapped, self.accepted, memmap = [], 0, np.memmap
 
         def noted(file, *args, **kwargs):
-            self.mapped.append(kwargs["offset"] + 2 * kwargs["shape"][0])
+            size = np.dtype(kwargs["dtype"]).itemsize
+            self.mapped.append(kwargs["offset"] + size * kwargs["shape"][0])
             return memmap(file, *args, **kwargs)
 
         monkeypatch.setattr(shards.np, "memmap", noted)
@@ -80,14 +81,11 @@ class Shard:
         os.ftruncate(self.fd, len(content))
         self.mapped.clear()
         words = struct.unpack("<3i", content[:12]) if len(content) >= HEADER_BYTES else None
-        whole = (
-            words
-            and words[:2] == (MAGIC, 1)
-            and words[2] > 0
-            and len(content) == HEADER_BYTES + 2 * words[2]
-        )
+        size, kind = {(MAGIC, 1): (2, "H"), (MAGIC, 2): (4, "I")}.get((words or ())[:2], (0, ""))
+        whole = size and words[2] > 0 and len(content) == HEADER_BYTES + size * words[2]
         good = whole and (
-            n_vocab is None or max(struct.unpack(f"<{words[2]}H", content[HEADER_BYTES:])) < n_vocab
+            n_vocab is None
+            or max(struct.unpack(f"<{words[2]}{kind}", content[HEADER_BYTES:])) < n_vocab
         )
         try:
             tokens = read_shard(self.path, n_vocab)

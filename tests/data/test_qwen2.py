@@ -330,6 +330,7 @@ def many_tokens():
     return hf.to_str()
 
 
+@pytest.mark.slow
 def test_more_ids_than_uint16(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(many_tokens())

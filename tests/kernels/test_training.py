@@ -16,7 +16,7 @@ ONE_LAYER = dict(n_layer=1, value_embed_layers=(0,))
     "dtype, steps, allowed, fields",
     [
         ("float32", 3, 1e-3, ONE_LAYER),
-        ("bfloat16", 2, 0.02, ONE_LAYER),
+        pytest.param("bfloat16", 2, 0.02, ONE_LAYER, marks=pytest.mark.slow),
         # A step in each of its stages
         pytest.param("float32", 3, 1e-3, EVERYTHING | THREE_LAYERS, marks=pytest.mark.slow),
     ],

@@ -121,7 +121,7 @@ def test_money():
     # Two processes on one machine's processors pay for one machine
     assert energy.cost(3600, World(0, 2, torch.device("cpu"), 2), "a CPU", 1.0) == 1
     said = cost_in_words(dict(energy_kwh=0.5, usd=2.0))
-    assert said == "from the first step to the last: 0.5000 kWh by the hardware's counters, $2.00"
+    assert said == "; training took 0.5000 kWh by the hardware's counters, $2.00"
     assert cost_in_words(dict(energy_kwh=None, usd=None)) == ""
 
 

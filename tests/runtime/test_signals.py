@@ -284,6 +284,7 @@ def test_gpus_n_restarts_after_a_kill_and_stops_for_a_signal(nursery, argv, tmp_
     assert len(result["resumed_at"]) == 1 + (run.status == 143)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_takes_its_workers_along(nursery, argv, tmp_path):
     """They save and end, rather than hold the run's folder and the GPUs as nobody's processes."""
     run = nursery.start(

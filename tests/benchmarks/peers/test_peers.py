@@ -183,6 +183,7 @@ def tokenizer(pairs):
     return namespace["Tokenizer"](pairs)
 
 
+@pytest.mark.slow
 def test_nanochat_and_ours(around):
     text = (
         around / "text.txt"
