@@ -49,16 +49,25 @@ def write_lines(path, values):
     return np.array(places, dtype=np.int64)
 
 
-def read_lines(path, at=0, whole=True):
-    """Yield the values of write_lines(), one at a time; at: a place that it has returned, to begin
-    there; whole: to the end of the file, not only of that part."""
+def read_lines(path):
+    """Yield the values of write_lines(), one at a time."""
+    import zstandard
+
+    with open(path, "rb") as raw:
+        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
+            yield json.loads(line)
+
+
+def read_part(path, at):
+    """The lines of one part, [bytes, ...] of JSON; at: its place, as write_lines() has returned
+    it."""
     import zstandard
 
     with open(path, "rb") as raw:
         raw.seek(at)
-        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=whole)
-        for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
-            yield json.loads(line)
+        with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+            return stream.read().splitlines()
 
 
 def write_arrays(path, **arrays):

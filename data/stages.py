@@ -6,7 +6,9 @@ A piece is some megabytes of documents of one source; what a stage makes of piec
 """
 
 import dataclasses
+import functools
 import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from .pieces import (
     read_arrays,
     read_json,
     read_lines,
+    read_part,
     write_arrays,
     write_json,
     write_lines,
@@ -273,6 +276,8 @@ class Pieces:
         self.starts = np.cumsum([0] + [len(part) for part in keys])
         counts = np.diff(self.starts)
         self.owner = np.repeat(np.arange(len(self.numbers)), counts)  # its piece
+        # Documents that are alike often come in the same parts: 16 MB of them stay at hand
+        self.part = functools.lru_cache(64)(lambda piece, at: read_part(self.file(piece), at))
 
     def signatures(self, path, rank):
         """All signatures (N, k) uint32 in a file that is mapped, column after column, as banding
@@ -310,8 +315,8 @@ class Pieces:
                 piece = self.owner[number]
                 of_piece = self.places[self.starts[piece] : self.starts[piece + 1]]
                 first = int(self.starts[piece] + np.searchsorted(of_piece, at))
-                for k, line in enumerate(read_lines(self.file(piece), int(at), whole=False)):
-                    found[first + k] = line["text"]
+                lines = self.part(int(piece), int(at))
+                found[number] = json.loads(lines[number - first])["text"]
         return [found[number] for number in numbers]
 
 
