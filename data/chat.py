@@ -1,7 +1,6 @@
 """Conversations: who said what, and the text that a model reads of it."""
 
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -124,26 +123,37 @@ def knows_chat(tokenizer):
 def read_conversations(path):
     """Yield the messages of each line of a .jsonl file: {"messages": [{"role": ..., "content":
     ...}, ...]}. Raises InputError, which names the line."""
-    path = Path(path)
+    return of_lines(path, conversation)
+
+
+def of_lines(path, read):
+    """Yield read(line, where) for each line of a .jsonl file. Raises InputError."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             for number, line in enumerate(f, start=1):
                 if line.strip():
-                    yield conversation(line, f"{path}:{number}")
+                    yield read(line, f"{path}:{number}")
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: expected UTF-8, found byte {e.object[e.start]:#04x}") from None
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
-def conversation(line, where):
-    """[Message, ...] of a line, checked to be one that can be learned from. Raises InputError."""
+def object_of(line, where, keys, example):
+    """The object of a line of JSON that has these keys; example: what is expected. Raises
+    InputError."""
     try:
         said = json.loads(line)
     except ValueError as e:
         raise InputError(f"{where}: expected a line of JSON: {e}") from None
-    if not isinstance(said, dict) or "messages" not in said:
-        raise InputError(f'{where}: expected {{"messages": [...]}}')
+    if not isinstance(said, dict) or not keys <= said.keys():
+        raise InputError(f"{where}: expected {example}")
+    return said
+
+
+def conversation(line, where):
+    """[Message, ...] of a line, checked to be one that can be learned from. Raises InputError."""
+    said = object_of(line, where, {"messages"}, '{"messages": [...]}')
     try:
         messages = read_messages(said["messages"])
     except InputError as e:
@@ -196,12 +206,8 @@ def pair(line, where):
     """The Pair of a line: {"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of
     messages; without a prompt, chosen and rejected are whole conversations that begin alike. Raises
     InputError, which names the place."""
-    try:
-        said = json.loads(line)
-    except ValueError as e:
-        raise InputError(f"{where}: expected a line of JSON: {e}") from None
-    if not isinstance(said, dict) or not {"chosen", "rejected"} <= said.keys():
-        raise InputError(f'{where}: expected {{"prompt": ..., "chosen": ..., "rejected": ...}}')
+    example = '{"prompt": ..., "chosen": ..., "rejected": ...}'
+    said = object_of(line, where, {"chosen", "rejected"}, example)
     before = []
     if said.get("prompt") is not None:
         before = messages_of(said["prompt"], "user", f"{where}: prompt")
@@ -230,15 +236,7 @@ def messages_of(said, role, where):
 
 def read_pairs(path):
     """Yield the Pairs of a .jsonl file. Raises InputError, which names the line."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            for number, line in enumerate(f, start=1):
-                if line.strip():
-                    yield pair(line, f"{path}:{number}")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: expected UTF-8, found byte {e.object[e.start]:#04x}") from None
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
+    return of_lines(path, pair)
 
 
 def render_pair(found, tokenizer):

@@ -27,6 +27,7 @@ from processes import Nursery  # noqa: E402
 
 import train_gpt  # noqa: E402
 from runtime import setting_up  # noqa: E402
+from runtime.machine import lacks_for_compiling  # noqa: E402
 
 # Files of ten seconds and more, the longest first: none is left to one worker at the end
 LONG = (
@@ -39,6 +40,10 @@ LONG = (
 def pytest_collection_modifyitems(items):
     place = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    if why := lacks_for_compiling():
+        for item in items:
+            if item.get_closest_marker("compiles"):
+                item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -753,6 +753,7 @@ def test_linear_backward_twice(fp8, fn):
         torch.testing.assert_close(a, 2 * b)
 
 
+@pytest.mark.compiles
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
 def test_compiled_on_a_cpu():
     """As the trainer has it: several targets, a sample, bf16. One exp for a logit, unlike the

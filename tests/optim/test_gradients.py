@@ -61,6 +61,7 @@ def test_where_the_report_overflows():
     assert gradient_report(large).isfinite().tolist() == [True, True, False, False]
 
 
+@pytest.mark.compiles
 def test_compiled_report_is_eager():
     grads = [draw(*s, seed=i).bfloat16() for i, s in enumerate([(3, 5), (0,), (40, 60)])]
     report = torch.compile(gradient_report, fullgraph=True)(grads)

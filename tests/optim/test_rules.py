@@ -2,7 +2,6 @@
 kernel, and nothing waits for a GPU."""
 
 import functools
-import shutil
 import typing
 
 import pytest
@@ -14,6 +13,7 @@ from optim import adam_update, gradient_report, muon_update, row_update
 from optim.masters import descend, join, store
 from optim.muon import balance, nesterov, new_second_moment
 from optim.rows import row_scale
+from runtime.machine import lacks_for_compiling
 
 # --- Every update once
 
@@ -221,8 +221,8 @@ def compile_parts(dynamic=True):
 
 @pytest.fixture(scope="module")
 def compiled():
-    if DEVICE.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        pytest.skip("torch.compile needs a C++ compiler")
+    if DEVICE.type == "cpu" and (why := lacks_for_compiling()):
+        pytest.skip(why)
     with torch._dynamo.config.patch(recompile_limit=64):
         yield compile_parts()
 

@@ -286,6 +286,7 @@ def cache(monkeypatch, tmp_path):
     return lambda: os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 
 
+@pytest.mark.compiles
 def test_what_compiling_lacks(tmp_path, monkeypatch, cache):
     def lacks():
         said = []
