@@ -167,6 +167,8 @@ class Config:
             self.run.refuse("micro_tokens", f"a multiple of row_len ({row_len})")
         if self.optim.optimizer == "adamw" and self.optim.adamw_warmup >= self.schedule.steps:
             self.optim.refuse("adamw_warmup", f"fewer than steps ({self.schedule.steps})")
+        if self.optim.muon_head_pairs and getattr(self.model, "n_head", 2) % 2:
+            self.optim.refuse("muon_head_pairs", "only with an even n_head")
         every = self.optim.adam_every
         if self.run.keep_best and self.run.eval_every % every:
             why = "for the best checkpoint to be that of a validation"

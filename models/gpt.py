@@ -780,15 +780,22 @@ class Model(nn.Module):
         lr = optim.adam_lr
         decay = optim.weight_decay
         # Matrices of the blocks
-        muon = Muon(
+        muon = functools.partial(
+            Muon,
             optim.muon_lr,
             weight_decay=decay,
             normuon=optim.normuon,
             orthogonalise=self.ops.polar_express,
         )
+        attn_matrices = muon()
+        if optim.muon_head_pairs:
+            pairs = (True, True, False, False)  # Q and K, not V and O
+            attn_matrices = muon(paired=pairs, heads=self.c.n_head)
+        factors = (1.0, optim.mlp_down_lr) if optim.mlp_down_lr != 1 else ()
+        mlp_matrices = muon(factors=factors, decay_by_shape=optim.decay_by_shape)
         # The head; and tables, of which a step touches few rows: these learn 75 times as fast
         adam = functools.partial(Adam, every=optim.adam_every)
-        head = adam(lr, betas=(0.75, 0.95), weight_decay=decay / 1.6)
+        head = adam(lr, betas=optim.head_betas, weight_decay=decay / 1.6)
         if optim.row_moments:
             tables = RowAdam(lr * 75, beta2=0.95, weight_decay=decay / 50, every=optim.adam_every)
         else:
@@ -811,8 +818,8 @@ class Model(nn.Module):
             "embed": head if self.c.tied else tables,  # it takes over the head's moments
             "ngram_embeds": tables,
             "lm_head": head,
-            "attn_bank": muon,
-            "mlp_bank": muon,
+            "attn_bank": attn_matrices,
+            "mlp_bank": mlp_matrices,
         }
 
     def flops_per_token(self, stage):

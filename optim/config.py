@@ -28,6 +28,18 @@ class OptimConfig(Options):
         0.0, "times the squared learning rate, where it agrees with the update", RATE
     )
     normuon: bool = option(False, "each neuron's part of Muon's update is scaled to the same size")
+    muon_head_pairs: bool = option(
+        False, "Muon takes the queries' and keys' matrices apart into pairs of heads"
+    )
+    mlp_down_lr: float = option(
+        1.0, "Muon's learning rate and decay on the MLPs' second matrices, times the others'", RATE
+    )
+    decay_by_shape: bool = option(
+        False, "a tall matrix decays as much more as Muon steps farther on it"
+    )
+    head_betas: tuple[float, ...] = option(
+        (0.75, 0.95), "Adam's on the head, and on the embedding if it is the head at first", BETAS
+    )
     row_moments: bool = option(
         False, "Adam has one second moment for a row of a table, and no momentum there"
     )

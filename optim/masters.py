@@ -89,15 +89,18 @@ def average(x, beta, new, ok):
         x.copy_(torch.where(ok, x * beta + new, x))
 
 
-def descend(p, companion, update, lr, shrink=None, scale=None, ok=None):
+def descend(p, companion, update, lr, shrink=None, scale=None, ok=None, factor=None):
     """Step along `update` with cautious decay: w <- w - lr update - shrink w [update w > 0]. Flat
     tensors.
 
-    shrink: None is none. scale: of the update, from balance or row_scale; the others are then
-    matrices too.
+    shrink: None is none. scale: of the update, from balance or row_scale; factor: (n, 1, 1), of lr
+    and of shrink. With one of these the others are matrices too.
     """
     master = join(p, companion)
     update = update.float()
+    if factor is not None:
+        lr = lr * factor
+        shrink = None if shrink is None else shrink * factor
     decayed = decay(master, update, shrink)
     step = update * (lr if scale is None else lr * scale)
     store(p, companion, choose(ok, decayed - step, master))

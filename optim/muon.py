@@ -72,33 +72,98 @@ def muon_update(
     nesterov=nesterov,
     balance=balance,
     descend=descend,
+    groups=None,
+    factor=None,
 ):
     """Muon on a batch of matrices (..., rows, cols), all contiguous; m: fp32. NorMuon with v, from
     new_second_moment.
 
     Momentum, orthogonalised; a tall matrix steps sqrt(rows / cols) times as far. The pointwise
     parts are arguments, so that a caller can hand in compiled ones: the products between them are
-    faster eager.
+    faster eager. groups: [Group, ...] that all matrices (n, rows, cols) are divided into, with
+    moments of their own instead of v; factor: (n, 1, 1) fp32, of each matrix's learning rate and
+    decay.
     """
+    flat = v is None and factor is None
 
-    def view(x, flat=v is None):  # .data: compiled code would look at what a view is a view of
+    def view(x, flat=flat):  # .data: compiled code would look at what a view is a view of
         return x if x is None else (x.reshape(-1) if flat else as_batch(x)).data
 
-    update = orthogonalise(nesterov(view(grad, True), view(m, True), momentum, ok).view(grad.shape))
-    scale = None if v is None else balance(view(update), view(v), beta2, ok)
-    tall = max(1, grad.size(-2) / grad.size(-1)) ** 0.5
-    descend(view(p), view(companion), view(update), lr * tall, shrink, scale, ok)
+    update = nesterov(view(grad, True), view(m, True), momentum, ok).view(grad.shape)
+    scale = None
+    if groups:
+        for group in groups:
+            update_group(update, group, beta2, ok, orthogonalise, balance)
+    else:
+        update = orthogonalise(update)
+        scale = None if v is None else balance(view(update), view(v), beta2, ok)
+    tall = shape_factor(grad)
+    descend(view(p), view(companion), view(update), lr * tall, shrink, scale, ok, factor)
+
+
+def shape_factor(x):
+    """How much farther matrices (..., rows, cols) step than wide ones."""
+    return max(1, x.size(-2) / x.size(-1)) ** 0.5
+
+
+class Group(typing.NamedTuple):
+    """Matrices of a bank that are orthogonalised alike."""
+
+    index: torch.Tensor  # (k,) int64: which of those at hand
+    heads: int  # along the rows of each, and every pair of heads is a matrix; 0: whole matrices
+    v: torch.Tensor | None  # second moments: of all matrices at hand, those of others unused
+
+
+def update_group(update, group, beta2, ok, orthogonalise, balance):
+    """Orthogonalise the group's matrices of update (n, rows, cols), in place; with a second moment
+    NorMuon's scale is in them as well."""
+    if not len(group.index):
+        return
+    part = update.index_select(0, group.index)
+    if group.heads:
+        part = head_pairs(part, group.heads)
+    shape = part.shape
+    part = orthogonalise(part.flatten(0, -3))
+    if group.v is not None:
+        v = group.v.index_select(0, group.index)
+        scale = balance(part.data, v.flatten(0, -3).data, beta2, ok)
+        group.v.index_copy_(0, group.index, v)
+        part = part * scale
+    part = part.view(shape)
+    if group.heads:
+        part = whole_matrices(part)
+    update.index_copy_(0, group.index, part.to(update.dtype))
+
+
+def head_pairs(x, heads):
+    """(n, heads d, cols) -> (n, heads / 2, 2 d, cols): heads h and h + heads / 2 together, as in
+    paired layers."""
+    n, rows, cols = x.shape
+    d = rows // heads
+    x = x.view(n, 2, heads // 2, d, cols)
+    return x.transpose(1, 2).reshape(n, heads // 2, 2 * d, cols)
+
+
+def whole_matrices(pairs):
+    """What head_pairs() took apart: (n, heads / 2, 2 d, cols) -> (n, heads d, cols)."""
+    return pairs.unflatten(2, (2, -1)).transpose(1, 2).flatten(1, 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Rule):
     """Muon on the matrices of a bank (..., rows, cols); NorMuon on request.
 
-    Whole matrices are shared out over the ranks. The momentum is the schedule's.
+    Whole matrices are shared out over the ranks. The momentum is the schedule's. Banks repeat a
+    pattern of matrices, such as Q, K, V, O: factors and paired are of the places in it.
     """
 
     normuon: bool = False  # each neuron's part of the update is scaled to the same size
     orthogonalise: typing.Callable = polar_express
+    factors: tuple = ()  # of the learning rate, and of decay with it, by place
+    decay_by_shape: bool = False  # a tall matrix decays as much more as it steps farther
+    # By place, whether its rows are heads of which each pair is orthogonalised by itself
+    paired: tuple = ()
+    heads: int = 0
 
     pieces: typing.ClassVar[tuple] = (nesterov, balance, descend)
 
@@ -109,7 +174,21 @@ class Muon(Rule):
         state = dict(m=torch.zeros_like(own, dtype=torch.float32))
         if self.normuon:
             state["v"] = new_second_moment(own)
+        if self.normuon and any(self.paired):
+            state["v_pairs"] = new_second_moment(head_pairs(own, self.heads))
         return state
+
+    def fixed(self, own, start):
+        numbers = torch.arange(start, start + len(own))
+        found = {}
+        if self.factors:
+            factors = torch.tensor(self.factors)[numbers % len(self.factors)]
+            found["factor"] = factors.view(-1, 1, 1).to(own.device)
+        if any(self.paired):
+            is_paired = torch.tensor(self.paired)[numbers % len(self.paired)]
+            found["pairs"] = is_paired.nonzero()[:, 0].to(own.device)
+            found["whole"] = (~is_paired).nonzero()[:, 0].to(own.device)
+        return found
 
     def state_bytes(self, p):
         # The momentum, and as much again for the products on the way: with it the whole estimate
@@ -118,6 +197,15 @@ class Muon(Rule):
 
     def update(self, w, companion, grad, state, turn):
         lr = self.lr * turn.lr_scale
+        shrink = lr * lr * self.weight_decay
+        if self.decay_by_shape:
+            shrink *= shape_factor(w)
+        groups = None
+        if any(self.paired):
+            groups = [
+                Group(turn.fixed["pairs"], self.heads, state.get("v_pairs")),
+                Group(turn.fixed["whole"], 0, state.get("v")),
+            ]
         muon_update(
             w,
             companion,
@@ -125,11 +213,13 @@ class Muon(Rule):
             state["m"],
             turn.scalar(lr),
             turn.scalar(turn.momentum),
-            v=state.get("v"),
-            shrink=self.shrink(lr, turn),
+            v=None if groups else state.get("v"),
+            shrink=turn.scalar(shrink) if self.weight_decay else None,
             ok=turn.ok,
             orthogonalise=self.orthogonalise,
             nesterov=turn.fast(nesterov),
             balance=turn.fast(balance),
             descend=turn.fast(descend),
+            groups=groups,
+            factor=turn.fixed.get("factor"),
         )

@@ -58,11 +58,13 @@ class Optimizer:
         """Moments at zero, nothing below the weights' last bit, no gradients."""
         self.shards = {}
         self.state = {}  # parameter name -> {"companion": ..., and the rule's moments}
+        self.fixed = {}  # parameter name -> what its rule needs to know of the rows owned
         self.step_count = 0
         for name, rule in self.rules.items():
             shard = Shard(rule.parts(self.params[name].data), self.world, rule.sharded)
             self.shards[name] = shard
             self.state[name] = dict(companion=new_companion(shard.own), **rule.new_state(shard.own))
+            self.fixed[name] = rule.fixed(shard.own, shard.start)
             self.params[name].grad = None
 
     @torch.no_grad()
@@ -117,7 +119,7 @@ class Optimizer:
             return
         rule = self.rules[name]
         count = self.step_count // rule.every
-        turn = Turn(lr_scale, momentum, count, ok, self.scalar, self.fast)
+        turn = Turn(lr_scale, momentum, count, ok, self.scalar, self.fast, self.fixed[name])
         state = self.state[name]
         # .data: compiled code would look at what a view is a view of
         rule.update(own.data, state["companion"], grad[: len(own)].data, state, turn)

@@ -19,6 +19,7 @@ class Turn(typing.NamedTuple):
     ok: torch.Tensor | None  # the guard: None, or 0-d bool on the device
     scalar: typing.Callable  # float -> what pointwise functions take for a hyperparameter
     fast: typing.Callable  # pointwise function -> the same, compiled where the run compiles
+    fixed: dict  # what the rule's fixed() gave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Rule:
     def new_state(self, own):
         """{name: fp32 tensor} of moments for the rows that this rank owns, all zero."""
         raise NotImplementedError
+
+    def fixed(self, own, start):
+        """{name: tensor} of what depends on which rows a rank owns, from row `start` on, and never
+        changes."""
+        return {}
 
     def state_bytes(self, p):
         """Bytes of the moments of a whole parameter p (may be on meta), for the estimate."""

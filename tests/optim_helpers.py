@@ -53,6 +53,7 @@ SHAPES = dict(
     tall=(5, 12, 4),
     wide=(3, 4, 10),
     one=(1, 6, 6),
+    pairs=(7, 8, 5),
 )
 RULES = dict(
     scalars=Adam(0.04, betas=(0.9, 0.99), eps=0.1, sharded=False),
@@ -63,6 +64,14 @@ RULES = dict(
     tall=Muon(0.05, weight_decay=10),
     wide=Muon(0.03),
     one=Muon(0.02, weight_decay=40),
+    pairs=Muon(
+        0.02,
+        weight_decay=30,
+        factors=(1.0, 2.5),
+        decay_by_shape=True,
+        paired=(True, False, True),
+        heads=4,
+    ),
 )
 ADAMS = {name for name, rule in RULES.items() if not isinstance(rule, Muon)}
 

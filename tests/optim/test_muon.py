@@ -8,7 +8,7 @@ from optim_helpers import KINDS, bits, flag, single, start_at
 from kernels.polar_express import COEFFICIENTS, polar_express
 from optim import Muon, muon_update
 from optim.masters import descend, join, store
-from optim.muon import balance, nesterov, new_second_moment
+from optim.muon import balance, head_pairs, nesterov, new_second_moment, whole_matrices
 
 SHAPES = [(3, 8, 8), (4, 12, 3), (2, 5, 20), (1, 1, 7), (2, 7, 1), (6, 2)]
 
@@ -161,21 +161,35 @@ def orthogonalised(G):
     return X
 
 
-def muon_reference(start, grads, lrs, momenta, decay, normuon):
-    """Muon on a bank in float64, matrix by matrix."""
+def muon_reference(
+    start, grads, lrs, momenta, decay, normuon, factors=(1,), by_shape=False, rows_of=()
+):
+    """Muon on a bank in float64, matrix by matrix.
+
+    factors: of lr and decay, in turn; by_shape: decay grows as the step of a tall matrix does;
+    rows_of: by place, lists of rows that are a matrix each, or None.
+    """
     result = []
     for i, w in enumerate(start.double()):
         rows, cols = w.shape
         average = torch.zeros_like(w)
-        v = 0
+        tall = max(1, rows / cols) ** 0.5
+        factor = factors[i % len(factors)]
+        pieces = rows_of[i % len(rows_of)] if rows_of else None
+        pieces = pieces or [list(range(rows))]
+        v = [0] * len(pieces)
         for grad, lr, beta in zip(grads, lrs, momenta):
             g = grad[i].double()
             average = beta * average + (1 - beta) * g
-            update = orthogonalised(beta * average + (1 - beta) * g)
-            shrink = lr**2 * decay * (update * w >= 0)
-            if normuon:
-                update, v = normalised(update, v, 0.9)
-            w = (1 - shrink) * w - lr * max(1, rows / cols) ** 0.5 * update
+            ahead = beta * average + (1 - beta) * g
+            update = torch.zeros_like(w)
+            scaled = torch.zeros_like(w)
+            for k, piece in enumerate(pieces):
+                update[piece] = scaled[piece] = orthogonalised(ahead[piece])
+                if normuon:
+                    scaled[piece], v[k] = normalised(update[piece], v[k], 0.9)
+            shrink = lr**2 * decay * factor * (tall if by_shape else 1) * (update * w >= 0)
+            w = (1 - shrink) * w - lr * tall * factor * scaled
         result.append(w)
     return torch.stack(result)
 
@@ -196,6 +210,57 @@ def test_the_rule_is_a_loop_over_matrices(shape, normuon):
         optimizer.step(lrs[k] / 0.1, momenta[k])
         expected = muon_reference(start, grads[: k + 1], lrs, momenta, 10.0, normuon)
         torch.testing.assert_close(model.w.detach().double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("normuon", [False, True], ids=["muon", "normuon"])
+@pytest.mark.parametrize(
+    "fields, reference",
+    [
+        (dict(factors=(1.0, 2.0)), dict(factors=(1, 2))),
+        (dict(decay_by_shape=True), dict(by_shape=True)),
+        (
+            dict(factors=(0.5, 1.0, 3.0), decay_by_shape=True),
+            dict(factors=(0.5, 1, 3), by_shape=True),
+        ),
+        # Six heads of 2: heads 0 and 3, 1 and 4, 2 and 5
+        (
+            dict(paired=(True, False), heads=6),
+            dict(rows_of=[[[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]], None]),
+        ),
+        (
+            dict(paired=(True, True, False), heads=2, factors=(1.0, 2.0)),
+            dict(rows_of=[[list(range(12))], [list(range(12))], None], factors=(1, 2)),
+        ),
+        # All matrices are paired
+        (
+            dict(paired=(True,), heads=4),
+            dict(rows_of=[[[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]]),
+        ),
+    ],
+    ids=["factors", "shape", "both", "pairs", "one pair", "all pairs"],
+)
+def test_patterns_of_a_bank(fields, reference, normuon):
+    """Learning rates and decay by place and by shape, and pairs of heads that are matrices of
+    their own, with NorMuon's moments of their own."""
+    lrs = [0.1, 0.05, 0.07, 0.02]
+    momenta = [0.85, 0.9, 0.95, 0.0]
+    start = draw(5, 12, 5, seed=1).cpu()
+    grads = [draw(5, 12, 5, seed=10 + k).cpu() for k in range(4)]
+    rule = Muon(0.1, weight_decay=10.0, normuon=normuon, **fields)
+    model, optimizer = single(rule, start)
+    for k, grad in enumerate(grads):
+        model.w.grad = grad.clone()
+        optimizer.step(lrs[k] / 0.1, momenta[k])
+        expected = muon_reference(start, grads[: k + 1], lrs, momenta, 10.0, normuon, **reference)
+        torch.testing.assert_close(model.w.detach().double(), expected, atol=1e-4, rtol=0)
+
+
+def test_pairs_of_heads_and_back():
+    """Heads h and h + H / 2 together; nothing is lost on the way back."""
+    x = torch.arange(2 * 12 * 3).view(2, 12, 3)
+    pairs = head_pairs(x, 6)
+    assert torch.equal(pairs[1, 2], x[1, [4, 5, 10, 11]])
+    assert torch.equal(whole_matrices(pairs), x)
 
 
 def test_decay_is_decoupled_and_times_the_squared_learning_rate():

@@ -323,6 +323,25 @@ def test_the_options_reach_the_rules():
     assert not rules_of(OFF)["mlp_bank"].normuon
 
 
+def test_the_records_options_reach_the_matrices():
+    """Pairs of heads for Q and K, a factor for the MLPs' second matrices, decay by shape for both
+    of theirs, and other betas for the head and what is tied to it; all of it off by default."""
+    optim = OptimConfig(
+        muon_head_pairs=True, mlp_down_lr=2.0, decay_by_shape=True, head_betas=(0.5, 0.9)
+    )
+    table = rules_of(optim, n_head=2, tied=0.5)
+    attn, mlp = table["attn_bank"], table["mlp_bank"]
+    assert (attn.paired, attn.heads, attn.factors) == ((True, True, False, False), 2, ())
+    assert (mlp.paired, mlp.factors, mlp.decay_by_shape) == ((), (1.0, 2.0), True)
+    assert table["lm_head"].betas == table["embed"].betas == (0.5, 0.9)
+    assert table["value_embeds"].betas == (0.75, 0.95)
+    plain = rules_of(OptimConfig(), n_head=2)
+    for name in "attn_bank", "mlp_bank":
+        expected = Muon(0.03, orthogonalise=plain[name].orthogonalise)
+        assert plain[name] == expected, name
+    assert plain["lm_head"].betas == (0.75, 0.95)
+
+
 def test_what_decays():
     """With the record's factors: tables little, the head and what is tied to it 31 times as
     much, small ones not."""
