@@ -29,7 +29,7 @@ def embedding(index, table):
 
     Raises IndexError for an index outside 0..R-1 (on a GPU: what F.embedding does).
     """
-    if table.device.type == "cpu":
+    if table.device.type == "cpu" and torch.is_grad_enabled():
         return _Embedding.apply(index, table)
     return F.embedding(index, table)
 

@@ -20,9 +20,10 @@ class KVCache:
     A model's decode() calls begin(), computes the new tokens, and calls end().
     """
 
-    def __init__(self, rows, device=None):
+    def __init__(self, rows, device=None, layers=None):
         self.lengths = [0] * rows  # tokens that each row holds
         self.device = device
+        self.layers = layers  # the model's, which need not take its banks apart for every token
         self.kv = {}  # layer -> keys and values, (B or more, capacity, H, D) each
         self.last = {}  # name -> (B, 1, ...): of each row's last token
         self.texts = []  # (T,) int64 of each row, where a model asks for them
@@ -120,19 +121,26 @@ class KVCache:
         products.
         """
         n = q.size(1) // self.n_new
+        shortest = min(self.lengths)
+        alike = shortest == max(self.lengths)
         end = n * (max(self.lengths) + self.n_new)
         keys, values = self.room(layer, k, end)
-        rows = torch.arange(self.rows, device=self.device)[:, None]
-        keys[rows, self.positions(n)] = k
-        values[rows, self.positions(n)] = v
+        if alike:
+            keys[: self.rows, n * shortest : end] = k
+            values[: self.rows, n * shortest : end] = v
+        else:
+            rows = torch.arange(self.rows, device=self.device)[:, None]
+            keys[rows, self.positions(n)] = k
+            values[rows, self.positions(n)] = v
 
-        # Only what a query may see is read
-        begin = max(0, n * min(self.lengths) - window)
+        # Only what a query may see is read; one query in each of such rows sees all of that
+        begin = max(0, n * shortest - window)
+        one = alike and q.size(1) == 1
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             keys[: self.rows, begin:end].transpose(1, 2),
             values[: self.rows, begin:end].transpose(1, 2),
-            attn_mask=self.mask(n, window, begin, end),
+            attn_mask=None if one else self.mask(n, window, begin, end),
             scale=scale,
             enable_gqa=q.size(2) != k.size(2),
         )

@@ -487,7 +487,7 @@ class Model(nn.Module):
         ops = self.ops
         starts = document_starts(inputs, cu_seqlens) if cache is None else None  # (B, T)
         batch = Batch(inputs, stage, starts, cu_seqlens, cache)
-        layers = self.layers()
+        layers = cache.layers if cache else self.layers()
         smear, skip, backout = self.scalars.unbind(0)
 
         # Tokens, and the n-grams that end at them; normalised, so that every layer and the smear
@@ -728,7 +728,7 @@ class Model(nn.Module):
 
     def new_cache(self, rows):
         """An empty cache for decode()."""
-        return KVCache(rows, self.embed.device)
+        return KVCache(rows, self.embed.device, self.layers())
 
     def decode(self, inputs, counts, cache, stage):
         """The new tokens of each row, and what follows them: (B, n_vocab) fp32.

@@ -18,7 +18,6 @@ import math
 import typing
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from base import InputError
@@ -34,6 +33,7 @@ from .parts import (
     draw,
     dropout,
     keep_less,
+    linear,
     log_probs_by_chunks,
     loss_by_chunks,
     memory_of_logits,
@@ -385,7 +385,7 @@ class Model(nn.Module):
         batch = Batch(inputs, stage, cos, sin, cu_seqlens, cache)
 
         x = self.drop(embedding(inputs, self.embed), batch, 0)  # (B, T, C)
-        for layer in self.layers():
+        for layer in cache.layers if cache else self.layers():
             x = keep_less(self.recompute, self.block, layer, x, batch)
         return self.ops.rms_norm(x, self.final_norm.to(x.dtype), c.norm_eps)
 
@@ -433,8 +433,8 @@ class Model(nn.Module):
         """h: (B, T, C), normalised -> (B, T, C)."""
         c = self.c
         B, T = batch.inputs.shape
-        q = F.linear(h, layer.w_q).view(B, T, c.n_head, c.head_dim)
-        kv = F.linear(h, layer.w_kv).view(B, T, 2, c.kv_heads, c.head_dim)
+        q = linear(h, layer.w_q).view(B, T, c.n_head, c.head_dim)
+        kv = linear(h, layer.w_kv).view(B, T, 2, c.kv_heads, c.head_dim)
         k, v = kv.unbind(2)  # (B, T, G, D) each
 
         # Normalised or not, queries and keys turn with their positions. (The op qk_norm_rope has no
@@ -460,17 +460,17 @@ class Model(nn.Module):
                 window=window,
                 scale=scale,
             )
-        return F.linear(y.reshape(B, T, -1), layer.w_o)
+        return linear(y.reshape(B, T, -1), layer.w_o)
 
     def mlp(self, layer, h):
         """SwiGLU: (..., C) -> (..., C)."""
         # In FP8 the wide product is in 8-bit floats, except where there are no gradients, so that
         # validation measures the weights; the narrow one would lose more than it gains
-        wide = F.linear
+        wide = linear
         if self.ops.fp8 and torch.is_grad_enabled():
             wide = fp8_linear
         y = self.ops.swiglu(wide(h, layer.w_gate_up))  # (..., F)
-        return y @ layer.w_down
+        return linear(y, layer.w_down, transposed=True)
 
     def drop(self, x, batch, place):
         """Dropout at a place of its own in the model; in training only."""
@@ -494,11 +494,11 @@ class Model(nn.Module):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""
         x = self.hidden(inputs, cu_seqlens, stage)
         first = inputs.size(1) - 1 if last_only else 0
-        return F.linear(x[:, first:], self.head[: self.n_vocab]).float()
+        return linear(x[:, first:], self.head[: self.n_vocab]).float()
 
     def new_cache(self, rows):
         """An empty cache for decode()."""
-        return KVCache(rows, self.embed.device)
+        return KVCache(rows, self.embed.device, self.layers())
 
     def decode(self, inputs, counts, cache, stage):
         """The new tokens of each row, and what follows them: (B, n_vocab) fp32.
@@ -510,7 +510,7 @@ class Model(nn.Module):
         cache.begin(inputs.size(1), counts)
         x = cache.of_last(self.hidden(inputs, None, stage, cache))[:, 0]  # (B, C)
         cache.end()
-        return F.linear(x, self.head[: self.n_vocab]).float()
+        return linear(x, self.head[: self.n_vocab]).float()
 
     # ----------------------------------------------------------------------------------------------
     # What others need to know of the parameters
