@@ -114,6 +114,9 @@ class Schedule(Options):
         0.6, "fraction of training over which the learning rate falls linearly", FRACTION
     )
     lr_floor: float = option(0.15, "where it falls to, as a fraction", FRACTION)
+    momentum_warmup: float = option(
+        0.2, "fraction of all steps over which Muon's momentum rises", FRACTION
+    )
     # (step after which steps were added, how many there were to be until then, --extend) each time
     earlier: tuple = remembered(())
 
@@ -135,13 +138,18 @@ class Schedule(Options):
             steps = planned
         return 0, steps, "replan"
 
-    def annealing(self, step):
-        """What the rate and momentum follow: the same, but with added steps it may fall again."""
+    def annealing(self, step, extension=None):
+        """What the rate and momentum follow: the same, but with added steps it may fall again.
+
+        extension: in place of the schedule's.
+        """
+        if extension is None:
+            extension = self.extension
         first, steps, extend = self.part(step)
         if extend == "cooldown":
-            share = progress_of(step - first, steps - first, self.extension)
+            share = progress_of(step - first, steps - first, extension)
             return 1 - self.cooldown * (1 - share)
-        return progress_of(step, steps, self.extension)
+        return progress_of(step, steps, extension)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,10 +323,17 @@ def lr_scale(schedule, progress, annealing=None):
     return by_stage(schedule.stage_lr, progress) * (1 - t) + schedule.lr_floor * t
 
 
-def muon_momentum(progress):
-    """0.85 -> 0.95 over the first fifth, back to 0.85 in the last 4%: fresh gradients count more
-    at both ends."""
-    return 0.85 + 0.10 * min(1.0, progress / 0.2, (1 - progress) / 0.04)
+def momentum_at(config, step):
+    """Muon's momentum in a step. It falls until the very last one, extension and all."""
+    schedule = config.schedule
+    return muon_momentum(schedule.annealing(step, extension=0), schedule.momentum_warmup)
+
+
+def muon_momentum(progress, warmup=0.2):
+    """0.85 -> 0.95 over the warm-up, back to 0.85 in the last 4%: fresh gradients count more at
+    both ends."""
+    rise = progress / warmup if warmup else 1.0
+    return 0.85 + 0.10 * min(1.0, rise, (1 - progress) / 0.04)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,7 +377,7 @@ def train_to_the_end(setup, session):
             # The update counts if loss and gradients are finite, on all ranks
             ok = guard.judge(step, loss, optimizer.gradients(), session.votes())
             lr = lr_at(config, step)
-            optimizer.step(lr, muon_momentum(config.schedule.annealing(step)), ok)
+            optimizer.step(lr, momentum_at(config, step), ok)
             model.after_step()
 
             # Log what is known by now, validate, stop or save, each when it is due

@@ -245,13 +245,12 @@ class Subject:
         Raises InputError for a step that does not count.
         """
         setup = self.setup
-        progress = self.c.config.schedule.progress(self.at)
         loss = tg.backward(setup, self.at, batch)
         with record_function(f"{MARK}guard"):
             ok = setup.guard.judge(number, loss, setup.optimizer.gradients())
         with record_function(f"{MARK}optimizer"):
             lr = tg.lr_at(self.c.config, self.at)
-            setup.optimizer.step(lr, tg.muon_momentum(progress), ok)
+            setup.optimizer.step(lr, tg.momentum_at(self.c.config, self.at), ok)
         self.model.after_step()
         for report in setup.guard.reports(number):
             if report.complaint:

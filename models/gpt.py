@@ -130,8 +130,13 @@ class Config(Options):
     long_window: tuple[int, ...] = option(
         (256,), "the same in long_layers and the last one, by stage", BY_STAGE
     )
+    extension_windows: tuple[int, ...] = option(
+        (),
+        "short and long window in the extension, a stage more; empty leaves the last one's",
+        PAIR,
+    )
     val_windows: tuple[int, ...] = option(
-        (), "short and long window in validation; empty means the last stage's", PAIR
+        (), "short and long window in validation; empty means the last in training", PAIR
     )
     yarn: bool = option(False, "rotary frequencies and attention's scale follow the long window")
     # The training loss and the head, over the course of training
@@ -213,12 +218,20 @@ class Config(Options):
         """Long windows of the stages so far, if rotary frequencies follow them."""
         if not self.yarn:
             return ()
-        return self.long_window[: stage_number(self.long_window, progress) + 1]
+        before = self.long_window[: stage_number(self.long_window, progress) + 1]
+        return before + self.extension_windows[1:] if progress == 1 else before
+
+    @property
+    def last_windows(self):
+        """Short and long window at the end of training."""
+        return self.extension_windows or (self.short_window[-1], self.long_window[-1])
 
     def stage(self, progress, max_doc_len):
         """The Stage at this progress."""
         short = by_stage(self.short_window, progress)
         long = by_stage(self.long_window, progress)
+        if self.extension_windows and progress == 1:  # nowhere else, see progress_of()
+            short, long = self.extension_windows
         scale = self.attn_scale * self.head_dim**-0.5
         if self.yarn:
             scale *= yarn_scale(self.long_windows(progress))
@@ -235,11 +248,14 @@ class Config(Options):
         """{option: value} of those that change in the course of training, as they end."""
         by_stage = "short_window", "long_window", "mtp"
         ends = {name: getattr(self, name)[-1:] for name in by_stage}
+        if self.extension_windows:
+            short, long = self.extension_windows
+            ends |= dict(short_window=(short,), long_window=(long,), extension_windows=())
         return ends | dict(sampled_softmax=(0,), tied=float(self.tied == 1))
 
     def val_stage(self, stage, max_doc_len):
         """The same for validation: windows of the end, one target, all tokens in the softmax."""
-        short, long = self.val_windows or (self.short_window[-1], self.long_window[-1])
+        short, long = self.val_windows or self.last_windows
         return stage._replace(
             windows=self.windows(short, long), max_doc_len=max_doc_len, n_targets=1, n_sampled=0
         )
@@ -856,7 +872,9 @@ class Model(nn.Module):
         ops = self.ops.named()
         kept = []  # keys that a query sees, by layer
         for i in range(c.n_layer):
-            window = max(c.long_window if c.sees_far(i) else c.short_window)
+            far = c.sees_far(i)
+            window = max(c.long_window if far else c.short_window)
+            window = max(window, c.last_windows[far])
             kept.append(min(2 * window, row_len))
         kept.sort(reverse=True)
         if recompute:

@@ -1,5 +1,6 @@
 """The schedules of train_gpt.py: plain functions of the step or of progress."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -73,6 +74,29 @@ def test_the_extension_stays_where_the_schedules_end():
     assert c.model.target_weights(end) == [1.0, 0.0]
     last = stage_at(c, 10)
     assert stage_at(c, 12) == last._replace(model=last.model._replace(tied=False))
+
+
+def test_the_extension_may_have_windows_of_its_own():
+    """As one stage more, of which rotary frequencies and attention's scale know; validation and
+    what is taught afterwards begin with them."""
+    fields = dict(steps=12, extension=2, yarn=True)
+    plain = staged(**fields)
+    c = staged(**fields, extension_windows=(12, 40))
+    for step in range(1, 11):
+        assert stage_at(c, step) == stage_at(plain, step)
+    before, found = stage_at(c, 10).model, stage_at(c, 11).model
+    assert set(found.windows) == {12, 40} and found.windows[-1] == 40
+    assert found.attn_scale == pytest.approx(before.attn_scale * (1 + 0.2 * math.log(40 / 20)))
+    assert stage_at(c, 12).model == found
+    assert c.model.long_windows(1.0) == (10, 20, 40)
+    assert c.model.long_windows(0.99) == (10, 20)
+    assert c.model.val_stage(before, 64).windows == found.windows
+    assert c.model.val_stage(found, 64).attn_scale == found.attn_scale
+    ends = c.model.at_the_end()
+    assert (ends["short_window"], ends["long_window"]) == ((12,), (40,))
+    assert not ends["extension_windows"]
+    own = dataclasses.replace(c.model, val_windows=(3, 4))
+    assert set(own.val_stage(found, 64).windows) == {3, 4}
 
 
 def test_stage_at():
@@ -254,6 +278,15 @@ def test_muon_momentum_at_its_corners():
     corners = {0: 0.85, 0.1: 0.9, 0.2: 0.95, 0.5: 0.95, 0.96: 0.95, 0.98: 0.9, 1: 0.85}
     for progress, expected in corners.items():
         assert muon_momentum(progress) == pytest.approx(expected), progress
+
+
+def test_momentum_falls_until_the_last_step():
+    """The extension's as well; its warm-up is an option."""
+    c = staged(steps=1000, extension=100, momentum_warmup=0.5)
+    for step, expected in ((1, 0.85), (251, 0.9), (501, 0.95), (961, 0.95), (981, 0.9)):
+        assert tg.momentum_at(c, step) == pytest.approx(expected), step
+    assert tg.momentum_at(c, 1000) == pytest.approx(0.8525)
+    assert tg.momentum_at(staged(momentum_warmup=0.0), 1) == pytest.approx(0.95)
 
 
 @quick

@@ -26,6 +26,7 @@ TRACK = TRACK | dict(
     max_doc_len=(2048, 4096, 4096, 4096),
     short_window=(384, 896, 1280, 1408),
     long_window=(896, 1920, 2560, 2944),
+    extension_windows=(),
     val_windows=(1408, 3456),
     mtp=(3, 2, 1, 1),
     tied=1 / 6,
