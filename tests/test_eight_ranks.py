@@ -1,0 +1,158 @@
+"""Eight ranks of a machine, and of two, where there is no GPU: gpt2-small's recipe at a tiny shape.
+With fake collectives every rank sets up, trains through all stages, validates, saves and resumes;
+in eight processes on CPUs the losses are those of one."""
+
+import collections
+import functools
+import signal
+
+import pytest
+from fake_ranks import as_rank
+from helpers import options, tiny, train_losses, write_text
+
+import train_gpt as tg
+from benchmarks import cluster, subject
+from runtime.guard import Guard
+from runtime.launch import join_world
+from runtime.session import Session
+from runtime.signals import Interrupted, Requests
+from tracks import load_track
+
+# What is smaller than in the track; numbers of layers, of stages and of rows a stage are its own
+SHAPE = dict(
+    target=None,
+    data="text",
+    tokenizer="bytes",
+    n_embd=48,
+    ngram_rows=377,
+    row_len=32,
+    val_row_len=64,
+    val_tokens=640,
+    batch_tokens=(256, 512, 768),
+    max_doc_len=(16, 32, 32),
+    short_window=(4, 8, 12),
+    long_window=(8, 16, 24),
+    val_windows=(16, 48),
+    micro_tokens=64,
+    steps=6,
+    extension=0,
+    eval_every=3,
+    fp8="off",
+    dtype="bfloat16",
+    compile=False,
+    sample_prompts=(),
+    sample_tokens=0,
+    checkpoint_every="1000",
+)
+KINDS = {"all_reduce", "reduce_scatter", "all_gather", "broadcast"}
+SLOW = pytest.mark.slow
+RANKS = [(8, 8, rank) for rank in (0, 5)] + [(16, 8, rank) for rank in (0, 11)]
+RANKS += [pytest.param(8, 8, rank, marks=SLOW) for rank in (1, 2, 3, 4, 6, 7)]
+RANKS += [pytest.param(16, 8, rank, marks=SLOW) for rank in range(1, 16) if rank != 11]
+STOP = 2  # the step after which each rank is stopped, and resumes
+
+
+def recipe(tmp_path, **fields):
+    """A Config of gpt2-small's recipe at the tiny shape."""
+    text = tmp_path / "words.txt"
+    if not text.exists():
+        write_text(text, 6000)
+        # Documents of 17 tokens or so, in rows of 32
+        text.write_text(text.read_text().replace(".\n", "<|endoftext|>"))
+    return tiny(text, tmp_path, **load_track("gpt2-small") | SHAPE | fields)
+
+
+def train_as(rank, size, local, tmp_path, monkeypatch, first=None, **fields):
+    """Train on a rank until it is stopped, then resume to the end; returns its Tape."""
+    with as_rank(rank, size, local, monkeypatch, first) as tape:
+        world = join_world(0)
+        assert (world.rank, world.size, world.local_size) == (rank, size, local)
+        requests = Requests()
+
+        judge, after_step = Guard.judge, Session.after_step
+
+        def marked_judge(guard, step, *args):
+            tape.mark("judge")
+            requests.stop = signal.SIGTERM if step == STOP - 1 else 0  # for the next one
+            return judge(guard, step, *args)
+
+        def marked_after_step(session, step, *args):
+            tape.mark("taken")
+            return after_step(session, step, *args)
+
+        monkeypatch.setattr(Guard, "judge", marked_judge)
+        monkeypatch.setattr(Session, "after_step", marked_after_step)
+        config = recipe(tmp_path, **fields)
+        with pytest.raises(Interrupted):
+            tg.train(config, world, requests)
+        tape.mark("resumes")
+        result = tg.train(tg.changed(config, resume="auto"), world, Requests())
+        assert result["steps"] == config.schedule.steps and result["resumed_at"] == [STOP]
+        assert result["world_size"] == size
+    monkeypatch.undo()
+    return tape
+
+
+def compare_bytes(tape, config, size, local):
+    """What each step exchanges is what the cluster model says: kinds, bytes and groups."""
+    steps = tape.between("judge", "taken")
+    assert len(steps) == config.schedule.steps
+    c = subject.Settings(config)
+    parameters = subject.parameters(c, 257)
+    for step, calls in enumerate(steps, 1):
+        tied = tg.stage_at(config, step).model.tied
+        expected = collections.Counter()
+        for x in cluster.collectives_of(c, parameters, size, local, tied):
+            if step % x.every == 0:
+                group = "all" if x.group == "node" and local == size else x.group
+                expected[x.kind, x.bytes, group] += 1
+        assert collections.Counter((x.kind, x.bytes, x.group) for x in calls) == expected, step
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """(size, local size) -> (the first rank's Tape, the folder of its run)."""
+
+    @functools.cache
+    def train(size, local):
+        folder = tmp_path_factory.mktemp("first")
+        with pytest.MonkeyPatch.context() as patch:
+            return train_as(0, size, local, folder, patch), folder
+
+    return train
+
+
+@pytest.mark.parametrize("size, local, rank", RANKS)
+def test_eight_ranks_call_the_same_collectives(first, monkeypatch, size, local, rank):
+    """From set-up to the end, through every stage, validations, a stop, a checkpoint and what
+    resumes from it: in the order of the first rank, with its shapes and dtypes. Steps exchange
+    what the cluster model says they do."""
+    expected, folder = first(size, local)
+    found = expected
+    if rank:
+        found = train_as(rank, size, local, folder, monkeypatch, expected)
+    assert found.calls == expected.calls and found.marks == expected.marks
+    stages = {tg.stage_at(recipe(folder), step) for step in range(1, SHAPE["steps"] + 1)}
+    assert len(stages) >= 3
+    compare_bytes(found, recipe(folder), size, local)
+
+
+def test_eight_ranks_that_differ_are_told_apart(first, monkeypatch):
+    """What the test above compares does show another order and another size."""
+    expected, folder = first(8, 8)
+    assert {x.kind for x in expected.calls} >= KINDS
+    with pytest.raises(AssertionError):
+        compare_bytes(expected, tg.changed(recipe(folder), ngram_rows=378), 8, 8)
+
+
+@pytest.mark.slow
+def test_eight_ranks_of_eight_processes_have_the_losses_of_one(nursery, tmp_path):
+    """Real processes and sums, in float32, through all stages."""
+    config = recipe(tmp_path, dtype="float32", checkpoint_every="off")
+    result = tg.train(tg.changed(config, run_dir=str(tmp_path / "alone")))
+    expected = [*train_losses(tmp_path / "alone"), result["val_loss"]]
+    done = nursery.run(options(config), tmp_path / "output", ranks=8)
+    assert done.statuses == [0] * 8, done.err
+    assert done.result["world_size"] == 8 and done.result["tokens"] == result["tokens"]
+    found = [*train_losses(tmp_path / "run"), done.result["val_loss"]]
+    assert found == pytest.approx(expected, rel=1e-4)
