@@ -17,6 +17,11 @@ class Synthetic(Dataset):
     def tokenizer(self):
         raise InputError("synthetic tokens have no text: expected --target-metric val_loss")
 
+    def prefixes(self):
+        """Made up: there are as many as in a real vocabulary."""
+        tokens = np.arange(self.n_vocab)
+        return np.where(tokens < min(256, self.n_vocab - 1), -1, tokens // 2)
+
 
 def vocabulary(source, tokenizer):
     """How many tokens there are, without the data; of characters, those of Tiny Shakespeare."""

@@ -43,6 +43,13 @@ class Dataset:
             )
         return self.load_tokenizer()
 
+    def prefixes(self):
+        """(n_vocab,) int64: the longest other token that each one begins with, -1 for none. Raises
+        InputError."""
+        from .tokenizers import longest_prefixes
+
+        return longest_prefixes(self.tokenizer.tokens, self.n_vocab)
+
     def manifest(self):
         """What a run keeps of the data it was trained on, as JSON can hold it: data.json."""
         splits = {}

@@ -366,6 +366,25 @@ def on_disk(name):
         ) from None
 
 
+def longest_prefixes(tokens, n_vocab):
+    """(n_vocab,) int64: the longest proper prefix of each token that is a token, -1 for none.
+
+    tokens: every id's bytes or str, in id order; ids beyond them, and those of no text, have none.
+    """
+    numbers = {}
+    for i, token in enumerate(tokens):
+        if token:
+            numbers.setdefault(token, i)
+    found = np.full(n_vocab, -1, dtype=np.int64)
+    for i, token in enumerate(tokens):
+        for length in range(len(token) - 1, 0, -1):
+            prefix = numbers.get(token[:length])
+            if prefix is not None:
+                found[i] = prefix
+                break
+    return found
+
+
 def gpt2_tokenizer():
     """GPT-2's BPE as tiktoken ships it (downloaded once by tiktoken, then read from its cache)."""
     import tiktoken

@@ -29,6 +29,8 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
     dtype                          attribute: of large parameters and activations
     recompute                      attribute: compute blocks again in backward (set by the trainer)
     init_weights(seed)             new weights, the same on every device
+    learn_tokens(dataset)          take from a data.Dataset what the loss needs to know of its
+                                   tokens' bytes. Raises InputError; only if it needs anything
     enter(progress)                fill buffers for the stage that this progress is in
     forward(inputs, targets, cu_seqlens, stage, target_weights=None)
                                    summed cross-entropy, an fp32 scalar, over targets that are not

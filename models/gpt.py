@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from base import InputError
 from base.options import (
     BY_STAGE,
     COUNT,
@@ -66,6 +67,10 @@ SMALL = (  # parameters
 )
 LARGE = "value_embeds", "embed", "ngram_embeds", "lm_head", "attn_bank", "mlp_bank"
 
+WEIGHTS = (
+    lambda ws: ws and all(0 <= w < math.inf for w in ws),
+    "numbers of zero or more",
+)
 SAMPLED = (
     lambda ns: ns and all(n >= 0 and n % 64 == 0 for n in ns),
     "multiples of 64, or 0",
@@ -81,6 +86,7 @@ class Stage(typing.NamedTuple):
     tied: bool  # whether the head is the embedding as well
     n_targets: int  # next tokens that each one predicts
     n_sampled: int  # tokens in the softmax, 0 for all
+    prefix: bool = False  # whether a target's own beginning is predicted as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +149,12 @@ class Config(Options):
     mtp: tuple[int, ...] = option(
         (1,), "next tokens each one predicts, by stage; the farthest fades out", BY_STAGE
     )
+    prefix_loss: tuple[float, ...] = option(
+        (0.0,),
+        "weight of predicting the longest token that the next one begins with, by stage; it fades "
+        "out over the last stage that has it",
+        WEIGHTS,
+    )
     sampled_softmax: tuple[int, ...] = option(
         (0,),
         "tokens the training loss chooses among, by stage: the targets of a forward pass, which "
@@ -181,6 +193,8 @@ class Config(Options):
             self.refuse("backout", "a layer before the last, or -1")
         if self.copies and any(n > 1 for n in self.mtp):
             self.refuse("copies", "0 where several next tokens are predicted (--mtp)")
+        if self.copies and any(self.prefix_loss):
+            self.refuse("copies", "0 where prefixes are predicted (--prefix-loss)")
         if self.softcap and not self.softcap_is_valid():
             self.refuse("softcap", "three numbers, or none")
 
@@ -242,6 +256,7 @@ class Config(Options):
             tied=progress < self.tied,
             n_targets=by_stage(self.mtp, progress),
             n_sampled=by_stage(self.sampled_softmax, progress),
+            prefix=by_stage(self.prefix_loss, progress) > 0,
         )
 
     def at_the_end(self):
@@ -251,13 +266,17 @@ class Config(Options):
         if self.extension_windows:
             short, long = self.extension_windows
             ends |= dict(short_window=(short,), long_window=(long,), extension_windows=())
-        return ends | dict(sampled_softmax=(0,), tied=float(self.tied == 1))
+        return ends | dict(sampled_softmax=(0,), prefix_loss=(0.0,), tied=float(self.tied == 1))
 
     def val_stage(self, stage, max_doc_len):
         """The same for validation: windows of the end, one target, all tokens in the softmax."""
         short, long = self.val_windows or self.last_windows
         return stage._replace(
-            windows=self.windows(short, long), max_doc_len=max_doc_len, n_targets=1, n_sampled=0
+            windows=self.windows(short, long),
+            max_doc_len=max_doc_len,
+            n_targets=1,
+            n_sampled=0,
+            prefix=False,
         )
 
     def is_new_loss(self, before, after):
@@ -266,14 +285,17 @@ class Config(Options):
 
     def target_weights(self, progress):
         """1, 1/2, 1/4, ... for the next tokens that are predicted; the farthest fades out over its
-        stage. None for one."""
+        stage. Behind them that of the prefix, where there is one. None for one token alone."""
         n = by_stage(self.mtp, progress)
-        if n == 1:
-            return None
-        left = 1 - (progress * len(self.mtp) - stage_number(self.mtp, progress))
         weights = [0.5**k for k in range(n)]
-        weights[-1] *= max(0.0, left)
-        return weights
+        if n > 1:
+            weights[-1] *= left_of_stage(self.mtp, progress)
+        prefix = by_stage(self.prefix_loss, progress)
+        if prefix:
+            later = self.prefix_loss[stage_number(self.prefix_loss, progress) + 1 :]
+            fades = not any(later)
+            weights.append(prefix * (left_of_stage(self.prefix_loss, progress) if fades else 1))
+        return weights if len(weights) > 1 else None
 
     # ----------------------------------------------------------------------------------------------
     # What others call it
@@ -342,6 +364,11 @@ class Config(Options):
             softcap=self.softcap,
             copies=self.copies,
         )
+
+
+def left_of_stage(values, progress):
+    """How much of a stage is still to come, from 1 to 0."""
+    return max(0.0, 1 - (progress * len(values) - stage_number(values, progress)))
 
 
 class Layer(typing.NamedTuple):
@@ -416,6 +443,10 @@ class Model(nn.Module):
         g = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (1024 * c.ngram_signs, C), generator=g, device="cpu")
         self.register_buffer("signs", (2 * signs - 1).to(self.cos), persistent=False)
+        # The longest token that each one begins with: known after learn_tokens()
+        prefixes = torch.full((V if any(c.prefix_loss) else 0,), IGNORE)
+        self.register_buffer("prefixes", prefixes, persistent=False)
+        self.knows_tokens = False
         self.enter(0.0)
         # In FP8 each layer's MLP is a module with scales of its own; else all are one function
         mlps = [self.ops.new_mlp() for _ in range(L)]
@@ -451,6 +482,21 @@ class Model(nn.Module):
         # The residual stream as it is, nothing of the embedding again
         self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand_as(self.lambdas))
         self.scalars.copy_(torch.tensor([0.0, 0.2, -0.5]))
+
+    def learn_tokens(self, dataset):
+        """What the loss needs to know of the tokens' texts. Raises InputError where those are out
+        of reach."""
+        if not len(self.prefixes):
+            return
+        try:
+            table = torch.from_numpy(dataset.prefixes())
+        except InputError as e:
+            raise InputError(
+                f"the prefix loss needs to know the bytes of each token: {e}; --prefix-loss 0 "
+                "trains without it, and takes more steps"
+            ) from None
+        self.prefixes[: len(table)] = table.where(table >= 0, IGNORE).to(self.prefixes.device)
+        self.knows_tokens = True
 
     def enter(self, progress):
         """Fill the rotary tables for the stage that this progress is in."""
@@ -664,13 +710,20 @@ class Model(nn.Module):
     def forward(self, inputs, targets, cu_seqlens, stage, target_weights=None):
         """Summed cross-entropy (fp32 scalar) over the targets that are not padding.
 
-        target_weights: (n,) fp32 for predicting the n next tokens from each, None for one.
+        target_weights: (n,) fp32 for predicting the n next tokens from each, and behind these the
+        next one's prefix where the stage has that; None for one.
         """
         # Every token is a row of its own from here on
         x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
         starts = document_starts(inputs, cu_seqlens)
         counts = copies.earlier(inputs, targets, starts, self.c.copies) if self.c.copies else None
-        targets = later_targets(targets, starts, stage.n_targets).flatten(0, 1)  # (B T, n)
+        columns = later_targets(targets, starts, stage.n_targets)
+        if stage.prefix:
+            if not self.knows_tokens:
+                raise ValueError("the prefix loss needs learn_tokens() before")
+            prefix = self.prefixes[targets.clamp(min=0)].where(targets != IGNORE, IGNORE)
+            columns = torch.cat([columns, prefix[..., None]], dim=2)
+        targets = columns.flatten(0, 1)  # (B T, n)
 
         # Sampled softmax: only some columns of the head take part. Seeded by the tokens, so that a
         # resumed run chooses the same

@@ -69,6 +69,8 @@ def set_up(config, stages, world, data, log):
     with device:
         model = build()  # weights are drawn when a run begins
     model.recompute = recompute
+    if hasattr(model, "learn_tokens"):
+        machine.first_rank_first(world, lambda: model.learn_tokens(data.dataset))
 
     # Passes of equal size, by stage; validation goes by about as many tokens
     micro_rows = {}

@@ -91,7 +91,15 @@ def test_what_is_listed_is_what_templates_have():
     """And the smallest one has no more, but its options and how it computes."""
     listed = set(re.findall(r"^    (\w+)(?:\(| {3,})", models.__doc__, re.M))
     assert listed <= public(gpt) | {"quantizable"}
-    optional = {"head_dim", "at_the_end", "log_probs", "new_cache", "decode", "quantizable"}
+    optional = {
+        "head_dim",
+        "at_the_end",
+        "learn_tokens",
+        "log_probs",
+        "new_cache",
+        "decode",
+        "quantizable",
+    }
     assert listed - optional == public(ngram_mlp) - set(OWN) - {"features"}
 
 

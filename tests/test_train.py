@@ -623,7 +623,7 @@ def test_help_names_every_field_and_track(capsys):
 
 def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
     """The real track on shards in FineWeb's form, with a small model and no vocabulary to be
-    had."""
+    had, so that the prefix loss has to be given up in so many words."""
     monkeypatch.setattr(
         "data.sources.fineweb10B.gpt2_tokenizer",
         lambda: (_ for _ in ()).throw(InputError("no network")),
@@ -656,7 +656,9 @@ def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
         target=10.5,
     )
     c = tg.configure(**(load_track("gpt2-small") | changes))
-    result = tg.train(c)
+    with pytest.raises(InputError, match="prefix loss needs .* no network; --prefix-loss 0 trains"):
+        tg.train(c)
+    result = tg.train(tg.changed(c, prefix_loss=(0.0,)))
     assert result["reached"] and result["val_bpb"] is None
     assert math.isfinite(result["val_loss"])
 

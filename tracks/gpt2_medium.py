@@ -29,6 +29,7 @@ TRACK = TRACK | dict(
     extension_windows=(),
     val_windows=(1408, 3456),
     mtp=(3, 2, 1, 1),
+    prefix_loss=(0.25, 0.25, 0.0, 0.0),
     tied=1 / 6,
     cooldown=0.7,
     eval_every=500,

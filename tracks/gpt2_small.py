@@ -46,6 +46,7 @@ TRACK = dict(
     val_windows=(768, 2560),
     yarn=True,
     mtp=(3, 2, 1),
+    prefix_loss=(0.25, 0.25, 0.0),
     tied=2 / 3,
     momentum_warmup=0.2333,
     muon_lr=0.023,

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HF
 
 from base import InputError
-from data.tokenizers import Tokenizer, gpt2_tokenizer, load_tokenizer, make_tokenizer
+from data.tokenizers import (
+    Tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    longest_prefixes,
+    make_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = settings(deadline=None, max_examples=30)
@@ -369,3 +375,26 @@ def test_gpt2_without_a_network(monkeypatch, error):
             and type(error).__name__ in str(e.value)
             and "\n" not in str(e.value)
         )
+
+
+# --- Prefixes
+
+
+def test_the_longest_prefix_of_each_token():
+    """Proper ones, by bytes; of no text there is none, nor one that is it."""
+    tokens = [b"a", b"b", b"ab", b"abc", b"abcde", b"", b"\xc3", "\u00e9".encode(), b"zz"]
+    found = longest_prefixes(tokens, 12)
+    assert found.tolist() == [-1, -1, 0, 2, 3, -1, -1, 6, -1, -1, -1, -1]
+    assert found.dtype == np.int64
+
+
+def test_longest_prefixes_of_a_trained_vocabulary():
+    """Against every pair of tokens."""
+    words = make_tokenizer("bpe:400", once(SAMPLE))
+    tokens = words.tokens
+    found = longest_prefixes(tokens, words.n_vocab)
+    for token, number in zip(tokens, found):
+        begins = [t for t in tokens if len(t) < len(token) and token.startswith(t)]
+        expected = max(begins, key=len) if begins else None
+        assert (tokens[number] if number >= 0 else None) == expected
+    assert (found >= 0).sum() > 50

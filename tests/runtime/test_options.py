@@ -440,7 +440,7 @@ def try_command(argv):
             assert len(stage.model.windows) == len(val_stage.windows) == c.model.n_layer
             assert 0 <= tg.lr_scale(c.schedule, progress) < math.inf
             assert 0.8 < tg.muon_momentum(progress) < 1
-            one_target = stage.model.n_targets == 1
+            one_target = stage.model.n_targets == 1 and not stage.model.prefix
             assert (c.model.target_weights(progress) is None) == one_target
         model = types.SimpleNamespace(c=c.model, ops=types.SimpleNamespace(polar_express=None))
         rules = gpt.Model.update_rules(model, c.optim)
