@@ -136,8 +136,6 @@ class Ours(Variant):
         self.weight_bytes = matrices * self.model.embed.element_size()
         if kind:
             self.weight_bytes = matrices * quantize(self.model, kind) / 8
-        layers = self.model.layers()
-        self.model.layers = lambda: layers
         self.stage = c.stage(1.0, max_len)
         self.device = device
 

@@ -35,10 +35,12 @@ class Engine:
 
     model: a template's Model; stage: the template's, one for validation; tokenizer: the one it was
     trained with; max_len: tokens that the model holds of a text. When they are used up, it goes on
-    with the second half of them.
+    with the second half of them. prompt_lookup: tokens that are tried at once, as what followed
+    when the text had its last words before; those that would have been drawn anyway stay (Saxena
+    2023, prompt lookup decoding), so only the time changes.
     """
 
-    def __init__(self, model, stage, tokenizer, max_len, places=PLACES, part=PART):
+    def __init__(self, model, stage, tokenizer, max_len, places=PLACES, part=PART, prompt_lookup=0):
         self.decoder = decoder_of(model)
         self.model = model
         self.stage = stage
@@ -46,6 +48,8 @@ class Engine:
         self.max_len = max_len
         self.places = places
         self.part = part
+        # Templates without a cache have nothing to gain
+        self.prompt_lookup = prompt_lookup if self.decoder is model else 0
         self.device = next(model.parameters()).device
         self.beginnings = {}  # promised text -> (n_vocab,) bool: tokens that keep the promise
         self.waiting = collections.deque()  # Completions that have no place yet
@@ -107,9 +111,13 @@ class Engine:
         if joined:
             said += self.say(joined, logits)
         if decoded:
-            new = [c.tokens[-1:] for c in decoded]
-            logits = self.decode(new, self.cache)
-            said += self.say(decoded, logits)
+            guesses = [self.guess(row, c) for row, c in enumerate(decoded)]
+            if any(guesses):
+                said += self.try_guesses(decoded, guesses)
+            else:
+                new = [c.tokens[-1:] for c in decoded]
+                logits = self.decode(new, self.cache)
+                said += self.say(decoded, logits)
         if joined:
             self.cache.join(self.reading_cache)
             self.live += joined
@@ -184,9 +192,46 @@ class Engine:
                 chosen.append(completion)
         return chosen
 
-    def decode(self, rows, cache):
+    def guess(self, row, completion):
+        """Tokens that may follow: those that did when the last three, or two, were there before."""
+        left = completion.request.max_tokens - len(completion.written)
+        room = self.max_len - self.cache.lengths[row]
+        most = min(self.prompt_lookup, left - 1, room - 1)
+        if most < 1 or completion.finish_reason is not None:
+            return []
+        tokens = completion.in_sight
+        for n in 3, 2:
+            last = tokens[-n:]
+            for i in range(len(tokens) - n - 1, -1, -1):
+                if tokens[i : i + n] == last:
+                    return tokens[i + n : i + n + most]
+        return []
+
+    def try_guesses(self, completions, guesses):
+        """Decode the last token of each with its guesses, and draw as many as those agree with;
+        returns [(completion, text), ...] as step() does."""
+        new = [c.tokens[-1:] + guess for c, guess in zip(completions, guesses)]
+        logits = self.decode(new, self.cache, every=True)
+        said = []
+        stay = []  # of the new tokens, by row
+        for row, (completion, guess) in enumerate(zip(completions, guesses)):
+            n = 0
+            text = ""
+            while completion.finish_reason is None and n <= len(guess):
+                [token] = self.choose([completion], logits[row, n : n + 1])
+                text += completion.add(token)
+                n += 1
+                if guess[n - 1 : n] != [token]:
+                    break
+            stay.append(max(1, n))
+            if text or completion.finish_reason is not None:
+                said.append((completion, text))
+        self.cache.end(stay)
+        return said
+
+    def decode(self, rows, cache, **how):
         """Lists of new token ids -> logits (B, n_vocab) of what follows them, on the CPU."""
-        logits = self.decoder.decode(*padded(rows, self.device), cache, self.stage)
+        logits = self.decoder.decode(*padded(rows, self.device), cache, self.stage, **how)
         if not logits.isfinite().all():
             raise InputError("the model's logits are not finite: its weights are of no use")
         return logits.cpu()

@@ -57,6 +57,14 @@ def make_parser(verb, description, epilog, tokens):
         metavar="N",
         help=f"tokens to write at most [{tokens}]",
     )
+    parser.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N tokens at once that followed the same words before: faster where text repeats "
+        "itself, and the same text [0]",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
     parser.add_argument(
         "--stop",
@@ -82,6 +90,8 @@ def check(args):
         raise InputError(f"--tokens {args.tokens}: expected a positive number")
     if not 0 <= args.seed < 2**62:
         raise InputError(f"--seed {args.seed}: expected zero or more")
+    if args.prompt_lookup < 0:
+        raise InputError(f"--prompt-lookup {args.prompt_lookup}: expected zero or more")
     if "" in args.stop:
         raise InputError("--stop: expected a text, found an empty one")
     given = {f.name: getattr(args, f.name) for f in KNOBS}
@@ -97,6 +107,7 @@ def open_run(args, **about):
     if args.quantize:
         bits = quantize(saved.model, args.quantize)
         say(f"{args.quantize}: {bits:.2f} bits a weight over all parameters")
+    about["prompt_lookup"] = args.prompt_lookup
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
 
 

@@ -45,11 +45,13 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
                                    how many each row holds, keep(rows), to forget all rows but
                                    these, and join(other), to take over another one's rows;
                                    models/cache.py has one for attention
-    decode(inputs, counts, cache, stage)
+    decode(inputs, counts, cache, stage, every=False)
                                    (B, n_vocab) fp32, what follows the new tokens of each row, which
                                    is a document; inputs: (B, S) int64, padded on the right; counts:
-                                   how many are no padding, 1 or more. Without these two, sampling
-                                   calls logits() with all tokens each time
+                                   how many are no padding, 1 or more. every: (B, S, n_vocab), what
+                                   follows each of them, and cache.end(counts) has to be called.
+                                   Without these two, sampling calls logits() with all tokens each
+                                   time
     quantizable                    attribute: dict(layer={field of a Layer: whether it is stored
                                    transposed}, tables=names, banks=names) of matrices that may be
                                    replaced, for inference/quantize.py. Without it it rounds them

@@ -26,6 +26,7 @@ class KVCache:
         self.layers = layers  # the model's, which need not take its banks apart for every token
         self.kv = {}  # layer -> keys and values, (B or more, capacity, H, D) each
         self.last = {}  # name -> (B, 1, ...): of each row's last token
+        self.new = {}  # name -> (B, S, ...): the same of the tokens that are being computed
         self.texts = []  # (T,) int64 of each row, where a model asks for them
         # Of the tokens that are being computed
         self.counts = None
@@ -43,8 +44,14 @@ class KVCache:
         self.counts = counts
         self.tables = {}
 
-    def end(self):
+    def end(self, counts=None):
+        """Keep the new tokens, or only the first counts[b] of row b's, one or more; what follows
+        those is forgotten."""
+        self.counts = counts or self.counts
         self.lengths = [length + n for length, n in zip(self.lengths, self.counts)]
+        self.last |= {name: self.of_last(x) for name, x in self.new.items()}
+        self.new = {}
+        self.texts = [text[:length] for text, length in zip(self.texts, self.lengths)]
 
     def keep(self, rows):
         """Forget all rows but these; `rows` are their numbers, in the order they will have.
@@ -102,7 +109,7 @@ class KVCache:
         name: of x, under which the last value is kept for the next call.
         """
         before = self.last.get(name, first[:, :1])
-        self.last[name] = self.of_last(x)
+        self.new[name] = x
         return torch.cat([before, x[:, :-1]], dim=1)
 
     def positions(self, n=1):

@@ -799,23 +799,29 @@ class Model(nn.Module):
         """An empty cache for decode()."""
         return KVCache(rows, self.embed.device, self.layers())
 
-    def decode(self, inputs, counts, cache, stage):
+    def decode(self, inputs, counts, cache, stage, every=False):
         """The new tokens of each row, and what follows them: (B, n_vocab) fp32.
 
         inputs: (B, S) int64, padded on the right; counts: B numbers of tokens without the padding,
         each 1 or more; cache: has the tokens before, and then these as well. A row's first token
-        begins a document, and all are part of it.
+        begins a document, and all are part of it. every: what follows each of them, (B, S,
+        n_vocab), and the caller tells cache.end() how many stay.
         """
         cache.begin(inputs.size(1), counts)
         x = self.hidden(inputs, None, stage, cache)
-        x = cache.of_last(x)[:, 0]  # (B, C)
+        if not every:
+            x = cache.of_last(x)  # (B, 1, C)
         logits = self.head(x)
         if self.c.copies:
-            texts = cache.texts_with(inputs)
-            rows = [self.mix_in(*row) for row in zip(x, logits, texts)]
-            logits = torch.stack(rows)
+            for row, text in enumerate(cache.texts_with(inputs)):
+                n = counts[row] if every else 1  # places whose logits these are
+                for i in range(n):
+                    so_far = text[: len(text) - n + 1 + i]
+                    logits[row, i] = self.mix_in(x[row, i], logits[row, i], so_far)
+        if every:
+            return logits
         cache.end()
-        return logits
+        return logits[:, 0]
 
     def head(self, x):
         """(..., C) -> logits (..., n_vocab), fp32."""

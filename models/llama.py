@@ -500,16 +500,19 @@ class Model(nn.Module):
         """An empty cache for decode()."""
         return KVCache(rows, self.embed.device, self.layers())
 
-    def decode(self, inputs, counts, cache, stage):
+    def decode(self, inputs, counts, cache, stage, every=False):
         """The new tokens of each row, and what follows them: (B, n_vocab) fp32.
 
         inputs: (B, S) int64, padded on the right; counts: B numbers of tokens without the padding,
         each 1 or more; cache: has the tokens before, and then these as well. A row's first token
-        begins a document, and all are part of it.
+        begins a document, and all are part of it. every: what follows each of them, (B, S,
+        n_vocab), and the caller tells cache.end() how many stay.
         """
         cache.begin(inputs.size(1), counts)
-        x = cache.of_last(self.hidden(inputs, None, stage, cache))[:, 0]  # (B, C)
-        cache.end()
+        x = self.hidden(inputs, None, stage, cache)
+        if not every:
+            x = cache.of_last(x)[:, 0]  # (B, C)
+            cache.end()
         return linear(x, self.head[: self.n_vocab]).float()
 
     # ----------------------------------------------------------------------------------------------

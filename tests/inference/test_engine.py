@@ -187,9 +187,9 @@ def small():
     return model, stage_of(c, max_doc_len=64)
 
 
-def engine_of(small, cached=True, max_len=64):
+def engine_of(small, cached=True, max_len=64, **about):
     model, stage = small
-    engine = Engine(model, stage, BPE, max_len)
+    engine = Engine(model, stage, BPE, max_len, **about)
     if not cached:
         engine.decoder = Recomputing(model)
         engine.clear()
@@ -222,6 +222,38 @@ def test_whoever_else_is_in_the_batch(small, max_len, order):
     for request, done in zip(requests, together):
         [alone] = engine_of(small, max_len=max_len).generate([request])
         assert alone.tokens == done.tokens and alone.text == done.text
+
+
+REPEATING = [
+    Request("def foo foo bar foo foo bar foo", 40, GREEDY, seed=1, alternatives=2),
+    Request("aaaaaaaaaaaaaaaaaaaaaaaa", 30, Sampling(0.3, logit_bias=ENDLESS), seed=2),
+    Request("ab ab ab ab ab", 25, Sampling(0.7, 0, 0.9, 0.0, 1.2, 3, logit_bias=ENDLESS), seed=3),
+    Request("x y x y", 30, PLAIN, seed=4, stop=("e", "o")),
+    Request("", 1, GREEDY, seed=5),
+]
+
+
+@pytest.mark.parametrize("max_len", [64, 34])
+def test_tokens_that_are_looked_up_change_the_time_only(small, max_len):
+    plain = engine_of(small, max_len=max_len)
+    quick = engine_of(small, max_len=max_len, prompt_lookup=4)
+    calls = {plain: 0, quick: 0}
+    for engine in calls:
+        decode = engine.decode
+
+        def counted(*args, engine=engine, decode=decode, **how):
+            calls[engine] += 1
+            return decode(*args, **how)
+
+        engine.decode = counted
+    for requests in REPEATING, REQUESTS, *([r] for r in REPEATING):
+        expected = plain.generate(requests)
+        found = quick.generate(requests)
+        for one, other in zip(expected, found):
+            assert one.tokens == other.tokens and one.text == other.text
+            assert one.finish_reason == other.finish_reason
+            assert [d.token for d in one.drawn] == [d.token for d in other.drawn]
+    assert calls[quick] < 0.9 * calls[plain]
 
 
 def test_the_seed_decides(small):

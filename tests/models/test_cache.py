@@ -139,3 +139,26 @@ def test_rounding_is_that_of_the_whole_in_the_same_dtype():
     ours = (in_pieces(model, inputs, stage, [20] + [1] * 40) - exact[:, 19:]).abs()
     assert 0 < ours.mean() <= 1.2 * error.mean()
     assert ours.max() <= 2 * error.max()
+
+
+@pytest.mark.parametrize(["fields", "changes"], MODELS)
+@torch.no_grad()
+def test_of_tokens_that_are_tried_as_many_stay_as_are_kept(fields, changes):
+    """Each tried token has its logits, and what is not kept leaves no trace."""
+    model, stage = model_and_stage(fields, changes)
+    inputs = text(2, 24)
+    expected = whole(model, inputs, stage)
+    cache = model.new_cache(2)
+    model.decode(inputs[:, :3], [3, 3], cache, stage)
+    at = [3, 3]
+    for kept in [4, 1], [1, 3], [2, 2], [5, 5]:
+        tried = torch.randint(257, (2, 5))  # the right ones, then others
+        for row, n in enumerate(kept):
+            tried[row, :n] = inputs[row, at[row] : at[row] + n]
+        logits = model.decode(tried, [5, 5], cache, stage, every=True)
+        for row, n in enumerate(kept):
+            there = expected[row, at[row] : at[row] + n]
+            torch.testing.assert_close(logits[row, :n].double(), there.double())
+            at[row] += n
+        cache.end(kept)
+        assert cache.lengths == at
