@@ -658,7 +658,7 @@ def test_gpt2_small_reads_its_shards_and_trains(tmp_path, monkeypatch):
     c = tg.configure(**(load_track("gpt2-small") | changes))
     with pytest.raises(InputError, match="prefix loss needs .* no network; --prefix-loss 0 trains"):
         tg.train(c)
-    result = tg.train(tg.changed(c, prefix_loss=(0.0,)))
+    result = tg.train(tg.changed(c, prefix_loss=(0.0,), run_dir=str(tmp_path / "again")))
     assert result["reached"] and result["val_bpb"] is None
     assert math.isfinite(result["val_loss"])
 
