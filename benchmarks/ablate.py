@@ -73,7 +73,8 @@ def of(field, off, on):
 
 def switches():
     """The options that are on or off, each a piece."""
-    names = "smear attn_gate key_offset shuffle normuon row_moments".split()
+    names = "smear attn_gate key_offset qkvo_scales gate_by_value paired_near shuffle".split()
+    names += ["normuon", "row_moments"]
     return {name.replace("_", "-"): of(name, False, True) for name in names}
 
 
@@ -92,6 +93,16 @@ def free_layers(c):
     return tuple(i for i in range(0, c.n_layer - 1, 2) if i not in c.skip[1:])
 
 
+def unpaired_layers(c):
+    """Layers that have attention without pairs."""
+    return tuple(i for i in range(c.n_layer) if i not in (*c.skip[1:], *c.paired_layers))
+
+
+def two_thirds(c):
+    """The layer behind which a third of them is left."""
+    return min(2 * c.n_layer // 3, c.n_layer - 2)
+
+
 PIECES = {
     "softcap": of("softcap", (), (23.0, 5.0, 7.5)),
     "value-embeds": of(
@@ -99,9 +110,13 @@ PIECES = {
     ),
     "ngrams": Piece(dict(n_gram=1, ngram_signs=False), dict(n_gram=2)),
     "ngram-signs": of("ngram_signs", False, lambda c: c.n_gram > 1),
+    "smear-first": of("smear_first", False, lambda c: c.smear),
+    "gate-layers": of("attn_gate_layers", (), lambda c: (c.n_layer - 1,) * c.attn_gate),
     "paired-heads": of("paired_layers", (), free_layers),
+    "xsa": of("xsa_layers", (), unpaired_layers),
+    "attn-input": of("attn_input", -1, two_thirds),
     "skip": of("skip", (), lambda c: ((c.n_layer + 1) // 4, (c.n_layer + 1) // 2)),
-    "backout": of("backout", -1, lambda c: min(2 * c.n_layer // 3, c.n_layer - 2)),
+    "backout": of("backout", -1, two_thirds),
     "mtp": of("mtp", (1,), (2, 1)),
     "sampled-softmax": of(
         "sampled_softmax", (0,), lambda c: (min(16384, -(-min(c.batch_tokens) // 128) * 64),)

@@ -78,7 +78,7 @@ def own_parts(config):
     """The parts of a speedrun's model, in words."""
     names = dict(
         value_embed_layers="value embeddings",
-        output_gate="gates on heads",
+        output_gate_layers="gates on heads",
         key_offset_layers="key offset",
         smear="smear",
         paired_layers="paired heads",

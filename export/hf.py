@@ -22,7 +22,16 @@ from .weights import save_weights, write_json
 HERE = Path(__file__).parent
 FAMILIES = ("llama", "qwen3")  # that transformers and llama.cpp have classes for
 # Of the speedrun's template: what modeling_stopwatch.py has, besides model.* and the head
-PARTS = {"lambdas", "scalars", "smear_gate", "ngram_embeds", "mix_gates", "mix_counts"}
+PARTS = {
+    "lambdas",
+    "scalars",
+    "qkvo_scales",
+    "smear_gate",
+    "xsa_strengths",
+    "ngram_embeds",
+    "mix_gates",
+    "mix_counts",
+}
 TABLES = ("embed_tokens.weight", "value_embed.weight", "lm_head.weight")  # a row for each token
 
 

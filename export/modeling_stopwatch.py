@@ -42,10 +42,15 @@ class StopwatchConfig(PretrainedConfig):
         value_embed_layers=(),  # layers whose values get a second embedding of the token
         key_offset_layers=(),  # layers where half of a key is its predecessor's
         paired_layers=(),  # layers where two heads see each other's keys
-        output_gate=False,  # whether each head's output has a gate
+        output_gate_layers=(),  # layers where each head's output has a gate
+        xsa_layers=(),  # layers whose heads leave out what points along the token's own value
+        qkvo_scales=False,  # whether attention's matrices have scales
+        gate_by_value=False,  # whether a value embedding's gate sees that embedding
+        attn_input=-1,  # a layer whose output attention sees in all layers behind it
         skip=(),  # two layers: the second has no attention but the first one's output
         backout=-1,  # a layer whose output is taken out of the last one's; -1 is none
         smear=False,  # whether a share of the previous token's embedding is added
+        smear_first=False,  # whether that is done before the first norm
         n_gram=1,  # n-grams up to this length have embeddings
         ngram_rows=0,  # of the table for each length
         ngram_signs=False,  # whether each n-gram flips signs of its row
@@ -67,10 +72,15 @@ class StopwatchConfig(PretrainedConfig):
         self.value_embed_layers = list(value_embed_layers)
         self.key_offset_layers = list(key_offset_layers)
         self.paired_layers = list(paired_layers)
-        self.output_gate = output_gate
+        self.output_gate_layers = list(output_gate_layers)
+        self.xsa_layers = list(xsa_layers)
+        self.qkvo_scales = qkvo_scales
+        self.gate_by_value = gate_by_value
+        self.attn_input = attn_input
         self.skip = list(skip)
         self.backout = backout
         self.smear = smear
+        self.smear_first = smear_first
         self.n_gram = n_gram
         self.ngram_rows = ngram_rows
         self.ngram_signs = ngram_signs
@@ -96,7 +106,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, C, bias=False)
         self.v_proj = nn.Linear(C, C, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
-        if c.output_gate:
+        if layer in c.output_gate_layers:
             self.output_gate = nn.Linear(GATE_INPUTS, H, bias=False)
         if layer in c.value_embed_layers:
             self.value_embed = nn.Embedding(c.vocab_size, C)
@@ -145,6 +155,8 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         "lambdas",
         "scalars",
         "smear_gate",
+        "qkvo_scales",
+        "xsa_strengths",
         "mix_gates",
         "mix_counts",
         "output_gate",
@@ -159,6 +171,11 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(C, c.vocab_size, bias=False)
         self.lambdas = nn.Parameter(torch.zeros(c.num_hidden_layers, 2))
         self.scalars = nn.Parameter(torch.zeros(3))  # weights of smear, skip and backout
+        if c.qkvo_scales:
+            self.qkvo_scales = nn.Parameter(torch.zeros(len(self.attention_layers()), 2))
+        if c.xsa_layers:
+            n = len(c.xsa_layers)
+            self.xsa_strengths = nn.Parameter(torch.zeros(n, c.num_attention_heads))
         if c.smear:
             self.smear_gate = nn.Parameter(torch.zeros(1, GATE_INPUTS))
         if c.n_gram > 1:
@@ -268,7 +285,7 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
             if i in c.skip[1:]:
                 x = x + skip * outputs[c.skip[0]]
             else:
-                h = norm(x)
+                h = norm(outputs[c.attn_input] if 0 <= c.attn_input < i else x)
                 keep = Keep(cache, n_attention, past - begin)
                 x = x + self.attend(i, layer.self_attn, h, tokens[:, begin:], positions, keep)
                 n_attention += 1
@@ -290,15 +307,25 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         at = torch.arange(start, start + tokens.size(1), device=tokens.device)
         begins = at <= first[:, None]  # (B, T - start): a document, or the padding before it
         x = self.model.embed_tokens(tokens)
+        if c.smear_first:
+            x = self.smeared(x, begins, smear)
         if c.norm_embedding:
             x = norm(x)
         if c.n_gram > 1:
             x = x + self.embed_ngrams(tokens, begins)
         x = norm(x)
-        if c.smear:
-            share = smear * gate(x, self.smear_gate)  # (B, T - start, 1)
-            x = x + share * one_before(x, begins, 0.0)
+        if not c.smear_first:
+            x = self.smeared(x, begins, smear)
         return x[:, begin - start :]
+
+    def smeared(self, x, begins, smear):
+        """(B, T, C) with a gated share of the token before."""
+        if not self.config.smear:
+            return x
+        share = smear * gate(x, self.smear_gate)  # (B, T, 1)
+        if self.config.smear_first:
+            share = share / 2  # from 0 to 1
+        return x + share * one_before(x, begins, 0.0)
 
     def embed_ngrams(self, tokens, begins):
         """Sum of the embeddings of the 2-gram, 3-gram, ... that end at each token: (B, T, C)."""
@@ -336,9 +363,12 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         D = c.head_dim
         # In a layer of pairs, heads h and h + H / 2 take turns in time
         n = 2 if i in c.paired_layers else 1
-        q = layer.q_proj(h).view(B, n * S, H // n, D)
-        k = layer.k_proj(h).view(B, n * S, H // n, D)
-        v = layer.v_proj(h).view(B, S, H, D)
+        of_qkv = of_o = 1
+        if c.qkvo_scales:
+            of_qkv, of_o = self.qkvo_scales[self.attention_layers().index(i)].to(h.dtype)
+        q = (of_qkv * layer.q_proj(h)).view(B, n * S, H // n, D)
+        k = (of_qkv * layer.k_proj(h)).view(B, n * S, H // n, D)
+        v = (of_qkv * layer.v_proj(h)).view(B, S, H, D)
         turns = n * positions[:, :, None] + torch.arange(n, device=h.device)
         turns = turns.flatten(1)  # (B, n S)
         cos, sin = self.angles(turns, q)
@@ -351,7 +381,12 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
             k = torch.where(still & ~own, k.roll(1, dims=1), k)
         if i in c.value_embed_layers:
             second = layer.value_embed(tokens).view(B, S, H, D)
-            v = v + gate(h, layer.value_gate.weight)[..., None] * second
+            seen = h
+            if c.gate_by_value:
+                half = GATE_INPUTS // 2
+                seen = torch.cat([h[..., :half], second.flatten(2)[..., :half]], dim=-1)
+            v = v + gate(seen, layer.value_gate.weight)[..., None] * second
+        own = v
         v = v.reshape(B, n * S, H // n, D)
 
         k, v = keep.all(k.transpose(1, 2), v.transpose(1, 2), n)
@@ -363,9 +398,13 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
             scale=c.attention_scale,
         )
         y = y.transpose(1, 2).reshape(B, S, H, D)
-        if c.output_gate:
+        if i in c.xsa_layers:
+            strength = self.xsa_strengths[c.xsa_layers.index(i)]
+            along = (y * own).sum(-1) / own.square().sum(-1).clamp(min=1e-8)  # (B, S, H)
+            y = y - (strength.tanh().to(y.dtype) * along)[..., None] * own
+        if i in c.output_gate_layers:
             y = gate(h, layer.output_gate.weight)[..., None] * y
-        return layer.o_proj(y.reshape(B, S, C))
+        return of_o * layer.o_proj(y.reshape(B, S, C))
 
     def mask(self, turns, n, n_keys, window):
         """(B, 1, n S, n_keys) bool: which keys each query sees."""

@@ -53,15 +53,18 @@ from .parts import (
     previous,
     rope_frequencies,
     softcap,
+    without_own_value,
     yarn_scale,
 )
 
 SMALL = (  # parameters
     "lambdas",
     "scalars",
+    "qkvo_scales",
     "smear_gate",
     "attn_gates",
     "value_gates",
+    "xsa_strengths",
     "mix_gates",
     "mix_counts",
 )
@@ -107,15 +110,34 @@ class Config(Options):
     )
     ngram_rows: int = option(16384, "rows of the table for each of these lengths", POSITIVE)
     ngram_signs: bool = option(False, "each n-gram flips the signs of its row in a way of its own")
+    gate_by_value: bool = option(
+        False, "half of what a value embedding's gate sees is that embedding"
+    )
     smear: bool = option(
         False, "add a gated share of the previous token's embedding to each token's"
     )
+    smear_first: bool = option(
+        False, "that comes before the first norm, and its gate learns at a hundredth of the rate"
+    )
     # Parts of attention and of the residual stream
     attn_gate: bool = option(False, "each head's output has a gate, a function of the token")
+    attn_gate_layers: tuple[int, ...] = option((), "layers with these gates; empty means all")
     key_offset: bool = option(
         False, "half of each key is its predecessor's, in layers that see far"
     )
     paired_layers: tuple[int, ...] = option((), "layers where two heads see each other's keys")
+    paired_near: bool = option(
+        False, "these layers see half as far, so that a query has no more keys than elsewhere"
+    )
+    xsa_layers: tuple[int, ...] = option(
+        (), "layers whose heads can leave out what points along the token's own value"
+    )
+    qkvo_scales: bool = option(
+        False, "attention's matrices have learned scales, and the last one does not start at zero"
+    )
+    attn_input: int = option(
+        -1, "a layer whose output is what attention sees in all layers behind it; -1 is none"
+    )
     skip: tuple[int, ...] = option(
         (), "two layers: the second has no attention but the first one's output"
     )
@@ -183,6 +205,13 @@ class Config(Options):
                 self.refuse(field, in_words)
         if self.paired_layers and self.n_head % 2:
             self.refuse("paired_layers", f"{in_words}, and an even n_head")
+        for field in "attn_gate_layers", "xsa_layers":
+            if not all(i in self.attn_layers for i in getattr(self, field)):
+                self.refuse(field, f"{in_words} that have attention")
+        if any(i in self.paired_layers for i in self.xsa_layers):
+            self.refuse("xsa_layers", f"{in_words} without pairs")
+        if not -1 <= self.attn_input < self.n_layer - 1:
+            self.refuse("attn_input", "a layer before the last, or -1")
         if self.skip and not self.skip_is_valid():
             self.refuse(
                 "skip",
@@ -221,12 +250,25 @@ class Config(Options):
         """Layers that have attention."""
         return [i for i in range(self.n_layer) if i not in self.skip[1:]]
 
+    @property
+    def gated_layers(self):
+        """Layers whose heads' outputs have gates."""
+        if not self.attn_gate:
+            return []
+        return [i for i in self.attn_layers if i in (self.attn_gate_layers or self.attn_layers)]
+
     def sees_far(self, layer):
         return layer in self.long_layers or layer == self.n_layer - 1
 
     def windows(self, short, long):
         """The window of each layer."""
-        return tuple(long if self.sees_far(i) else short for i in range(self.n_layer))
+        windows = []
+        for i in range(self.n_layer):
+            window = long if self.sees_far(i) else short
+            if self.paired_near and i in self.paired_layers:
+                window = max(1, window // 2)
+            windows.append(window)
+        return tuple(windows)
 
     def long_windows(self, progress):
         """Long windows of the stages so far, if rotary frequencies follow them."""
@@ -317,7 +359,7 @@ class Config(Options):
             "embed": "model.embed_tokens.weight",
             "lm_head": "lm_head.weight",
             "attn_bank": in_layers(attn, *qkvo),
-            "attn_gates": in_layers(attn, "self_attn.output_gate.weight"),
+            "attn_gates": in_layers(self.gated_layers, "self_attn.output_gate.weight"),
             "value_embeds": in_layers(value, "self_attn.value_embed.weight"),
             "value_gates": in_layers(value, "self_attn.value_gate.weight"),
             "mlp_bank": in_layers(
@@ -353,10 +395,15 @@ class Config(Options):
             value_embed_layers=self.value_embed_layers,
             key_offset_layers=offset if self.key_offset else [],
             paired_layers=self.paired_layers,
-            output_gate=self.attn_gate,
+            output_gate_layers=self.gated_layers,
+            xsa_layers=self.xsa_layers,
+            qkvo_scales=self.qkvo_scales,
+            gate_by_value=self.gate_by_value,
+            attn_input=self.attn_input,
             skip=self.skip,
             backout=self.backout,
             smear=self.smear,
+            smear_first=self.smear_first,
             n_gram=self.n_gram,
             ngram_rows=self.ngram_rows,
             ngram_signs=self.ngram_signs,
@@ -375,9 +422,12 @@ class Layer(typing.NamedTuple):
     """The weights of one block."""
 
     number: int
-    w_qkvo: torch.Tensor | None  # (4 C, C): Q, K, V and O; None for a layer without attention
+    # None in a layer without attention
+    w_qkv: torch.Tensor | None  # (3 C, C)
+    w_o: torch.Tensor | None  # (C, C)
     w_out_gate: torch.Tensor | None  # (H, GATE_INPUTS): of the heads' outputs
-    value_embed: tuple | None  # table (V, C) and gate (H, GATE_INPUTS) of the token's second values
+    w_value_gate: torch.Tensor | None  # (H, GATE_INPUTS): of the value embedding
+    xsa: torch.Tensor | None  # (H,): how much of a head's own value is left out
     w_up: torch.Tensor  # (mlp_ratio C, C)
     w_down: torch.Tensor  # (mlp_ratio C, C), transposed
 
@@ -391,6 +441,15 @@ class Batch(typing.NamedTuple):
     starts: torch.Tensor | None  # (B, T) bool: where documents begin
     cu_seqlens: torch.Tensor | None  # (n,) int32
     cache: KVCache | None = None
+
+
+class Given(typing.NamedTuple):
+    """What a block sees besides the stream: (B, T, C) each, or None."""
+
+    x0: torch.Tensor  # what the stream began with
+    skipped: torch.Tensor | None  # an earlier layer's output, in place of attention
+    attn_input: torch.Tensor | None  # of an earlier layer, normalised: what attention sees
+    value: torch.Tensor | None  # the tokens' value embeddings
 
 
 class Model(nn.Module):
@@ -424,7 +483,9 @@ class Model(nn.Module):
         self.mlp_bank = parameter(L * 2, c.mlp_ratio * C, C)  # up, down, up, down, ...
         # Small parameters are fp32 whatever the rest is: they cost nothing
         self.value_gates = parameter(n_value, H, GATE_INPUTS, dtype=torch.float32)
-        self.attn_gates = parameter(n_attn * c.attn_gate, H, GATE_INPUTS, dtype=torch.float32)
+        self.attn_gates = parameter(len(c.gated_layers), H, GATE_INPUTS, dtype=torch.float32)
+        self.xsa_strengths = parameter(len(c.xsa_layers), H, dtype=torch.float32)
+        self.qkvo_scales = parameter(n_attn * c.qkvo_scales, 2, dtype=torch.float32)  # of QKV, of O
         self.smear_gate = parameter(int(c.smear), GATE_INPUTS, dtype=torch.float32)
         # Gates of the model's own distribution and of each length's copies: by the token, and by
         # how often the context was there
@@ -457,7 +518,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Outputs of all blocks start at zero, so that the model starts as embedding -> head."""
+        """Outputs of all MLPs start at zero, and of attention if it has no scales: then the model
+        starts as embedding -> head."""
 
         def normal(name, std):
             self.get_parameter(name).copy_(draw(name, self.get_parameter(name).shape, seed, std))
@@ -470,11 +532,15 @@ class Model(nn.Module):
         normal("value_embeds", 0.01)
         std = 0.5 * self.c.n_embd**-0.5
         normal("attn_bank", std)
-        self.attn_bank[3::4].zero_()  # O
+        if self.c.qkvo_scales:
+            # Queries and keys are normalised, so half of QKV is half of the values
+            self.qkvo_scales.copy_(torch.tensor([0.5, 1.0]).expand_as(self.qkvo_scales))
+        else:
+            self.attn_bank[3::4].zero_()  # O
         normal("mlp_bank", std)
         self.mlp_bank[1::2].zero_()  # down
         # A gate's weights of zero are a gate of 1: 2 sigmoid(0)
-        for gates in self.value_gates, self.attn_gates, self.smear_gate:
+        for gates in self.value_gates, self.attn_gates, self.smear_gate, self.xsa_strengths:
             gates.zero_()
         # At first all of a mixture's parts have equal shares
         self.mix_gates.zero_()
@@ -546,88 +612,82 @@ class Model(nn.Module):
         cache: what was before in each row, instead of cu_seqlens.
         """
         c = self.c
-        ops = self.ops
         starts = document_starts(inputs, cu_seqlens) if cache is None else None  # (B, T)
         batch = Batch(inputs, stage, starts, cu_seqlens, cache)
         layers = cache.layers if cache else self.layers()
-        smear, skip, backout = self.scalars.unbind(0)
+        _, _, backout = self.scalars.unbind(0)
+        x = x0 = self.embed_inputs(batch)
+        values = self.embed_values(inputs)
 
-        # Tokens, and the n-grams that end at them; normalised, so that every layer and the smear
-        # begin with the same size
-        x = embedding(inputs, self.lm_head if stage.tied else self.embed)  # (B, T, C)
-        if c.tied:
-            x = ops.rms_norm(x)  # to the size of the n-grams' embeddings
-        x = ops.rms_norm(x + self.embed_ngrams(batch))
-
-        # Smear: a gated share of the token before
-        for w_gate in self.smear_gate.unbind(0):  # one, or none where it is off
-            share = smear * gate(x, w_gate[None])  # (B, T, 1)
-            x = x + share * self.one_before(x, batch, torch.zeros_like(x), "smear")
-
-        x0 = x  # what the residual stream begins with
-        outputs = []  # of each block: (B, T, C)
+        outputs = {}  # of the blocks that later ones look back at: (B, T, C)
+        attn_input = None
         for layer in layers:
+            i = layer.number
             # A layer without attention gets an earlier one's output in its place
-            instead = None
-            if layer.w_qkvo is None:
-                instead = skip, outputs[c.skip[0]]
-            x = keep_less(self.recompute, self.block, layer, x, x0, batch, instead)
-            outputs.append(x)
+            skipped = outputs[c.skip[0]] if layer.w_qkv is None else None
+            given = Given(x0, skipped, attn_input, values.get(i))
+            x = keep_less(self.recompute, self.block, layer, x, batch, given)
+            if i in (*c.skip, c.backout):
+                outputs[i] = x
+            if i == c.attn_input:
+                attn_input = self.ops.rms_norm(x)
 
         # Backout: what an earlier layer has said is taken out before the head
         if c.backout >= 0:
             x = x + backout * outputs[c.backout]
-        return ops.rms_norm(x)
+        return self.ops.rms_norm(x)
 
     def layers(self):
         """A Layer for each block: its slices of the banks."""
         c = self.c
         attn = self.attn_bank.view(-1, 4 * c.n_embd, c.n_embd).unbind(0)
         attn = dict(zip(c.attn_layers, attn))
-        out_gates = dict(zip(c.attn_layers, self.attn_gates.unbind(0)))  # {} where they are off
+        scales = dict(zip(c.attn_layers, self.qkvo_scales.unbind(0)))  # {} where they are off
+        out_gates = dict(zip(c.gated_layers, self.attn_gates.unbind(0)))
+        value_gates = dict(zip(c.value_embed_layers, self.value_gates.unbind(0)))
+        xsa = dict(zip(c.xsa_layers, self.xsa_strengths.unbind(0)))
         mlp = self.mlp_bank.unbind(0)
-        values = zip(self.value_embeds.unbind(0), self.value_gates.unbind(0))
-        values = dict(zip(c.value_embed_layers, values))
         layers = []
         for i in range(c.n_layer):
+            w_qkv, w_o = attn[i].split([3 * c.n_embd, c.n_embd]) if i in attn else (None, None)
+            if i in scales:  # of the weights, which are fewer than the activations
+                w_qkv = scales[i][0] * w_qkv
+                w_o = scales[i][1] * w_o
             layers.append(
                 Layer(
                     number=i,
-                    w_qkvo=attn.get(i),
+                    w_qkv=w_qkv,
+                    w_o=w_o,
                     w_out_gate=out_gates.get(i),
-                    value_embed=values.get(i),
+                    w_value_gate=value_gates.get(i),
+                    xsa=xsa.get(i),
                     w_up=mlp[2 * i],
                     w_down=mlp[2 * i + 1],
                 )
             )
         return layers
 
-    def block(self, layer, x, x0, batch, instead=None):
-        """One block on the residual stream x, which began as x0: (B, T, C) -> (B, T, C).
-
-        instead: (weight, (B, T, C)) for a layer without attention.
-        """
+    def block(self, layer, x, batch, given):
+        """One block on the residual stream x: (B, T, C) -> (B, T, C)."""
         # The stream, and again some of what it began with
         i = layer.number
-        x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
-        if instead is None:
-            y = self.attention(layer, x, batch)
+        x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * given.x0
+        if given.skipped is None:
+            h = self.ops.rms_norm(x) if given.attn_input is None else given.attn_input
+            y = self.attention(layer, h, batch, given.value)
         else:
-            weight, skipped = instead
-            y = weight * skipped
+            y = self.scalars[1] * given.skipped
         h, x = self.ops.add_rms_norm(x, y)  # x + y, and that normalised
         return x + self.mlps[i](h, layer.w_up, layer.w_down)
 
-    def attention(self, layer, x, batch):
-        """x: (B, T, C) -> (B, T, C)."""
+    def attention(self, layer, h, batch, value=None):
+        """h: (B, T, C), normalised; value: the tokens' value embeddings, alike -> (B, T, C)."""
         c = self.c
-        ops = self.ops
         i = layer.number
         B, T = batch.inputs.shape
         H = c.n_head
         D = c.head_dim
-        h = ops.rms_norm(x)
-        w_qkv, w_o = layer.w_qkvo.split([3 * c.n_embd, c.n_embd])
+        w_qkv = layer.w_qkv
 
         # Paired heads: heads h and h + H / 2 take turns in time, so that each query sees both
         # heads' keys. Q, K, V of the first half of the heads come first, then those of the second:
@@ -642,19 +702,59 @@ class Model(nn.Module):
         # Key offset: what stands still of a key is its predecessor's, so that a query finds what
         # came after a token
         if c.key_offset and c.sees_far(i) and not pair:
-            still = torch.arange(D, device=x.device) % (D // 2) >= D // 4  # (D,)
+            still = torch.arange(D, device=h.device) % (D // 2) >= D // 4  # (D,)
             k = torch.where(still, self.one_before(k, batch, k, f"key {i}"), k)
 
         # Value embedding: a second embedding of the token joins its values, gated by head
-        if layer.value_embed is not None:
-            table, w_gate = layer.value_embed
-            ve = gate(h, w_gate)[..., None] * embedding(batch.inputs, table).view(B, T, H, D)
+        if value is not None:
+            seen = h
+            if c.gate_by_value:
+                half = GATE_INPUTS // 2
+                seen = torch.cat([h[..., :half], value[..., :half]], dim=-1)
+            ve = gate(seen, layer.w_value_gate)[..., None] * value.view(B, T, H, D)
             v = v + ve.view(v.shape)
 
         y = self.attend(i, q, k, v, n, batch)  # (B, n T, H / n, D)
+        if layer.xsa is not None:
+            y = without_own_value(y, v, layer.xsa)
         if layer.w_out_gate is not None:
             y = gate(h, layer.w_out_gate)[..., None] * y.reshape(B, T, H, D)
-        return F.linear(y.reshape(B, T, c.n_embd), w_o)
+        return F.linear(y.reshape(B, T, c.n_embd), layer.w_o)
+
+    # What the layers begin with
+
+    def embed_inputs(self, batch):
+        """(B, T, C): the residual stream's beginning."""
+        c = self.c
+        x = embedding(batch.inputs, self.lm_head if batch.stage.tied else self.embed)
+        if c.smear_first:
+            x = self.smeared(x, batch)
+        # Tokens, and the n-grams that end at them; normalised, so that every layer and the smear
+        # begin with the same size
+        if c.tied:
+            x = self.ops.rms_norm(x)  # to the size of the n-grams' embeddings
+        x = self.ops.rms_norm(x + self.embed_ngrams(batch))
+        return x if c.smear_first else self.smeared(x, batch)
+
+    def smeared(self, x, batch):
+        """(B, T, C) with a gated share of the token before."""
+        for w_gate in self.smear_gate.unbind(0):  # one, or none where it is off
+            share = gate(x, w_gate[None])  # (B, T, 1)
+            if self.c.smear_first:
+                share = share / 2  # from 0 to 1
+            share = self.scalars[0] * share
+            x = x + share * self.one_before(x, batch, torch.zeros_like(x), "smear")
+        return x
+
+    def embed_values(self, inputs):
+        """{layer: (B, T, C)} of the layers with value embeddings, in one look-up."""
+        n, V, C = self.value_embeds.shape
+        if not n:
+            return {}
+        first_rows = V * torch.arange(n, device=inputs.device)
+        rows = first_rows[:, None, None] + inputs  # (n, B, T)
+        values = embedding(rows, self.value_embeds.view(n * V, C)).unbind(0)
+        return dict(zip(self.c.value_embed_layers, values))
 
     def embed_ngrams(self, batch):
         """Sum of the embeddings of the 2-gram, 3-gram, ... that end at each token, within its
@@ -881,10 +981,14 @@ class Model(nn.Module):
         scalars = adam(lr * 5, betas=(0.9, 0.99), eps=1e-6, sharded=False)
         gates = adam(lr, betas=(0.9, 0.99), sharded=False)
         counts = adam(lr * 10, betas=(0.9, 0.99), sharded=False)
+        smear_gate = adam(lr / 100, betas=(0.9, 0.99), sharded=False)
+        strengths = adam(lr, betas=(0.9, 0.95), eps=1e-6, sharded=False)
         return {
             "lambdas": scalars,
             "scalars": scalars,
-            "smear_gate": gates,
+            "qkvo_scales": scalars,
+            "smear_gate": smear_gate if self.c.smear_first else gates,
+            "xsa_strengths": strengths,
             "attn_gates": gates,
             "value_gates": gates,
             "mix_gates": gates,

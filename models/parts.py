@@ -57,6 +57,13 @@ def gate(x, w):
     return 2 * torch.sigmoid(F.linear(x[..., :GATE_INPUTS], w.to(x.dtype)))
 
 
+def without_own_value(y, v, strength):
+    """y less the share tanh(strength) of what points along v; y, v: (B, T, H, D), strength: (H,)
+    or (B, T, H)."""
+    along = (y * v).sum(-1) / v.square().sum(-1).clamp(min=1e-8)  # (B, T, H), in lengths of v
+    return y - (strength.tanh().to(y.dtype) * along)[..., None] * v
+
+
 def softcap(logits, cap):
     """a * sigmoid((z + b) / c) for cap = (a, b, c); the logits themselves for an empty cap."""
     if not cap:

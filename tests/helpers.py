@@ -89,7 +89,17 @@ PIECES = dict(
     yarn=True,
 )
 
-# The same in fewer layers, for what compiles them
+# and with what the public record's later parts need of them
+RECORD = PIECES | dict(
+    attn_gate_layers=(3,),
+    xsa_layers=(1, 3),
+    qkvo_scales=True,
+    gate_by_value=True,
+    smear_first=True,
+    attn_input=1,
+)
+
+# The first in fewer layers, for what compiles them
 THREE_LAYERS = dict(n_layer=3, long_layers=(), value_embed_layers=(0, 2), skip=(0, 1), backout=1)
 
 # and every other one, for a whole run of two or three stages

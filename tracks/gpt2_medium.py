@@ -15,6 +15,10 @@ TRACK = TRACK | dict(
     n_head=8,
     value_embed_layers=(1, 2, 13, 14, 15),
     paired_layers=(0, 3, 8, 13),
+    # Track 2's record has none of these later parts
+    attn_gate_layers=(),
+    xsa_layers=(),
+    attn_input=-1,
     skip=(4, 9),
     backout=11,
     long_layers=(4, 7, 11),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_helpers import Ours, export, gpt_run, llama_run, qwen2, refused
-from helpers import PIECES, write_text
+from helpers import PIECES, RECORD, write_text
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -65,8 +65,10 @@ def load(folder):
 
 # --- The speedrun's template
 
-EVERY_PART = PIECES | dict(short_window=(5,), long_window=(9,), copies=3, softcap=(23.0, 5.0, 7.5))
+MORE = dict(short_window=(5,), long_window=(9,), copies=3, softcap=(23.0, 5.0, 7.5))
+EVERY_PART = RECORD | MORE
 PARTS = [
+    pytest.param(PIECES | MORE, id="every older part"),
     pytest.param(EVERY_PART, id="every part"),
     pytest.param(dict(n_gram=1, softcap=(), value_embed_layers=()), id="hardly any"),
     pytest.param(dict(copies=2, n_gram=2, smear=True), id="copies"),
@@ -143,8 +145,9 @@ def test_every_option_of_the_template_is_told():
     """A new part of models/gpt.py has to come into modeling_stopwatch.py as well."""
     in_training_only = {"mtp", "sampled_softmax"}
     in_windows = {"short_window", "long_window", "val_windows", "long_layers", "yarn"}
+    in_windows |= {"paired_near"}
     others = {"n_embd", "n_layer", "n_head", "mlp_ratio", "attn_scale", "rope_base", "tied"}
-    renamed = {"attn_gate", "key_offset"}
+    renamed = {"attn_gate", "attn_gate_layers", "key_offset"}
     known = gpt.Config().hf_config(1.0).keys()
     for field in dataclasses.fields(gpt.Config):
         if field.name not in in_training_only | in_windows | others | renamed:

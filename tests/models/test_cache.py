@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import EVERYTHING, PIECES, stage_of, tiny_model
+from helpers import EVERYTHING, PIECES, RECORD, stage_of, tiny_model
 
 from models import cache as caches
 from models import gpt
@@ -19,7 +19,7 @@ MODELS = [
     pytest.param(dict(copies=3, mtp=(1,)), {}, id="copies"),
     pytest.param(PIECES, {}, id="every piece"),
     pytest.param(ALL, {}, id="everything"),
-    pytest.param(ALL, dict(tied=False), id="everything, untied"),
+    pytest.param(ALL | RECORD, dict(tied=False), id="everything of the record, untied"),
     pytest.param(PIECES | dict(paired_layers=(0, 3, 4)), {}, id="pairs in long layers"),
 ]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import (
     EVERYTHING,
     PIECES,
+    RECORD,
     stage_of,
     tiny,
     tiny_model,
@@ -38,6 +39,12 @@ ALONE = dict(
     smear=dict(smear=True),
     attn_gate=dict(attn_gate=True),
     key_offset=dict(key_offset=True),
+    gate_layers=dict(attn_gate=True, attn_gate_layers=(1,)),
+    xsa=dict(xsa_layers=(0, 2)),
+    qkvo_scales=dict(qkvo_scales=True),
+    gate_by_value=dict(gate_by_value=True),
+    smear_first=dict(smear=True, smear_first=True),
+    attn_input=dict(attn_input=0),
 )
 
 
@@ -130,6 +137,8 @@ def twins_embedding(model, P, ids, tied):
     c = model.c
     t = len(ids)
     x = P["lm_head" if tied else "embed"][ids]
+    if c.smear_first:
+        x = twins_smear(c, P, x, 1)
     if c.tied:
         x = rms(x)
     for table, n in zip(P["ngram_embeds"], range(2, c.n_gram + 1)):
@@ -141,11 +150,13 @@ def twins_embedding(model, P, ids, tied):
             signs = model.signs[key // c.ngram_rows % 1024] if c.ngram_signs else 1
             x = x.index_add(0, torch.tensor([i]), (signs * table[key % c.ngram_rows])[None])
     x = rms(x)
-    if not c.smear:
-        return x
+    return twins_smear(c, P, x, 2) if c.smear and not c.smear_first else x
+
+
+def twins_smear(c, P, x, most):
     smeared = [x[0]]
-    for i in range(1, t):
-        share = 2 * torch.sigmoid(P["smear_gate"][0] @ x[i, :12])
+    for i in range(1, len(x)):
+        share = most * torch.sigmoid(P["smear_gate"][0] @ x[i, :12])
         smeared.append(x[i] + P["scalars"][0] * share * x[i - 1])
     return torch.stack(smeared)
 
@@ -158,6 +169,7 @@ def twins_attention(c, P, layer, h, ids, positions, stage, freqs):
     pair = layer in c.paired_layers
     first = 4 * with_attention(c).index(layer)
     w_q, w_k, w_v = P["attn_bank"][first : first + 3]
+    scale = P["qkvo_scales"][first // 4, 0] if c.qkvo_scales else 1
     q = []
     k = []
     v = []
@@ -166,9 +178,9 @@ def twins_attention(c, P, layer, h, ids, positions, stage, freqs):
         at = positions
         if pair:  # the later heads are half a token later
             at = 2 * positions + j // (H // 2)
-        q.append(rope(rms(h @ w_q[rows].T), at, freqs))
-        k.append(rope(rms(h @ w_k[rows].T), at, freqs))
-        v.append(h @ w_v[rows].T)
+        q.append(rope(rms(scale * h @ w_q[rows].T), at, freqs))
+        k.append(rope(rms(scale * h @ w_k[rows].T), at, freqs))
+        v.append(scale * h @ w_v[rows].T)
         if c.key_offset and not pair and layer in (*c.long_layers, c.n_layer - 1):
             # What does not rotate is the predecessor's
             before = k[j][[0, *range(t - 1)]]
@@ -176,8 +188,12 @@ def twins_attention(c, P, layer, h, ids, positions, stage, freqs):
             k[j] = k[j].index_copy(1, torch.tensor(still), before[:, still])
         if layer in c.value_embed_layers:
             n = c.value_embed_layers.index(layer)
-            share = 2 * torch.sigmoid(h[:, :12] @ P["value_gates"][n, j])
-            v[j] = v[j] + share[:, None] * P["value_embeds"][n][ids][:, rows]
+            value = P["value_embeds"][n][ids]
+            seen = h[:, :12]
+            if c.gate_by_value:
+                seen = torch.cat([h[:, :6], value[:, :6]], 1)
+            share = 2 * torch.sigmoid(seen @ P["value_gates"][n, j])
+            v[j] = v[j] + share[:, None] * value[:, rows]
 
     heads = []
     for j in range(H):
@@ -194,10 +210,16 @@ def twins_attention(c, P, layer, h, ids, positions, stage, freqs):
                     seen.append((j, n))
             keys = torch.stack([k[head][n] for head, n in seen])
             values = torch.stack([v[head][n] for head, n in seen])
-            y.append((keys @ q[j][i] * stage.attn_scale).softmax(0) @ values)
+            out = (keys @ q[j][i] * stage.attn_scale).softmax(0) @ values
+            if layer in c.xsa_layers:
+                strength = P["xsa_strengths"][c.xsa_layers.index(layer), j].tanh()
+                own = v[j][i]
+                out = out - strength * (out @ own) / (own @ own) * own
+            y.append(out)
         heads.append(torch.stack(y))
-        if c.attn_gate:
-            w = P["attn_gates"][with_attention(c).index(layer), j]
+        gated = c.attn_gate_layers or with_attention(c)
+        if c.attn_gate and layer in gated:
+            w = P["attn_gates"][gated.index(layer), j]
             heads[j] = 2 * torch.sigmoid(h[:, :12] @ w)[:, None] * heads[j]
     return torch.cat(heads, -1)
 
@@ -220,8 +242,11 @@ def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long
         for layer in range(c.n_layer):
             x = P["lambdas"][layer, 0] * x + P["lambdas"][layer, 1] * x0
             if layer in with_attention(c):
-                y = twins_attention(c, P, layer, rms(x), ids, positions, stage, freqs)
-                x = x + y @ P["attn_bank"][4 * with_attention(c).index(layer) + 3].T
+                seen = outputs[c.attn_input] if 0 <= c.attn_input < layer else x
+                y = twins_attention(c, P, layer, rms(seen), ids, positions, stage, freqs)
+                n = with_attention(c).index(layer)
+                scale = P["qkvo_scales"][n, 1] if c.qkvo_scales else 1
+                x = x + scale * y @ P["attn_bank"][4 * n + 3].T
             else:
                 x = x + P["scalars"][1] * outputs[c.skip[0]]
             up, down = P["mlp_bank"][2 * layer : 2 * layer + 2]
@@ -247,7 +272,8 @@ CASES = dict(
     tied=dict(tied=0.5),
     untied=dict(tied=0.5),
     all=PIECES,
-    everything=PIECES | dict(mtp=(3,), tied=0.5, long_window=(9, 20, 48)),
+    record=RECORD,
+    everything=RECORD | dict(mtp=(3,), tied=0.5, long_window=(9, 20, 48)),
 )
 # Quick enough that some frequencies keep their share when the window changes
 TWINS_BASE = 50.0
@@ -255,7 +281,10 @@ TWINS_BASE = 50.0
 
 # Those that windows meet are there with two kinds of them
 BOTH = [(name, windows) for name in CASES for windows in ("far", "near")]
-ALIKE = {(name, "far") for name in ("ngram_signs", "smear", "attn_gate", "mtp", "tied", "untied")}
+NO_WINDOWS = (
+    "ngram_signs smear smear_first attn_gate gate_layers qkvo_scales gate_by_value mtp tied untied"
+).split()
+ALIKE = {(name, "far") for name in NO_WINDOWS}
 
 
 @pytest.mark.parametrize("name, windows", [pair for pair in BOTH if pair not in ALIKE])
@@ -328,6 +357,7 @@ def test_logits_of_the_last_token_alone():
         ("smear", True, dict(scalars=0)),
         ("attn_gate", True, dict(attn_gates=0)),
         ("backout", 1, dict(scalars=0)),
+        ("xsa_layers", (0, 1, 2), dict(xsa_strengths=0)),
         ("ngram_signs", True, dict(ngram_embeds=0)),
     ],
 )
@@ -361,6 +391,8 @@ def test_off_no_piece_has_an_element():
         "value_gates",
         "attn_gates",
         "smear_gate",
+        "qkvo_scales",
+        "xsa_strengths",
         "mix_gates",
         "mix_counts",
     }
@@ -395,7 +427,20 @@ def test_where_the_pieces_start():
     assert all(p.std() > 0 for p in drawn)
 
 
-@pytest.mark.parametrize("fields", [{}, PIECES], ids=["nothing", "all"])
+def test_where_the_records_later_pieces_start():
+    """Attention says something at once, half as loud as its values; XSA takes nothing away."""
+    _, model = tiny_model(**RECORD)
+    model.init_weights(0)
+    assert model.qkvo_scales.tolist() == [[0.5, 1.0]] * 4
+    by_layer = model.attn_bank.view(-1, 4, 32, 32)
+    for matrix in by_layer.flatten(0, 1):
+        assert matrix.std().item() == pytest.approx(0.5 * 32**-0.5, rel=0.1)
+    assert model.xsa_strengths.shape == (2, 4)
+    assert not model.xsa_strengths.any()
+    assert model.attn_gates.shape == (1, 4, 12)
+
+
+@pytest.mark.parametrize("fields", [{}, PIECES, RECORD], ids=["nothing", "all", "record"])
 def test_fresh_model_is_uniform_and_the_seed_decides(fields):
     c, model = tiny_model(**fields)
     model.init_weights(7)
@@ -437,9 +482,9 @@ EVERY_WAY = pytest.mark.parametrize(
     [
         ({}, dict()),
         (PIECES, dict(n_targets=3)),
-        (PIECES | dict(tied=0.5), dict(n_targets=3, tied=True)),
+        (RECORD | dict(tied=0.5), dict(n_targets=3, tied=True)),
     ],
-    ids=["nothing", "all", "all, tied"],
+    ids=["nothing", "all", "record, tied"],
 )
 
 
@@ -560,6 +605,37 @@ def test_paired_heads_equal_a_double_loop():
                 torch.testing.assert_close(y[row, i, head], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_attention_behind_a_layer_sees_its_output_and_the_stream_goes_on():
+    """All later layers get the same input, and their outputs are added to their own stream."""
+    c, model = tiny_model(n_layer=4, value_embed_layers=(), attn_input=1)
+    seen = []
+    plain = model.attention
+
+    def attention(layer, h, batch, value):
+        seen.append(h)
+        return plain(layer, h, batch, value)
+
+    model.attention = attention
+    model.hidden(batch()[0], batch()[2], stage_of(c))
+    assert torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_xsa_leaves_nothing_along_the_value_at_full_strength():
+    g = torch.Generator().manual_seed(0)
+    y, v = torch.randn(2, 1, 5, 3, 8, generator=g, dtype=torch.float64)
+    v[0, 2, 1] = 0  # nothing to leave out
+    left = parts.without_own_value(y, v, torch.full((3,), 20.0))
+    torch.testing.assert_close((left * v).sum(-1), torch.zeros(1, 5, 3, dtype=torch.float64))
+    assert torch.equal(left[0, 2, 1], y[0, 2, 1])
+    assert torch.equal(parts.without_own_value(y, v, torch.zeros(3)), y)
+    by_token = torch.tensor([0.0, 20.0])[[0, 1, 0, 1, 1]].view(1, 5, 1).expand(1, 5, 3)
+    some = parts.without_own_value(y, v, by_token)
+    assert torch.equal(some[:, [0, 2]], y[:, [0, 2]])
+    torch.testing.assert_close(some[:, [1, 3, 4]], left[:, [1, 3, 4]])
+
+
 @pytest.mark.parametrize("windows", [(3, 3, 3, 9, 9), (9, 9, 9, 9, 9), FAR], ids=str)
 def test_key_offset_goes_by_the_layer_and_not_by_the_windows(windows):
     """Validation may have other windows than training, even one for all layers: it is the same
@@ -667,7 +743,7 @@ def test_yarn_rotates_by_the_stage_and_only_then():
 def test_every_piece_compiles_into_one_graph(recompute):
     """In five layers; a whole run of three, without Inductor, is in tests/test_train.py."""
     torch._dynamo.reset()
-    c, model = tiny_model(**PIECES)
+    c, model = tiny_model(**RECORD)
     model.recompute = recompute
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     stage = stage_of(c, NEAR[: c.n_layer], n_targets=3, n_sampled=128)
@@ -810,6 +886,28 @@ SHAPE = dict(n_layer=4, short_window=(1, 2, 3), long_window=(10, 20))
 def test_long_layers_and_the_last_see_far(n, long, far):
     c = gpt.Config(n_layer=n, long_layers=long, value_embed_layers=(0,))
     assert c.windows(5, 9) == tuple(9 if i in far else 5 for i in range(n))
+
+
+def test_pairs_can_see_half_as_far():
+    """As in the record, whose windows count the pair's turns."""
+    fields = dict(n_layer=4, paired_layers=(0, 3), value_embed_layers=())
+    assert gpt.Config(**fields).windows(5, 9) == (5, 5, 5, 9)
+    assert gpt.Config(paired_near=True, **fields).windows(5, 9) == (2, 5, 5, 4)
+    assert gpt.Config(paired_near=True, **fields).windows(1, 1) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(xsa_layers=(0,), paired_layers=(0,)), "--xsa-layers 0: .* without pairs"),
+        (dict(xsa_layers=(2,), skip=(1, 2)), "--xsa-layers 2: .* that have attention"),
+        (dict(attn_gate_layers=(4,)), "--attn-gate-layers 4: .* from 0 to 3 that have attention"),
+        (dict(attn_input=3), "--attn-input 3: expected a layer before the last, or -1"),
+    ],
+)
+def test_layers_that_cannot_have_a_piece(fields, said):
+    with pytest.raises(InputError, match=said):
+        gpt.Config(n_layer=4, **fields)
 
 
 def test_the_stage_at_each_progress():

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import PIECES
+from helpers import PIECES, RECORD
 from kernel_checks import draw
 from optim_helpers import (
     ADAMS,
@@ -260,7 +260,7 @@ def test_gradients_of_a_step_that_counts_wait_as_they_are(kind):
 # --- The GPT's own rules
 
 FIELDS = dict(n_layer=2, n_embd=16, n_head=2, value_embed_layers=(0, 1), short_window=(32,))
-EVERYTHING = PIECES | dict(n_embd=32)
+EVERYTHING = RECORD | dict(n_embd=32)
 OFF = OptimConfig()
 ON = OptimConfig(weight_decay=1.0, normuon=True, row_moments=True)
 MODELS = dict(
@@ -340,6 +340,21 @@ def test_the_records_options_reach_the_matrices():
         expected = Muon(0.03, orthogonalise=plain[name].orthogonalise)
         assert plain[name] == expected, name
     assert plain["lm_head"].betas == (0.75, 0.95)
+
+
+def test_small_parameters_learn_as_in_the_record():
+    """(learning rate over the head's, betas) of its table."""
+    expected = dict(
+        qkvo_scales=(5, (0.9, 0.99)),
+        xsa_strengths=(1, (0.9, 0.95)),
+        smear_gate=(0.01, (0.9, 0.99)),
+        value_gates=(1, (0.9, 0.99)),
+    )
+    table = rules_of(OptimConfig(adam_lr=0.5), smear=True, smear_first=True)
+    for name, (lr, betas) in expected.items():
+        assert table[name].lr == pytest.approx(0.5 * lr), name
+        assert table[name].betas == betas, name
+    assert rules_of(OptimConfig(adam_lr=0.5), smear=True)["smear_gate"].lr == 0.5
 
 
 def test_what_decays():
