@@ -30,6 +30,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   sft           teach a run's model to answer, by conversations
   dpo           teach it which of two answers is better, beside what it was before
   orpo          the same without that, from a base model
+  grpo          reinforcement learning: teach it by what its own answers are worth
   sample        text from a run's model, with prompts and settings of yours
   chat          the same as a conversation in the terminal
   serve         the same for other programs, by OpenAI's protocol, and for a browser
@@ -148,7 +149,7 @@ case $verb in
         unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    plan | data | sft | dpo | orpo | sample | chat | serve | eval | report | export | import \
+    plan | data | sft | dpo | orpo | grpo | sample | chat | serve | eval | report | export | import \
         | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures

@@ -57,6 +57,7 @@ from runtime.launch import exit_status, run_on_all_gpus
 from runtime.log import Log, show
 from runtime.machine import PrecisionConfig, World
 from runtime.options import RunConfig, build_parts, flat, parse_options, peek
+from runtime.policy import PolicyConfig
 from runtime.preferences import TeachingConfig, give_reference
 from runtime.saved import step_weights
 from runtime.session import Session
@@ -164,6 +165,7 @@ class Config:
     guard: GuardConfig
     precision: PrecisionConfig
     teaching: TeachingConfig
+    policy: PolicyConfig
     run: RunConfig
 
     def __post_init__(self):
@@ -183,6 +185,11 @@ class Config:
             self.run.refuse("eval_every", f"a multiple of adam_every ({every}), {why}")
         if self.data.data == "text" and not self.data.text:
             self.data.refuse("text", f"a file or folder, which track {self.goal.track} needs")
+        if self.policy.reward:  # answers take as long as they are
+            if self.run.time:
+                self.run.refuse("time", "nothing with grpo; --max-time ends it after a time")
+            if self.run.eval_every % self.policy.reuse:
+                self.run.refuse("eval_every", f"a multiple of reuse ({self.policy.reuse})")
 
 
 # What may differ between a run and its continuation; another text is found by its fingerprint
@@ -421,7 +428,7 @@ def validate(setup, session):
 # A run and its result
 
 
-def run_once(setup, log, requests, store, found, parts):
+def run_once(setup, log, requests, store, found, parts, loop=train_to_the_end):
     """Train from the configuration's seed, or from what was found; returns the result, a dict.
 
     store: Checkpoints, on the first rank; found: (tensors, meta) of a checkpoint, the tensors on
@@ -440,7 +447,7 @@ def run_once(setup, log, requests, store, found, parts):
     session = Session(setup, log, requests, store, found, parts)
     cold_start = parts.elapsed()
     requests.training = True  # from now on signals wait for the end of a step
-    train_to_the_end(setup, session)
+    loop(setup, session)
     return dict(
         session.result(),
         cold_start_s=round(cold_start, 2),
@@ -464,11 +471,13 @@ def save_result(setup, result, log, parts):
     log.finish(result)
 
 
-def train(config, world=None, requests=None, report=lambda result: None):
+def train(config, world=None, requests=None, report=lambda result: None, open_loop=None):
     """Train as configured, config.run.repeat times from successive seeds.
 
     world: this process among others, alone on the CPU if None; requests: what signals ask for;
-    report: called with the result after each run. Returns the last result, a dict: the JSON line.
+    report: called with the result after each run; open_loop: function of (config, data) that
+    returns what to do in place of train_to_the_end(). Returns the last result, a dict: the JSON
+    line.
     Raises InputError for what a user can mend, Interrupted after a signal.
     """
     world = world or World()  # alone, on the CPU
@@ -486,6 +495,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
     with parts.part("data_s"):
         # Prepared if need be; its rows are those of the seed in turn, and of steps added to it
         data = load_data(config, lambda step: stage_at(config, step), world)
+    loop = open_loop(config, data) if open_loop else train_to_the_end
     if folder is None:
         fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
         folder = folders.find_run_dir(config, FREE, world, runs_folder(), resuming, fingerprint)
@@ -521,7 +531,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
                     if options.time:
                         config = changed(config, **fit_to_time(setup, parts.elapsed(), log))
                         setup.stages = stages_of(config)
-                    if options.time or config.goal.target is None:
+                    if options.time or (config.goal.target is None and not open_loop):
                         setup.expected_seconds = expected_training(setup)
                 setup.config = config  # of this seed
                 announce(log, setup)
@@ -537,7 +547,7 @@ def train(config, world=None, requests=None, report=lambda result: None):
                     keep = options.keep_last, options.keep_best
                     store = Checkpoints(run_dir / "checkpoints", *keep, log.say)
                     closing.enter_context(contextlib.closing(store))
-                result = run_once(setup, log, requests or Requests(), store, found, parts)
+                result = run_once(setup, log, requests or Requests(), store, found, parts, loop)
                 if world.rank == 0:
                     save_result(setup, result, log, parts)
             if world.rank == 0:
@@ -551,8 +561,12 @@ def train(config, world=None, requests=None, report=lambda result: None):
 # The door
 
 
-def main(argv=None, beneath=None):
-    """Parse, train in a process for each GPU, print the results. Returns the exit status."""
+def main(argv=None, beneath=None, open_loop=None, again=None):
+    """Parse, train in a process for each GPU, print the results. Returns the exit status.
+
+    beneath, open_loop: as for parse_args() and train(); again: (file, argv) that starts each of
+    several processes, in place of this file.
+    """
     argv = sys.argv[1:] if argv is None else argv
     reached = []  # of each run: True, False, or None without a target
 
@@ -565,8 +579,9 @@ def main(argv=None, beneath=None):
 
     def program():
         config = parse_args(argv, beneath)
-        body = functools.partial(train, config, report=report)
-        status = run_on_all_gpus(__file__, argv, body, config.run.gpus, config.run.max_restarts)
+        body = functools.partial(train, config, report=report, open_loop=open_loop)
+        start = again or (__file__, argv)
+        status = run_on_all_gpus(*start, body, config.run.gpus, config.run.max_restarts)
         # Where torchrun would start again, 3 would count as a failure
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         return 3 if False in reached and not restarts else status

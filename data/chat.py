@@ -163,7 +163,16 @@ def conversation(line, where):
 
 
 def check_order(messages, where):
-    """Refuse roles out of order and answers without a text. Raises InputError."""
+    """Refuse roles out of order, answers without a text, and a conversation without an answer at
+    its end. Raises InputError."""
+    check_turns(messages, where)
+    last = messages[-1].role
+    if last != "assistant":
+        raise InputError(f"{where}: expected the assistant's message last, found {last}'s")
+
+
+def check_turns(messages, where):
+    """Refuse roles out of order and messages without a text. Raises InputError."""
     before = None
     for i, message in enumerate(messages):
         allowed = FOLLOWS[before]
@@ -176,8 +185,6 @@ def check_order(messages, where):
         if message.role in ("user", "assistant") and not message.text.strip():
             raise InputError(f"{where}: messages[{i}].content: expected a text, found none")
         before = message.role
-    if before != "assistant":
-        raise InputError(f"{where}: expected the assistant's message last, found {before}'s")
 
 
 # Who may speak after whom; a tool answers what an assistant asked of it

@@ -22,7 +22,7 @@ class DataConfig(Options):
         "", "validate on this file or folder, instead of on a tenth of the text held out"
     )
     conversations: tuple[str, ...] = option(
-        (), "with --data conversations or preferences: their .jsonl files"
+        (), "with --data conversations, preferences or questions: their .jsonl files"
     )
     encoding: str = option(
         "",
@@ -56,8 +56,9 @@ class DataConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        own = "text", "conversations", "preferences", "questions"
         for name in "val_text", "encoding":
-            if getattr(self, name) and self.data not in ("text", "conversations", "preferences"):
+            if getattr(self, name) and self.data not in own:
                 self.refuse(name, f"only with --text, not with --data {self.data}")
 
     @property

@@ -31,7 +31,7 @@ class Dataset:
     load_tokenizer: Callable | None = None  # returns its Tokenizer; None if no text is behind it
     notes: list = field(default_factory=list)  # lines that whoever trains on it should see
     about: dict = field(default_factory=dict)  # what else its source says of it, for manifest()
-    rows: str = "text"  # what they hold: text, conversations or pairs of them
+    rows: str = "text"  # what they hold: text, conversations, pairs of them, or questions
 
     @cached_property
     def tokenizer(self):
@@ -106,17 +106,21 @@ def open_data(
     seed=0,
     need_bytes=False,
     open_dataset=open_dataset,
+    questions=(1, 1),
 ):
     """Open a corpus and the loaders over it; returns Data.
 
     config: DataConfig; cache: folder for prepared data; batch_rows, max_doc_len: functions of the
     step, from 1; seed: of the training order; need_bytes: raise where val_bytes cannot be known;
     open_dataset: function of (config, cache), for programs of several processes, one of which
-    prepares, and for benchmarks without data. Raises InputError.
+    prepares, and for benchmarks without data; questions: how many of them a step has, and tokens of
+    an answer, for a corpus of questions. Raises InputError.
     """
     from .loader import TrainLoader, ValLoader  # late: what makes data needs no torch
 
     dataset = open_dataset(config, cache)
+    if dataset.rows == "questions":
+        return open_questions(dataset, questions, seed, config)
     if dataset.rows != "text":
         return open_conversations(dataset, config, batch_rows, seed)
     train = TrainLoader(
@@ -177,3 +181,16 @@ def open_conversations(dataset, config, batch_rows, seed):
     if dataset.rows == "conversations":
         val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
     return Data(dataset, ConversationLoader(train, batch_rows, seed), val, val_bytes)
+
+
+def open_questions(dataset, questions, seed, config):
+    """The Data of a corpus of questions; questions: of a step, and tokens of an answer."""
+    from .questions import QuestionLoader, QuestionValLoader, check_lengths, load_questions
+
+    per_step, most = questions
+    train = load_questions(dataset.train[0], dataset.n_vocab)
+    val = load_questions(dataset.val[0], dataset.n_vocab)
+    check_lengths(train, config.row_len - most)
+    check_lengths(val, config.val_row_len - most)
+    train = QuestionLoader(train, per_step, config.row_len, seed)
+    return Data(dataset, train, QuestionValLoader(val), None)

@@ -89,14 +89,18 @@ class Completion:
         if self.finish_reason is None:
             self.finish_reason = reason
 
-    def note(self, token, logprobs):
-        """Keep the probabilities that this token was drawn with; logprobs: (n_vocab,)."""
-        best = logprobs.topk(min(self.request.alternatives, len(logprobs)))
+    def note(self, token, logprob, logprobs):
+        """Keep the probabilities that this token was drawn with: its own, and those of the
+        likeliest ones of all, (n_vocab,)."""
+        likeliest = []
+        if self.request.alternatives:
+            best = logprobs.topk(min(self.request.alternatives, len(logprobs)))
+            likeliest = list(zip(best.indices.tolist(), best.values.tolist()))
         self.drawn.append(
             Drawn(
                 token=token,
-                logprob=logprobs[token].item(),
-                likeliest=list(zip(best.indices.tolist(), best.values.tolist())),
+                logprob=logprob,
+                likeliest=likeliest,
                 offset=len(self.text) + len(self.held_back),
                 skip=len(self.promised),
             )

@@ -92,8 +92,10 @@ class Engine:
     def clear(self):
         """Forget all requests."""
         self.waiting.clear()
-        # Those whose prompts are read, how much of them is, and their own cache
+        # Those whose prompts are read, how much of them is, and their own cache; equal prompts are
+        # read once
         self.reading = []
+        self.alike = []  # lists of those with equal prompts, long lists first
         self.n_read = 0
         self.reading_cache = None
         # Those that are decoded together, and the rows of their cache in the same order
@@ -109,7 +111,8 @@ class Engine:
         joined, logits = self.read_prompts()
         said = []
         if joined:
-            said += self.say(joined, logits)
+            each = torch.tensor([i for i, same in enumerate(self.alike) for _ in same])
+            said += self.say(joined, logits[each])
         if decoded:
             guesses = [self.guess(row, c) for row, c in enumerate(decoded)]
             if any(guesses):
@@ -119,11 +122,21 @@ class Engine:
                 logits = self.decode(new, self.cache)
                 said += self.say(decoded, logits)
         if joined:
-            self.cache.join(self.reading_cache)
-            self.live += joined
-            self.reading = []
-            self.reading_cache = None
+            self.join()
         return said
+
+    def join(self):
+        """Those whose prompts are read are decoded from now on."""
+        # The first of every prompt, then the second ones of those that have one, and so on
+        for n in range(len(self.alike[0])):
+            those = [same[n] for same in self.alike if len(same) > n]
+            if len(those) < len(self.reading_cache.lengths):
+                self.reading_cache.keep(list(range(len(those))))
+            self.cache.join(self.reading_cache)
+            self.live += those
+        self.reading = []
+        self.alike = []
+        self.reading_cache = None
 
     @torch.inference_mode()
     def score(self, tokens, alternatives):
@@ -160,14 +173,15 @@ class Engine:
 
     def read_prompts(self):
         """Read a part of the prompts whose turn it is. Returns those that are read to their end,
-        with their logits (B, n_vocab), or an empty list."""
+        with the logits of each list of those alike (n, n_vocab), or an empty list."""
         if all(c.finish_reason is not None for c in self.reading):
-            self.reading = self.next_prompts()
+            self.alike = self.next_prompts()
+            self.reading = sum(self.alike, [])
             self.n_read = 0
-            self.reading_cache = self.decoder.new_cache(len(self.reading))
+            self.reading_cache = self.decoder.new_cache(len(self.alike))
         if not self.reading:
             return [], None
-        prompts = [c.in_sight for c in self.reading]
+        prompts = [same[0].in_sight for same in self.alike]
         longest = max(map(len, prompts))
         part = [ids[self.n_read : self.n_read + self.part] for ids in prompts]
         logits = self.decode(part, self.reading_cache)
@@ -177,20 +191,22 @@ class Engine:
         return self.reading, logits
 
     def next_prompts(self):
-        """The prompts to be read next: as many as fit into one part together, padded, or a longer
-        one alone."""
+        """Lists of those with equal prompts that are to be read next: as many as fit into one part
+        together, padded, or a longer one alone; long lists first."""
         free = self.places - len(self.live)
-        chosen = []
+        chosen = {}  # prompt -> those that have it
         longest = 0
-        while self.waiting and len(chosen) < free:
+        while self.waiting and free:
             completion = self.waiting[0]
-            longest = max(longest, len(completion.in_sight))
-            if chosen and longest * (len(chosen) + 1) > self.part:
+            prompt = tuple(completion.in_sight)
+            longest = max(longest, len(prompt))
+            if chosen and prompt not in chosen and longest * (len(chosen) + 1) > self.part:
                 break
             self.waiting.popleft()
             if completion.finish_reason is None:
-                chosen.append(completion)
-        return chosen
+                chosen.setdefault(prompt, []).append(completion)
+                free -= 1
+        return sorted(chosen.values(), key=len, reverse=True)
 
     def guess(self, row, completion):
         """Tokens that may follow: those that did when the last three, or two, were there before."""
@@ -264,11 +280,21 @@ class Engine:
             tokens = [c.tokens for c in of_rows]
             processed = process(logits[rows], sampling, tokens, [c.written for c in of_rows])
             drawn = draw(processed, [c.generator for c in of_rows])
-            for row, completion, token in zip(rows, of_rows, drawn):
+            for row, token in zip(rows, drawn):
                 chosen[row] = token
-                if completion.request.alternatives is not None:
-                    completion.note(token, logits[row].log_softmax(-1))
+        self.note(completions, chosen, logits)
         return [chosen[row] for row in range(len(completions))]
+
+    def note(self, completions, chosen, logits):
+        """Have those that ask for it keep the probabilities that their tokens were drawn with."""
+        rows = [row for row, c in enumerate(completions) if c.request.alternatives is not None]
+        if not rows:
+            return
+        logprobs = logits[rows].log_softmax(-1)
+        tokens = torch.tensor([chosen[row] for row in rows])
+        own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+        for row, logprob, of_all in zip(rows, own, logprobs):
+            completions[row].note(chosen[row], logprob, of_all)
 
     def keeps(self, promised):
         """(n_vocab,) bool: tokens that begin with this text, or are its beginning."""

@@ -113,7 +113,7 @@ def open_run(args, **about):
 
 def is_taught(saved):
     """Whether a run's model was taught to answer; others continue text."""
-    of_conversations = saved.options.get("data") in ("conversations", "preferences")
+    of_conversations = saved.options.get("data") in ("conversations", "preferences", "questions")
     return of_conversations and knows_chat(saved.tokenizer)
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 
+import door
 import train_gpt
 from base import InputError
 from base.command import given_path, refuse
@@ -60,9 +61,13 @@ def options_of_training(track, args, rest):
     return argv
 
 
-def teach(verb, track, parser, argv):
-    """Parse, teach, print the result. Returns the exit status."""
-    args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+def teach(verb, track, parser, argv, open_loop=None):
+    """Parse, teach, print the result. Returns the exit status.
+
+    open_loop: as for train_gpt.train().
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args, rest = parser.parse_known_args(argv)
     going_on = any(option.split("=")[0] == "--resume" for option in rest)
     try:
         if not going_on and not (args.run and args.data):
@@ -73,4 +78,6 @@ def teach(verb, track, parser, argv):
         model = at_the_end(args.run) if args.run else {}
     except InputError as e:
         return refuse(e)
-    return train_gpt.main(options_of_training(track, args, rest), beneath=model)
+    options = options_of_training(track, args, rest)
+    again = door.__file__, [verb, *argv]  # as each process of several begins
+    return train_gpt.main(options, model, open_loop, again)

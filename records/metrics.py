@@ -24,6 +24,9 @@ class Evaluation(NamedTuple):
     # Of pairs of answers, which are the targets then: how many are the right way round, rewards of
     # the chosen ones and of the rejected ones, summed
     pairs: tuple | None = None
+    # Of questions, which are the targets then: rewards of the answers, those that were cut, and
+    # tokens of all, summed
+    answers: tuple | None = None
 
 
 class Metric(NamedTuple):
@@ -31,10 +34,11 @@ class Metric(NamedTuple):
     compute: Callable  # Evaluation -> float, or None where the evaluation lacks what it needs
     format: str  # of its values in log.txt
     lower_is_better: bool = True
-    of_pairs: bool = False  # of answers; else of text
+    of: str = "text"  # or pairs, or answers
 
 
 def nats_per_token(e):
+    """Of answers, what they lack of a reward of 1."""
     return e.nats / e.targets
 
 
@@ -47,20 +51,33 @@ def of_pairs(compute):
     return lambda e: compute(*(x / e.targets for x in e.pairs)) if e.pairs else None
 
 
+def of_answers(compute):
+    """The same of Evaluation.answers; None for text."""
+    return lambda e: compute(*(x / e.targets for x in e.answers)) if e.answers else None
+
+
 METRICS = {
     VAL_LOSS: Metric("nats per token", nats_per_token, ".4f"),
     "val_bpb": Metric("bits per byte", bits_per_byte, ".4f"),
-    "val_accuracy": Metric("of pairs", of_pairs(lambda right, c, r: right), ".3f", False, True),
-    "val_margin": Metric("reward", of_pairs(lambda right, c, r: c - r), ".4f", False, True),
-    "val_chosen": Metric("reward", of_pairs(lambda right, c, r: c), ".4f", False, True),
-    "val_rejected": Metric("reward", of_pairs(lambda right, c, r: r), ".4f", True, True),
+    "val_accuracy": Metric("of pairs", of_pairs(lambda right, c, r: right), ".3f", False, "pairs"),
+    "val_margin": Metric("reward", of_pairs(lambda right, c, r: c - r), ".4f", False, "pairs"),
+    "val_chosen": Metric("reward", of_pairs(lambda right, c, r: c), ".4f", False, "pairs"),
+    "val_rejected": Metric("reward", of_pairs(lambda right, c, r: r), ".4f", True, "pairs"),
+    "val_reward": Metric("reward", of_answers(lambda r, c, n: r), ".3f", False, "answers"),
+    "val_cut": Metric("of answers", of_answers(lambda r, c, n: c), ".3f", True, "answers"),
+    "val_answer_tokens": Metric("tokens", of_answers(lambda r, c, n: n), ".1f", True, "answers"),
 }
 
 
 def measure(evaluation):
-    """{name: value} of every metric of text, or of pairs as well where it is one of those; None
-    for those that this evaluation cannot tell."""
-    metrics = {name: m for name, m in METRICS.items() if evaluation.pairs or not m.of_pairs}
+    """{name: value} of every metric of text, and of pairs or answers where it is one of those;
+    None for those that this evaluation cannot tell."""
+    kinds = {"text"}
+    if evaluation.pairs:
+        kinds.add("pairs")
+    if evaluation.answers:
+        kinds.add("answers")
+    metrics = {name: m for name, m in METRICS.items() if m.of in kinds}
     return {name: metric.compute(evaluation) for name, metric in metrics.items()}
 
 

@@ -61,7 +61,7 @@ def announce(log, setup):
         f"training on {data.dataset.name} {until}, at most {config.schedule.steps} steps, seed "
         f"{goal.seed}; log in {log.folder}"
     )
-    if data.val_bytes is None:
+    if data.val_bytes is None and data.dataset.rows == "text":
         log.say(
             "no bits per byte and no sample: these tokens have no text, or their vocabulary is out "
             "of reach"
@@ -70,6 +70,12 @@ def announce(log, setup):
 
 def plan(setup):
     """What the whole training takes, in a line."""
+    if setup.data.dataset.rows == "questions":
+        policy = setup.config.policy
+        return (
+            f"plan: {setup.config.schedule.steps} steps, each from {policy.answers} answers to "
+            f"{policy.questions} questions, judged by {policy.reward}"
+        )
     there = setup.data.train.n_tokens
     tokens = sum(stage.rows for stage in setup.stages.values()) * setup.config.data.row_len
     seconds = setup.expected_seconds

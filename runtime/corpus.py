@@ -41,4 +41,5 @@ def load_data(config, stage_of, world, opener=None):
         seed=config.goal.seed,
         need_bytes=needs_bytes(config.goal.target_metric),
         open_dataset=lambda *args: first_rank_first(world, lambda: opener(*args)),
+        questions=(config.policy.questions, config.policy.answer_tokens),
     )

@@ -100,7 +100,7 @@ class Session:
         self.max_time = seconds(self.options.max_time) if self.options.max_time else math.inf
         self.time_left = TimeLeft(setup.stages, setup.pass_seconds)
         self.time_left.forget(self.first)
-        self.lr = {}  # step -> learning rate, as a fraction of its peak, until that is logged
+        self.kept = {}  # step -> {name: number} of it, until that is logged
         self.reported = self.at.train_time  # the clock at the last report
         self.earlier_time = self.at.train_time  # of processes before this one
 
@@ -209,11 +209,11 @@ class Session:
         self.meter = energy.Meter(counters, self.at.joules, self.at.seconds)
         self.clock.start()
 
-    def after_step(self, step, tokens, flops, lr=None):
+    def after_step(self, step, tokens, flops, lr=None, **kept):
         """This step, of so many tokens and FLOPs over all ranks, was taken, at this fraction of the
-        peak learning rate."""
+        peak learning rate; kept: what else metrics.jsonl is to have of it."""
         self.at.step = step
-        self.lr[step] = lr
+        self.kept[step] = dict(lr=lr, **kept)
         self.at.tokens += tokens
         self.at.flops += flops
         self.read_meter()
@@ -244,7 +244,7 @@ class Session:
                     f"({at.skipped} of {self.max_skips})"
                 )
             elapsed = self.clock.now()
-            kept = dict(lr=self.lr.pop(report.step, None))
+            kept = self.kept.pop(report.step, {})
             if self.state.world.size == 1:  # else it is of each rank's own gradients
                 kept["grad_norm"] = report.grad_norm
             self.log.step(report.step, self.steps_in_all, "train", report.loss, elapsed, kept)
@@ -253,10 +253,14 @@ class Session:
             left = min(self.time_left.seconds(), max(0.0, self.max_time - elapsed))
             self.log.progress(
                 report.step,
-                f"loss {report.loss:.3f}  {at.tokens / elapsed:,.0f} tok/s  "
+                f"{self.how_it_goes(report.loss, kept)}  {at.tokens / elapsed:,.0f} tok/s  "
                 f"{at.flops / elapsed / self.peak:.0%} of peak  "
                 f"{datetime.timedelta(seconds=int(left))} left at most",
             )
+
+    def how_it_goes(self, loss, kept):
+        """A step's loss in words, or its reward where there is one."""
+        return f"reward {kept['reward']:.3f}" if "reward" in kept else f"loss {loss:.3f}"
 
     @contextlib.contextmanager
     def clock_stopped(self):

@@ -22,6 +22,7 @@ from .environment import best_seconds, describe_environment, machine_probe
 from .evaluation import Split, evaluate, part_of
 from .guard import Guard
 from .machine import World
+from .policy import PolicyLoss
 from .preferences import PairLoss, evaluate_pairs
 
 
@@ -33,7 +34,7 @@ class Setup:
     world: World
     data: typing.Any  # loaders and the data set
     model: torch.nn.Module
-    eager: typing.Callable  # the loss of a batch: the model, or a PairLoss of it
+    eager: typing.Callable  # the loss of a batch: the model, or a PairLoss or PolicyLoss of it
     forward: typing.Callable  # the same, compiled where that is on
     measure: typing.Callable  # evaluate() or evaluate_pairs()
     optimizer: Optimizer
@@ -109,8 +110,13 @@ def set_up(config, stages, world, data, log):
     eager = forward = model
     if config.teaching.preference != "none":
         measure = evaluate_pairs
-        eager = PairLoss(model, config.teaching)
-        forward = PairLoss(model, config.teaching, compiled)
+        eager = forward = PairLoss(model, config.teaching)
+        if compiled:
+            forward = PairLoss(model, config.teaching, compiled)
+    elif config.policy.reward:
+        eager = forward = PolicyLoss(model, config.policy)
+        if compiled:
+            forward = PolicyLoss(model, config.policy, compiled)
     elif compiled:
         forward = torch.compile(model, fullgraph=True, dynamic=False)
     return Setup(
@@ -139,7 +145,7 @@ def graph_options(config):
     """{option: value} of what compiled code may depend on."""
     options = {}
     parts = config.data, config.model, config.schedule, config.optim, config.precision
-    for part in *parts, config.teaching:
+    for part in *parts, config.teaching, config.policy:
         options |= dataclasses.asdict(part)
     for name in "text", "val_text", "conversations", "encoding", "vocabulary", "shuffle":
         del options[name]

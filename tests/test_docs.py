@@ -66,7 +66,7 @@ def check(arguments, monkeypatch):
     elif verb == "benchmarks":
         *_, options_of_training = benchmarks.parse(arguments)
         train_gpt.parse_args(options_of_training)
-    elif verb in ("sft", "dpo", "orpo"):
+    elif verb in ("sft", "dpo", "orpo", "grpo"):
         args, rest = teaching.make_parser(verb, "", "").parse_known_args(arguments)
         train_gpt.parse_args(teaching.options_of_training(verb, args, rest))
     elif verb != "test":  # whose options are pytest's

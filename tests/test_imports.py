@@ -25,6 +25,7 @@ PROGRAMS = ("train_gpt", "inference", "evals", "export")
 PROGRAMS = {room: KITS.keys() | {"inference"} for room in PROGRAMS}
 # Of a training
 PLAN = {room: KITS.keys() | {"train_gpt", "inference"} for room in ("plan", "posttrain")}
+PLAN["posttrain"] |= {"door"}  # which starts each of several processes
 ROOMS = KITS | PROGRAMS | PLAN | {"benchmarks": KITS.keys() | PROGRAMS.keys()}
 
 

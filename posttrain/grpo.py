@@ -1,0 +1,288 @@
+"""./run.sh grpo: reinforcement learning from what a model's own answers are worth.
+
+The loop is here, over the kit that training has: session, checkpoints, optimizer, log. The loss and
+its sources are in runtime/policy.py, rewards in rewards.py, the recipe in tracks/grpo.py.
+
+A step is a pure function of (weights, data, seed, step): answers are drawn with seeds of their own,
+so that a run that was stopped goes on to the same weights, bit for bit.
+"""
+
+import copy
+import functools
+import time
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from base import InputError, whole_file
+from data.questions import Answer, answer_batch, rows_of
+from inference.engine import Engine, Request
+from inference.sampling import Sampling
+from records.metrics import Evaluation, measure
+from runtime.policy import advantages, token_weights
+from runtime.saved import fill
+from runtime.setting_up import is_compiled, val_stage, weights_after
+from train_gpt import lr_at, muon_momentum
+
+from .command import make_parser, teach
+from .rewards import Reward
+
+DESCRIPTION = """\
+Teach a run's model by what its own answers are worth: group relative policy optimization. It writes
+several answers to each question, and those that are better than the others to the same question
+become likelier. Questions are lines of {"messages": [...]} that end with the user's turn, with what
+the reward needs beside it, such as "answer". --reward says what an answer is worth: exact, number,
+regex, regex:PATTERN, python (tests), or FILE.py:FUNCTION of (answer, question). The options of
+./run.sh train work here as well. A tenth of the questions is held out to validate on."""
+
+EXAMPLES = """\
+examples:
+  ./run.sh grpo --from runs/taught --data sums.jsonl --reward number
+  ./run.sh grpo --from runs/taught --data sums.jsonl --reward mine.py:reward --answers 16
+  ./run.sh grpo --from runs/taught --data sums.jsonl --advantage mean --average constant"""
+
+PROMPT_TOKENS = 8192  # that are read at one time
+SHOWN = 3  # answers after a validation
+
+
+def main(argv=None):
+    """Parse, teach, print the result. Returns the exit status."""
+    return teach("grpo", "grpo", make_parser("grpo", DESCRIPTION, EXAMPLES), argv, open_loop)
+
+
+def open_loop(config, data):
+    """The loop for these questions. Raises InputError for a reward that does not fit them."""
+    reward = Reward(config.policy, [*data.train.of, *data.val.of])
+    return functools.partial(learn, reward)
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+
+def learn(reward, setup, session):
+    """Learn from where the session is to the target or the last step. Raises Interrupted when a
+    signal ended the run, InputError for a reward that failed, with the work saved."""
+    config, world, policy = setup.config, setup.world, setup.config.policy
+    model, optimizer, guard = setup.model, setup.optimizer, setup.guard
+    model.enter(config.schedule.progress(max(session.at.step, 1)))
+    reference = open_reference(setup, session) if policy.kl else None
+
+    # The engine has the model's own weights: what the optimizer changes, it answers with
+    stage = val_stage(setup, 1)
+    tokenizer = setup.data.dataset.tokenizer
+    row_len = config.data.row_len
+    engine = Engine(model, stage, tokenizer, row_len, policy.places, PROMPT_TOKENS)
+    session.start()
+    if session.at.step == 0 or session.missed_validation():
+        validate(setup, session, engine, reward)  # how good it is before it begins, too
+
+    for step in session.steps():
+        # Answers to this step's questions, and what is to be learned from them
+        if (step - 1) % policy.reuse == 0:
+            begin = time.perf_counter()
+            try:
+                answers, about = roll_out(setup, step, engine, reward)
+            except InputError:
+                if session.at.step > session.first:
+                    session.save(wait=True)
+                raise
+            about["rollout_s"] = time.perf_counter() - begin
+            batches = batches_of(setup, answers, reference, stage)
+
+        # Forward and backward; gradients add up in the parameters
+        loss = torch.zeros((), device=world.device)
+        for batch in batches:
+            share = setup.forward(*batch, stage=stage)
+            share.backward()
+            loss += share.detach()
+        about |= dict(zip(("kl", "clipped"), counted(setup)))
+
+        # The update counts if loss and gradients are finite, on all ranks
+        ok = guard.judge(step, loss, optimizer.gradients(), session.votes())
+        lr = lr_at(config, step)
+        optimizer.step(lr, muon_momentum(config.schedule.annealing(step)), ok)
+        model.after_step()
+        flops = about["tokens"] * model.flops_per_token(stage)
+        kept = {name: x for name, x in about.items() if name != "tokens"}
+        session.after_step(step, about["tokens"], flops, lr, **kept)
+
+        # While the same answers are used again, nothing is saved that could not go on from there
+        if step % policy.reuse and not session.is_last_step():
+            continue
+        if session.validation_is_due():
+            validate(setup, session, engine, reward)
+        if session.is_over():
+            break
+        if session.checkpoint_is_due():
+            session.save()
+    session.end()
+    reward.close()
+
+
+def roll_out(setup, step, engine, reward):
+    """(this rank's Answers of a step, {name: number} about those of all ranks)."""
+    world, policy = setup.world, setup.config.policy
+    n = policy.answers
+    questions = setup.data.train.questions(step)
+    seeds = setup.data.train.seeds(step, n * len(questions))
+    requests = []
+    own = range(world.rank, len(questions), world.size)
+    for i in own:
+        for seed in seeds[i * n : (i + 1) * n]:
+            # Drawn as the model itself has it: else the probabilities would not be those of the
+            # loss. Their logarithms are kept
+            requests.append(
+                Request(questions[i].prompt, policy.answer_tokens, Sampling(), seed, alternatives=0)
+            )
+    written = engine.generate(requests)
+    rewards = [
+        reward(completion.text, questions[i])
+        for i, group in zip(own, grouped(written, n))
+        for completion in group
+    ]
+
+    # What each is worth beside the others to the same question
+    by_question = torch.tensor(rewards, dtype=torch.float64).view(-1, n)
+    gains = advantages(by_question, policy.advantage).flatten().tolist()
+    kept = [not (policy.drop_cut and c.finish_reason == "length") for c in written]
+    lengths = [len(c.written) for c in written]
+
+    logprobs = [sum(d.logprob for d in c.drawn) for c in written]
+    sums = torch.tensor(
+        [
+            sum(rewards),
+            sum(lengths),
+            sum(n for n, keep in zip(lengths, kept) if keep),
+            sum(kept),
+            sum(c.finish_reason == "length" for c in written),
+            sum(row.min() == row.max() for row in by_question),
+            sum(logprobs),
+            sum(len(c.tokens) for c in written),
+        ],
+        dtype=torch.float64,
+        device=world.device,
+    )
+    if world.size > 1:
+        dist.all_reduce(sums)
+    total, tokens, tokens_kept, n_kept, cut, alike, logprob, read = sums.tolist()
+
+    weights = token_weights(lengths, policy, n_kept, tokens_kept)
+    answers = []
+    for c, gain, weight, keep in zip(written, gains, weights, kept):
+        if keep:
+            drawn = [d.logprob for d in c.drawn]
+            answers.append(Answer(c.tokens, c.n_prompt, drawn, gain, weight))
+    n_answers = n * len(questions)
+    about = dict(
+        reward=total / n_answers,
+        answer_tokens=tokens / n_answers,
+        cut=cut / n_answers,
+        alike=alike / len(questions),  # questions that teach nothing, their answers being as good
+        entropy=-logprob / tokens,  # of a token, by those that were drawn
+        tokens=int(read),
+    )
+    return answers, about
+
+
+def grouped(items, n):
+    """Lists of n items in a row."""
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+@torch.no_grad()
+def batches_of(setup, answers, reference, stage):
+    """Answers as AnswerBatches on the device, with what the reference says of them; one or more."""
+    row_len = setup.config.data.row_len
+    at_once = max(setup.micro_rows.values())
+    rows = rows_of(answers, row_len) or [[]]
+    if is_compiled(setup):  # for batches of one shape
+        rows += [[]] * (-len(rows) % at_once)
+    batches = []
+    for some in grouped(rows, at_once):
+        batch = answer_batch(some, row_len)
+        batch = batch._make(t.to(setup.world.device) for t in batch)
+        if reference is not None:
+            said = reference.log_probs(batch.inputs, batch.targets, batch.cu_seqlens, stage)
+            batch = batch._replace(reference=said)
+        batches.append(batch)
+    return batches
+
+
+def counted(setup):
+    """(mean k3, share of tokens that the clip held back) of the passes since the last call, over
+    all ranks."""
+    sums = setup.forward.take()
+    if setup.world.size > 1:
+        dist.all_reduce(sums)
+    kl, clipped, tokens = sums.tolist()
+    return kl / max(1, tokens), clipped / max(1, tokens)
+
+
+def open_reference(setup, session):
+    """The model that the run began with, whose weights its folder keeps. Raises InputError where a
+    run that goes on lacks them."""
+    path = session.log.folder / "reference.safetensors"
+    model = copy.deepcopy(setup.model).requires_grad_(False)
+    if session.at.step == 0:
+        weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
+        if setup.world.rank == 0:
+            with whole_file(path) as temp:
+                save_file(weights, temp)
+        return model
+    if not path.exists():
+        raise InputError(
+            f"{path}: is gone: expected the weights that this run began with; begin anew with "
+            "another --run-dir, or go on with --kl 0"
+        )
+    fill(model, load_file(path))
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Validation
+
+
+def validate(setup, session, engine, reward):
+    """Record what the likeliest answers to the held-out questions are worth; keep the best
+    weights."""
+    with session.clock_stopped(), session.parts.part("validation_s"):
+        metrics, written = evaluate(setup, engine, reward)
+        session.record(metrics)
+        for completion, question, worth in written[:SHOWN]:
+            asked = question.fields["messages"][-1]["content"]
+            session.log.say(
+                f"--- a sample after step {session.at.step}\n{asked}\n{completion.text}\n"
+                f"(reward {worth:g})\n---",
+                quiet=True,
+            )
+        if session.is_best() and setup.world.rank == 0:
+            with session.parts.part("save_s"):
+                weights = weights_after(setup, max(1, session.at.step))
+                if not session.log.save_weights(weights, "best.safetensors"):
+                    session.forget_best()
+
+
+def evaluate(setup, engine, reward):
+    """(metrics by name, this rank's [(Completion, Question, reward), ...])."""
+    policy, world = setup.config.policy, setup.world
+    questions = setup.data.val.of[: policy.val_questions or None]
+    own = questions[world.rank :: world.size]
+    requests = [Request(q.prompt, policy.answer_tokens, Sampling(temperature=0)) for q in own]
+    written = [(c, q, reward(c.text, q)) for c, q in zip(engine.generate(requests), own)]
+    sums = torch.tensor(
+        [
+            sum(worth for _, _, worth in written),
+            sum(c.finish_reason == "length" for c, _, _ in written),
+            sum(len(c.written) for c, _, _ in written),
+        ],
+        dtype=torch.float64,
+        device=world.device,
+    )
+    if world.size > 1:
+        dist.all_reduce(sums)
+    total, cut, tokens = sums.tolist()
+    lacking = len(questions) - total  # of a reward of 1 each: what every run's loss is here
+    metrics = measure(Evaluation(lacking, len(questions), None, answers=(total, cut, tokens)))
+    return metrics, written
