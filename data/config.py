@@ -53,6 +53,11 @@ class DataConfig(Options):
         group="batch, context and schedule",
     )
     val_row_len: int = option(1024, "the same for validation", POSITIVE)
+    docs_by_pass: bool = option(
+        False,
+        "documents told apart are counted in a forward pass, one for every 512 tokens and a row's "
+        "share to spare, not in a row, one for every 256",
+    )
 
     def __post_init__(self):
         super().__post_init__()

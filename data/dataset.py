@@ -133,6 +133,7 @@ def open_data(
         long_docs=config.long_docs,
         shuffle=config.shuffle,
         seed=seed,
+        docs_by_pass=config.docs_by_pass,
     )
 
     n_tokens = config.val_tokens
@@ -151,6 +152,7 @@ def open_data(
         n_vocab=dataset.n_vocab,
         row_len=config.val_row_len,
         n_tokens=n_tokens,
+        docs_by_pass=config.docs_by_pass,
     )
 
     # A vocabulary may be out of reach; only bits per byte and the sample of text need it

@@ -72,18 +72,45 @@ def default_max_docs(row_len):
     return max(8, row_len // 256)
 
 
-def pack(rows, row_len, max_docs, max_len):
+def slots_of_pass(n_rows, row_len, max_len):
+    """Documents told apart in a pass of so many rows: one for every 512 tokens and a row's share to
+    spare, as in modded-nanogpt; at least 8 a row, and enough to divide all of it."""
+    return max((n_rows + 1) * row_len // 512, 8 * n_rows, n_rows * -(-row_len // max_len))
+
+
+def spread_borders(lengths, row_len, slots, max_len):
+    """Where documents begin in rows of segments of these lengths: at most `slots` numbers.
+
+    lengths: a list for each row, all at most max_len. Every segment has a border of its own as long
+    as enough are left to divide all that comes after it every max_len tokens.
+    """
+    divided = -(-row_len // max_len)  # borders of a row without any of its own
+    borders = []
+    for r, row in enumerate(lengths):
+        later_rows = (len(lengths) - r - 1) * divided
+        at = 0
+        for length in row:
+            rest = -(-(row_len - at - length) // max_len)
+            if len(borders) + 1 + rest + later_rows > slots:
+                break
+            borders.append(r * row_len + at)
+            at += length
+        borders += range(r * row_len + at, (r + 1) * row_len, max_len)
+    return borders
+
+
+def pack(rows, row_len, max_docs, max_len, slots=None):
     """Rows (each a list of (tokens, start, length) segments, or None for padding) -> MicroBatch.
 
     A segment may have a fourth part, which of all those tokens count as targets, bool.
     No document in cu_seqlens is longer than max_len. A row with more than max_docs segments keeps
     the borders of the first ones; what remains of it, padding included, is divided every max_len
-    tokens.
+    tokens. With slots, all rows together have so many borders at most, see spread_borders().
     """
-    slots = max_docs + -(-row_len // max_len)  # borders that a row can have at most
+    in_all = slots or len(rows) * (max_docs + -(-row_len // max_len))
     inputs = np.zeros((len(rows), row_len), dtype=np.int64)
     targets = np.full((len(rows), row_len), IGNORE, dtype=np.int64)
-    cu_seqlens = np.full(len(rows) * slots + 1, len(rows) * row_len, dtype=np.int32)
+    cu_seqlens = np.full(in_all + 1, len(rows) * row_len, dtype=np.int32)
     n = 0  # borders so far
     for r, row in enumerate(rows):
         at = 0
@@ -94,14 +121,19 @@ def pack(rows, row_len, max_docs, max_len):
             targets[r, at : at + length] = tokens[following]
             if counts:
                 targets[r, at : at + length][~counts[0][following]] = IGNORE
-            if i < max_docs:
+            if i < max_docs and not slots:
                 cu_seqlens[n] = r * row_len + at
                 n += 1
                 rest = at + length
             at += length
-        more = np.arange(rest, row_len, max_len)
-        cu_seqlens[n : n + len(more)] = r * row_len + more
-        n += len(more)
+        if not slots:
+            more = np.arange(rest, row_len, max_len)
+            cu_seqlens[n : n + len(more)] = r * row_len + more
+            n += len(more)
+    if slots:
+        lengths = [[segment[2] for segment in row or ()] for row in rows]
+        borders = spread_borders(lengths, row_len, slots, max_len)
+        cu_seqlens[: len(borders)] = borders
     return MicroBatch(
         inputs=torch.from_numpy(inputs),
         targets=torch.from_numpy(targets),
@@ -126,9 +158,11 @@ class TrainLoader:
         shuffle=True,
         seed=0,
         max_docs=None,
+        docs_by_pass=False,
     ):
         """shards: paths; batch_rows, max_doc_len: functions of the step; shuffle: documents and
-        shards in random order from the first epoch on (later epochs are always shuffled). Raises
+        shards in random order from the first epoch on (later epochs are always shuffled); max_docs:
+        documents told apart in a row; docs_by_pass: they are counted in a pass instead. Raises
         InputError when the data does not fill one batch."""
         self.shards = list(shards)
         self.eot = eot
@@ -139,6 +173,7 @@ class TrainLoader:
         self.split = long_docs == "split"
         self.shuffle = shuffle
         self.max_docs = max_docs or default_max_docs(row_len)
+        self.docs_by_pass = docs_by_pass
         self._tokens = {}  # shard number -> its tokens, once it has been reached
         self._starts = {}  # shard number -> where its documents start
         self.reseed(seed)
@@ -194,11 +229,16 @@ class TrainLoader:
         stride = micro_rows * world_size
         rows += [None] * (-len(rows) % stride)
         for i in range(rank * micro_rows, len(rows), stride):
-            yield pack(rows[i : i + micro_rows], self.row_len, self.max_docs, self._max_len(step))
+            yield self._pack(rows[i : i + micro_rows], step)
 
     def padding(self, step, micro_rows):
         """A MicroBatch of padding alone, as of this step."""
-        return pack([None] * micro_rows, self.row_len, self.max_docs, self._max_len(step))
+        return self._pack([None] * micro_rows, step)
+
+    def _pack(self, rows, step):
+        max_len = self._max_len(step)
+        slots = slots_of_pass(len(rows), self.row_len, max_len) if self.docs_by_pass else None
+        return pack(rows, self.row_len, self.max_docs, max_len, slots)
 
     def n_targets(self, step, tokens):
         """How many targets of the global batch of `tokens` count in the loss: all."""
@@ -318,8 +358,11 @@ class ValLoader:
     N; `targets` (N,), tokens, is for counting bytes.
     """
 
-    def __init__(self, shards, *, eot, n_vocab, row_len, n_tokens=None, max_docs=None):
-        """Raises InputError where there are fewer than n_tokens + 1 tokens."""
+    def __init__(
+        self, shards, *, eot, n_vocab, row_len, n_tokens=None, max_docs=None, docs_by_pass=False
+    ):
+        """max_docs: documents told apart in a row; docs_by_pass: all there are, which is as many as
+        the row with most has. Raises InputError where there are fewer than n_tokens + 1 tokens."""
         tokens = read_shard(shards[0], n_vocab)
         if len(shards) > 1:
             tokens = np.concatenate([tokens, *(read_shard(path, n_vocab) for path in shards[1:])])
@@ -335,6 +378,10 @@ class ValLoader:
         self.tokens = tokens
         self.targets = tokens[1 : self.n_targets + 1]
         self._starts = np.flatnonzero(tokens[: self.n_targets] == eot)
+        self.docs_by_pass = docs_by_pass
+        if docs_by_pass:
+            most = max(len(self._row(at)) for at in range(0, self.n_targets, row_len))
+            self.max_docs = -(-most // 64) * 64
 
     def micro_batches(self, rank=0, world_size=1, micro_rows=1, n_rows=None):
         """One rank's share as equally shaped MicroBatches; every rank gets the same number of
@@ -346,7 +393,9 @@ class ValLoader:
         stride = micro_rows * world_size
         rows += [None] * (-len(rows) % stride)
         for i in range(rank * micro_rows, len(rows), stride):
-            yield pack(rows[i : i + micro_rows], self.row_len, self.max_docs, self.row_len)
+            slots = micro_rows * self.max_docs if self.docs_by_pass else None
+            some = rows[i : i + micro_rows]
+            yield pack(some, self.row_len, self.max_docs, self.row_len, slots)
 
     def _row(self, at):
         end = min(at + self.row_len, self.n_targets)

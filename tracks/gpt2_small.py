@@ -41,6 +41,7 @@ TRACK = dict(
     row_len=16384,
     # As long as the record's: each row's start cuts a document's context, which would cost 0.001
     val_row_len=262_144,
+    docs_by_pass=True,
     long_layers=(3,),
     steps=1600,
     extension=15,

@@ -28,6 +28,8 @@ from data.loader import (
     ValLoader,
     default_max_docs,
     document_starts,
+    slots_of_pass,
+    spread_borders,
 )
 from data.shards import MAGIC
 
@@ -650,6 +652,68 @@ def test_borders_of_a_row_with_more_documents_than_slots():
         row_len=20, rows=1, max_doc_len=6, shuffle=False, max_docs=9
     ).micro_batches(1)
     assert sorted(set(few.cu_seqlens.tolist())) == [0, 3, 6, 9, 12, 15, 18, 20]
+
+
+# Rows of segments that fill them, and of padding
+ROWS = st.lists(st.one_of(st.just([]), st.lists(st.integers(1, 5), min_size=1)), min_size=1)
+
+
+@FAST
+@given(ROWS, st.integers(5, 9), st.integers(0, 30))
+def test_borders_that_are_counted_in_a_pass(rows, max_len, spare):
+    """As many documents as there are slots for keep theirs, no piece is longer than max_len, and
+    only where slots run out is anything divided that is one document."""
+    row_len = max([1, *map(sum, rows)])
+    rows = [[*row, *[1] * (row_len - sum(row))] if row else [] for row in rows]
+    least = len(rows) * -(-row_len // max_len)
+    found = spread_borders(rows, row_len, least + spare, max_len)
+    assert len(found) <= least + spare
+    assert found == sorted(set(found))
+    assert set(range(0, len(rows) * row_len, row_len)) <= set(found)
+    assert np.diff([*found, len(rows) * row_len]).max() <= max_len
+    wanted = []
+    for r, row in enumerate(rows):
+        wanted += (r * row_len + np.cumsum([0, *row[:-1]])).tolist() if row else []
+    if len(wanted) + sum(-(-row_len // max_len) for row in rows if not row) <= spare:
+        assert set(wanted) <= set(found)
+    # The first row is served first, as far as it goes
+    first = [at for at in found if at < row_len]
+    own = np.cumsum([0, *rows[0][:-1]]).tolist() if rows[0] else [0]
+    alike = [a == b for a, b in zip(first, own)]
+    assert all(alike[: min(len(own), spare)])
+
+
+def test_slots_are_as_many_as_the_record_has():
+    """64, 96 and 128 for one, two and three rows of 16,384; on one GPU 12 rows have 416, not
+    865."""
+    for rows, max_len, slots in ((1, 896, 64), (2, 2048, 96), (3, 2048, 128), (12, 2048, 416)):
+        assert slots_of_pass(rows, 16384, max_len) == slots
+    assert slots_of_pass(3, 16, 16) == 24
+    assert slots_of_pass(2, 1000, 10) == 200
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3])
+def test_documents_counted_in_a_pass(micro_rows):
+    """The same tokens, one length for all passes, and the borders of all documents; in validation
+    as well, where every row has as many slots as the fullest needs."""
+    corpus = Corpus([5, 3, 1, 7, 2, 8, 6] * 12)
+    options = dict(row_len=16, rows=6, max_doc_len=16)
+    plain = list(corpus.loader(**options).micro_batches(1, micro_rows=micro_rows))
+    loader = corpus.loader(**options, docs_by_pass=True)
+    counted = list(loader.micro_batches(1, micro_rows=micro_rows))
+    for a, b in zip(plain, counted, strict=True):
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
+        assert set(a.cu_seqlens.tolist()) == set(b.cu_seqlens.tolist())
+        assert len(b.cu_seqlens) == 8 * micro_rows + 1
+    assert len(loader.padding(1, micro_rows).cu_seqlens) == 8 * micro_rows + 1
+    val = corpus.val(row_len=300, docs_by_pass=True, n_tokens=370)
+    many = Corpus([2] * 100).val(row_len=200, docs_by_pass=True)
+    for loader, slots in ((val, 128), (many, 128)):
+        for micro in loader.micro_batches(micro_rows=micro_rows):
+            assert len(micro.cu_seqlens) == slots * micro_rows + 1
+            starts = (micro.inputs == EOT) & (micro.targets != IGNORE)
+            starts = starts.flatten().nonzero()[:, 0].tolist()
+            assert set(starts) <= set(micro.cu_seqlens.tolist())
 
 
 def test_borders_are_those_of_the_steps_own_limit():
