@@ -31,7 +31,7 @@ from base import last_resort, streams  # noqa: E402
 
 # Of verbs that are no package with a __main__
 MODULES = dict(train="train_gpt", eval="evals.__main__", report="records.report")
-MODULES |= {"import": "export.from_hf"}
+MODULES |= {"import": "export.from_hf", "teach-demo": "posttrain.teach_demo"}
 MODULES |= {verb: f"posttrain.{verb}" for verb in ("sft", "dpo", "orpo", "grpo")}
 MODULES |= {verb: f"inference.{verb}" for verb in ("sample", "chat", "serve")}
 

@@ -31,6 +31,7 @@ Train a GPT to a target loss against the clock, on this machine, and use what wa
   dpo           teach it which of two answers is better, beside what it was before
   orpo          the same without that, from a base model
   grpo          reinforcement learning: teach it by what its own answers are worth
+  teach-demo    all of that in minutes, with a model of a million parameters
   sample        text from a run's model, with prompts and settings of yours
   chat          the same as a conversation in the terminal
   serve         the same for other programs, by OpenAI's protocol, and for a browser
@@ -149,8 +150,8 @@ case $verb in
         unset PYTHONPATH
         exec "$venv/bin/python" -m pytest "$@"
         ;;
-    plan | data | sft | dpo | orpo | grpo | sample | chat | serve | eval | report | export | import \
-        | records | benchmarks)
+    plan | data | sft | dpo | orpo | grpo | teach-demo | sample | chat | serve | eval | report \
+        | export | import | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records

@@ -47,6 +47,7 @@ SPECIALS = (
 # from where a run begins: from everywhere, the search takes time quadratic in a run's length.
 LONG_RUN = re.compile(r"(?<!\s)\s{10000}")
 PIECE = re.compile(r"(?s).{1,5000}")
+MOST_ALONE = 20_000  # characters of texts that are encoded sooner than threads for them start
 MOST_WORD = 256  # characters of a word that qwen2:N learns from at once
 MOST_SPACES = 10_000
 LONG_WORD = re.compile(rf"(?<!\S)\S{{{MOST_WORD},}}|(?<!\s)\s{{{MOST_WORD},}}")
@@ -128,7 +129,7 @@ class Tokenizer:
             return found
 
         threads = min(n_cores(), len(parts))
-        if threads < 2:
+        if threads < 2 or sum(map(len, parts)) < MOST_ALONE:
             return encode(parts)
         shares = 4 * threads  # so that a long text does not keep the others waiting
         found = [None] * len(parts)
