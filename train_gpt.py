@@ -33,6 +33,7 @@ from base.options import (
     COUNT,
     FRACTION,
     POSITIVE,
+    RATE,
     Options,
     by_stage,
     option,
@@ -105,6 +106,11 @@ class Schedule(Options):
     equally; the tuples' lengths may differ."""
 
     steps: int = option(500, "optimizer steps", POSITIVE, group="batch, context and schedule")
+    max_epochs: float = option(
+        0.0,
+        "leave out steps beyond so many passes over the training text; 0 leaves out none",
+        RATE,
+    )
     batch_tokens: tuple[int, ...] = option((8192,), "tokens per step, by stage", BY_STAGE)
     max_doc_len: tuple[int, ...] = option(
         (256,), "documents are cut at this many tokens, by stage", BY_STAGE
@@ -265,6 +271,9 @@ def parse_args(argv, beneath=None):
     if first["warm_start"]:
         name = warm_start.tokenizer_name(first["warm_start"])
         fields["tokenizer"] = name or fields.get("tokenizer", DataConfig.tokenizer)
+    # Steps that are asked for are taken
+    if "steps" in given and "max_epochs" in fields:
+        fields["max_epochs"] = 0.0
     return configure(**(fields | given | dict(track=track)))
 
 
@@ -299,6 +308,24 @@ def stage_at(config, step):
 def stages_of(config):
     """{step: its Stage}"""
     return {step: stage_at(config, step) for step in range(1, config.schedule.steps + 1)}
+
+
+def within_epochs(config, n_tokens):
+    """{option: value} for the steps that --max-epochs leaves, with as many validations; n_tokens:
+    of the training text."""
+    schedule = config.schedule
+    most = schedule.max_epochs * n_tokens
+    steps = 0
+    taken = 0  # tokens
+    while steps < schedule.steps and (taken < most or not steps):
+        steps += 1
+        taken += stage_at(config, steps).rows * config.data.row_len
+    if not most or steps == schedule.steps:
+        return {}
+    adam_every = config.optim.adam_every
+    every = config.run.eval_every * steps // schedule.steps // adam_every * adam_every
+    extension = min(schedule.extension, steps - 1)
+    return dict(steps=steps, eval_every=max(adam_every, every), extension=extension)
 
 
 def lr_at(config, step):
@@ -496,6 +523,8 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
         # Prepared if need be; its rows are those of the seed in turn, and of steps added to it
         data = load_data(config, lambda step: stage_at(config, step), world)
     loop = open_loop(config, data) if open_loop else train_to_the_end
+    if config.schedule.max_epochs:
+        config = changed(config, **within_epochs(config, data.train.n_tokens))
     if folder is None:
         fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
         folder = folders.find_run_dir(config, FREE, world, runs_folder(), resuming, fingerprint)
@@ -529,7 +558,11 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
                 if new:
                     setup = set_up(config, stages_of(config), world, data, log)
                     if options.time:
-                        config = changed(config, **fit_to_time(setup, parts.elapsed(), log))
+                        config = changed(config, **fit_to_time(setup, parts.elapsed()))
+                        if config.schedule.max_epochs:
+                            fewer = within_epochs(config, data.train.n_tokens)
+                            config = changed(config, **fewer)
+                        log.expect(config.schedule.steps)
                         setup.stages = stages_of(config)
                     if options.time or (config.goal.target is None and not open_loop):
                         setup.expected_seconds = expected_training(setup)

@@ -70,7 +70,7 @@ def validation_seconds(setup):
     return len(setup.val.batches) * best_seconds(setup.world.device, validate, 2)
 
 
-def fit_to_time(setup, elapsed, log):
+def fit_to_time(setup, elapsed):
     """{option: value} with which the process takes --time in all, of which `elapsed` seconds are
     over: steps, and how far validations are apart, of which there are as many as before.
 
@@ -89,5 +89,4 @@ def fit_to_time(setup, elapsed, log):
             f"samples take {others:.0f} s more; give more time, or a smaller --track"
         )
     every = max(1, steps // n_validations)
-    log.expect(steps)
     return dict(steps=steps, eval_every=every)

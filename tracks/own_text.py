@@ -16,4 +16,4 @@ OWN = dict(
     sample_prompts=(),
 )
 
-TRACK = TRACK | OWN | dict(steps=400)
+TRACK = TRACK | OWN | dict(steps=400, max_epochs=3.0)

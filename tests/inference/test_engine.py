@@ -1,6 +1,8 @@
 """Text comes out as the model says it: whole characters, ended where it should be, the same with
 and without a cache and whoever else is in the batch."""
 
+import copy
+
 import pytest
 import torch
 from helpers import PIECES, stage_of, tiny_model
@@ -254,6 +256,19 @@ def test_tokens_that_are_looked_up_change_the_time_only(small, max_len):
             assert one.finish_reason == other.finish_reason
             assert [d.token for d in one.drawn] == [d.token for d in other.drawn]
     assert calls[quick] < 0.9 * calls[plain]
+
+
+@torch.no_grad()
+def test_weights_may_change_between_answers(small):
+    """As they do in reinforcement learning: nothing that was made of the old ones is used."""
+    model, stage = small
+    changing = copy.deepcopy(model)
+    engine = engine_of((changing, stage))
+    engine.generate(REQUESTS)
+    for parameter in changing.parameters():
+        parameter.mul_(1.5)
+    expected = engine_of((copy.deepcopy(changing), stage)).generate(REQUESTS)
+    assert [c.tokens for c in engine.generate(REQUESTS)] == [c.tokens for c in expected]
 
 
 def test_the_seed_decides(small):
