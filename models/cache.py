@@ -74,6 +74,8 @@ class KVCache:
     def join(self, other):
         """Take over the rows of another cache of the same model, behind one's own."""
         own = self.rows
+        if not own:  # weights may have changed since this one was made
+            self.layers = other.layers
         self.lengths = self.lengths + other.lengths
         self.texts = self.texts + other.texts
         for name, x in other.last.items():
