@@ -34,6 +34,7 @@ BENCHMARKS = {
     "start": "the whole process and its parts, with empty caches and again",
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
     "peers": "nanoGPT, nanochat, minimind or modded-nanogpt beside this trainer, whole processes",
+    "parity": "this trainer's recipe beside the public record's own code, at equal steps",
     "ablate": "what each piece of the recipe is worth, in loss and in time",
     "inference": "prefill and decode by batch and context, beside the memory's floor and others",
     "serving": "a server's tokens/s for many clients at once, beside one after another",
