@@ -127,6 +127,7 @@ class Engine:
 
     def join(self):
         """Those whose prompts are read are decoded from now on."""
+        self.cache.expected = len(self.live) + len(self.reading)
         # The first of every prompt, then the second ones of those that have one, and so on
         for n in range(len(self.alike[0])):
             those = [same[n] for same in self.alike if len(same) > n]

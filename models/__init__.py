@@ -38,9 +38,10 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
                                    document starts in the flattened rows
     logits(inputs, cu_seqlens, stage, last_only=False)
                                    (B, T, n_vocab) fp32, for sampling; or of the last tokens only
-    log_probs(inputs, targets, cu_seqlens, stage)
+    log_probs(inputs, targets, cu_seqlens, stage, n_vocab=None)
                                    (B, T) fp32, of each target, 0 where it is IGNORE; targets are
-                                   what really follows. For evaluation: without it logits() serves
+                                   what really follows; n_vocab: among so many tokens. For
+                                   evaluation, which does by logits() without it, and teaching
     new_cache(rows)                what decode() keeps of earlier tokens: none yet. It has lengths,
                                    how many each row holds, keep(rows), to forget all rows but
                                    these, and join(other), to take over another one's rows;

@@ -11,14 +11,17 @@ Shapes: B rows, S new tokens in a row, H heads, D head width.
 import torch
 import torch.nn.functional as F
 
-CAPACITY = 256  # tokens a row has room for at first; doubled when they are used up
+CAPACITY = 64  # tokens a row has room for at first; doubled when they are used up
 
 
 class KVCache:
     """Keys and values of each layer, and the last token's value of whatever a model looks back at.
 
-    A model's decode() calls begin(), computes the new tokens, and calls end().
+    A model's decode() calls begin(), computes the new tokens, and calls end(). expected: rows that
+    there will soon be, for which room is made at once.
     """
+
+    expected = 0
 
     def __init__(self, rows, device=None, layers=None):
         self.lengths = [0] * rows  # tokens that each row holds
@@ -158,7 +161,7 @@ class KVCache:
     def room(self, layer, k, end):
         """A layer's keys and values with room up to index `end` in all rows; like k otherwise."""
         keys, values = self.kv.get(layer, (k[:0, :0], k[:0, :0]))
-        rows = grown(keys.size(0), self.rows)
+        rows = grown(keys.size(0), max(self.rows, self.expected))
         capacity = grown(keys.size(1), end, CAPACITY)
         if keys.shape[:2] != (rows, capacity):
             more = (0, 0, 0, 0, 0, capacity - keys.size(1), 0, rows - keys.size(0))

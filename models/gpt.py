@@ -862,8 +862,10 @@ class Model(nn.Module):
         log_prob = copies.mixed(own, self.mix(x, seen), seen, hits)
         return log_prob.where(targets != IGNORE, 0.0)
 
-    def log_probs(self, inputs, targets, cu_seqlens, stage):
-        """(B, T) log probabilities of the targets, 0 where one is IGNORE; stage: of validation."""
+    def log_probs(self, inputs, targets, cu_seqlens, stage, n_vocab=None):
+        """(B, T) log probabilities of the targets, 0 where one is IGNORE; stage: of validation;
+        n_vocab: among so many tokens, as logits() has them; None: and what pads them, as in
+        training."""
         rows = [self.hidden(inputs, cu_seqlens, stage).flatten(0, 1), targets.flatten()]
         if self.c.copies:
             starts = document_starts(inputs, cu_seqlens)
@@ -873,7 +875,7 @@ class Model(nn.Module):
         else:
             cap = self.c.softcap or None
             of_rows = functools.partial(linear_log_prob, cap=cap, ignore_index=IGNORE)
-        return log_probs_by_chunks(of_rows, self.lm_head, *rows).view_as(inputs)
+        return log_probs_by_chunks(of_rows, self.lm_head[:n_vocab], *rows).view_as(inputs)
 
     def mix(self, x, seen):
         """Gates of the mixture: (..., C), (..., copies) -> (..., copies + 1) fp32."""

@@ -484,11 +484,13 @@ class Model(nn.Module):
         loss = functools.partial(self.ops.linear_cross_entropy, cap=None)
         return loss_by_chunks(self.recompute, loss, self.head, x, targets.flatten())
 
-    def log_probs(self, inputs, targets, cu_seqlens, stage):
-        """(B, T) log probabilities of the targets, 0 where one is IGNORE."""
+    def log_probs(self, inputs, targets, cu_seqlens, stage, n_vocab=None):
+        """(B, T) log probabilities of the targets, 0 where one is IGNORE; n_vocab: among so many
+        tokens, as logits() has them; None: and what pads them, as in training."""
         x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)
         of_rows = functools.partial(linear_log_prob, ignore_index=IGNORE)
-        return log_probs_by_chunks(of_rows, self.head, x, targets.flatten()).view_as(inputs)
+        head = self.head[:n_vocab]
+        return log_probs_by_chunks(of_rows, head, x, targets.flatten()).view_as(inputs)
 
     def logits(self, inputs, cu_seqlens, stage, last_only=False):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""

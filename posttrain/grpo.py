@@ -75,7 +75,7 @@ def learn(reward, setup, session):
     row_len = config.data.row_len
     engine = Engine(model, stage, tokenizer, row_len, policy.places, PROMPT_TOKENS)
     session.start()
-    if session.at.step == 0 or session.missed_validation():
+    if session.at.validated < 0 or session.missed_validation():
         validate(setup, session, engine, reward)  # how good it is before it begins, too
 
     for step in session.steps():
@@ -85,8 +85,7 @@ def learn(reward, setup, session):
             try:
                 answers, about = roll_out(setup, step, engine, reward)
             except InputError:
-                if session.at.step > session.first:
-                    session.save(wait=True)
+                session.save(wait=True)
                 raise
             about["rollout_s"] = time.perf_counter() - begin
             batches = batches_of(setup, answers, reference, stage)
@@ -109,7 +108,7 @@ def learn(reward, setup, session):
         session.after_step(step, about["tokens"], flops, lr, **kept)
 
         # While the same answers are used again, nothing is saved that could not go on from there
-        if step % policy.reuse and not session.is_last_step():
+        if step % policy.reuse and step < config.schedule.steps:
             continue
         if session.validation_is_due():
             validate(setup, session, engine, reward)
@@ -136,6 +135,7 @@ def roll_out(setup, step, engine, reward):
             requests.append(
                 Request(questions[i].prompt, policy.answer_tokens, Sampling(), seed, alternatives=0)
             )
+    engine.clear()  # of what it has made of weights before the last update
     written = engine.generate(requests)
     rewards = [
         reward(completion.text, questions[i])
@@ -204,7 +204,7 @@ def batches_of(setup, answers, reference, stage):
         batch = answer_batch(some, row_len)
         batch = batch._make(t.to(setup.world.device) for t in batch)
         if reference is not None:
-            said = reference.log_probs(batch.inputs, batch.targets, batch.cu_seqlens, stage)
+            said = reference(batch.inputs, batch.targets, batch.cu_seqlens, stage)
             batch = batch._replace(reference=said)
         batches.append(batch)
     return batches
@@ -221,23 +221,24 @@ def counted(setup):
 
 
 def open_reference(setup, session):
-    """The model that the run began with, whose weights its folder keeps. Raises InputError where a
-    run that goes on lacks them."""
+    """log_probs() of the model that the run began with, whose weights its folder keeps. Raises
+    InputError where a run that goes on lacks them."""
     path = session.log.folder / "reference.safetensors"
     model = copy.deepcopy(setup.model).requires_grad_(False)
+    log_probs = functools.partial(model.log_probs, n_vocab=model.n_vocab)
     if session.at.step == 0:
         weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
         if setup.world.rank == 0:
             with whole_file(path) as temp:
                 save_file(weights, temp)
-        return model
+        return log_probs
     if not path.exists():
         raise InputError(
             f"{path}: is gone: expected the weights that this run began with; begin anew with "
             "another --run-dir, or go on with --kl 0"
         )
     fill(model, load_file(path))
-    return model
+    return log_probs
 
 
 # --------------------------------------------------------------------------------------------------

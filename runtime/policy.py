@@ -17,6 +17,7 @@ arXiv:2503.14476 (DAPO); Schulman, joschu.net/blog/kl-approx.html (k3).
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -107,10 +108,11 @@ class PolicyLoss:
 
     def __init__(self, model, config, compiled=False):
         self.config = config
-        self.log_probs = model.log_probs
+        # Among the tokens that answers are drawn from
+        self.log_probs = functools.partial(model.log_probs, n_vocab=model.n_vocab)
         self.counted = None  # of k3, tokens that the clip holds back, tokens: sums since take()
         if compiled:
-            self.log_probs = torch.compile(model.log_probs, fullgraph=True, dynamic=False)
+            self.log_probs = torch.compile(self.log_probs, fullgraph=True, dynamic=False)
 
     def __call__(
         self,

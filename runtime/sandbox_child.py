@@ -26,7 +26,6 @@ import select
 import signal
 import sys
 import time
-import traceback
 
 # So that what a model's code is likely to import is there already
 import collections  # noqa: F401, isort: skip
@@ -119,8 +118,8 @@ def leave_network():
 
 def said(error):
     """An exception in a line."""
-    text = " ".join("".join(traceback.format_exception_only(error)).split())
-    return text[:500]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500].removesuffix(": ")
 
 
 # --------------------------------------------------------------------------------------------------
