@@ -7,6 +7,8 @@ import numpy as np
 
 from base import InputError
 
+from .shapes import messages_of_line, pair_of_line
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -120,30 +122,68 @@ def knows_chat(tokenizer):
 # Files of conversations
 
 
-def read_conversations(path):
-    """Yield the messages of each line of a .jsonl file: {"messages": [{"role": ..., "content":
-    ...}, ...]}. Raises InputError, which names the line."""
-    return of_lines(path, conversation)
+def read_conversations(path, left_out=None):
+    """Yield the messages of each line of a .jsonl file, or row of a .parquet file, in one of the
+    forms that shapes.py has. Raises InputError, which names the line; left_out: as of_lines()."""
+    return of_lines(path, conversation, left_out)
 
 
-def of_lines(path, read):
-    """Yield read(line, where) for each line of a .jsonl file. Raises InputError."""
+def of_lines(path, read, left_out=None):
+    """Yield read(line, where) for each line of a .jsonl file, or row of a .parquet file.
+
+    left_out: a list that gets the errors of what cannot be learned from; None raises the first one,
+    an InputError.
+    """
+    for line, where in rows_of_parquet(path) if is_parquet(path) else lines_of(path):
+        try:
+            found = read(line, where)
+        except InputError as e:
+            if left_out is None:
+                raise
+            left_out.append(e)
+            continue
+        yield found
+
+
+def is_parquet(path):
+    return str(path).lower().endswith(".parquet")
+
+
+def lines_of(path):
+    """Yield (line, where) of a file, but for empty ones. Raises InputError."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             for number, line in enumerate(f, start=1):
                 if line.strip():
-                    yield read(line, f"{path}:{number}")
+                    yield line, f"{path}:{number}"
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: expected UTF-8, found byte {e.object[e.start]:#04x}") from None
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
-def object_of(line, where, keys, example):
-    """The object of a line of JSON that has these keys; example: what is expected. Raises
-    InputError."""
+def rows_of_parquet(path):
+    """Yield (object, where) of the rows of a file. Raises InputError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
     try:
-        said = json.loads(line)
+        with pyarrow.parquet.ParquetFile(path) as f:
+            for batch in f.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{path}:{number}"
+    except (pyarrow.ArrowException, OSError) as e:
+        said = " ".join(str(e).split())[:200]
+        raise InputError(f"{path}: cannot be read after row {number}: {said}") from None
+
+
+def object_of(line, where, keys, example):
+    """The object of a line of JSON, or of a row that is one, that has these keys; example: what is
+    expected. Raises InputError."""
+    try:
+        said = json.loads(line) if isinstance(line, str) else line
     except ValueError as e:
         raise InputError(f"{where}: expected a line of JSON: {e}") from None
     if not isinstance(said, dict) or not keys <= said.keys():
@@ -153,9 +193,9 @@ def object_of(line, where, keys, example):
 
 def conversation(line, where):
     """[Message, ...] of a line, checked to be one that can be learned from. Raises InputError."""
-    said = object_of(line, where, {"messages"}, '{"messages": [...]}')
+    said = messages_of_line(object_of(line, where, set(), '{"messages": [...]}'), where)
     try:
-        messages = read_messages(said["messages"])
+        messages = read_messages(said)
     except InputError as e:
         raise InputError(f"{where}: {e}") from None
     check_order(messages, where)
@@ -214,7 +254,7 @@ def pair(line, where):
     messages; without a prompt, chosen and rejected are whole conversations that begin alike. Raises
     InputError, which names the place."""
     example = '{"prompt": ..., "chosen": ..., "rejected": ...}'
-    said = object_of(line, where, {"chosen", "rejected"}, example)
+    said = pair_of_line(object_of(line, where, {"chosen", "rejected"}, example))
     before = []
     if said.get("prompt") is not None:
         before = messages_of(said["prompt"], "user", f"{where}: prompt")
@@ -241,9 +281,10 @@ def messages_of(said, role, where):
         raise InputError(f"{where}: {e}") from None
 
 
-def read_pairs(path):
-    """Yield the Pairs of a .jsonl file. Raises InputError, which names the line."""
-    return of_lines(path, pair)
+def read_pairs(path, left_out=None):
+    """Yield the Pairs of a .jsonl or .parquet file. Raises InputError, which names the line;
+    left_out: as of_lines()."""
+    return of_lines(path, pair, left_out)
 
 
 def render_pair(found, tokenizer):

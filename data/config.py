@@ -1,6 +1,7 @@
 """What to train on and how it is cut into rows: the options of every program that trains."""
 
 import dataclasses
+import math
 
 from base.options import COUNT, POSITIVE, Options, option, remembered
 
@@ -23,6 +24,12 @@ class DataConfig(Options):
     )
     conversations: tuple[str, ...] = option(
         (), "with --data conversations, preferences or questions: their .jsonl files"
+    )
+    mix: tuple[float, ...] = option(
+        (),
+        "with --conversations: how large a share of the rows each of its files has, of any size "
+        "together; empty: all files are one",
+        (lambda xs: all(0 < x < math.inf for x in xs), "a positive number for each file, or none"),
     )
     encoding: str = option(
         "",
@@ -61,6 +68,8 @@ class DataConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.mix and len(self.mix) != len(self.conversations):
+            self.refuse("mix", f"{len(self.conversations)} numbers, one for each file")
         own = "text", "conversations", "preferences", "questions"
         for name in "val_text", "encoding":
             if getattr(self, name) and self.data not in own:

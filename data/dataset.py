@@ -171,8 +171,10 @@ def open_conversations(dataset, config, batch_rows, seed):
     from .preferences import Pairs
 
     kind = dict(conversations=Conversations, pairs=Pairs)[dataset.rows]
-    train = kind(dataset.train[0], dataset.n_vocab, config.row_len)
-    val = kind(dataset.val[0], dataset.n_vocab, config.val_row_len)
+    files = dataset.about["train"]["files"]
+    train = kind(dataset.train[0], dataset.n_vocab, config.row_len, files)
+    files = dataset.about["val"]["files"]
+    val = kind(dataset.val[0], dataset.n_vocab, config.val_row_len, files)
     if train.n_cut:
         dataset.notes.append(
             f"{train.n_cut} conversations do not fit into --row-len {config.row_len} and lose "
@@ -182,7 +184,7 @@ def open_conversations(dataset, config, batch_rows, seed):
     val_bytes = None
     if dataset.rows == "conversations":
         val_bytes = int(dataset.tokenizer.token_bytes[val.targets].sum())
-    return Data(dataset, ConversationLoader(train, batch_rows, seed), val, val_bytes)
+    return Data(dataset, ConversationLoader(train, batch_rows, seed, config.mix), val, val_bytes)
 
 
 def open_questions(dataset, questions, seed, config):

@@ -20,9 +20,10 @@ from base import InputError, to_json, write_text
 from base.files import aside, one_at_a_time
 
 from .chat import check_turns, object_of, of_lines, prompt_of, read_messages
-from .conversations import is_held_out, sha256_of, with_chat_tokens
+from .conversations import digests_of, is_held_out, locate, with_chat_tokens
 from .dataset import Dataset
 from .loader import IGNORE, pack
+from .shapes import question_of_line
 from .shards import ShardWriter, read_shard
 from .tokenizers import make_tokenizer
 
@@ -39,15 +40,15 @@ class Question(NamedTuple):
     fields: dict  # all of the line, messages included
 
 
-def read_questions(path):
-    """Yield (where, messages, fields) of each line of a .jsonl file. Raises InputError, which names
-    the line."""
-    return of_lines(path, question)
+def read_questions(path, left_out=None):
+    """Yield (where, messages, fields) of each line of a .jsonl or .parquet file. Raises InputError,
+    which names the line; left_out: as of_lines()."""
+    return of_lines(path, question, left_out)
 
 
 def question(line, where):
     """(where, [Message, ...], the line's object). Raises InputError."""
-    fields = object_of(line, where, {"messages"}, EXAMPLE)
+    fields = question_of_line(object_of(line, where, set(), EXAMPLE), where)
     try:
         messages = read_messages(fields["messages"])
     except InputError as e:
@@ -70,19 +71,16 @@ def open_questions(config, cache):
     done before. Raises InputError."""
     if not config.conversations:
         raise InputError(f"--data {config.data}: expected --conversations with .jsonl files")
-    train = [Path(path) for path in config.conversations]
-    val = [Path(config.val_text)] if config.val_text else []
+    train = locate(config.conversations, cache)
+    val = locate([config.val_text] if config.val_text else [], cache)
 
     def texts():
-        for path in (*train, *val):
-            for _, messages, _ in read_questions(path):
+        for path, left_out in paths_of(train + val):
+            for _, messages, _ in read_questions(path, left_out):
                 yield from (message.text for message in messages)
 
     tokenizer = with_chat_tokens(make_tokenizer(config.encoder, texts))
-    try:
-        digests = [sha256_of(path) for path in (*train, *val)]
-    except OSError as e:
-        raise InputError(f"{e.filename}: cannot be read: {e.strerror or e}") from None
+    digests = digests_of(train + val)
     key = [LAYOUT, config.data, len(train), *digests, tokenizer.to_json()]
     fingerprint = hashlib.sha256(to_json(key).encode()).hexdigest()
     folder = Path(cache) / f"{config.data}-{fingerprint[:16]}"
@@ -90,7 +88,7 @@ def open_questions(config, cache):
         prepare(train, val, tokenizer, folder)
     said = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Dataset(
-        name=", ".join(map(str, train)),
+        name=", ".join(one.name for one in train),
         train=[folder / "train_000000.bin"],
         val=[folder / "val_000000.bin"],
         n_vocab=tokenizer.n_vocab,
@@ -102,6 +100,11 @@ def open_questions(config, cache):
         about=said,
         rows="questions",
     )
+
+
+def paths_of(given):
+    """(path, a list for what is left out or None) of all files, as of_lines() takes them."""
+    return [(path, [] if one.from_hub else None) for one in given for path in one.paths]
 
 
 def prepare(train, val, tokenizer, folder):
@@ -131,16 +134,19 @@ def write_splits(train, val, tokenizer, folder):
         tqdm(desc="reading questions", unit="", delay=2, disable=None) as bar,
     ):
         writers = dict(train=train_tokens, val=val_tokens)
-        for path in (*train, *val):
-            for where, messages, fields in read_questions(path):
-                split = "val" if path in val or (not val and is_held_out(messages)) else "train"
+        held_out = [path for one in val for path in one.paths]
+        for path, left_out in paths_of(train + val):
+            for where, messages, fields in read_questions(path, left_out):
+                split = "val" if path in held_out else "train"
+                if not val and is_held_out(messages):
+                    split = "val"
                 prompt = prompt_of(messages, tokenizer)
                 writers[split].write(np.asarray(prompt, dtype=tokenizer.dtype))
                 lines[split].append(to_json([where, len(prompt), fields]))
                 bar.update()
     for split, files, what in (("train", train, "train"), ("val", val or train, "validate")):
         if not lines[split]:
-            names = ", ".join(map(str, files))
+            names = ", ".join(one.name for one in files)
             raise InputError(f"{names}: no question to {what} on; expected more of them")
         write_text(folder / f"{split}.jsonl", "\n".join(lines[split]))
     return {split: len(found) for split, found in lines.items()}

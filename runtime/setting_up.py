@@ -147,7 +147,7 @@ def graph_options(config):
     parts = config.data, config.model, config.schedule, config.optim, config.precision
     for part in *parts, config.teaching, config.policy:
         options |= dataclasses.asdict(part)
-    for name in "text", "val_text", "conversations", "encoding", "vocabulary", "shuffle":
+    for name in "text", "val_text", "conversations", "mix", "encoding", "vocabulary", "shuffle":
         del options[name]
     return options
 

@@ -43,6 +43,12 @@ KNOWN = {
     "shakespeare": Known("karpathy/tiny_shakespeare", "*.txt,*.parquet"),
     "pg19": Known("emozilla/pg19", "data/train-*.parquet"),
     "openwebmath": Known("open-web-math/open-web-math", "data/train-*.parquet"),
+    # For ./run.sh sft, dpo and grpo: data/shapes.py knows their columns
+    "smoltalk": Known("HuggingFaceTB/smoltalk", "data/all/train-*.parquet", "messages"),
+    "ultrafeedback": Known(
+        "HuggingFaceH4/ultrafeedback_binarized", "data/train_prefs-*.parquet", "prompt"
+    ),
+    "gsm8k": Known("openai/gsm8k", "main/train-*.parquet", "question"),
     "the-stack-v2": Known(
         "bigcode/the-stack-v2",
         "",
@@ -51,6 +57,8 @@ KNOWN = {
         "the result as a path",
     ),
 }
+
+TAUGHT = "smoltalk", "ultrafeedback", "gsm8k"
 
 
 def names():

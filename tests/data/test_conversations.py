@@ -332,3 +332,79 @@ def test_padding_does_not_count(tmp_path):
     (micro,) = loaded.train.micro_batches(1, micro_rows=4)
     assert micro.inputs.shape[0] == 4 and (micro.targets[3] == IGNORE).all()
     assert np.isin(micro.targets[:3].numpy(), [IGNORE, END, *ids("b")]).all()
+
+
+# --- conversations beside text and multiple choice
+
+
+@pytest.fixture
+def three_files(tmp_path):
+    """Names of a file of conversations, of a text, and of multiple choice."""
+    write(tmp_path / "a.jsonl", [said(f"{i} + 1", str(i + 1)) for i in range(120)])
+    texts = [f"{i} zz" * (10 + 7 * (i % 4)) for i in range(30)]
+    (tmp_path / "b.txt").write_text("<|endoftext|>".join(texts))
+    lines = [dict(query=f"What {i}?", choices=["a", "b"], gold=i % 2) for i in range(60)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "c.jsonl")]
+
+
+def mixed(names, tmp_path, mix=(), seed=0, row_len=128):
+    fields = dict(row_len=row_len, val_row_len=row_len, tokenizer="bytes", mix=mix)
+    config = DataConfig(data="conversations", conversations=tuple(names), **fields)
+    rows = dict(batch_rows=lambda step: 6, max_doc_len=lambda step: row_len)
+    return open_data(config, tmp_path / "cache", seed=seed, **rows)
+
+
+def kind_of(micro, row):
+    """Which file a row is of; raises where it is of several."""
+    text = bytes(t for t in micro.inputs[row].tolist() if t < 256).decode()
+    kinds = [kind for kind, word in enumerate((" + 1", "z", "What")) if word in text]
+    (kind,) = kinds
+    return kind
+
+
+def test_each_file_has_its_share_of_the_rows(three_files, tmp_path):
+    train = mixed(three_files, tmp_path, mix=(3.0, 2.0, 1.0)).train
+    counts = [0, 0, 0]
+    for step in range(1, 21):
+        (micro,) = train.micro_batches(step)
+        for row in range(6):
+            counts[kind_of(micro, row)] += 1
+    assert counts == [60, 40, 20]
+    again = mixed(three_files, tmp_path, mix=(0.3, 0.2, 0.1)).train  # of any size together
+    assert torch.equal(again.micro_batches(20).__next__().inputs, micro.inputs)
+    (first,) = train.micro_batches(2)
+    (fresh,) = mixed(three_files, tmp_path, mix=(3.0, 2.0, 1.0)).train.micro_batches(2)
+    assert torch.equal(first.inputs, fresh.inputs)  # a function of the step, not of what was asked
+
+
+def test_all_of_a_text_counts_and_each_of_its_tokens_once_an_epoch(three_files, tmp_path):
+    data = mixed(three_files, tmp_path, mix=(1.0, 4.0, 1.0), row_len=64)
+    first, behind = data.train.of.groups[1]
+    targets = data.train.of.targets_of(range(first, behind))
+    text = open(three_files[1]).read()
+    assert bytes(targets[targets < 256].tolist()).decode() == text.replace("<|endoftext|>", "")
+    assert data.train.of.n_cut == 0 and data.train.of.lengths.max() <= 64
+    found = []
+    n_rows = len(data.train._epoch(1, 0))
+    for row in data.train.stretch(1, 0, n_rows):
+        found += row
+    assert sorted(found) == list(range(first, behind))
+
+
+def test_a_text_is_not_validated_on_unless_it_is_given_for_that(three_files, tmp_path):
+    data = mixed(three_files, tmp_path)
+    files = data.dataset.about["val"]["files"]
+    assert [file["conversations"] > 0 for file in files] == [True, False, True]
+    assert "conversations and texts" in data.dataset.notes[0]
+    data = opened(three_files[0], tmp_path, val_text=three_files[1])
+    text = open(three_files[1]).read().replace("<|endoftext|>", "")
+    counted = bytes(t for t in data.val.targets.tolist() if t < 256).decode()
+    assert counted == text
+
+
+def test_a_share_for_each_file_or_for_none(three_files, tmp_path):
+    with pytest.raises(InputError, match="--mix 1.0 2.0: expected 3 numbers, one for each file"):
+        mixed(three_files, tmp_path, mix=(1.0, 2.0))
+    with pytest.raises(InputError, match="expected a positive number for each file"):
+        mixed(three_files, tmp_path, mix=(1.0, 2.0, 0.0))
