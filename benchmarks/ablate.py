@@ -98,6 +98,16 @@ def unpaired_layers(c):
     return tuple(i for i in range(c.n_layer) if i not in (*c.skip[1:], *c.paired_layers))
 
 
+def mixed_layers(c):
+    """For MUDD, where it can be."""
+    return (c.n_layer // 3, two_thirds(c)) if c.inject else ()
+
+
+def without_mudd(c):
+    """The layer that MUDD takes out, as backout does."""
+    return c.mudd[1] if c.mudd else c.backout
+
+
 def two_thirds(c):
     """The layer behind which a third of them is left."""
     return min(2 * c.n_layer // 3, c.n_layer - 2)
@@ -114,6 +124,20 @@ PIECES = {
     "gate-layers": of("attn_gate_layers", (), lambda c: (c.n_layer - 1,) * c.attn_gate),
     "paired-heads": of("paired_layers", (), free_layers),
     "xsa": of("xsa_layers", (), unpaired_layers),
+    # Each takes along what cannot be without it, and is turned on only where what it needs is there
+    "sublayer-lambdas": Piece(
+        dict(sublayer_lambdas=False, inject=False, mudd=(), mudd_gates=-1, backout=without_mudd),
+        dict(sublayer_lambdas=True),
+    ),
+    "inject": Piece(
+        dict(inject=False, mudd=(), mudd_gates=-1, backout=without_mudd),
+        dict(inject=lambda c: c.sublayer_lambdas),
+    ),
+    "mudd": Piece(
+        dict(mudd=(), backout=without_mudd),
+        dict(mudd=mixed_layers, backout=lambda c: -1 if c.inject else c.backout),
+    ),
+    "mudd-gates": of("mudd_gates", -1, lambda c: max(1, c.n_layer // 3) if c.inject else -1),
     "attn-input": of("attn_input", -1, two_thirds),
     "skip": of("skip", (), lambda c: ((c.n_layer + 1) // 4, (c.n_layer + 1) // 2)),
     "backout": of("backout", -1, two_thirds),

@@ -24,10 +24,18 @@ FAMILIES = ("llama", "qwen3")  # that transformers and llama.cpp have classes fo
 # Of the speedrun's template: what modeling_stopwatch.py has, besides model.* and the head
 PARTS = {
     "lambdas",
+    "residual_lambdas",
+    "post_lambdas",
+    "inject_lambdas",
     "scalars",
     "qkvo_scales",
     "smear_gate",
     "xsa_strengths",
+    "mudd_in",
+    "mudd_out",
+    "mudd_gate_in",
+    "mudd_gate_out",
+    "mudd_gate_scale",
     "ngram_embeds",
     "mix_gates",
     "mix_counts",

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 GATE_INPUTS = 12  # gates look at this many dimensions of a token
+HIDDEN = 64  # of the functions by which tokens decide weights
 
 
 class StopwatchConfig(PretrainedConfig):
@@ -47,6 +48,12 @@ class StopwatchConfig(PretrainedConfig):
         qkvo_scales=False,  # whether attention's matrices have scales
         gate_by_value=False,  # whether a value embedding's gate sees that embedding
         attn_input=-1,  # a layer whose output attention sees in all layers behind it
+        sublayer_lambdas=False,  # whether sublayers have weights of stream and output
+        inject=False,  # whether n-grams and the first input join the stream behind attention
+        mudd=(),  # two layers whose outputs are mixed into the last layer and the head
+        mudd_parts=(),  # (name, layer, size, ...) of each coefficient, there and behind it
+        mudd_gates=-1,  # a layer from whose input later layers' gates come; -1 are other gates
+        mudd_gate_parts=(),  # the same of the gates, before that layer and from there on
         skip=(),  # two layers: the second has no attention but the first one's output
         backout=-1,  # a layer whose output is taken out of the last one's; -1 is none
         smear=False,  # whether a share of the previous token's embedding is added
@@ -77,6 +84,12 @@ class StopwatchConfig(PretrainedConfig):
         self.qkvo_scales = qkvo_scales
         self.gate_by_value = gate_by_value
         self.attn_input = attn_input
+        self.sublayer_lambdas = sublayer_lambdas
+        self.inject = inject
+        self.mudd = list(mudd)
+        self.mudd_parts = [[list(part) for part in parts] for parts in mudd_parts]
+        self.mudd_gates = mudd_gates
+        self.mudd_gate_parts = [[list(part) for part in parts] for parts in mudd_gate_parts]
         self.skip = list(skip)
         self.backout = backout
         self.smear = smear
@@ -106,10 +119,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, C, bias=False)
         self.v_proj = nn.Linear(C, C, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
-        if layer in c.output_gate_layers:
+        if layer in c.output_gate_layers and c.mudd_gates < 0:
             self.output_gate = nn.Linear(GATE_INPUTS, H, bias=False)
         if layer in c.value_embed_layers:
             self.value_embed = nn.Embedding(c.vocab_size, C)
+            if c.mudd and layer == c.num_hidden_layers - 1:
+                return  # it has another gate
             self.value_gate = nn.Linear(GATE_INPUTS, H, bias=False)
 
 
@@ -153,6 +168,14 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
     # Small numbers that are fp32 whatever the rest is
     _keep_in_fp32_modules_strict = [
         "lambdas",
+        "residual_lambdas",
+        "post_lambdas",
+        "inject_lambdas",
+        "mudd_in",
+        "mudd_out",
+        "mudd_gate_in",
+        "mudd_gate_out",
+        "mudd_gate_scale",
         "scalars",
         "smear_gate",
         "qkvo_scales",
@@ -169,11 +192,11 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         C = c.hidden_size
         self.model = Tables(c)
         self.lm_head = nn.Linear(C, c.vocab_size, bias=False)
-        self.lambdas = nn.Parameter(torch.zeros(c.num_hidden_layers, 2))
+        self.add_weights()
         self.scalars = nn.Parameter(torch.zeros(3))  # weights of smear, skip and backout
         if c.qkvo_scales:
             self.qkvo_scales = nn.Parameter(torch.zeros(len(self.attention_layers()), 2))
-        if c.xsa_layers:
+        if c.xsa_layers and c.mudd_gates < 0:
             n = len(c.xsa_layers)
             self.xsa_strengths = nn.Parameter(torch.zeros(n, c.num_attention_heads))
         if c.smear:
@@ -188,6 +211,27 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         strict = self._keep_in_fp32_modules_strict
         self._keep_in_fp32_modules_strict = [name for name in strict if name in there]
         self.post_init()
+
+    def add_weights(self):
+        """Those of the stream and of what joins it; as numbers, or as functions of the token."""
+        c = self.config
+        L = c.num_hidden_layers
+        C = c.hidden_size
+        if not c.sublayer_lambdas:
+            self.lambdas = nn.Parameter(torch.zeros(L, 2))
+            return
+        self.residual_lambdas = nn.Parameter(torch.zeros(L, 2))
+        self.post_lambdas = nn.Parameter(torch.zeros(L, 2))
+        if c.mudd_gates < 0:
+            columns = 2 if c.inject and c.n_gram > 1 else 1
+            self.inject_lambdas = nn.Parameter(torch.zeros(len(self.inject_layers()), columns))
+        else:
+            self.mudd_gate_in = nn.Parameter(torch.zeros(2, HIDDEN, C))
+            self.mudd_gate_out = nn.Parameter(torch.zeros(size(c.mudd_gate_parts), HIDDEN + 1))
+            self.mudd_gate_scale = nn.Parameter(torch.zeros(2, 1))
+        if c.mudd:
+            self.mudd_in = nn.Parameter(torch.zeros(2, HIDDEN, C))
+            self.mudd_out = nn.Parameter(torch.zeros(size(c.mudd_parts), HIDDEN + 1))
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
@@ -268,6 +312,11 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
     def attention_layers(self):
         return [i for i in range(self.config.num_hidden_layers) if i not in self.config.skip[1:]]
 
+    def inject_layers(self):
+        """Layers whose weights of the first input and of n-grams are not MUDD's."""
+        last = self.config.num_hidden_layers - 1
+        return [i for i in self.attention_layers() if not (self.config.mudd and i == last)]
+
     def hidden(self, tokens, first, past, cache):
         """(B, T) int64 -> (B, T - past, C) ready for the head."""
         c = self.config
@@ -275,31 +324,107 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         begin = past - 1 if past and c.key_offset_layers else past
         positions = torch.arange(begin, tokens.size(1), device=tokens.device) - first[:, None]
         smear, skip, backout = self.scalars.unbind(0)
-        x = self.embed(tokens, first, begin, smear)
-        x0 = x  # what the residual stream begins with
+        x, ngrams = self.embed(tokens, first, begin, smear)
+        tokens = tokens[:, begin:]
+        x0 = x
+        gates = self.gates_of(x0, 0)
+        if c.inject and ngrams is not None:
+            x = x + self.weights(0, gates)["ngrams"] * ngrams
+        start = x  # what the residual stream begins with
         outputs = []  # of each layer
         n_attention = 0
         for i, layer in enumerate(self.model.layers):
-            # The stream, and again some of what it began with
-            x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0
+            if i == c.mudd_gates:
+                gates |= self.gates_of(x, 1)
+            w = self.weights(i, gates)
+            first_input = x0
+            mudd = c.mudd and i == c.num_hidden_layers - 1
+            if mudd:
+                last = x
+                first_input = start
+                w |= self.mudd_of(x, 0)[i]
+                late = outputs[c.mudd[1]]
+            # What the stream began with comes again: before attention, or behind it
+            if not c.sublayer_lambdas:
+                x = w["stream"] * x + w["x0"] * x0
+            elif not c.inject and i not in c.skip[1:]:
+                x = x + w["x0"] * x0
+
             if i in c.skip[1:]:
-                x = x + skip * outputs[c.skip[0]]
+                weight = skip.sigmoid() * w["skip"] if "skip" in w else skip
+                x = x + weight * outputs[c.skip[0]]
             else:
                 h = norm(outputs[c.attn_input] if 0 <= c.attn_input < i else x)
+                more = self.second_values(i, layer.self_attn, h, tokens, w)
+                if mudd:  # earlier streams join the values, and then the stream
+                    streams = w["values_x0"] * start + w["values_late"] * late
+                    more = more + streams + w["values_x"] * x
+                    x = (1 + w["mix_x"]) * x + w["mix_x0"] * start + w["mix_late"] * late
                 keep = Keep(cache, n_attention, past - begin)
-                x = x + self.attend(i, layer.self_attn, h, tokens[:, begin:], positions, keep)
+                y = self.attend(i, layer.self_attn, h, more, positions, keep, w)
+                if c.sublayer_lambdas:
+                    x = w["stream"] * x
+                    y = w["attn"] * y
+                x = x + y
+                if c.inject:
+                    x = x + w["x0"] * first_input
+                    if i and ngrams is not None:
+                        x = x + w["ngrams"] * ngrams
                 n_attention += 1
-            x = x + layer.mlp(norm(x))
+            y = layer.mlp(norm(x))
+            if c.sublayer_lambdas:
+                x = w["mlp_stream"] * x
+                y = w["mlp"] * y
+            x = x + y
             outputs.append(x)
         if c.backout >= 0:
             x = x + backout * outputs[c.backout]
+        if c.mudd:
+            early, late = c.mudd
+            sources = dict(x0=start, late=outputs[late], early=outputs[early], last=last)
+            if c.value_embed_layers:
+                layer = self.model.layers[c.value_embed_layers[0]]
+                sources["value"] = layer.self_attn.value_embed(tokens)
+            for name, weight in self.mudd_of(x, 1)[c.num_hidden_layers].items():
+                x = x + weight * sources[name]
         return norm(x)[:, past - begin :]
+
+    # ----------------------------------------------------------------------------------------------
+    # Weights of what is added up
+
+    def weights(self, i, gates):
+        """{what it weighs: a number, or (B, S, n) by the token} of layer i."""
+        c = self.config
+        if not c.sublayer_lambdas:
+            stream, x0 = self.lambdas[i]
+            return dict(stream=stream, x0=x0)
+        stream, mlp_stream = self.residual_lambdas[i]
+        attn, mlp = self.post_lambdas[i]
+        w = dict(stream=stream, attn=attn, mlp_stream=mlp_stream, mlp=mlp)
+        layers = self.inject_layers()
+        if c.mudd_gates < 0 and i in layers:
+            w |= zip(("x0", "ngrams"), self.inject_lambdas[layers.index(i)])
+        return w | gates.get(i, {})
+
+    def gates_of(self, x, half):
+        """{layer: {name: (B, S, n)}} of the gates that x (B, S, C) decides."""
+        c = self.config
+        if c.mudd_gates < 0:
+            return {}
+        w_in, scale = self.mudd_gate_in[half], self.mudd_gate_scale[half]
+        return coefficients(x, w_in, self.mudd_gate_out, scale, c.mudd_gate_parts, half)
+
+    def mudd_of(self, x, place):
+        """The same of what the last layer (0) mixes in, and the head (1)."""
+        parts = self.config.mudd_parts
+        return coefficients(x, self.mudd_in[place], self.mudd_out, 0.1, parts, place)
 
     # ----------------------------------------------------------------------------------------------
     # Embeddings
 
     def embed(self, tokens, first, begin, smear):
-        """(B, T) int64 -> (B, T - begin, C): tokens, n-grams, and a share of the token before."""
+        """(B, T) int64 -> (B, T - begin, C) twice: tokens with a share of the token before, and
+        n-grams, None where there are none or where they are part of the tokens' embeddings."""
         c = self.config
         # Those that n-grams and the smear look back at come along
         start = max(begin - c.n_gram, 0)
@@ -311,12 +436,15 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
             x = self.smeared(x, begins, smear)
         if c.norm_embedding:
             x = norm(x)
-        if c.n_gram > 1:
-            x = x + self.embed_ngrams(tokens, begins)
+        ngrams = self.embed_ngrams(tokens, begins) if c.n_gram > 1 else None
+        if ngrams is not None and not c.inject:
+            x = x + ngrams
+            ngrams = None
         x = norm(x)
         if not c.smear_first:
             x = self.smeared(x, begins, smear)
-        return x[:, begin - start :]
+        new = begin - start
+        return x[:, new:], ngrams if ngrams is None else ngrams[:, new:]
 
     def smeared(self, x, begins, smear):
         """(B, T, C) with a gated share of the token before."""
@@ -355,8 +483,26 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
     # ----------------------------------------------------------------------------------------------
     # Attention
 
-    def attend(self, i, layer, h, tokens, positions, keep):
-        """Attention of layer i: h (B, S, C), normalised -> (B, S, C)."""
+    def second_values(self, i, layer, h, tokens, w):
+        """(B, S, C): the tokens' second embeddings by their gates, or 0."""
+        c = self.config
+        if i not in c.value_embed_layers:
+            return torch.zeros_like(h)
+        second = layer.value_embed(tokens)
+        if "value_gate" in w:
+            n = w["value_gate"].size(-1)
+            share = w["value_gate"].repeat_interleave(c.num_attention_heads // n, dim=-1)
+        else:
+            seen = h
+            if c.gate_by_value:
+                half = GATE_INPUTS // 2
+                seen = torch.cat([h[..., :half], second[..., :half]], dim=-1)
+            share = gate(seen, layer.value_gate.weight)
+        return (share[..., None] * second.unflatten(2, (-1, c.head_dim))).flatten(2)
+
+    def attend(self, i, layer, h, more_values, positions, keep, w):
+        """Attention of layer i: h (B, S, C), normalised; more_values: (B, S, C); w: the layer's
+        weights -> (B, S, C)."""
         c = self.config
         B, S, C = h.shape
         H = c.num_attention_heads
@@ -379,13 +525,7 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
             still = torch.arange(D, device=h.device) % (D // 2) >= D // 4
             own = turns[:, :, None, None] <= 0  # a document's first token
             k = torch.where(still & ~own, k.roll(1, dims=1), k)
-        if i in c.value_embed_layers:
-            second = layer.value_embed(tokens).view(B, S, H, D)
-            seen = h
-            if c.gate_by_value:
-                half = GATE_INPUTS // 2
-                seen = torch.cat([h[..., :half], second.flatten(2)[..., :half]], dim=-1)
-            v = v + gate(seen, layer.value_gate.weight)[..., None] * second
+        v = v + more_values.view(B, S, H, D)
         own = v
         v = v.reshape(B, n * S, H // n, D)
 
@@ -399,10 +539,15 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         )
         y = y.transpose(1, 2).reshape(B, S, H, D)
         if i in c.xsa_layers:
-            strength = self.xsa_strengths[c.xsa_layers.index(i)]
+            if "xsa" in w:
+                strength = w["xsa"]
+            else:
+                strength = self.xsa_strengths[c.xsa_layers.index(i)]
             along = (y * own).sum(-1) / own.square().sum(-1).clamp(min=1e-8)  # (B, S, H)
             y = y - (strength.tanh().to(y.dtype) * along)[..., None] * own
-        if i in c.output_gate_layers:
+        if "out" in w:
+            y = w["out"][..., None] * y
+        elif i in c.output_gate_layers:
             y = gate(h, layer.output_gate.weight)[..., None] * y
         return of_o * layer.o_proj(y.reshape(B, S, C))
 
@@ -488,6 +633,27 @@ class Keep:
             return k, v
         new = n * self.known
         return self.cache.update(k[:, :, new:], v[:, :, new:], self.number)
+
+
+def size(lists):
+    """How many coefficients these lists of parts have."""
+    return sum(part[2] for parts in lists for part in parts)
+
+
+def coefficients(x, w_in, w_out, scale, lists, which):
+    """{layer: {name: (B, S, n)}}: scale (W2 gelu(W1 x) + b) for one of the lists of parts.
+
+    x: (B, S, C); w_in: W1; w_out: W2 of all lists, and b as its last column.
+    """
+    w_out = w_out.split([size([parts]) for parts in lists])[which]
+    hidden = F.gelu(F.linear(x, w_in.to(x.dtype)))
+    out = F.linear(hidden, w_out[:, :-1].to(x.dtype))
+    out = (scale * (out + w_out[:, -1])).to(x.dtype)
+    found = {}
+    pieces = out.split([part[2] for part in lists[which]], dim=-1)
+    for (name, layer, *_), piece in zip(lists[which], pieces):
+        found.setdefault(layer, {})[name] = piece
+    return found
 
 
 def norm(x):

@@ -37,7 +37,7 @@ from optim.adamw import adamw_rules
 from optim.muon import Muon
 from optim.rows import RowAdam
 
-from . import copies
+from . import copies, mudd
 from .cache import KVCache
 from .parts import (
     GATE_INPUTS,
@@ -59,12 +59,20 @@ from .parts import (
 
 SMALL = (  # parameters
     "lambdas",
+    "residual_lambdas",
+    "post_lambdas",
+    "inject_lambdas",
     "scalars",
     "qkvo_scales",
     "smear_gate",
     "attn_gates",
     "value_gates",
     "xsa_strengths",
+    "mudd_in",
+    "mudd_out",
+    "mudd_gate_in",
+    "mudd_gate_out",
+    "mudd_gate_scale",
     "mix_gates",
     "mix_counts",
 )
@@ -138,6 +146,21 @@ class Config(Options):
     attn_input: int = option(
         -1, "a layer whose output is what attention sees in all layers behind it; -1 is none"
     )
+    sublayer_lambdas: bool = option(
+        False, "attention and MLP have learned weights of the stream and of what they add to it"
+    )
+    inject: bool = option(
+        False, "n-grams join the stream behind each attention, and the first input too, by weights"
+    )
+    mudd: tuple[int, ...] = option(
+        (),
+        "two layers whose outputs the last layer and the head mix in, by a function of the token",
+    )
+    mudd_gates: int = option(
+        -1,
+        "gates and weights of all layers are functions of the token, taken from the first input "
+        "and, for this layer and those behind it, from its input; -1 leaves them as they are",
+    )
     skip: tuple[int, ...] = option(
         (), "two layers: the second has no attention but the first one's output"
     )
@@ -210,6 +233,16 @@ class Config(Options):
                 self.refuse(field, f"{in_words} that have attention")
         if any(i in self.paired_layers for i in self.xsa_layers):
             self.refuse("xsa_layers", f"{in_words} without pairs")
+        if self.inject and not self.sublayer_lambdas:
+            self.refuse("inject", "only with --sublayer-lambdas")
+        if self.mudd and not self.mudd_is_valid():
+            self.refuse(
+                "mudd",
+                "an earlier and a later layer before the last, with --inject, without --backout "
+                "and with attention in the last layer, or none",
+            )
+        if self.mudd_gates != -1 and not (self.inject and 0 < self.mudd_gates < self.n_layer):
+            self.refuse("mudd_gates", "a layer behind the first, with --inject, or -1")
         if not -1 <= self.attn_input < self.n_layer - 1:
             self.refuse("attn_input", "a layer before the last, or -1")
         if self.skip and not self.skip_is_valid():
@@ -234,6 +267,12 @@ class Config(Options):
         taken = self.paired_layers + self.value_embed_layers
         return 0 <= source < target < self.n_layer and target not in taken
 
+    def mudd_is_valid(self):
+        if len(self.mudd) != 2 or not self.inject or self.backout >= 0:
+            return False
+        early, late = self.mudd
+        return 0 <= early < late < self.n_layer - 1 and self.n_layer - 1 in self.attn_layers
+
     def softcap_is_valid(self):
         return (
             len(self.softcap) == 3
@@ -256,6 +295,20 @@ class Config(Options):
         if not self.attn_gate:
             return []
         return [i for i in self.attn_layers if i in (self.attn_gate_layers or self.attn_layers)]
+
+    @property
+    def inject_layers(self):
+        """Layers with weights for the first input and n-grams; the last one's may be MUDD's."""
+        return [i for i in self.attn_layers if not self.in_mudd(i)]
+
+    @property
+    def value_gate_layers(self):
+        """Layers with gates for value embeddings; the last one's may be MUDD's."""
+        return [i for i in self.value_embed_layers if not self.in_mudd(i)]
+
+    def in_mudd(self, layer):
+        """Whether a layer mixes in what earlier ones said."""
+        return bool(self.mudd) and layer == self.n_layer - 1
 
     def sees_far(self, layer):
         return layer in self.long_layers or layer == self.n_layer - 1
@@ -355,13 +408,14 @@ class Config(Options):
         qkvo = [f"self_attn.{x}_proj.weight" for x in "qkvo"]
         attn = self.attn_layers
         value = self.value_embed_layers
+        gated = self.gated_layers if self.mudd_gates < 0 else []
         return {
             "embed": "model.embed_tokens.weight",
             "lm_head": "lm_head.weight",
             "attn_bank": in_layers(attn, *qkvo),
-            "attn_gates": in_layers(self.gated_layers, "self_attn.output_gate.weight"),
+            "attn_gates": in_layers(gated, "self_attn.output_gate.weight"),
             "value_embeds": in_layers(value, "self_attn.value_embed.weight"),
-            "value_gates": in_layers(value, "self_attn.value_gate.weight"),
+            "value_gates": in_layers(self.value_gate_layers, "self_attn.value_gate.weight"),
             "mlp_bank": in_layers(
                 range(self.n_layer), "mlp.up_proj.weight", "mlp.down_proj.weight.T"
             ),
@@ -400,6 +454,12 @@ class Config(Options):
             qkvo_scales=self.qkvo_scales,
             gate_by_value=self.gate_by_value,
             attn_input=self.attn_input,
+            sublayer_lambdas=self.sublayer_lambdas,
+            inject=self.inject,
+            mudd=self.mudd,
+            mudd_parts=[mudd.last_parts(self), mudd.behind_parts(self)] if self.mudd else [],
+            mudd_gates=self.mudd_gates,
+            mudd_gate_parts=mudd.gate_parts(self) if self.mudd_gates >= 0 else [],
             skip=self.skip,
             backout=self.backout,
             smear=self.smear,
@@ -427,7 +487,9 @@ class Layer(typing.NamedTuple):
     w_o: torch.Tensor | None  # (C, C)
     w_out_gate: torch.Tensor | None  # (H, GATE_INPUTS): of the heads' outputs
     w_value_gate: torch.Tensor | None  # (H, GATE_INPUTS): of the value embedding
-    xsa: torch.Tensor | None  # (H,): how much of a head's own value is left out
+    # Numbers by what they weigh, and "xsa" (H,): how much of a head's own value is left out.
+    # Functions of the token can take their places
+    weights: dict
     w_up: torch.Tensor  # (mlp_ratio C, C)
     w_down: torch.Tensor  # (mlp_ratio C, C), transposed
 
@@ -446,10 +508,13 @@ class Batch(typing.NamedTuple):
 class Given(typing.NamedTuple):
     """What a block sees besides the stream: (B, T, C) each, or None."""
 
+    weights: dict  # of the layer, and the token's, (B, T, n) each, in their places
     x0: torch.Tensor  # what the stream began with
-    skipped: torch.Tensor | None  # an earlier layer's output, in place of attention
+    ngrams: torch.Tensor | None  # to be injected
+    skipped: torch.Tensor | None  # an earlier layer's output, weighted, in place of attention
     attn_input: torch.Tensor | None  # of an earlier layer, normalised: what attention sees
     value: torch.Tensor | None  # the tokens' value embeddings
+    late: torch.Tensor | None  # a later layer's output, mixed in by MUDD
 
 
 class Model(nn.Module):
@@ -482,9 +547,13 @@ class Model(nn.Module):
         self.attn_bank = parameter(n_attn * 4, C, C)  # Q, K, V, O of one layer, of the next, ...
         self.mlp_bank = parameter(L * 2, c.mlp_ratio * C, C)  # up, down, up, down, ...
         # Small parameters are fp32 whatever the rest is: they cost nothing
-        self.value_gates = parameter(n_value, H, GATE_INPUTS, dtype=torch.float32)
-        self.attn_gates = parameter(len(c.gated_layers), H, GATE_INPUTS, dtype=torch.float32)
-        self.xsa_strengths = parameter(len(c.xsa_layers), H, dtype=torch.float32)
+        by_token = c.mudd_gates >= 0  # whether functions of the token are in place of these
+        n_gated = 0 if by_token else len(c.gated_layers)
+        n_xsa = 0 if by_token else len(c.xsa_layers)
+        n_value_gates = len(c.value_gate_layers)
+        self.value_gates = parameter(n_value_gates, H, GATE_INPUTS, dtype=torch.float32)
+        self.attn_gates = parameter(n_gated, H, GATE_INPUTS, dtype=torch.float32)
+        self.xsa_strengths = parameter(n_xsa, H, dtype=torch.float32)
         self.qkvo_scales = parameter(n_attn * c.qkvo_scales, 2, dtype=torch.float32)  # of QKV, of O
         self.smear_gate = parameter(int(c.smear), GATE_INPUTS, dtype=torch.float32)
         # Gates of the model's own distribution and of each length's copies: by the token, and by
@@ -492,8 +561,27 @@ class Model(nn.Module):
         n_mixed = c.copies + 1 if c.copies else 0
         self.mix_gates = parameter(n_mixed, C, dtype=torch.float32)
         self.mix_counts = parameter(n_mixed, 2 * c.copies + 1, dtype=torch.float32)
-        self.lambdas = parameter(L, 2, dtype=torch.float32)  # of residual stream, of embedding
+        # Of the residual stream and of what it began with; or of the stream and of what joins it,
+        # for attention and for the MLP, and of what it began with and n-grams
+        n_lambdas = L * c.sublayer_lambdas
+        n_inject = len(c.inject_layers) if c.sublayer_lambdas and not by_token else 0
+        self.lambdas = parameter(L - n_lambdas, 2, dtype=torch.float32)
+        self.residual_lambdas = parameter(n_lambdas, 2, dtype=torch.float32)
+        self.post_lambdas = parameter(n_lambdas, 2, dtype=torch.float32)
+        with_ngrams = c.inject and c.n_gram > 1
+        self.inject_lambdas = parameter(n_inject, 1 + with_ngrams, dtype=torch.float32)
         self.scalars = parameter(3, dtype=torch.float32)  # weights of smear, skip and backout
+
+        # MUDD's functions: of the last layer and behind it, and of gates
+        parts = [mudd.last_parts(c), mudd.behind_parts(c)] if c.mudd else []
+        rows = sum(map(mudd.size, parts))
+        self.mudd_in = parameter(len(parts), mudd.HIDDEN, C, dtype=torch.float32)
+        self.mudd_out = parameter(rows, mudd.HIDDEN + 1, dtype=torch.float32)
+        parts = mudd.gate_parts(c) if by_token else []
+        rows = sum(map(mudd.size, parts))
+        self.mudd_gate_in = parameter(len(parts), mudd.HIDDEN, C, dtype=torch.float32)
+        self.mudd_gate_out = parameter(rows, mudd.HIDDEN + 1, dtype=torch.float32)
+        self.mudd_gate_scale = parameter(len(parts), 1, dtype=torch.float32)
 
         # Rotary tables, filled by enter(); paired heads take turns in rows of twice the length
         n_positions = max_len * (2 if c.paired_layers else 1)
@@ -545,9 +633,23 @@ class Model(nn.Module):
         # At first all of a mixture's parts have equal shares
         self.mix_gates.zero_()
         self.mix_counts.zero_()
-        # The residual stream as it is, nothing of the embedding again
+        # The residual stream as it is, nothing of the embedding again, and a little of n-grams
         self.lambdas.copy_(torch.tensor([1.0, 0.0]).expand_as(self.lambdas))
+        self.residual_lambdas.fill_(mudd.STREAM)
+        self.post_lambdas.fill_(1.0)
+        self.inject_lambdas.zero_()
+        self.inject_lambdas[:, 1:].fill_(0.05)
         self.scalars.copy_(torch.tensor([0.0, 0.2, -0.5]))
+        # Functions of the token start as numbers
+        c = self.c
+        for name in "mudd_in", "mudd_gate_in":
+            normal(name, (3 * c.n_embd) ** -0.5)
+        if c.mudd:
+            self.mudd_out.copy_(mudd.new_weights(mudd.last_parts(c), mudd.behind_parts(c)))
+        if c.mudd_gates >= 0:
+            self.mudd_gate_out.copy_(mudd.new_weights(*mudd.gate_parts(c)))
+            self.mudd_gate_scale.fill_(mudd.SCALE)
+            self.scalars[1].fill_(-1.5)  # behind a sigmoid
 
     def learn_tokens(self, dataset):
         """What the loss needs to know of the tokens' texts. Raises InputError where those are out
@@ -615,26 +717,59 @@ class Model(nn.Module):
         starts = document_starts(inputs, cu_seqlens) if cache is None else None  # (B, T)
         batch = Batch(inputs, stage, starts, cu_seqlens, cache)
         layers = cache.layers if cache else self.layers()
-        _, _, backout = self.scalars.unbind(0)
-        x = x0 = self.embed_inputs(batch)
+        x0, ngrams = self.embed_inputs(batch)  # (B, T, C) each
         values = self.embed_values(inputs)
+        gates = self.gates_of(x0, 0)  # {layer: {name: (B, T, n)}}, of those that see the token
+
+        # What the stream begins with; where n-grams are injected, they come before the first layer
+        # as well
+        x = x0
+        if ngrams is not None:
+            x = x + (layers[0].weights | gates.get(0, {}))["ngrams"] * ngrams
+        start = x
 
         outputs = {}  # of the blocks that later ones look back at: (B, T, C)
         attn_input = None
         for layer in layers:
             i = layer.number
-            # A layer without attention gets an earlier one's output in its place
-            skipped = outputs[c.skip[0]] if layer.w_qkv is None else None
-            given = Given(x0, skipped, attn_input, values.get(i))
+            if i == c.mudd_gates:
+                gates |= self.gates_of(x, 1)
+            given = Given(
+                weights=layer.weights | gates.get(i, {}),
+                x0=x0,
+                ngrams=ngrams if i else None,
+                skipped=self.skipped(outputs[c.skip[0]], gates) if layer.w_qkv is None else None,
+                attn_input=attn_input,
+                value=values.get(i),
+                late=None,
+            )
+            if c.in_mudd(i):
+                outputs["last"] = x
+                by_token = self.mudd_of(x, 0)[i]
+                weights = given.weights | by_token
+                given = given._replace(weights=weights, x0=start, late=outputs[c.mudd[1]])
             x = keep_less(self.recompute, self.block, layer, x, batch, given)
-            if i in (*c.skip, c.backout):
+            if i in (*c.skip, c.backout, *c.mudd):
                 outputs[i] = x
             if i == c.attn_input:
                 attn_input = self.ops.rms_norm(x)
 
         # Backout: what an earlier layer has said is taken out before the head
         if c.backout >= 0:
-            x = x + backout * outputs[c.backout]
+            x = x + self.scalars[2] * outputs[c.backout]
+        # MUDD: the same, by the token, and others are added
+        if c.mudd:
+            early, late = c.mudd
+            sources = dict(
+                x0=start,
+                late=outputs[late],
+                last=outputs["last"],
+                early=outputs[early],
+                value=next(iter(values.values()), None),
+            )
+            weights = self.mudd_of(x, 1)[c.n_layer]
+            for name, weight in weights.items():
+                x = x + weight * sources[name]
         return self.ops.rms_norm(x)
 
     def layers(self):
@@ -643,9 +778,8 @@ class Model(nn.Module):
         attn = self.attn_bank.view(-1, 4 * c.n_embd, c.n_embd).unbind(0)
         attn = dict(zip(c.attn_layers, attn))
         scales = dict(zip(c.attn_layers, self.qkvo_scales.unbind(0)))  # {} where they are off
-        out_gates = dict(zip(c.gated_layers, self.attn_gates.unbind(0)))
-        value_gates = dict(zip(c.value_embed_layers, self.value_gates.unbind(0)))
-        xsa = dict(zip(c.xsa_layers, self.xsa_strengths.unbind(0)))
+        out_gates = dict(zip(c.gated_layers, self.attn_gates.unbind(0)))  # the same
+        value_gates = dict(zip(c.value_gate_layers, self.value_gates.unbind(0)))
         mlp = self.mlp_bank.unbind(0)
         layers = []
         for i in range(c.n_layer):
@@ -660,28 +794,114 @@ class Model(nn.Module):
                     w_o=w_o,
                     w_out_gate=out_gates.get(i),
                     w_value_gate=value_gates.get(i),
-                    xsa=xsa.get(i),
+                    weights=self.weights(i),
                     w_up=mlp[2 * i],
                     w_down=mlp[2 * i + 1],
                 )
             )
         return layers
 
+    def weights(self, i):
+        """{what it weighs: number} of layer i; functions of the token may take their places."""
+        c = self.c
+        weights = {}
+        if i in c.xsa_layers and len(self.xsa_strengths):
+            weights["xsa"] = self.xsa_strengths[c.xsa_layers.index(i)]
+        if not c.sublayer_lambdas:
+            weights["stream"], weights["x0"] = self.lambdas[i].unbind(0)
+            return weights
+        weights["stream"], weights["mlp_stream"] = self.residual_lambdas[i].unbind(0)
+        weights["attn"], weights["mlp"] = self.post_lambdas[i].unbind(0)
+        if i in c.inject_layers and len(self.inject_lambdas):
+            inject = self.inject_lambdas[c.inject_layers.index(i)].unbind(0)
+            weights |= zip(("x0", "ngrams"), inject)
+        return weights
+
+    def gates_of(self, x, half):
+        """{layer: {name: (B, T, n)}} as functions of x (B, T, C): half 0 has the layers before
+        c.mudd_gates, 1 those from there on. {} where they are off."""
+        if self.c.mudd_gates < 0:
+            return {}
+        parts = mudd.gate_parts(self.c)
+        w_out = self.mudd_gate_out.split([mudd.size(part) for part in parts])
+        scale = self.mudd_gate_scale[half]
+        return mudd.coefficients(x, self.mudd_gate_in[half], w_out[half], scale, parts[half])
+
+    def mudd_of(self, x, place):
+        """The same of what is mixed: place 0 is the last layer, 1 behind it."""
+        parts = mudd.last_parts(self.c), mudd.behind_parts(self.c)
+        w_out = self.mudd_out.split([mudd.size(part) for part in parts])
+        return mudd.coefficients(x, self.mudd_in[place], w_out[place], mudd.SCALE, parts[place])
+
+    def skipped(self, output, gates):
+        """What a layer without attention adds of an earlier one's output."""
+        weight = self.scalars[1]
+        if gates:
+            weight = weight.sigmoid() * gates[self.c.skip[1]]["skip"]
+        return weight * output
+
     def block(self, layer, x, batch, given):
         """One block on the residual stream x: (B, T, C) -> (B, T, C)."""
-        # The stream, and again some of what it began with
-        i = layer.number
-        x = self.lambdas[i, 0] * x + self.lambdas[i, 1] * given.x0
-        if given.skipped is None:
-            h = self.ops.rms_norm(x) if given.attn_input is None else given.attn_input
-            y = self.attention(layer, h, batch, given.value)
-        else:
-            y = self.scalars[1] * given.skipped
-        h, x = self.ops.add_rms_norm(x, y)  # x + y, and that normalised
-        return x + self.mlps[i](h, layer.w_up, layer.w_down)
+        c = self.c
+        w = given.weights
+        # What the stream began with comes again: before attention, or where it is injected, behind
+        if not c.sublayer_lambdas:
+            x = w["stream"] * x + w["x0"] * given.x0
+        elif not c.inject and layer.w_qkv is not None:
+            x = x + w["x0"] * given.x0
 
-    def attention(self, layer, h, batch, value=None):
-        """h: (B, T, C), normalised; value: the tokens' value embeddings, alike -> (B, T, C)."""
+        if layer.w_qkv is None:
+            y = given.skipped
+        else:
+            h = self.ops.rms_norm(x) if given.attn_input is None else given.attn_input
+            more = self.more_values(layer, x, h, given)
+            y = self.attention(layer, h, batch, more, w)
+            if given.late is not None:  # MUDD: earlier streams join this one
+                x = (1 + w["mix_x"]) * x + w["mix_x0"] * given.x0 + w["mix_late"] * given.late
+            if c.sublayer_lambdas:
+                x = w["stream"] * x
+                y = w["attn"] * y
+            if c.inject:
+                x = x + w["x0"] * given.x0
+                if given.ngrams is not None:
+                    x = x + w["ngrams"] * given.ngrams
+        h, x = self.ops.add_rms_norm(x, y)  # x + y, and that normalised
+
+        y = self.mlps[layer.number](h, layer.w_up, layer.w_down)
+        if c.sublayer_lambdas:
+            x = w["mlp_stream"] * x
+            y = w["mlp"] * y
+        return x + y
+
+    def more_values(self, layer, x, h, given):
+        """(B, T, C) that joins the values of attention, whose input is h; None for nothing."""
+        c = self.c
+        w = given.weights
+        B, T, _ = h.shape
+        more = None
+        # Value embedding: a second embedding of the token, gated by head
+        if given.value is not None:
+            if "value_gate" in w:
+                n = w["value_gate"].size(-1)
+                share = w["value_gate"].repeat_interleave(c.n_head // n, dim=-1)
+            else:
+                seen = h
+                if c.gate_by_value:
+                    half = GATE_INPUTS // 2
+                    seen = torch.cat([h[..., :half], given.value[..., :half]], dim=-1)
+                share = gate(seen, layer.w_value_gate)
+            value = given.value.view(B, T, c.n_head, c.head_dim)
+            more = (share[..., None] * value).flatten(2)
+        # MUDD: shares of earlier streams
+        if given.late is not None:
+            streams = w["values_x0"] * given.x0 + w["values_late"] * given.late
+            streams = streams + w["values_x"] * x
+            more = streams if more is None else more + streams
+        return more
+
+    def attention(self, layer, h, batch, more_values, weights):
+        """h: (B, T, C), normalised; more_values: alike or None, joins the values; weights: of the
+        layer -> (B, T, C)."""
         c = self.c
         i = layer.number
         B, T = batch.inputs.shape
@@ -705,36 +925,37 @@ class Model(nn.Module):
             still = torch.arange(D, device=h.device) % (D // 2) >= D // 4  # (D,)
             k = torch.where(still, self.one_before(k, batch, k, f"key {i}"), k)
 
-        # Value embedding: a second embedding of the token joins its values, gated by head
-        if value is not None:
-            seen = h
-            if c.gate_by_value:
-                half = GATE_INPUTS // 2
-                seen = torch.cat([h[..., :half], value[..., :half]], dim=-1)
-            ve = gate(seen, layer.w_value_gate)[..., None] * value.view(B, T, H, D)
-            v = v + ve.view(v.shape)
+        if more_values is not None:
+            v = v + more_values.view(v.shape)
 
         y = self.attend(i, q, k, v, n, batch)  # (B, n T, H / n, D)
-        if layer.xsa is not None:
-            y = without_own_value(y, v, layer.xsa)
-        if layer.w_out_gate is not None:
+        if "xsa" in weights:
+            y = without_own_value(y, v, weights["xsa"])
+        if "out" in weights:
+            y = weights["out"][..., None] * y.reshape(B, T, H, D)
+        elif layer.w_out_gate is not None:
             y = gate(h, layer.w_out_gate)[..., None] * y.reshape(B, T, H, D)
         return F.linear(y.reshape(B, T, c.n_embd), layer.w_o)
 
     # What the layers begin with
 
     def embed_inputs(self, batch):
-        """(B, T, C): the residual stream's beginning."""
+        """(B, T, C) twice: tokens, with which the residual stream begins, and n-grams, None where
+        they are part of that."""
         c = self.c
         x = embedding(batch.inputs, self.lm_head if batch.stage.tied else self.embed)
         if c.smear_first:
             x = self.smeared(x, batch)
         # Tokens, and the n-grams that end at them; normalised, so that every layer and the smear
         # begin with the same size
+        ngrams = self.embed_ngrams(batch) if c.n_gram > 1 else None
         if c.tied:
             x = self.ops.rms_norm(x)  # to the size of the n-grams' embeddings
-        x = self.ops.rms_norm(x + self.embed_ngrams(batch))
-        return x if c.smear_first else self.smeared(x, batch)
+        if not c.inject and ngrams is not None:
+            x = x + ngrams
+            ngrams = None
+        x = self.ops.rms_norm(x)
+        return x if c.smear_first else self.smeared(x, batch), ngrams
 
     def smeared(self, x, batch):
         """(B, T, C) with a gated share of the token before."""
@@ -985,8 +1206,19 @@ class Model(nn.Module):
         counts = adam(lr * 10, betas=(0.9, 0.99), sharded=False)
         smear_gate = adam(lr / 100, betas=(0.9, 0.99), sharded=False)
         strengths = adam(lr, betas=(0.9, 0.95), eps=1e-6, sharded=False)
+        streams = adam(lr * 5, betas=(0.9, 0.95), eps=1e-6, sharded=False)
+        mixes = adam(lr / 4, betas=(0.9, 0.99), sharded=False)
+        slow = adam(lr / 10, betas=(0.9, 0.99), sharded=False)
         return {
             "lambdas": scalars,
+            "residual_lambdas": streams,
+            "post_lambdas": strengths,
+            "inject_lambdas": strengths,
+            "mudd_out": mixes,
+            "mudd_in": mixes,
+            "mudd_gate_out": slow,
+            "mudd_gate_in": slow,
+            "mudd_gate_scale": slow,
             "scalars": scalars,
             "qkvo_scales": scalars,
             "smear_gate": smear_gate if self.c.smear_first else gates,
@@ -1010,7 +1242,9 @@ class Model(nn.Module):
         # A product of n weights takes 2 n forward and 4 n backward
         V = len(self.lm_head)
         head = min(stage.n_sampled or V, V) * c.n_embd
+        small = (self.mudd_in, self.mudd_out, self.mudd_gate_in, self.mudd_gate_out)
         matrices = self.attn_bank.numel() + self.mlp_bank.numel() + head
+        matrices += sum(p.numel() for p in small)
         # Attention: 2 products of a width for each key, 3 times that with backward
         seen = 0  # keys
         for i in c.attn_layers:
@@ -1021,18 +1255,20 @@ class Model(nn.Module):
     def activation_bytes(self, rows, row_len, recompute):
         """Bytes kept for backward, of activations and of logits.
 
-        Of activations there are about 12 widths a layer besides the MLP's, and 4 a value embedding;
-        with recompute one width a layer, and one layer's while it is computed again. Logits are
-        there once for as many tokens as are computed at one time.
+        Of activations there are about 12 widths a layer besides the MLP's, 2 more where sublayers
+        have weights, and 4 a value embedding; with recompute one width a layer and a value
+        embedding, and one layer's while it is computed again. Logits are there once for as many
+        tokens as are computed at one time.
         """
         c = self.c
         size = self.embed.element_size()
         tokens = rows * row_len
-        layer = (12 + c.mlp_ratio) * c.n_embd
+        layer = (12 + 2 * c.sublayer_lambdas + c.mlp_ratio) * c.n_embd
+        n_value = len(c.value_embed_layers)
         if recompute:
-            widths = c.n_layer * c.n_embd + layer
+            widths = (c.n_layer + n_value) * c.n_embd + layer
         else:
-            widths = c.n_layer * layer + 4 * len(c.value_embed_layers) * c.n_embd
+            widths = c.n_layer * layer + 4 * n_value * c.n_embd
 
         ops = self.ops.named()
         kept = []  # keys that a query sees, by layer

@@ -97,6 +97,11 @@ RECORD = PIECES | dict(
     gate_by_value=True,
     smear_first=True,
     attn_input=1,
+    sublayer_lambdas=True,
+    inject=True,
+    backout=-1,
+    mudd=(1, 3),
+    mudd_gates=2,
 )
 
 # The first in fewer layers, for what compiles them

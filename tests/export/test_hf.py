@@ -70,6 +70,7 @@ EVERY_PART = RECORD | MORE
 PARTS = [
     pytest.param(PIECES | MORE, id="every older part"),
     pytest.param(EVERY_PART, id="every part"),
+    pytest.param(EVERY_PART | dict(mudd=(), mudd_gates=-1), id="every part by numbers"),
     pytest.param(dict(n_gram=1, softcap=(), value_embed_layers=()), id="hardly any"),
     pytest.param(dict(copies=2, n_gram=2, smear=True), id="copies"),
     pytest.param(dict(tied=1.0, key_offset=True, short_window=(8,)), id="tied"),
@@ -143,7 +144,7 @@ def test_small_numbers_stay_fp32(tmp_path, capsys):
 
 def test_every_option_of_the_template_is_told():
     """A new part of models/gpt.py has to come into modeling_stopwatch.py as well."""
-    in_training_only = {"mtp", "sampled_softmax"}
+    in_training_only = {"mtp", "sampled_softmax", "prefix_loss"}
     in_windows = {"short_window", "long_window", "val_windows", "long_layers", "yarn"}
     in_windows |= {"paired_near", "extension_windows"}
     others = {"n_embd", "n_layer", "n_head", "mlp_ratio", "attn_scale", "rope_base", "tied"}

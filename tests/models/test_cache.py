@@ -19,6 +19,7 @@ MODELS = [
     pytest.param(dict(copies=3, mtp=(1,)), {}, id="copies"),
     pytest.param(PIECES, {}, id="every piece"),
     pytest.param(ALL, {}, id="everything"),
+    pytest.param(RECORD | dict(mudd=(), mudd_gates=-1), {}, id="record by numbers"),
     pytest.param(ALL | RECORD, dict(tied=False), id="everything of the record, untied"),
     pytest.param(PIECES | dict(paired_layers=(0, 3, 4)), {}, id="pairs in long layers"),
 ]

@@ -45,6 +45,16 @@ ALONE = dict(
     gate_by_value=dict(gate_by_value=True),
     smear_first=dict(smear=True, smear_first=True),
     attn_input=dict(attn_input=0),
+    sublayer_lambdas=dict(sublayer_lambdas=True, skip=(0, 1)),
+    inject=dict(sublayer_lambdas=True, inject=True, skip=(0, 1)),
+)
+INJECT = dict(sublayer_lambdas=True, inject=True)
+# Functions of the token: with pieces that they take over, and without
+DYNAMIC = dict(
+    mudd=INJECT | dict(mudd=(0, 1)),
+    mudd_alone=INJECT | dict(mudd=(0, 1), n_gram=1, value_embed_layers=()),
+    mudd_gates=INJECT | dict(mudd_gates=1, skip=(0, 1), attn_gate=True, xsa_layers=(2,)),
+    mudd_gates_alone=INJECT | dict(mudd_gates=2, n_gram=1),
 )
 
 
@@ -133,7 +143,8 @@ def rope(x, positions, freqs):
 
 
 def twins_embedding(model, P, ids, tied):
-    """(t, C) of the tokens and the n-grams that end at them, with the smear."""
+    """(t, C) of the tokens and the n-grams that end at them, with the smear, and (t, C) of the
+    n-grams alone."""
     c = model.c
     t = len(ids)
     x = P["lm_head" if tied else "embed"][ids]
@@ -141,6 +152,7 @@ def twins_embedding(model, P, ids, tied):
         x = twins_smear(c, P, x, 1)
     if c.tied:
         x = rms(x)
+    ngrams = torch.zeros_like(x)
     for table, n in zip(P["ngram_embeds"], range(2, c.n_gram + 1)):
         before = [0] * (n - 1) + ids.tolist()  # nothing before the document
         for i in range(t):
@@ -148,9 +160,10 @@ def twins_embedding(model, P, ids, tied):
             for token in reversed(before[i : i + n]):
                 key = key * (model.n_vocab | 1) + token
             signs = model.signs[key // c.ngram_rows % 1024] if c.ngram_signs else 1
-            x = x.index_add(0, torch.tensor([i]), (signs * table[key % c.ngram_rows])[None])
-    x = rms(x)
-    return twins_smear(c, P, x, 2) if c.smear and not c.smear_first else x
+            row = (signs * table[key % c.ngram_rows])[None]
+            ngrams = ngrams.index_add(0, torch.tensor([i]), row)
+    x = rms(x if c.inject else x + ngrams)
+    return twins_smear(c, P, x, 2) if c.smear and not c.smear_first else x, ngrams
 
 
 def twins_smear(c, P, x, most):
@@ -161,8 +174,71 @@ def twins_smear(c, P, x, most):
     return torch.stack(smeared)
 
 
-def twins_attention(c, P, layer, h, ids, positions, stage, freqs):
-    """(t, C) of all heads, before the last projection. h: (t, C), normalised."""
+def twins_coefficients(w_in, w_out, scale, x):
+    """(t, n) of MUDD, for all n rows of w_out, whichever are wanted."""
+    found = []
+    for token in x:
+        hidden = w_in @ token
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        found.append(scale * (w_out[:, :-1] @ hidden + w_out[:, -1]))
+    return torch.stack(found)
+
+
+class Taken:
+    """Coefficients (t, n) that are taken one after the other."""
+
+    def __init__(self, at=0):
+        self.at = at
+
+    def __call__(self, coefficients, n=1):
+        self.at += n
+        return coefficients[:, self.at - n : self.at]
+
+
+def twins_gates(c, layers, coefficients, take):
+    """{(name, layer): (t, n)}, in the order of the matrix's rows."""
+    gates = {}
+    for i in layers:
+        if i in c.xsa_layers:
+            gates["xsa", i] = take(coefficients, c.n_head)
+        if c.attn_gate and i in (c.attn_gate_layers or with_attention(c)):
+            gates["out", i] = take(coefficients, c.n_head)
+        if i in with_attention(c) and not (c.mudd and i == c.n_layer - 1):
+            gates["x0", i] = take(coefficients)
+            if c.n_gram > 1:
+                gates["ngrams", i] = take(coefficients)
+        if i in c.skip[1:]:
+            gates["skip", i] = take(coefficients)
+    return gates
+
+
+def twins_weights(c, P, layer, gates):
+    """{name: number or (t, 1)} of x's, attention's and the MLP's weights in a layer."""
+    if not c.sublayer_lambdas:
+        stream, x0 = P["lambdas"][layer]
+        return dict(before=stream, before_x0=x0, stream=1, attn=1, x0=0, ngrams=0, out=1, mlp=1)
+    w = dict(before=1, before_x0=0, x0=0, ngrams=0)
+    w["stream"], w["out"] = P["residual_lambdas"][layer]
+    w["attn"], w["mlp"] = P["post_lambdas"][layer]
+    if layer not in with_attention(c):
+        w["stream"] = w["attn"] = 1
+    elif c.mudd_gates >= 0 and ("x0", layer) in gates:
+        w["x0"] = gates["x0", layer]
+        w["ngrams"] = gates.get(("ngrams", layer), 0)
+    elif not (c.mudd and layer == c.n_layer - 1):
+        numbers = P["inject_lambdas"][with_attention(c).index(layer)]
+        w["x0"] = numbers[0]
+        if len(numbers) > 1:
+            w["ngrams"] = numbers[1]
+    if not c.inject:
+        w["before_x0"] = w["x0"]
+        w["x0"] = 0
+    return w
+
+
+def twins_attention(c, P, layer, h, ids, positions, stage, freqs, gates, mudd):
+    """(t, C) of all heads, before the last projection. h: (t, C), normalised; mudd: None, or (C,)
+    that joins each token's values (t, C), and value embeddings' gates (t, 2)."""
     H = c.n_head
     D = c.head_dim
     t = len(ids)
@@ -192,8 +268,13 @@ def twins_attention(c, P, layer, h, ids, positions, stage, freqs):
             seen = h[:, :12]
             if c.gate_by_value:
                 seen = torch.cat([h[:, :6], value[:, :6]], 1)
-            share = 2 * torch.sigmoid(seen @ P["value_gates"][n, j])
+            if mudd:
+                share = mudd[1][:, j // (H // 2)]
+            else:
+                share = 2 * torch.sigmoid(seen @ P["value_gates"][n, j])
             v[j] = v[j] + share[:, None] * value[:, rows]
+        if mudd:
+            v[j] = v[j] + mudd[0][:, rows]
 
     heads = []
     for j in range(H):
@@ -212,13 +293,18 @@ def twins_attention(c, P, layer, h, ids, positions, stage, freqs):
             values = torch.stack([v[head][n] for head, n in seen])
             out = (keys @ q[j][i] * stage.attn_scale).softmax(0) @ values
             if layer in c.xsa_layers:
-                strength = P["xsa_strengths"][c.xsa_layers.index(layer), j].tanh()
+                if gates:
+                    strength = gates["xsa", layer][i, j].tanh()
+                else:
+                    strength = P["xsa_strengths"][c.xsa_layers.index(layer), j].tanh()
                 own = v[j][i]
                 out = out - strength * (out @ own) / (own @ own) * own
             y.append(out)
         heads.append(torch.stack(y))
         gated = c.attn_gate_layers or with_attention(c)
-        if c.attn_gate and layer in gated:
+        if c.attn_gate and layer in gated and gates:
+            heads[j] = gates["out", layer][:, j : j + 1] * heads[j]
+        elif c.attn_gate and layer in gated:
             w = P["attn_gates"][gated.index(layer), j]
             heads[j] = 2 * torch.sigmoid(h[:, :12] @ w)[:, None] * heads[j]
     return torch.cat(heads, -1)
@@ -236,24 +322,71 @@ def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long
     for start, end in documents(cu_seqlens):
         ids = flat[start:end]
         positions = (torch.arange(start, end) % inputs.size(1)).double()
-        x = twins_embedding(model, P, ids, stage.tied)
-        x0 = x
+        x0, ngrams = twins_embedding(model, P, ids, stage.tied)
+        gates = {}
+        take = Taken()
+        if c.mudd_gates >= 0:
+            w_gates = list(zip(P["mudd_gate_in"], [P["mudd_gate_out"]] * 2, P["mudd_gate_scale"]))
+            found = twins_coefficients(*w_gates[0], x0)
+            gates |= twins_gates(c, range(c.mudd_gates), found, take)
+        x = x0
+        if c.inject:
+            x = x + twins_weights(c, P, 0, gates)["ngrams"] * ngrams
+        s0 = x
         outputs = []
+        mixed = Taken()
         for layer in range(c.n_layer):
-            x = P["lambdas"][layer, 0] * x + P["lambdas"][layer, 1] * x0
+            if layer == c.mudd_gates:
+                found = twins_coefficients(*w_gates[1], x)
+                gates |= twins_gates(c, range(layer, c.n_layer), found, take)
+            w = twins_weights(c, P, layer, gates)
+            mudd = None
+            again = x0
+            if c.mudd and layer == c.n_layer - 1:
+                last = x
+                again = s0
+                late = outputs[c.mudd[1]]
+                found = twins_coefficients(P["mudd_in"][0], P["mudd_out"], 0.1, x)
+                joins = 0
+                for source in (s0, late, x):
+                    joins = joins + mixed(found) * source
+                mix = mixed(found) * s0 + mixed(found) * late + mixed(found) * x
+                mudd = joins, mixed(found, 2) if layer in c.value_embed_layers else None
+                w["stream"], w["attn"], w["x0"] = (mixed(found) for _ in range(3))
+                if c.n_gram > 1:
+                    w["ngrams"] = mixed(found)
+                w["out"], w["mlp"] = (mixed(found) for _ in range(2))
+            x = w["before"] * x + w["before_x0"] * x0
             if layer in with_attention(c):
                 seen = outputs[c.attn_input] if 0 <= c.attn_input < layer else x
-                y = twins_attention(c, P, layer, rms(seen), ids, positions, stage, freqs)
+                y = twins_attention(
+                    c, P, layer, rms(seen), ids, positions, stage, freqs, gates, mudd
+                )
                 n = with_attention(c).index(layer)
                 scale = P["qkvo_scales"][n, 1] if c.qkvo_scales else 1
-                x = x + scale * y @ P["attn_bank"][4 * n + 3].T
+                if mudd:
+                    x = x + mix
+                x = w["stream"] * x + w["attn"] * (scale * y @ P["attn_bank"][4 * n + 3].T)
+                x = x + w["x0"] * again
+                if layer > 0:
+                    x = x + w["ngrams"] * ngrams
             else:
-                x = x + P["scalars"][1] * outputs[c.skip[0]]
+                share = P["scalars"][1]
+                if gates:
+                    share = share.sigmoid() * gates["skip", layer]
+                x = x + share * outputs[c.skip[0]]
             up, down = P["mlp_bank"][2 * layer : 2 * layer + 2]
-            x = x + (rms(x) @ up.T).relu() ** 2 @ down
+            x = w["out"] * x + w["mlp"] * ((rms(x) @ up.T).relu() ** 2 @ down)
             outputs.append(x)
         if c.backout >= 0:
             x = x + P["scalars"][2] * outputs[c.backout]
+        if c.mudd:
+            found = twins_coefficients(P["mudd_in"][1], P["mudd_out"], 0.1, x)
+            sources = [s0, late, last, outputs[c.mudd[0]]]
+            if c.value_embed_layers:
+                sources.append(P["value_embeds"][0][ids])
+            for source in sources:
+                x = x + mixed(found) * source
         a, b, s = c.softcap
         z = a * torch.sigmoid((rms(x) @ P["lm_head"].T + b) / s)
         all_logits.append(z)
@@ -268,11 +401,13 @@ def plain(model, inputs, targets, cu_seqlens, stage, target_weights=(1.0,), long
 CASES = dict(
     nothing={},
     **ALONE,
+    **DYNAMIC,
     mtp=dict(mtp=(3,)),
     tied=dict(tied=0.5),
     untied=dict(tied=0.5),
     all=PIECES,
     record=RECORD,
+    numbers=RECORD | dict(mudd=(), mudd_gates=-1),
     everything=RECORD | dict(mtp=(3,), tied=0.5, long_window=(9, 20, 48)),
 )
 # Quick enough that some frequencies keep their share when the window changes
@@ -282,7 +417,8 @@ TWINS_BASE = 50.0
 # Those that windows meet are there with two kinds of them
 BOTH = [(name, windows) for name in CASES for windows in ("far", "near")]
 NO_WINDOWS = (
-    "ngram_signs smear smear_first attn_gate gate_layers qkvo_scales gate_by_value mtp tied untied"
+    "ngram_signs smear smear_first attn_gate gate_layers qkvo_scales gate_by_value mtp tied untied "
+    "sublayer_lambdas inject mudd mudd_alone mudd_gates mudd_gates_alone numbers"
 ).split()
 ALIKE = {(name, "far") for name in NO_WINDOWS}
 
@@ -393,6 +529,14 @@ def test_off_no_piece_has_an_element():
         "smear_gate",
         "qkvo_scales",
         "xsa_strengths",
+        "residual_lambdas",
+        "post_lambdas",
+        "inject_lambdas",
+        "mudd_in",
+        "mudd_out",
+        "mudd_gate_in",
+        "mudd_gate_out",
+        "mudd_gate_scale",
         "mix_gates",
         "mix_counts",
     }
@@ -429,7 +573,7 @@ def test_where_the_pieces_start():
 
 def test_where_the_records_later_pieces_start():
     """Attention says something at once, half as loud as its values; XSA takes nothing away."""
-    _, model = tiny_model(**RECORD)
+    _, model = tiny_model(**RECORD | dict(mudd=(), mudd_gates=-1))
     model.init_weights(0)
     assert model.qkvo_scales.tolist() == [[0.5, 1.0]] * 4
     by_layer = model.attn_bank.view(-1, 4, 32, 32)
@@ -438,6 +582,30 @@ def test_where_the_records_later_pieces_start():
     assert model.xsa_strengths.shape == (2, 4)
     assert not model.xsa_strengths.any()
     assert model.attn_gates.shape == (1, 4, 12)
+    assert model.inject_lambdas.tolist() == [[0.0, pytest.approx(0.05)]] * 4
+    for lambdas, start in ((model.residual_lambdas, 1.1**0.5), (model.post_lambdas, 1.0)):
+        assert lambdas.shape == (5, 2)
+        assert lambdas.flatten().tolist() == pytest.approx([start] * 10)
+
+
+def test_functions_of_the_token_start_as_the_numbers_they_replace():
+    """Bit for bit: all outputs of the functions are zero beside their starts."""
+    losses = []
+    numbers = dict(mudd=(), mudd_gates=-1, backout=3, attn_gate=False)
+    for changes in (numbers, dict(mudd_gates=-1, attn_gate=False), dict(mudd=(), backout=3)):
+        _, model = tiny_model(**RECORD | dict(value_embed_layers=(0,)) | changes)
+        model.init_weights(3)
+        with torch.no_grad():
+            for name in ("ngram_embeds", "mlp_bank"):
+                p = model.get_parameter(name)
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) / 9)
+            if changes.get("attn_gate", True):
+                # A gate starts at a quarter, and so does the skipped layer at half of its share
+                model.mudd_gate_out[:, -1] *= torch.where(model.mudd_gate_out[:, -1] == 2.5, 4, 1)
+                model.mudd_gate_out[:, -1] *= torch.where(model.mudd_gate_out[:, -1] == 5, 2, 1)
+                model.scalars[1] = math.log(0.2 / 0.8)  # a fifth behind the sigmoid
+        losses.append(model(*batch(), stage_of(model.c)).item())
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("fields", [{}, PIECES, RECORD], ids=["nothing", "all", "record"])
@@ -611,9 +779,9 @@ def test_attention_behind_a_layer_sees_its_output_and_the_stream_goes_on():
     seen = []
     plain = model.attention
 
-    def attention(layer, h, batch, value):
+    def attention(layer, h, *more):
         seen.append(h)
-        return plain(layer, h, batch, value)
+        return plain(layer, h, *more)
 
     model.attention = attention
     model.hidden(batch()[0], batch()[2], stage_of(c))
@@ -863,6 +1031,20 @@ def test_flops_per_token_counts_the_matrices():
     assert sampled == 6 * (matrices - 256 * 32) + 12 * 32 * (4 + 8 + 24) / 2
 
 
+def test_flops_per_token_counts_the_functions_of_the_token():
+    numbers = dict(mudd=(), mudd_gates=-1)
+    flops = []
+    for changes in ({}, numbers):
+        c, model = tiny_model(**RECORD | changes)
+        flops.append(model.flops_per_token(stage_of(c)))
+    hidden = 64
+    more = 4 * hidden * 32  # four functions of the stream
+    # Of the last layer, which has no value embedding here, and behind it; of gates, in layers 0 and
+    # 1, and in 2 and 3
+    rows = 12 + 5 + (2 + 4 + 2) + (1 + 4 + 4 + 2)
+    assert flops[0] - flops[1] == 6 * (more + rows * (hidden + 1))
+
+
 def test_flops_per_token_of_pairs_and_of_a_layer_without_attention():
     """Twice the keys at half the heads' width for each of twice the queries; four products and
     the scores left out."""
@@ -902,6 +1084,14 @@ def test_pairs_can_see_half_as_far():
         (dict(xsa_layers=(0,), paired_layers=(0,)), "--xsa-layers 0: .* without pairs"),
         (dict(xsa_layers=(2,), skip=(1, 2)), "--xsa-layers 2: .* that have attention"),
         (dict(attn_gate_layers=(4,)), "--attn-gate-layers 4: .* from 0 to 3 that have attention"),
+        (dict(inject=True), "--inject True: expected only with --sublayer-lambdas"),
+        (dict(mudd=(0, 1)), "--mudd 0 1: .* with --inject"),
+        (INJECT | dict(mudd=(1, 0)), "--mudd 1 0: .* an earlier and a later layer"),
+        (INJECT | dict(mudd=(0, 3)), "--mudd 0 3: .* before the last"),
+        (INJECT | dict(mudd=(0, 1), backout=1), "--mudd 0 1: .* without --backout"),
+        (INJECT | dict(mudd=(0, 1), skip=(0, 3), value_embed_layers=()), "attention in the last"),
+        (dict(mudd_gates=1), "--mudd-gates 1: .* with --inject"),
+        (INJECT | dict(mudd_gates=0), "--mudd-gates 0: expected a layer behind the first"),
         (dict(attn_input=3), "--attn-input 3: expected a layer before the last, or -1"),
     ],
 )

@@ -349,6 +349,14 @@ def test_small_parameters_learn_as_in_the_record():
         xsa_strengths=(1, (0.9, 0.95)),
         smear_gate=(0.01, (0.9, 0.99)),
         value_gates=(1, (0.9, 0.99)),
+        residual_lambdas=(5, (0.9, 0.95)),
+        post_lambdas=(1, (0.9, 0.95)),
+        inject_lambdas=(1, (0.9, 0.95)),
+        mudd_in=(1 / 4, (0.9, 0.99)),
+        mudd_out=(1 / 4, (0.9, 0.99)),
+        mudd_gate_in=(1 / 10, (0.9, 0.99)),
+        mudd_gate_out=(1 / 10, (0.9, 0.99)),
+        mudd_gate_scale=(1 / 10, (0.9, 0.99)),
     )
     table = rules_of(OptimConfig(adam_lr=0.5), smear=True, smear_first=True)
     for name, (lr, betas) in expected.items():
