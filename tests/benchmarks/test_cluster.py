@@ -198,7 +198,7 @@ def test_several_nodes_send_the_same_inside_and_a_part_between():
     whole = one[8]["node"] / 2 * 8 / 7
     assert one[16]["across"] == pytest.approx(2 * 1 / 2 * whole / 8)
     assert one[64]["across"] == pytest.approx(2 * 7 / 8 * whole / 8)
-    assert one[64]["all"] < 1e4
+    assert one[64]["all"] < 1e6  # small parameters, the largest are those of MUDD
 
 
 def test_stages_with_a_tied_head_exchange_less():
