@@ -408,10 +408,11 @@ def train_to_the_end(setup, session):
             # Forward and backward; gradients add up in the parameters
             loss = backward(setup, step, batch)
 
-            # The update counts if loss and gradients are finite, on all ranks
-            ok = guard.judge(step, loss, optimizer.gradients(), session.votes())
+            # The update counts if loss and gradients, summed over ranks, are finite
             lr = lr_at(config, step)
-            optimizer.step(lr, momentum_at(config, step), ok)
+            momentum = momentum_at(config, step)
+            ok = guard.judge(step, loss, optimizer.gradients(momentum), session.votes())
+            optimizer.step(lr, momentum, ok)
             model.after_step()
 
             # Log what is known by now, validate, stop or save, each when it is due

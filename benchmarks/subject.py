@@ -246,11 +246,12 @@ class Subject:
         """
         setup = self.setup
         loss = tg.backward(setup, self.at, batch)
+        momentum = tg.momentum_at(self.c.config, self.at)
         with record_function(f"{MARK}guard"):
-            ok = setup.guard.judge(number, loss, setup.optimizer.gradients())
+            ok = setup.guard.judge(number, loss, setup.optimizer.gradients(momentum))
         with record_function(f"{MARK}optimizer"):
             lr = tg.lr_at(self.c.config, self.at)
-            setup.optimizer.step(lr, tg.momentum_at(self.c.config, self.at), ok)
+            setup.optimizer.step(lr, momentum, ok)
         self.model.after_step()
         for report in setup.guard.reports(number):
             if report.complaint:

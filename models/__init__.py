@@ -56,8 +56,8 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
     quantizable                    attribute: dict(layer={field of a Layer: whether it is stored
                                    transposed}, tables=names, banks=names) of matrices that may be
                                    replaced, for inference/quantize.py. Without it it rounds them
-    update_rules(optim)            {parameter name: optim.Rule}, from an OptimConfig; the order is
-                                   that in which gradients are reduced and updated
+    update_rules(optim)            {parameter name: optim.Rule}, from an OptimConfig, in the order
+                                   in which they are updated
     successors(before, after)      {parameter: the parameter whose weights and moments it takes over
                                    when training passes from one stage to the next, or ends (None)}
     after_step()                   what the model keeps up to date besides parameters

@@ -13,12 +13,12 @@ class Optimizer:
     """Updates parameters by their rules.
 
     Each gradient is reduced to parts, a part's owner updates it, the weights are gathered; all of
-    it overlaps between parameters. A part is what the rule's parts() shares out: elements, rows of
-    a table or whole matrices. For bf16 weights the owner keeps what makes them exact fp32 masters.
+    it overlaps between parameters. The guard looks at the parts, when all of them are there. A part
+    is what the rule's parts() shares out: elements, rows of a table or whole matrices. For bf16
+    weights the owner keeps what makes them exact fp32 masters.
 
-    rules: {parameter name: Rule} for all parameters of the model, in the order in which gradients
-    are reduced and updated. Small ones should come first and long updates last, so that they hide
-    the others' gathers.
+    rules: {parameter name: Rule} for all parameters of the model, in the order of updates. Small
+    ones should come first and long updates last, so that they hide the others' gathers.
     """
 
     def __init__(self, model, rules, world, compile=False, skips=False, clip=0.0):
@@ -60,6 +60,8 @@ class Optimizer:
         self.state = {}  # parameter name -> {"companion": ..., and the rule's moments}
         self.fixed = {}  # parameter name -> what its rule needs to know of the rows owned
         self.step_count = 0
+        self.reduced = None  # {parameter name: (work or None, part)} between gradients() and step()
+        self.prepared = {}  # parameter name -> what its rule has done already
         for name, rule in self.rules.items():
             shard = Shard(rule.parts(self.params[name].data), self.world, rule.sharded)
             self.shards[name] = shard
@@ -68,13 +70,52 @@ class Optimizer:
             self.params[name].grad = None
 
     @torch.no_grad()
+    def gradients(self, momentum=None):
+        """{parameter: gradient summed over ranks, of this rank's part, or None}, the same names on
+        all ranks: what the guard judges before step().
+
+        Gradients that wait for a later turn are judged then; in a single process now, where nothing
+        has to be summed. With the momentum of step(), what updates can do before anyone knows
+        whether they count is done while other sums are still on their way.
+        """
+        self.reduce()
+        found = dict.fromkeys(self.rules)
+        if self.world.size == 1:
+            return found | {name: self.params[name].grad for name in self.rules}
+        for name, (work, part) in self.reduced.items():
+            if work is not None:
+                work.wait()
+            self.reduced[name] = None, part
+            if momentum is not None and self.rules[name].prepares:
+                self.prepare(name, part, momentum)
+            found[name] = part
+        return found
+
+    @torch.no_grad()
+    def reduce(self):
+        """Start all sums over ranks that the next step needs: first inside each machine, then
+        across machines. What is long to update comes first."""
+        if self.reduced is not None:
+            return
+        names = []
+        for name in self.waiting():
+            if (self.step_count + 1) % self.rules[name].every == 0:
+                names.append(name)
+        names.sort(key=lambda name: not self.rules[name].prepares)
+        self.reduced = {}
+        for name in names:
+            self.reduced[name] = self.shards[name].reduce(self.params[name].grad)
+        for name in names:
+            self.reduced[name] = self.shards[name].reduce_across(*self.reduced[name])
+
+    @torch.no_grad()
     def step(self, lr_scale, momentum, ok=None):
-        """One update from .grad, summed over micro-batches; it is summed over ranks here.
+        """One update from .grad, summed over micro-batches; it is summed over ranks here, or has
+        been for gradients().
 
         Clears .grad of what it updates. ok: None, or a 0-d bool tensor on the device: where it is
         False, weights and moments stay as they are.
         """
-        self.step_count += 1
         on_gpu = ok is not None and ok.device.type != "cpu"
         if ok is not None and not on_gpu:
             # Known already, and checks in every pass would cost 5% of the step
@@ -82,22 +123,19 @@ class Optimizer:
                 self.drop_gradients()
             ok = None
 
-        names = []
-        for name in self.waiting():
-            if self.step_count % self.rules[name].every == 0:
-                names.append(name)
-
-        # Start all sums over ranks, first inside each machine, then across machines
-        reduced = {}
-        for name in names:
-            reduced[name] = self.shards[name].reduce(self.params[name].grad)
-        for name in names:
-            reduced[name] = self.shards[name].reduce_across(*reduced[name])
+        self.reduce()
+        reduced = self.reduced
+        self.reduced = None
+        self.step_count += 1
         if self.clip:
             self.shorten(reduced)
 
         gathers = []
-        for name in names:
+        for (
+            name
+        ) in self.rules:  # not in the order of the sums: long updates hide the others' gathers
+            if name not in reduced:
+                continue
             work, grad = reduced[name]
             if work is not None:
                 work.wait()
@@ -112,17 +150,29 @@ class Optimizer:
             for name in self.waiting():
                 self.params[name].grad.masked_fill_(~ok, 0)
 
+    def prepare(self, name, grad, momentum):
+        """What the rule can do for the rows that this rank owns without writing anything."""
+        own = self.shards[name].own
+        if len(own):
+            turn = self.turn(name, 1.0, momentum, None)
+            grad = grad[: len(own)].data
+            self.prepared[name] = self.rules[name].prepare(grad, self.state[name], turn)
+
+    def turn(self, name, lr_scale, momentum, ok):
+        count = self.step_count // self.rules[name].every
+        return Turn(lr_scale, momentum, count, ok, self.scalar, self.fast, self.fixed[name])
+
     def update(self, name, grad, lr_scale, momentum, ok):
         """Update the rows of one parameter that this rank owns; grad is padded to equal parts."""
         own = self.shards[name].own
         if not len(own):
             return
-        rule = self.rules[name]
-        count = self.step_count // rule.every
-        turn = Turn(lr_scale, momentum, count, ok, self.scalar, self.fast, self.fixed[name])
+        turn = self.turn(name, lr_scale, momentum, ok)
+        if name in self.prepared:
+            turn = turn._replace(prepared=self.prepared.pop(name))
         state = self.state[name]
         # .data: compiled code would look at what a view is a view of
-        rule.update(own.data, state["companion"], grad[: len(own)].data, state, turn)
+        self.rules[name].update(own.data, state["companion"], grad[: len(own)].data, state, turn)
 
     def shorten(self, reduced):
         """Scale all of these gradients so that together they are no longer than `clip`, in place.
@@ -156,12 +206,10 @@ class Optimizer:
         return not self.waiting()
 
     def drop_gradients(self):
+        self.reduced = None
+        self.prepared = {}
         for name in self.waiting():
             self.params[name].grad = None
-
-    def gradients(self):
-        """{parameter: gradient or None}, the same names on all ranks."""
-        return {name: self.params[name].grad for name in self.rules}
 
     @torch.no_grad()
     def copy(self, successors):

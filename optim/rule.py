@@ -20,6 +20,7 @@ class Turn(typing.NamedTuple):
     scalar: typing.Callable  # float -> what pointwise functions take for a hyperparameter
     fast: typing.Callable  # pointwise function -> the same, compiled where the run compiles
     fixed: dict  # what the rule's fixed() gave
+    prepared: typing.Any = None  # what its prepare() gave, if it was called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Rule:
     sharded: bool = True  # each rank updates its part only
     every: int = 1  # updates at each so many steps, from the sum of their gradients
 
+    # Whether prepare() is worth calling: then gradients are summed first, and updated last
+    prepares: typing.ClassVar[bool] = False
     pieces: typing.ClassVar[tuple] = ()  # pointwise functions that are worth compiling
 
     def parts(self, whole):
@@ -49,6 +52,11 @@ class Rule:
     def state_bytes(self, p):
         """Bytes of the moments of a whole parameter p (may be on meta), for the estimate."""
         raise NotImplementedError
+
+    def prepare(self, grad, state, turn):
+        """What can be computed for update() before it is known whether the step counts: nothing may
+        be written. grad, state, turn: as there."""
+        return None
 
     def update(self, w, companion, grad, state, turn):
         """One update in place of the owned rows w and of the state.

@@ -98,10 +98,11 @@ def learn(reward, setup, session):
             loss += share.detach()
         about |= dict(zip(("kl", "clipped"), counted(setup)))
 
-        # The update counts if loss and gradients are finite, on all ranks
-        ok = guard.judge(step, loss, optimizer.gradients(), session.votes())
+        # The update counts if loss and gradients, summed over ranks, are finite
+        momentum = muon_momentum(config.schedule.annealing(step))
+        ok = guard.judge(step, loss, optimizer.gradients(momentum), session.votes())
         lr = lr_at(config, step)
-        optimizer.step(lr, muon_momentum(config.schedule.annealing(step)), ok)
+        optimizer.step(lr, momentum, ok)
         model.after_step()
         flops = about["tokens"] * model.flops_per_token(stage)
         kept = {name: x for name, x in about.items() if name != "tokens"}

@@ -158,11 +158,12 @@ def warm_up(setup):
     # A stage may have a graph for validation, an update one for each size
     limit = 2 * len(setup.micro_rows) + 16
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    turns = max(rule.every for rule in setup.optimizer.rules.values())
     for step, padding in padding_by_stage(setup):
-        loss = backward(setup, step, [padding])  # compiles forward and backward
-        ok = setup.guard.judge(0, loss, setup.optimizer.gradients())
-    for _ in range(max(rule.every for rule in setup.optimizer.rules.values())):
-        setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
+        for _ in range(turns):  # the guard judges other gradients where some wait for their turn
+            loss = backward(setup, step, [padding])  # compiles forward and backward
+            ok = setup.guard.judge(0, loss, setup.optimizer.gradients(0.0))
+            setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
 
     # One validation for each of its graphs
     graphs = {}

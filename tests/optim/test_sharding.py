@@ -161,7 +161,7 @@ class Ranks:
 
         class Work:
             def wait(self):
-                untouched = in_place or torch.equal(x, copy)
+                untouched = in_place or torch.equal(x.nan_to_num(0.3), copy.nan_to_num(0.3))
                 assert untouched, "the input of a running collective was overwritten"
                 out.copy_(result)
 
@@ -247,6 +247,87 @@ def test_many_ranks_do_what_one_does(ranks, dtype):
         if local < ranks.size:
             expected += n - 1  # and across machines
     assert len(ranks.calls) == 4 * expected
+
+
+@pytest.mark.parametrize("normuon", [False, True], ids=["muon", "normuon"])
+@pytest.mark.parametrize("ranks", [3, (4, 2), (3, 1)], indirect=True, ids=str)
+def test_what_is_prepared_before_the_judgement_changes_no_bit(ranks, normuon):
+    """Updates begin while sums are on their way, and end as those that begin afterwards; a step
+    that does not count leaves every bit, on a GPU, where only the device knows, as well."""
+    every = rules(every=2, normuon=normuon)
+    found = []
+    for prepared in True, False:
+        models = [Parameters() for _ in range(ranks.size)]
+        optimizers = [optimizer_of(m, every, world) for m, world in zip(models, ranks.worlds)]
+
+        def on_rank(rank, step, ok):
+            accumulate(models[rank], gradients(10 * step + rank))
+            if prepared:
+                parts = optimizers[rank].gradients(0.9)
+                waits = {name for name, part in parts.items() if part is None}
+                assert waits == (ADAMS if step % 2 else set())
+            optimizers[rank].step(0.7, 0.9, ok)
+
+        for step, ok in (1, True), (2, True), (3, True), (4, False):
+            before = [weights(m) for m in models]
+            moments = [clones(o) for o in optimizers]
+            ok = torch.tensor(ok).as_subclass(OnGPU)
+            ranks.run(lambda rank: on_rank(rank, step, ok))
+        for m, o, old, kept in zip(models, optimizers, before, moments):
+            assert_equal(weights(m), old)
+            assert_equal(clones(o), kept)
+        found.append(weights(models[0]))
+    assert_equal(*found)
+
+
+def clones(optimizer):
+    """{name: a copy} of all moments."""
+    found = {}
+    for name, state in optimizer.state.items():
+        for key, x in state.items():
+            if x is not None:
+                found[f"{key}/{name}"] = x.clone()
+    return found
+
+
+class OnGPU(torch.Tensor):
+    """A judgement that says it is on a GPU, where the host does not know it."""
+
+    device = torch.device("cuda", 0)
+
+    def __bool__(self):
+        raise AssertionError("the host waits for the device")
+
+
+@pytest.mark.parametrize("ranks", [4, (4, 2)], indirect=True, ids=str)
+def test_one_ranks_bad_gradient_is_seen_by_the_owner_of_its_part(ranks):
+    """The guard judges sums over ranks, a rank's part of each, and all of them together miss
+    nothing; sums come in one order, matrices first, and each once."""
+    models = [Parameters() for _ in range(ranks.size)]
+    optimizers = [optimizer_of(m, world=world) for m, world in zip(models, ranks.worlds)]
+    for name in SHAPES:
+        for bad in float("nan"), float("inf"):
+
+            def on_rank(rank):
+                optimizers[rank].drop_gradients()
+                give(models[rank], gradients(rank))
+                if rank == 1:
+                    models[rank].get_parameter(name).grad.view(-1)[-1] = bad
+                return optimizers[rank].gradients(0.9)
+
+            ranks.calls.clear()
+            parts = ranks.run(on_rank)
+            for other in SHAPES:
+                fine = [bool(part[other].isfinite().all()) for part in parts]
+                assert all(fine) == (other != name), other
+                assert not all(fine) or other != name
+    whole = [elements for what, _, elements in ranks.calls]
+    n_across = len(SHAPES) - 1 if ranks.size > ranks.worlds[0].local_size else 0
+    assert len(whole) == len(SHAPES) + n_across
+    banks = sum(RULES[name].prepares for name in SHAPES)
+    first = {name: optimizers[0].shards[name] for name in SHAPES if RULES[name].prepares}
+    local = ranks.worlds[0].local_size
+    assert whole[:banks] == [s.n * local * s.whole[0].numel() for s in first.values()]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, (4, 2), (3, 1)], indirect=True, ids=str)
