@@ -67,6 +67,14 @@ def lost_another(error):
     return "gloo" in said or "nccl" in said
 
 
+def wait_for_all(world):
+    """All ranks go on from here together, their devices idle."""
+    synchronize(world.device)
+    if world.size > 1:
+        dist.barrier()
+        synchronize(world.device)
+
+
 def wait_for_first_rank(world):
     """Nobody leaves while the first rank writes: the launcher would end it.
 

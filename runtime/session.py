@@ -10,6 +10,7 @@ of a step as votes, so that all of them act on it in the same step.
 import contextlib
 import dataclasses
 import datetime
+import gc
 import math
 import shlex
 import signal
@@ -21,7 +22,7 @@ from base.options import interval, seconds
 from records.metrics import VAL_LOSS, better, lower_is_better, meets
 
 from . import energy
-from .machine import Clock, wait_for_first_rank
+from .machine import Clock, wait_for_all, wait_for_first_rank
 from .options import flat
 from .signals import Interrupted
 from .state import State
@@ -203,8 +204,14 @@ class Session:
     # What the loop tells
 
     def start(self):
-        """The training clock runs from here, and the meter on the first rank."""
+        """The training clock runs from here, on all ranks at once, and the meter on the first."""
         world = self.state.world
+        # What is there by now stays until the end: looking through all of it for garbage in the
+        # middle of training would take some tenths of a second
+        if world.device.type == "cuda":
+            gc.collect()
+        gc.freeze()
+        wait_for_all(world)
         counters = energy.counters_of(world) if world.rank == 0 else ()
         self.meter = energy.Meter(counters, self.at.joules, self.at.seconds)
         self.clock.start()
@@ -336,6 +343,7 @@ class Session:
         """Stop the clock and write the last checkpoint. Raises Interrupted when a signal ended the
         run."""
         self.clock.stop()
+        gc.unfreeze()
         self.read_meter(now=True)
         self.parts.seconds["train_s"] = self.clock.total - self.earlier_time
         saved = self.save(wait=True) if self.at.step > self.first else False

@@ -31,7 +31,7 @@ from data.loader import (
     slots_of_pass,
     spread_borders,
 )
-from data.shards import MAGIC
+from data.shards import MAGIC, read_shard
 
 EOT, N_VOCAB = 0, 60_000
 FAST = settings(
@@ -652,6 +652,50 @@ def test_borders_of_a_row_with_more_documents_than_slots():
         row_len=20, rows=1, max_doc_len=6, shuffle=False, max_docs=9
     ).micro_batches(1)
     assert sorted(set(few.cu_seqlens.tolist())) == [0, 3, 6, 9, 12, 15, 18, 20]
+
+
+def test_the_next_shard_is_read_in_a_thread_before_it_is_reached(monkeypatch):
+    """Begun with the first micro-batch, not with the loader; the tokens are those of a loader that
+    waits for it."""
+    readers = {}  # path -> threads that read all of it
+    there = threading.Event()
+
+    def read(path, n_vocab=None):
+        if n_vocab is not None:
+            readers.setdefault(path, []).append(threading.current_thread())
+            if len(readers) == 2:
+                there.set()
+        return read_shard(path, n_vocab)
+
+    monkeypatch.setattr("data.loader.read_shard", read)
+    corpus = Corpus([8] * 12, [8] * 12, [8] * 12)
+    options = dict(row_len=8, rows=5, max_doc_len=8, shuffle=False)
+    loader = corpus.loader(**options)
+    assert list(readers) == [corpus.paths[0]]
+    list(loader.micro_batches(1))
+    assert there.wait(timeout=60)
+    found = [list(loader.micro_batches(step)) for step in range(2, 8)]
+    for path in corpus.paths[1:]:
+        (thread,) = readers[path]
+        assert thread is not threading.main_thread()
+    assert readers[corpus.paths[0]] == [threading.main_thread()]
+    plain = corpus.loader(**options)
+    plain._open_ahead = lambda: None
+    for step, micros in enumerate(found, start=2):
+        for a, b in zip(micros, plain.micro_batches(step), strict=True):
+            assert torch.equal(a.inputs, b.inputs)
+
+
+def test_what_is_wrong_with_the_next_shard_is_told_when_it_is_reached():
+    corpus = Corpus([8] * 12, [8] * 12)
+    loader = corpus.loader(row_len=8, rows=5, max_doc_len=8, shuffle=False)
+    path = Path(corpus.paths[1])
+    path.write_bytes(path.read_bytes()[:-2])
+    list(loader.micro_batches(1))
+    list(loader.micro_batches(2))
+    with pytest.raises(InputError, match="1.bin: expected .* truncated"):
+        for step in range(3, 6):
+            list(loader.micro_batches(step))
 
 
 # Rows of segments that fill them, and of padding

@@ -3,6 +3,7 @@ it; with a toy for a trainer, and in whole runs."""
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import signal
@@ -184,6 +185,24 @@ def test_steps_are_numbered_from_1_to_the_last(tmp_path):
     at = session.at
     assert (at.step, at.tokens, at.flops, at.validated) == (7, 70, 700.0, 7)
     assert at.metrics == dict(val_loss=1.0, val_bpb=None)
+
+
+def test_the_clock_starts_when_all_ranks_are_there_and_nothing_is_left_to_look_through(
+    tmp_path, monkeypatch
+):
+    """What is there before the first step is out of the garbage collector's way until the end."""
+    seen = []
+
+    def wait(world):
+        seen.append((world, gc.get_freeze_count() > 10_000, toy_session.clock.since))
+
+    monkeypatch.setattr("runtime.session.wait_for_all", wait)
+    toy = Toy(tmp_path)
+    toy_session = toy.session()
+    before = gc.get_freeze_count()
+    toy.play(toy_session)
+    assert seen == [(toy.world, True, None)]
+    assert gc.get_freeze_count() <= before
 
 
 def test_the_target_ends_the_run(tmp_path):
