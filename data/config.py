@@ -38,8 +38,8 @@ class DataConfig(Options):
     )
     tokenizer: str = option(
         "bpe:4096",
-        "for text: chars, bytes, bpe:N, gpt2; for a model that others load qwen2:N, the path of a "
-        "tokenizer.json, or OWNER/NAME on the Hugging Face hub",
+        "for text: chars, bytes, bpe:N, bpe (N by the size of the text), gpt2; for a model that "
+        "others load qwen2:N, the path of a tokenizer.json, or OWNER/NAME on the Hugging Face hub",
     )
     # The file of a tokenizer that is there already, in place of one that --tokenizer makes
     vocabulary: str = remembered("")

@@ -589,7 +589,7 @@ def choose_tokenizer(todo, name, read_folder, clear_folder, folder):
 
     tokenizer = make_tokenizer(name, texts)
     write_text(folder / "tokenizer.json", tokenizer.to_json())
-    learned = ":" in name  # bpe:N or qwen2:N
+    learned = name.partition(":")[0] in ("bpe", "qwen2")
     return dict(
         name=Path(todo.tokenizer).name,  # a path is of one machine
         n_vocab=tokenizer.n_vocab,

@@ -51,6 +51,7 @@ MOST_ALONE = 20_000  # characters of texts that are encoded sooner than threads 
 MOST_WORD = 256  # characters of a word that qwen2:N learns from at once
 MOST_SPACES = 10_000
 LONG_WORD = re.compile(rf"(?<!\S)\S{{{MOST_WORD},}}|(?<!\s)\s{{{MOST_WORD},}}")
+SMALLEST, LARGEST = 1024, 4096  # of bpe, which follows the size of the text
 MOST_TOKENS = 65535  # of bpe:N and chars: ids are uint16, and one is end-of-text
 MOST_QWEN2 = 1 << 20  # of qwen2:N; beyond uint16, ids and shards are uint32
 
@@ -328,8 +329,8 @@ def make_tokenizer(name, texts):
         return Tokenizer("chars", sorted(chars))
     if name == "gpt2":
         return gpt2_tokenizer()
-    if m := re.fullmatch(r"bpe:(\d+)", name):
-        n = int(m[1])
+    if m := re.fullmatch(r"bpe(?::(\d+))?", name):
+        n = int(m[1]) if m[1] else size_for(texts())
         if not 257 <= n <= MOST_TOKENS + 1:
             raise InputError(f"--tokenizer {name}: expected a size from 257 to {MOST_TOKENS + 1}")
         return Tokenizer("bpe", train_bpe(texts(), n - 1), PATTERN)
@@ -340,9 +341,22 @@ def make_tokenizer(name, texts):
             raise InputError(f"--tokenizer {name}: expected a size from {least} to {MOST_QWEN2}")
         return train_qwen2(texts(), n)
     raise InputError(
-        f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096), "
+        f"unknown tokenizer {name!r}: expected chars, bytes, bpe:N (for example bpe:4096), bpe, "
         "qwen2:N, gpt2, the path of a tokenizer.json or OWNER/NAME of a hub repository"
     )
+
+
+def size_for(texts):
+    """Tokens of a vocabulary that this much text can teach a small model: a power of two from
+    1,024 to 4,096, about one for 120 bytes. texts: iterator of str."""
+    most = 0
+    n_bytes = 0
+    for text in texts:
+        n_bytes += len(text.encode())
+        most = n_bytes // 120
+        if most >= LARGEST:
+            return LARGEST
+    return max(SMALLEST, 2 ** most.bit_length() // 2)
 
 
 def on_disk(name):

@@ -182,7 +182,8 @@ def vocabulary(config):
     if config.data.data == "fineweb10B":
         name = "gpt2"
     found = re.fullmatch(r"\w+:(\d+)", name)
-    known = dict(bytes=257, gpt2=50257, chars=66)  # characters: Tiny Shakespeare's
+    # Characters are Tiny Shakespeare's; a small text has fewer than the 4,096 of bpe
+    known = dict(bytes=257, gpt2=50257, chars=66, bpe=4096)
     if not found and name not in known:
         raise InputError(
             f"--tokenizer {name}: the plan needs to know how many tokens it has: expected bpe:N, "

@@ -9,6 +9,7 @@ from tracks.laptop import TRACK
 OWN = dict(
     data="text",
     target=None,
+    tokenizer="bpe",
     eval_every=25,
     quick_val=0,
     train_eval=16384,

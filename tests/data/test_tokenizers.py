@@ -1,5 +1,6 @@
 """data/tokenizers.py: text to ids and back without loss, and the same vocabulary every time."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from data.tokenizers import (
     load_tokenizer,
     longest_prefixes,
     make_tokenizer,
+    size_for,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +227,6 @@ def test_too_many_characters():
     "name",
     [
         "",
-        "bpe",
         "bpe:",
         "bpe:x",
         "bpe:-300",
@@ -267,6 +268,18 @@ def test_bpe_has_the_size_asked_for_and_merges_earlier_tokens():
     for i in range(256, 299):
         token, before = tok.tokens[i], tok.tokens[:i]
         assert any(token[:k] in before and token[k:] in before for k in range(1, len(token))), token
+
+
+def test_the_size_of_bpe_follows_that_of_the_text():
+    """In bytes, whatever the texts are cut into; no more is read than it takes."""
+    sizes = {10: 1024, 245_000: 1024, 246_000: 2048, 491_000: 2048, 492_000: 4096}
+    for n_bytes, expected in sizes.items():
+        assert size_for(["ab\u00e9" * (n_bytes // 4)]) == expected
+        assert size_for(["ab\u00e9"] * (n_bytes // 4)) == expected
+    endless = itertools.repeat("a" * 1000)
+    assert size_for(endless) == 4096
+    words = [f"{a}{b} " for a in "abcdefghijklmnopqrstuvwxyz" for b in range(60)]
+    assert make_tokenizer("bpe", lambda: iter(words)).n_vocab <= 1024
 
 
 def test_bpe_learns_the_commonest_pair_first():
