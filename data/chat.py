@@ -1,11 +1,12 @@
 """Conversations: who said what, and the text that a model reads of it."""
 
 import json
+import re
 from typing import NamedTuple
 
 import numpy as np
 
-from base import InputError
+from base import InputError, to_json
 
 from .shapes import messages_of_line, pair_of_line
 
@@ -36,8 +37,74 @@ def read_messages(said):
         if role not in ROLES:
             raise InputError(f"{where}.role: expected one of {', '.join(ROLES)}")
         text = text_of(message.get("content"), f"{where}.content")
+        if message.get("tool_calls") is not None:
+            if role != "assistant":
+                raise InputError(f"{where}.tool_calls: expected the assistant's only")
+            calls = read_calls(message["tool_calls"], f"{where}.tool_calls")
+            text = "\n".join([*([text.strip()] if text.strip() else []), *map(as_text, calls)])
         messages.append(Message(role, text))
     return messages
+
+
+# --------------------------------------------------------------------------------------------------
+# Tools: what an assistant asks for, and in the next turn is told
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MARKS = re.compile(f"({OPEN}|{CLOSE})")
+CALL = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
+
+
+class Call(NamedTuple):
+    """A tool that an assistant asks for."""
+
+    name: str
+    arguments: dict
+
+
+def as_text(call):
+    """A call as it stands in an assistant's text, as Qwen's and Hermes' models write them:
+    <tool_call>, {"name": ..., "arguments": {...}} and </tool_call>, a line each."""
+    said = to_json(call._asdict(), ensure_ascii=False)
+    return f"{OPEN}\n{said}\n{CLOSE}"
+
+
+def calls_in(text):
+    """([Call, ...], the text without them) of what an assistant says; without any where one of them
+    is not what as_text() makes."""
+    calls = []
+    for said in CALL.findall(text):
+        try:
+            call = json.loads(said)
+        except (ValueError, RecursionError):
+            return [], text
+        right = isinstance(call, dict) and isinstance(call.get("name"), str)
+        if not right or not isinstance(call.get("arguments"), dict):
+            return [], text
+        calls.append(Call(call["name"], call["arguments"]))
+    return calls, CALL.sub("", text).strip() if calls else text
+
+
+def read_calls(said, where):
+    """[Call, ...] from a message's tool_calls as OpenAI's protocol has them, where arguments are
+    JSON in a text; an object will do. Raises InputError."""
+    if not isinstance(said, list) or not said:
+        raise InputError(f"{where}: expected a list of one or more calls")
+    calls = []
+    for i, call in enumerate(said):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+            raise InputError(f"{where}[{i}]: expected {expected}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, dict):
+            raise InputError(f"{where}[{i}].function.arguments: expected a JSON object in a text")
+        calls.append(Call(function["name"], arguments))
+    return calls
 
 
 def text_of(content, where):
@@ -81,12 +148,16 @@ def render(messages, tokenizer):
     <|im_start|>role, a new line, the text and <|im_end|>, a new line after each message, all behind
     end-of-text. counts: whether a token is one that the assistant says, its <|im_end|> included:
     what teaching is about. Texts are taken without white space around them, so that a header is
-    made of the same tokens whatever follows. Raises InputError where the tokenizer has no chat
-    tokens.
+    made of the same tokens whatever follows. The marks of a tool's call are tokens of their own in
+    what the assistant says, where the vocabulary has them. Raises InputError where the tokenizer
+    has no chat tokens.
     """
     start, end = chat_tokens(tokenizer)
     headers = tokenizer.encode([f"{message.role}\n" for message in messages])
     texts = tokenizer.encode([message.text.strip() for message in messages])
+    for i, message in enumerate(messages):
+        if message.role == "assistant" and OPEN in message.text and OPEN in tokenizer.specials:
+            texts[i] = with_marks(message.text.strip(), tokenizer)
     (line_end,) = tokenizer.encode(["\n"])
     parts = [([tokenizer.eot], False)]
     for message, header, text in zip(messages, headers, texts):
@@ -95,6 +166,17 @@ def render(messages, tokenizer):
     ids = np.concatenate([np.asarray(part, dtype=tokenizer.dtype) for part, _ in parts])
     counts = np.repeat([said for _, said in parts], [len(part) for part, _ in parts])
     return ids, counts
+
+
+def with_marks(text, tokenizer):
+    """Ids of a text in which <tool_call> and </tool_call> are tokens."""
+    ids = []
+    for piece in MARKS.split(text):
+        if piece in (OPEN, CLOSE):
+            ids.append(tokenizer.specials[piece])
+        elif piece:
+            ids += tokenizer.encode([piece])[0].tolist()
+    return np.asarray(ids, dtype=tokenizer.dtype)
 
 
 def prompt_of(messages, tokenizer):

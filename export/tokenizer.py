@@ -14,7 +14,18 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' -}}
     {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- message['content'] | trim + '<|im_end|>' -}}{%- endgeneration -%}
+        {%- set said = namespace(text=(message['content'] or '') | trim) -%}
+        {%- for call in message['tool_calls'] or [] -%}
+            {%- set f = call['function'] or call -%}
+            {%- set arguments = f['arguments'] -%}
+            {%- if arguments is not string -%}
+                {%- set arguments = arguments | tojson -%}
+            {%- endif -%}
+            {%- set json = '{"name": ' + (f['name'] | tojson) + ', "arguments": ' + arguments -%}
+            {%- set before = said.text + '\\n' if said.text else '' -%}
+            {%- set said.text = before + '<tool_call>\\n' + json + '}\\n</tool_call>' -%}
+        {%- endfor -%}
+        {%- generation -%}{{- said.text + '<|im_end|>' -}}{%- endgeneration -%}
     {%- else -%}
         {{- message['content'] | trim + '<|im_end|>' -}}
     {%- endif -%}

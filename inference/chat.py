@@ -12,6 +12,7 @@ from data.chat import Message, prompt_of
 from .engine import Request
 from .options import KNOBS, check, is_taught, is_text, make_parser, open_run, say
 from .sampling import default_sampling
+from .tools import MOST_ROUNDS, Tools, add_option
 
 DESCRIPTION = """\
 A conversation with the model of a finished run: the newest one, or the one that is named. A model
@@ -30,9 +31,14 @@ commands:
 def main(argv=None):
     """Parse, talk. Returns the exit status."""
     try:
-        args = make_parser("chat", DESCRIPTION, COMMANDS, tokens=120).parse_args(argv)
+        parser = make_parser("chat", DESCRIPTION, COMMANDS, tokens=120)
+        add_option(parser)
+        args = parser.parse_args(argv)
         check(args)
+        tools = Tools(args.tools)
         saved, engine = open_run(args)
+        if tools and not is_taught(saved):
+            raise InputError(f"--tools: {saved.folder} is a base model: expected a taught one")
     except InputError as e:
         return refuse(e)
     with contextlib.suppress(ImportError):
@@ -43,7 +49,8 @@ def main(argv=None):
         kind = "a model that was taught to answer"
         said = functools.partial(Answered, saved.tokenizer)
     say(f"{saved.folder}: {kind}. /help lists commands")
-    Conversation(engine, args, said).hold()
+    with contextlib.closing(tools):
+        Conversation(engine, args, said, tools).hold()
     return 0
 
 
@@ -69,6 +76,10 @@ class Continued:
     def add(self, piece):
         self.text += piece
 
+    def use(self, tools):
+        """A base model asks for no tools."""
+        return None
+
     def to_save(self):
         return self.text
 
@@ -93,6 +104,18 @@ class Answered:
         last = self.messages[-1]
         self.messages[-1] = last._replace(text=last.text + piece)
 
+    def use(self, tools):
+        """Where the answer asks for tools: what they say, and what the model goes on from; else
+        None."""
+        calls = tools.asked_for(self.messages[-1].text)
+        if not calls:
+            return None
+        results = tools.do(calls)
+        self.messages += results
+        prompt = tuple(prompt_of(self.messages, self.tokenizer))
+        self.messages.append(Message("assistant", ""))
+        return "\n".join(message.text for message in results), prompt
+
     def to_save(self):
         """A line that ./run.sh sft reads."""
         messages = [dict(role=m.role, content=m.text) for m in self.messages]
@@ -102,9 +125,10 @@ class Answered:
 class Conversation:
     """What was said so far, and the options, which /set changes."""
 
-    def __init__(self, engine, args, said):
+    def __init__(self, engine, args, said, tools):
         """said: makes a Continued or an Answered in which nothing is said yet."""
         self.engine = engine
+        self.tools = tools
         self.args = args
         self.new = said
         self.said = said()
@@ -135,22 +159,36 @@ class Conversation:
         """Take a line, and show what the model makes of it. Raises InputError."""
         if not is_text(line):
             raise InputError("that line is not UTF-8")
-        prompt = self.said.prompt_with(line)
+        completion = self.begin(self.said.prompt_with(line))
+        print(self.said.begin(line), end="", flush=True)
+        try:
+            self.show(self.written(completion))
+            for _ in range(MOST_ROUNDS):
+                used = self.said.use(self.tools)
+                if used is None:
+                    break
+                # What the tools say, and what the model makes of it
+                result, prompt = used
+                self.show([f"\n{result}\n"])
+                self.show(self.written(self.begin(prompt)))
+        except KeyboardInterrupt:
+            pass  # what there is of the answer stays
+        print()
+        self.n_answers += 1
+
+    def show(self, pieces):
+        for text in on_screen(pieces):
+            print(text, end="", flush=True)
+
+    def begin(self, prompt):
+        """A Completion of a prompt, with the options as they are. Raises InputError."""
         seed = self.args.seed + self.n_answers
         sampling = default_sampling(self.engine.tokenizer, **check(self.args))
         request = Request(prompt, self.args.tokens, sampling, seed, tuple(self.args.stop))
         completion = self.engine.begin(request)
         if completion.n_cut:
             say(f"note: the first {completion.n_cut} tokens of the conversation are out of sight")
-
-        print(self.said.begin(line), end="", flush=True)
-        try:
-            for text in on_screen(self.written(completion)):
-                print(text, end="", flush=True)
-        except KeyboardInterrupt:
-            pass  # what there is of the answer stays
-        print()
-        self.n_answers += 1
+        return completion
 
     def written(self, completion):
         """Yield an answer in pieces, which the conversation has as they are."""

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from data.chat import CLOSE, OPEN
+
 from .sampling import Sampling
 
 END_OF_TURN = "<|im_end|>"  # which ends an answer, as end-of-text does
@@ -69,6 +71,11 @@ class Completion:
         self.n_prompt = len(self.tokens)
         self.out_of_sight = 0  # of the tokens, those that the model no longer looks back at
         self.drawn = []  # where the request wants alternatives
+        # What tools are asked for with has a text, unlike other special tokens
+        self.marks = {}
+        for mark in OPEN, CLOSE:
+            if mark in tokenizer.specials:
+                self.marks[tokenizer.specials[mark]] = mark.encode()
         self.ends = {tokenizer.eot, tokenizer.specials.get(END_OF_TURN)}
         # Bytes that are no character yet, and characters that may be the beginning of a stop string
         self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -131,7 +138,7 @@ class Completion:
 
     def text_of(self, token):
         """The characters that a token completes, without what the prompt had of it."""
-        text = written_as(token, self.tokenizer)
+        text = self.marks.get(token) or written_as(token, self.tokenizer)
         if isinstance(text, str):
             return text
         n = min(len(text), len(self.promised))

@@ -56,6 +56,7 @@ class Served(NamedTuple):
     stop: tuple  # the same of stop
     tokens: int  # and of max_tokens
     most_tokens: int  # that a request gets, whatever it asks for
+    tools: object = None  # inference.tools.Tools that the server has itself
 
 
 class Asked(NamedTuple):
@@ -68,6 +69,8 @@ class Asked(NamedTuple):
     echo: bool
     cut: bool  # the beginning of a prompt that is too long
     n: int
+    messages: tuple = ()  # of a chat with a taught model
+    tools: bool = False  # whether the client takes calls of tools for an answer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,7 +120,20 @@ def read_chat(body, served):
     kind = field(body, "response_format", dict, {}).get("type", "text")
     if kind != "text":
         raise wrong("response_format", 'type "text", as this model cannot promise another')
-    return read_rest(body, served, [prompt], alternatives, chat=True)
+    asked = read_rest(body, served, [prompt], alternatives, chat=True)
+    if not served.taught:
+        return asked
+    return asked._replace(messages=tuple(messages), tools=takes_calls(body))
+
+
+def takes_calls(body):
+    """Whether a client says that there are tools. Raises ApiError."""
+    tools = field(body, "tools", list, [])
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise wrong(f"tools[{i}]", '{"type": "function", "function": {"name": ...}}')
+    return bool(tools) and body.get("tool_choice") != "none"
 
 
 def read_completion(body, served):
@@ -282,10 +298,23 @@ class Head:
         return dict(id=self.id, object=kind, created=self.created, model=self.model)
 
 
-def chat_choice(index, text, finish_reason, logprobs):
-    """A choice of a whole answer."""
+def chat_choice(index, text, finish_reason, logprobs, calls=()):
+    """A choice of a whole answer; calls: of tools, for the client to do."""
     message = dict(role="assistant", content=text, refusal=None)
+    if calls:
+        message |= dict(content=text or None, tool_calls=tool_calls(calls))
+        finish_reason = "tool_calls"
     return dict(index=index, message=message, finish_reason=finish_reason, logprobs=logprobs)
+
+
+def tool_calls(calls, in_pieces=False):
+    """Calls in the protocol's form, each with an id of its own."""
+    found = []
+    for i, call in enumerate(calls):
+        function = dict(name=call.name, arguments=to_json(call.arguments, ensure_ascii=False))
+        said = dict(id=f"call_{secrets.token_hex(12)}", type="function", function=function)
+        found.append(dict(index=i, **said) if in_pieces else said)
+    return found
 
 
 def chat_delta(index, delta, finish_reason=None, logprobs=None):
@@ -298,12 +327,12 @@ def text_choice(index, text, finish_reason=None, logprobs=None):
     return dict(index=index, text=text, finish_reason=finish_reason, logprobs=logprobs)
 
 
-def usage_of(asked, completions):
+def usage_of(asked, completions, later=()):
     """Tokens that the model read and wrote; a prompt counts once, however many continuations. What
-    did not fit of prompts is said, too."""
+    did not fit of prompts is said, too. later: completions that went on with what tools said."""
     prompts = completions[:: asked.n]
     read = sum(c.n_prompt for c in prompts)
-    wrote = sum(len(c.tokens) - c.n_prompt for c in completions)
+    wrote = sum(len(c.tokens) - c.n_prompt for c in (*completions, *later))
     usage = dict(prompt_tokens=read, completion_tokens=wrote, total_tokens=read + wrote)
     cut = sum(c.n_cut for c in prompts)
     return usage | (dict(prompt_tokens_cut=cut) if cut else {})

@@ -12,6 +12,7 @@ from base.options import RATE
 from .engine import PLACES
 from .options import KNOBS, check, is_taught, make_parser, open_run, say
 from .sampling import default_sampling
+from .tools import Tools, add_option
 
 KEY = "STOPWATCH_API_KEY"  # in the environment
 CONNECTIONS = 512  # at one time
@@ -52,6 +53,7 @@ def parse(argv):
         help="of web pages that may call, such as https://example.org, besides those of this "
         "machine; * is all",
     )
+    add_option(group)
     limits = parser.add_argument_group("what clients get at most")
     limits.add_argument(
         "--places",
@@ -121,7 +123,10 @@ def make_server(args, given):
     from .protocol import Served
     from .server import Limits, Server
 
+    tools = Tools(args.tools)
     saved, engine = open_run(args, places=args.places)
+    if tools and not is_taught(saved):
+        raise InputError(f"--tools: {saved.folder} is a base model: expected a taught one")
     sampling = default_sampling(saved.tokenizer, **given)
     served = Served(
         model=args.name or saved.folder.resolve().name,
@@ -132,6 +137,7 @@ def make_server(args, given):
         stop=tuple(args.stop),
         tokens=min(args.tokens, args.max_tokens),
         most_tokens=args.max_tokens,
+        tools=tools or None,
     )
     about = dict(
         kind="chat" if served.taught else "base",  # which continues text

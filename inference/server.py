@@ -206,7 +206,7 @@ class Server:
         if asked.echo:
             asked, echoes = await self.echo(asked)
         job = self.worker.submit(asked)
-        answer = Answer(asked, head, job, self.served.tokenizer, echoes)
+        answer = Answer(asked, head, job, self.served, echoes, self.worker)
         try:
             if not asked.stream:
                 said = await unless_gone(request.receive, answer.whole())

@@ -102,6 +102,16 @@ class Worker:
         self.wanted.set()
         return job
 
+    def go_on(self, job, i, request):
+        """Another request in place of a job's i-th completion, which is done."""
+        if self.ending or job.error:
+            return
+        completion = self.begin(request)
+        job.completions[i] = completion
+        self.jobs[completion] = job
+        self.engine.add(completion)
+        self.wanted.set()
+
     def begin(self, request):
         """The engine's Completion. Raises ApiError."""
         try:

@@ -55,6 +55,12 @@ PARTS = {  # of the process's time -> in words
     "sample_s": "samples",
     "save_s": "saving",
 }
+OF_ANSWERS = {  # numbers of steps that learn from a model's own answers -> title, what they are of
+    "reward": ("Reward", "of an answer"),
+    "answer_tokens": ("Length", "tokens of an answer"),
+    "kl": ("KL", "nats per token, to the model it began with"),
+    "entropy": ("Entropy", "nats per token"),
+}
 SAMPLE = re.compile(r"^--- a sample after step (\d+)$")
 DRAWN_FROM = 0.02  # losses of the first so much of training do not decide what a chart shows
 
@@ -396,6 +402,16 @@ def curves(stories):
         ]
 
     found = [losses(stories), validation(stories)]
+    # Of a model's own answers
+    for name, (title, y) in OF_ANSWERS.items():
+        mean = series("mean" if not many else "", lambda s: smoothed(points(s, name)))
+        if not many:
+            mean.insert(0, Series("", points(stories[0], name), stories[0].color, "faint"))
+        for story in stories:
+            at = points(story, f"val_{name}")
+            label = story.name if many else "validation"
+            mean.append(Series(label, at, story.color + (not many), "dots"))
+        found.append(chart(mean, title=title, x="step", y=y))
     lr = series("", lambda s: points(s, "lr"))
     found.append(chart(lr, title="Learning rate", x="step", y="of its peak", zero=True))
     norm = series("", lambda s: smoothed(points(s, "grad_norm")))

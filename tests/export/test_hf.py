@@ -268,6 +268,32 @@ def test_a_conversation(tmp_path, capsys):
     assert asked.endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_a_conversation_with_tools(tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    run = llama_run(tmp_path / "run", TOKENIZER)
+    assert export(capsys, run, "hf", tmp_path / "out")[0] == 0
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    calls = [
+        dict(type="function", function=dict(name="python", arguments=dict(code='print("ü")\n'))),
+        dict(type="function", function=dict(name="f", arguments={})),
+    ]
+    for content in None, " Well.\n":
+        said = [
+            dict(role="user", content="6 * 7?"),
+            dict(role="assistant", content=content, tool_calls=calls),
+            dict(role="tool", content="42\n"),
+            dict(role="assistant", content="42"),
+        ]
+        ids, counts = render(read_messages(said), TOKENIZER)
+        both = theirs.apply_chat_template(
+            said, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert both["input_ids"] == ids.tolist()
+        assert both["assistant_masks"] == counts.astype(int).tolist()
+        assert 0 < counts.sum() < len(counts)
+
+
 def test_a_tokenizer_without_turns_has_no_template(tmp_path, capsys):
     run = gpt_run(tmp_path / "run", make_tokenizer("bytes", None))
     assert export(capsys, run, "hf", tmp_path / "out")[0] == 0
