@@ -3,9 +3,10 @@ track 1).
 
 The loss is the mean cross-entropy over the first 10,485,760 tokens of the validation shard. The
 batch is the same on any number of GPUs. Batch sizes, learning rates and windows follow the record's
-stages, stretched from its 1,285 steps to 1,600: its model has parts that this one lacks (one saved
-activation for late layers, MUDD, XSA, prefix loss and others), and counted part by part this recipe
-needs 1,550 to 1,680 steps for 3.28. That is an estimate: it has not been run to the end yet.
+stages, stretched from its 1,285 steps to 1,600. The record's parts are here but for DC (dynamic
+mixing of attention maps); by its public logs such a recipe needs some 1,320 to 1,345 steps for
+3.28. It has not been run to the end yet, and 1,600 are what it needed without the later parts (one
+attention input for late layers, MUDD, XSA, prefix loss and others): 1,550 to 1,680, counted alike.
 """
 
 TRACK = dict(

@@ -2,7 +2,7 @@
 
 Blocks are recomputed in backward, and tables have one second moment a row instead of Adam's two
 moments a number. That was better on `laptop` and on shakespeare-char's easy goals, not on its own,
-and by the trainer's estimate spares 3.9 GB: 7.4 GB are left. Not measured yet on a GPU.
+and by the trainer's estimate spares 3.9 GB: 7.6 GB are left. Not measured yet on a GPU.
 """
 
 from tracks.gpt2_small import TRACK

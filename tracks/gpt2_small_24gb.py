@@ -1,6 +1,6 @@
 """gpt2-small-24gb: the same goal and recipe on one card of 24 GB (RTX 3090, RTX 4090, L4).
 
-One row of 16,384 tokens in a forward pass, which by the trainer's estimate takes 20.4 GB. Not
+One row of 16,384 tokens in a forward pass, which by the trainer's estimate takes 21.0 GB. Not
 measured yet on a GPU.
 """
 
