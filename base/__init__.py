@@ -3,8 +3,8 @@
 Imports nothing of the project.
 """
 
-from .errors import InputError, RankError
+from .errors import InputError, RankError, SaidElsewhere
 from .files import whole_file, write_text
 from .json import to_json
 
-__all__ = ["InputError", "RankError", "to_json", "whole_file", "write_text"]
+__all__ = ["InputError", "RankError", "SaidElsewhere", "to_json", "whole_file", "write_text"]

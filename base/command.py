@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from . import last_resort
-from .errors import InputError
+from .errors import InputError, RankError
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,5 +40,8 @@ def refuse(error):
     exit status, 2."""
     last_resort.show_if_debugging(error)
     said = str(error).replace("\n", " ")
-    last_resort.say(f"error: {said}")
+    rank = last_resort.rank_in_words()
+    if rank == "rank 0: " and not isinstance(error, RankError):
+        rank = ""  # it speaks for all
+    last_resort.say(f"error: {rank}{said}")
     return 2

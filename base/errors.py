@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class RankError(InputError):
     """One that is of a single process among others, which says it itself, whatever its rank."""
+
+
+class SaidElsewhere(InputError):
+    """One that another process has met, and says: there is nothing more to say."""

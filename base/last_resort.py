@@ -37,11 +37,16 @@ def end(error):
     path = getattr(error, "report", None) or write_report(error)
     if debugging():
         say(report(error))
-    if path:
-        say(f"error: {explain(error)}; the full report is in {path}")
-    else:
-        say(f"error: {explain(error)}; --debug shows all of it")
+    where = f"the full report is in {path}" if path else "--debug shows all of it"
+    say(f"error: {rank_in_words()}{explain(error)}; {where}")
     return 1
+
+
+def rank_in_words():
+    """ "rank 3: " in one of several processes that torchrun or the like has started, else empty."""
+    rank = os.environ.get("RANK", "")
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    return f"rank {rank}: " if rank and several else ""
 
 
 def explain(error):

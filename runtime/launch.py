@@ -1,9 +1,9 @@
-"""Processes of a run: started by torchrun, joined to a World, ended with a status."""
+"""Processes of a run: joined to a World, ended with a status. runtime/workers.py starts those of
+one machine, torchrun those of several."""
 
 import contextlib
 import ctypes
 import datetime
-import logging
 import os
 import signal
 import sys
@@ -14,42 +14,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from base import InputError, RankError, last_resort
+from base import InputError, RankError, SaidElsewhere, last_resort
 from base.command import refuse
 
 from .machine import World, lost_another
 from .signals import Requests
+from .watch import START
+from .workers import FOLDER, launch
 
+PAUSE = 2  # seconds in which the first rank says what all find out
 PATIENCE = 10  # seconds after which a process says that it waits for others
 UNSET = "start with torchrun, or unset RANK, WORLD_SIZE and their like"
-
-
-def launch(program, argv, n, max_restarts=0):
-    """Start n copies of a program with torchrun, max_restarts times again if one fails; returns
-    the exit status of the first that failed, else 0."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args as torchrun_args
-    from torch.distributed.run import run as torchrun
-
-    # Else a restart finds the addresses of the processes that are gone (pytorch issue 135712)
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    # Seconds for workers to save; 30 would be too few
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # is for the workers, who set a handler
-    # The workers' own line says it all
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--standalone", f"--nproc_per_node={n}", f"--max-restarts={max_restarts}"]
-    # Else the processes look for the first one under this machine's name, which need not lead there
-    options += ["--local-addr=127.0.0.1"]
-    try:
-        torchrun(torchrun_args([*options, str(Path(program).resolve()), *argv]))
-    except ChildFailedError as e:
-        return e.get_first_failure()[1].exitcode
-    except SignalException as e:
-        return 128 + e.sigval
-    return 0
 
 
 def said(name, otherwise):
@@ -78,7 +53,7 @@ def join_world(gpus):
     gpus: how many this machine has. Raises RankError where the environment does not fit.
     """
     if sys.platform == "linux" and is_started():
-        # PR_SET_PDEATHSIG: if torchrun is killed, stop as it would have said
+        # PR_SET_PDEATHSIG: if who started this is killed, stop as it would have said
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     rank = said("RANK", 0)
     local_rank = said("LOCAL_RANK", 0)
@@ -103,7 +78,7 @@ def join_world(gpus):
         # The first rank may be downloading for a long time while the others wait
         dist.init_process_group(
             "nccl" if gpus else "gloo",
-            timeout=datetime.timedelta(hours=6),
+            timeout=datetime.timedelta(seconds=START),
             device_id=device if gpus else None,
         )
     # Groups inside a machine and across machines, where all have as many processes
@@ -155,7 +130,8 @@ def run_on_all_gpus(program, argv, body, gpus=0, max_restarts=0):
     """Call body(world, requests), in a process for each GPU if there are several.
 
     program: the file to start again for each process, with the same argv; gpus: how many to use, 0
-    for all there are. Returns the exit status of torchrun, else 0. Raises what body raises.
+    for all there are. Returns the exit status of the first that failed, else 0. Raises what body
+    raises.
     """
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not is_started():
@@ -180,21 +156,52 @@ def exit_status(program):
     for an InputError, a signal's, 1 where another process was lost."""
     try:
         return program()
+    except SaidElsewhere:
+        return 2
     except InputError as e:
-        rank = os.environ.get("RANK", "")
-        is_first = not rank.isdecimal() or int(rank) == 0
-        if is_first or isinstance(e, RankError):
+        if isinstance(e, RankError) or not said_by_the_first(str(e)):
             return refuse(e)
-        time.sleep(2)  # for the first rank to say it
         return 2
     except SystemExit as e:  # a signal
         return e.code
     except RuntimeError as e:
         if not (dist.is_initialized() and lost_another(e)):
             raise
-        reason = str(e).splitlines()[0]
-        last_resort.say(f"error: another process has ended or cannot be reached: {reason}")
+        lose(str(e).splitlines()[0])
         return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def said_by_the_first(text):
+    """Whether the first rank ends with the same words, which most errors are: it says them for all.
+    Waits a moment for it."""
+    rank = said("RANK", 0)
+    if not rank:
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.distributed_c10d._get_default_store().set("error", text)
+        return False
+    time.sleep(PAUSE)
+    if not dist.is_initialized():
+        return True  # what each of them finds out before they have met
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.check(["error"]) and store.get("error").decode() == text
+    except RuntimeError:  # the store went with the first rank, which had its reasons
+        return True
+
+
+def lose(reason):
+    """Say that the others are gone; to the launcher alone where there is one, which knows whose end
+    it was."""
+    if FOLDER in os.environ and not last_resort.debugging():
+        path = Path(os.environ[FOLDER], f"lost.{said('RANK', 0)}")
+        with contextlib.suppress(OSError):
+            path.write_text(reason, encoding="utf-8")
+            return
+    last_resort.say(
+        f"error: {last_resort.rank_in_words()}another process has ended or cannot be reached: "
+        f"{reason}"
+    )

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from base import InputError, RankError
+from base import InputError, RankError, SaidElsewhere
 from base.options import AUTO, Options, option
 
 from . import limits
@@ -106,7 +106,7 @@ def first_rank_first(world, prepare):
             failed = torch.tensor(float(error is not None), device=world.device)
             dist.all_reduce(failed)
             if failed and error is None:
-                error = InputError("another process could not go on; its own line says why")
+                error = SaidElsewhere("another process could not go on; its own line says why")
         if error:
             raise error
     return result
@@ -118,9 +118,7 @@ def refuse_difference(world, what, text):
 
     def compare():
         if text != first:
-            raise RankError(
-                f"rank {world.rank} has other {what} than the first: {text}, not {first}"
-            )
+            raise RankError(f"it has other {what} than the first rank: {text}, not {first}")
 
     first_rank_first(world, compare)
 

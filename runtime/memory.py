@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from base import InputError
+from base import InputError, RankError
 
 from . import limits
 
@@ -154,7 +154,7 @@ def ran_out(error):
 
 @contextlib.contextmanager
 def explained(row_len, get_setup):
-    """Inside, running out of memory is an InputError of one line.
+    """Inside, running out of memory is a RankError of one line: others may have enough.
 
     get_setup: () -> what has the estimate in words as .memory, or None as long as there is none.
     """
@@ -166,7 +166,7 @@ def explained(row_len, get_setup):
         setup = get_setup()
         estimate = setup.memory if setup else "unknown"
         said = " ".join(str(e).split())[:120]
-        raise InputError(
+        raise RankError(
             f"out of memory; the estimate was {estimate}. Lower --micro-tokens, a multiple of "
             f"{row_len}, or give --recompute on ({said})"
         ) from None

@@ -127,7 +127,13 @@ class RunConfig(Options):
         "", "take weights and tokenizer of a run or checkpoint, and nothing else"
     )
     max_restarts: int = option(
-        0, "with several GPUs: how often torchrun may start again after a failure, resuming", COUNT
+        0, "with several GPUs: how often they may begin again after a failure, resuming", COUNT
+    )
+    hang_timeout: str = option(
+        "40s",
+        "with several processes: one that takes no step for so long ends all of them and is named; "
+        "longer where steps take over 2 s, ten times as long for all else than steps; off: never",
+        (lambda text: text == "off" or valid(seconds, text), "a time such as 40s or 10m, or off"),
     )
 
     def __post_init__(self):

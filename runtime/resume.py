@@ -285,7 +285,7 @@ def refuse_other_options(config, free, world):
 
     def compare():
         if lines := differences(ours, theirs, "on the first rank"):
-            raise RankError(f"rank {world.rank} has other options: {'; '.join(lines)}")
+            raise RankError(f"it has other options: {'; '.join(lines)}")
 
     first_rank_first(world, compare)
 

@@ -27,6 +27,7 @@ from .options import flat
 from .signals import Interrupted
 from .state import State
 from .time_left import TimeLeft
+from .watch import Watch
 
 # How far from the target, as a fraction of it, a part of the validation split makes all of it due:
 # before it is known how the two differ, and after
@@ -94,6 +95,8 @@ class Session:
         self.first = self.at.step
         self.quick = None  # the target's metric on a part of the split, at the last look
         self.wanted = set()  # what is asked of the run: out of VOTES
+        patience = self.options.hang_timeout
+        self.watch = Watch(setup.world, math.inf if patience == "off" else seconds(patience))
         self.clock = Clock(setup.world.device, self.at.train_time)
         self.meter = None  # of energy and time, from the first step of this process on
         self.save_steps, self.save_seconds = interval(self.options.checkpoint_every)
@@ -118,6 +121,7 @@ class Session:
 
         When a checkpoint is due by time, the first rank's clock says so.
         """
+        self.watch.beat()  # the judgement waits for the other ranks
         due = self.state.world.rank == 0 and time.monotonic() > self.save_at
         save = self.requests.save or due
         self.requests.save = False
@@ -214,6 +218,7 @@ class Session:
         wait_for_all(world)
         counters = energy.counters_of(world) if world.rank == 0 else ()
         self.meter = energy.Meter(counters, self.at.joules, self.at.seconds)
+        self.watch.begin()
         self.clock.start()
 
     def after_step(self, step, tokens, flops, lr=None, **kept):
@@ -221,6 +226,7 @@ class Session:
         peak learning rate; kept: what else metrics.jsonl is to have of it."""
         self.at.step = step
         self.kept[step] = dict(lr=lr, **kept)
+        self.watch.step()
         self.at.tokens += tokens
         self.at.flops += flops
         self.read_meter()
@@ -274,7 +280,9 @@ class Session:
         """Training time stands still inside; all reports are in before."""
         self.clock.stop()
         self.receive(math.inf)
+        self.watch.rest()
         yield
+        self.watch.begin()
         self.clock.start()
 
     def record(self, metrics):
@@ -344,6 +352,7 @@ class Session:
         run."""
         self.clock.stop()
         gc.unfreeze()
+        self.watch.end()
         self.read_meter(now=True)
         self.parts.seconds["train_s"] = self.clock.total - self.earlier_time
         saved = self.save(wait=True) if self.at.step > self.first else False

@@ -4,11 +4,15 @@ in eight processes on CPUs the losses are those of one."""
 
 import collections
 import functools
+import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 from fake_ranks import as_rank
 from helpers import options, tiny, train_losses, write_text
+from processes import alive, rows, wait_for
 
 import train_gpt as tg
 from benchmarks import cluster, subject
@@ -156,3 +160,86 @@ def test_eight_ranks_of_eight_processes_have_the_losses_of_one(nursery, tmp_path
     assert done.result["world_size"] == 8 and done.result["tokens"] == result["tokens"]
     found = [*train_losses(tmp_path / "run"), done.result["val_loss"]]
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# One of them fails
+
+# The trainer, in which one rank does something in its third step
+PROGRAM = """
+import os, signal, sys, time
+import torch
+import door, train_gpt
+from base import InputError
+from runtime.guard import Guard
+judge = Guard.judge
+def judge_or_fail(guard, step, *args):
+    if step == 3 and os.environ["RANK"] == "{rank}":
+        {does}
+    return judge(guard, step, *args)
+Guard.judge = judge_or_fail
+door.MODULES["train"] = "train_gpt"
+sys.exit(door.main(["train", *{argv!r}]))
+"""
+FAULTS = {
+    "raises": ("raise ValueError('what is this')", "rank {}: ValueError: what is this", 1),
+    "out of memory": (
+        "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')",
+        "rank {}: out of memory; the estimate was",
+        2,
+    ),
+    "input": ("raise InputError('the shard is gone')", "rank {}: the shard is gone", 2),
+}
+
+
+def start(nursery, tmp_path, n, does, *more):
+    argv = [*options(recipe(tmp_path, dtype="float32", checkpoint_every="off")), *more]
+    program = PROGRAM.format(rank=n - 1, does=does, argv=argv)
+    return nursery.start([], tmp_path / "output", ranks=n, program=program)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("n", [2, pytest.param(8, marks=SLOW)])
+def test_eight_ranks_end_with_the_error_of_one(nursery, tmp_path, n, fault):
+    """It is on the screen with its rank, once; nobody trains on, or waits."""
+    does, says, status = FAULTS[fault]
+    run = start(nursery, tmp_path, n, does).wait(100)
+    assert run.statuses[-1] == status and 0 not in run.statuses
+    assert run.err.count(f"error: {says.format(n - 1)}") == 1, run.err
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(8, marks=SLOW)])
+def test_eight_ranks_do_not_wait_for_one_that_is_stopped(nursery, tmp_path, monkeypatch, n):
+    """Without a launcher, as torchrun starts them: the collective gives up after a while."""
+    run = start(
+        nursery, tmp_path, n, "os.kill(os.getpid(), signal.SIGSTOP)", "--hang-timeout", "2s"
+    )
+    others = run.pids[:-1]
+    begin = time.monotonic()
+    wait_for(lambda: not any(map(alive, others)), 90)
+    assert time.monotonic() - begin < 60
+    run.kill(rank=n - 1).wait()
+    said = "another process has ended or cannot be reached"
+    assert run.err.count(said) == n - 1 and "error: rank 0: another" in run.err, run.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stopped", "killed"])
+def test_eight_ranks_that_were_launched_end_with_the_name_of_one(nursery, tmp_path, fault):
+    """As ./run.sh starts them, on eight GPUs."""
+    config = recipe(tmp_path, dtype="float32", steps=3000, checkpoint_every="off", eval_every=3000)
+    argv = [*options(config), "--hang-timeout", "5s"]
+    run = nursery.start(argv, tmp_path / "output", launch=(8, 0))
+    run.until(lambda: len(rows(tmp_path / "run")) > 3, 300)
+    children = Path(f"/proc/{run.pids[0]}/task/{run.pids[0]}/children").read_text().split()
+    number = signal.SIGSTOP if fault == "stopped" else signal.SIGKILL
+    os.kill(int(children[5]), number)
+    begin = time.monotonic()
+    run.wait(120)
+    assert time.monotonic() - begin < 60
+    said = dict(stopped="rank 5 is stopped (SIGSTOP)", killed="rank 5 of 8 was killed by SIGKILL")
+    assert [line for line in run.err.splitlines() if line.startswith("error: ")] == [
+        line for line in run.err.splitlines() if line.startswith(f"error: {said[fault]}")
+    ]
+    assert run.err.count(said[fault]) == 1 and run.status in (1, 137)
