@@ -45,7 +45,9 @@ def main(argv):
     streams.mend()
     do_not_spin()
     try:
-        status = run(MODULES.get(verb, f"{verb}.__main__"), argv)
+        status = on_all_gpus(argv) if verb == "train" else None
+        if status is None:
+            status = run(MODULES.get(verb, f"{verb}.__main__"), argv)
     except SystemExit as e:  # after --help
         status = e.code or 0
     except KeyboardInterrupt:
@@ -74,6 +76,13 @@ def run(module, argv):
     finally:
         signal.signal(signal.SIGINT, interrupt)
     return program.main(argv)
+
+
+def on_all_gpus(argv):
+    """Train in a process for each GPU, all of them started before one has imported PyTorch.
+    Returns the exit status; None where this process is one of them, or enough."""
+    workers = importlib.import_module("runtime.workers")
+    return workers.start_on_all_gpus(os.path.join(ROOT, "train_gpt.py"), argv)
 
 
 def do_not_spin():

@@ -32,6 +32,7 @@ Source: FlashAttention (arXiv:2205.14135); sliding windows as in Longformer (arX
 import functools
 import inspect
 import os
+import typing
 import warnings
 
 import torch
@@ -329,13 +330,26 @@ BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference
 # --- which one
 
 
-def choose_backend(device, dtype, head_dim, forced=None):
+class Shape(typing.NamedTuple):
+    """What attention is asked for, by training or by validation."""
+
+    row: int  # tokens
+    places: int  # in cu_seqlens, with those that are padding
+    max_seqlen: int
+    window: int
+
+
+SMALL = Shape(row=256, places=3, max_seqlen=156, window=40)
+
+
+def choose_backend(device, dtype, head_dim, forced=None, shapes=(), say=lambda message: None):
     """Name of the fastest backend that works here, found by running them forward and backward and
     comparing; on a CPU it is sdpa, whose fused kernels took a quarter to two thirds of blockwise's
     time, forward and backward (uncompiled, rows of 256 to 2,048 tokens).
 
     forced, or the environment variable ATTENTION_BACKEND: use this one; ValueError if it does not
-    work.
+    work. shapes: Shapes that it is for, tried besides a small one. say(message) is told why those
+    made for this chip are not taken.
     """
     device = torch.device(device)
     forced = forced or os.environ.get("ATTENTION_BACKEND")
@@ -349,22 +363,46 @@ def choose_backend(device, dtype, head_dim, forced=None):
         candidates = [forced]
     else:
         candidates = _candidates(torch.cuda.get_device_capability(device)[0])
+    errors = {}  # of those that do not work
     for backend in candidates:
-        error = _probe(backend, device, dtype, head_dim)
-        if error is None:
+        errors[backend] = _probe(backend, device, dtype, head_dim, shapes)
+        if errors[backend] is None:
+            del errors[backend]
+            if message := _instead(backend, errors):
+                say(message)
             return backend
-    raise ValueError(f"attention backend {backend!r} does not work here: {error}")
+    raise ValueError(f"attention backend {backend!r} does not work here: {errors[backend]}")
+
+
+MISSING = "ModuleNotFoundError"
+
+
+def _instead(backend, errors):
+    """A line on why the faster backends are not taken; None where it is only that one of two
+    packages which serve as well is not installed."""
+    if backend in MADE_FOR and all(error.startswith(MISSING) for error in errors.values()):
+        return None
+    if not errors:
+        return None
+    why = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    line = f"attention by {backend}, since what is faster does not work here ({why})"
+    if any(errors.get(name, "").startswith(MISSING) for name in MADE_FOR):
+        line += "; pip install -r requirements-flash.txt into .venv gives FlashAttention 4"
+    return line
+
+
+# Compute capabilities that a package was made for, where it is not all
+MADE_FOR = dict(flash_attn_3=(9,), flash_attn_4=(9, 10))
 
 
 def _candidates(major):
     """Backends for GPUs of this compute capability, the fastest first."""
-    made_for = dict(flash_attn_3=(9,), flash_attn_4=(9, 10))
-    return [backend for backend in BACKENDS if major in made_for.get(backend, (major,))]
+    return [backend for backend in BACKENDS if major in MADE_FOR.get(backend, (major,))]
 
 
-def _probe(backend, device, dtype, head_dim):
-    """None if the backend gives the reference's output and gradients on a small case, else what
-    went wrong.
+def _probe(backend, device, dtype, head_dim, shapes=()):
+    """None if the backend gives the reference's output and gradients on a small case and on the
+    shapes, else what went wrong.
 
     A dtype, head width or chip that it was not made for shows here as well.
     """
@@ -379,30 +417,55 @@ def _probe(backend, device, dtype, head_dim):
         # its compiler's, for arguments that are not given
         warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")
 
-    # Documents of 100 and 156 tokens, with a window inside of them and with one that is no limit
+    # A window inside of the documents, one that is no limit, and what is asked for
+    try:
+        for shape in (SMALL, SMALL._replace(window=155), *shapes):
+            error = _compare(
+                backend, shape, 2 if shape.row == SMALL.row else 1, device, dtype, head_dim
+            )
+            if error is not None:
+                return error
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the reference has taken more than training may have left
+    return None
+
+
+def _compare(backend, shape, heads, device, dtype, head_dim):
+    """How far the backend is from the reference at a Shape, in words; None where it is not.
+
+    Of a row as many tokens are tried as it takes for the window to end inside of a document: a
+    short one, a long one, what is left, and the places behind are empty.
+    """
+    T = max(SMALL.row, min(shape.row, 4 * shape.window))
     g = torch.Generator(device="cpu").manual_seed(0)
-    q, k, v, dy = (
-        torch.randn(1, 256, 2, head_dim, generator=g).to(device, dtype) for _ in range(4)
-    )
-    cu_seqlens = torch.tensor([0, 100, 256, 256], dtype=torch.int32, device=device)
+    size = (1, T, heads, head_dim)
+    q, k, v, dy = (torch.randn(size, generator=g).to(device, dtype) for _ in range(4))
+    short = min(T // 5 | 1, shape.max_seqlen)  # odd: not where tiles end
+    long = min(3 * T // 5, shape.max_seqlen)
+    starts = [0, short, *range(short + long, T, shape.max_seqlen)]
+    ends = [T] * max(1, shape.places + 1 - len(starts))
+    cu_seqlens = torch.tensor(starts + ends, dtype=torch.int32, device=device)
     results = []
     for b in (backend, "blockwise"):
         results.append([])
-        for window in (40, 155):
-            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-            try:
-                y = attention(
-                    *leaves,
-                    cu_seqlens=cu_seqlens,
-                    max_seqlen=156,
-                    window=window,
-                    scale=head_dim**-0.5,
-                    backend=b,
-                )
-                results[-1] += [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-            except Exception as e:
-                return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        try:
+            y = attention(
+                *leaves,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=shape.max_seqlen,
+                window=shape.window,
+                scale=head_dim**-0.5,
+                backend=b,
+            )
+            results[-1] += [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+        except Exception as e:
+            return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     # torch's max, which keeps a NaN, not Python's, which may lose it
     differences = [(a.float() - r.float()).abs().max() for a, r in zip(*results)]
     worst = torch.stack(differences).max().item()
-    return None if worst < 0.1 else f"differs from the reference by {worst:.2g}"
+    if worst < 0.1:
+        return None
+    said = f"differs from the reference by {worst:.2g}"
+    return said if shape.row == SMALL.row else f"{said} at window {shape.window}, row {shape.row}"

@@ -49,12 +49,15 @@ def choose_ops(
     kernels=("auto",),
     fp8="off",
     say=lambda message: None,
+    shapes=(),
 ):
     """The Ops for a device.
 
     kernels: auto, reference, all, or names of ops whose Triton form to use.
     fp8: on, off or auto; for the products of linear_cross_entropy and of the MLP's forward, in
     place of the form that `kernels` gives them. Without gradients, they multiply in dtype.
+
+    shapes: what attention will be asked for, Shapes of attention.py, which are tried.
 
     Every form is tried on small inputs first. One that fails or differs from its reference is
     replaced, which say(message) is told, if auto chose it. If it was asked for, that is a
@@ -86,8 +89,8 @@ def choose_ops(
             functions[name] = OPS[name].triton
         elif auto:
             say(
-                f"{name} by its PyTorch reference, since the Triton kernel does not work here: "
-                f"{error}"
+                f"{name} by its PyTorch reference, which is slower, since the Triton kernel does "
+                f"not work here: {error}"
             )
         else:
             raise ValueError(f"the Triton kernel of {name} does not work here: {error}")
@@ -100,7 +103,7 @@ def choose_ops(
         functions["new_mlp"] = OPS["relu2_mlp"].new_fp8
         functions["linear_cross_entropy"] = OPS["linear_cross_entropy"].new_fp8()
 
-    backend = choose_backend(device, dtype, head_dim)
+    backend = choose_backend(device, dtype, head_dim, shapes=shapes, say=say)
     return Ops(
         forms=forms,
         attention=functools.partial(attention, backend=backend),
@@ -139,7 +142,10 @@ def choose_fp8(device, dtype, fp8, say=lambda message: None):
         if error and fp8 == "on":
             raise ValueError(f"fp8 on: {name} does not work here: {error}")
         if error:
-            say(f"products in {dtype}, since {name} in FP8 does not work here: {error}")
+            say(
+                f"products in {dtype}, since {name} in FP8 does not work here, which is slower: "
+                f"{error}"
+            )
             return False
     return True
 

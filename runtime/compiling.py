@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from base import to_json
+from base import InputError, to_json
 from base.files import write_text
 
 from . import machine
@@ -31,11 +31,13 @@ SAVED = 0.25
 GPU_OVERHEAD = 1.5
 
 
-def choose(wanted, config, product_seconds, world, say):
+def choose(wanted, config, product_seconds, world, say, for_record=False):
     """Whether to compile, the same on all ranks; says what decided it.
 
     wanted: True, False, or None for where it pays; config: {option: value}; product_seconds: what
-    all products of the training take at the measured rate.
+    all products of the training take at the measured rate; for_record: a run against the clock,
+    which on a GPU nobody wants to take longer than it must. Raises InputError there, where the
+    compiler is missing.
     """
     if wanted is False:
         return False
@@ -49,6 +51,12 @@ def choose(wanted, config, product_seconds, world, say):
             )
             return False
         say(f"compiling would take about {costs:.0f} s and save {saves:.0f} s of training")
+    reason = machine.lacks_for_compiling()
+    if reason and for_record and world.device.type == "cuda":
+        raise InputError(
+            f"torch.compile, without which steps are slower, does not work here: {reason}; "
+            "--no-compile trains all the same"
+        )
     return machine.can_compile(say)
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from base import InputError, RankError, SaidElsewhere, last_resort
 from base.command import refuse
 
+from . import workers
 from .machine import World, lost_another
 from .signals import Requests
 from .watch import START
@@ -134,6 +135,8 @@ def run_on_all_gpus(program, argv, body, gpus=0, max_restarts=0):
     raises.
     """
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not here:
+        refuse_gpus_out_of_reach()
     if not is_started():
         if gpus > here:
             raise InputError(
@@ -149,6 +152,26 @@ def run_on_all_gpus(program, argv, body, gpus=0, max_restarts=0):
     with Requests().listen() as requests:
         body(join_world(here), requests)
     return 0
+
+
+def refuse_gpus_out_of_reach():
+    """Raises InputError where there are GPUs that PyTorch cannot use: a run for them would take
+    days on the CPU."""
+    n = workers.count_gpus()
+    if not n:
+        return
+    if torch.version.cuda is None:
+        why = f"PyTorch {torch.__version__} was built without CUDA; install one with it into .venv"
+    else:
+        driver = workers.driver_version() or "unknown"
+        why = (
+            f"PyTorch {torch.__version__} cannot use them, which needs a driver for CUDA "
+            f"{torch.version.cuda} (this one is {driver}); update it"
+        )
+    raise InputError(
+        f"nvidia-smi shows {n} GPU{'s' * (n > 1)}, and {why}, or train on the CPU with "
+        'CUDA_VISIBLE_DEVICES="" in the environment'
+    )
 
 
 def exit_status(program):

@@ -112,13 +112,14 @@ def first_rank_first(world, prepare):
     return result
 
 
-def refuse_difference(world, what, text):
-    """Raise InputError on all ranks if a text differs from the first rank's on one of them."""
+def refuse_difference(world, what, text, why=""):
+    """Raise InputError on all ranks if a text differs from the first rank's on one of them; why:
+    what is known of it here."""
     first = share_text(world, text)
 
     def compare():
         if text != first:
-            raise RankError(f"it has other {what} than the first rank: {text}, not {first}")
+            raise RankError(f"it has other {what} than the first rank: {text}, not {first}{why}")
 
     first_rank_first(world, compare)
 

@@ -14,6 +14,7 @@ import torch
 from base import InputError, RankError, last_resort, to_json
 from base.options import seconds
 from kernels import choose_ops
+from kernels.attention import Shape
 from models import load_template
 from optim import Optimizer, gradient_report
 
@@ -55,12 +56,7 @@ def set_up(config, stages, world, data, log):
     device = world.device
     dtype = machine.choose_dtype(config.precision.dtype, device)  # of weights and activations
     template = load_template(config.goal.template)
-    head_dim = getattr(config.model, "head_dim", 64)
-    try:
-        ops = choose_ops(device, dtype, head_dim, config.run.kernels, config.precision.fp8, log.say)
-    except ValueError as e:
-        raise InputError(e) from None
-    machine.refuse_difference(world, "kernels", to_json(ops.named()))
+    ops = choose_kernels(config, stages, world, data, dtype, log)
 
     # The model, and how much goes through it at a time: that depends on the memory found
     max_len = max(config.data.row_len, config.data.val_row_len)  # of rotary tables
@@ -95,7 +91,14 @@ def set_up(config, stages, world, data, log):
     products = flops / peak  # seconds that they take
     if config.run.time:  # of which there will be as many as fit
         products = seconds(config.run.time) / compiling.OVERHEAD
-    compiled = compiling.choose(config.run.compile, graph_options(config), products, world, log.say)
+    compiled = compiling.choose(
+        config.run.compile,
+        graph_options(config),
+        products,
+        world,
+        log.say,
+        for_record=config.goal.target is not None,
+    )
     skips = config.guard.max_skips > 0  # whether bad steps may pass
     rules = model.update_rules(config.optim)
     optimizer = Optimizer(model, rules, world, compiled, skips, config.optim.clip)
@@ -141,6 +144,64 @@ def set_up(config, stages, world, data, log):
     )
 
 
+def choose_kernels(config, stages, world, data, dtype, log):
+    """The Ops of kernels/choose.py, the same on all ranks. Raises InputError."""
+    lost = []  # what works less well on this rank than it should
+
+    def say(message):
+        lost.append(message)
+        log.say(message)
+
+    head_dim = getattr(config.model, "head_dim", 64)
+    shapes = ()
+    if world.device.type == "cuda":  # elsewhere there is nothing to choose among
+        shapes = attention_shapes(config, stages, world, data)
+    try:
+        ops = choose_ops(
+            world.device, dtype, head_dim, config.run.kernels, config.precision.fp8, say, shapes
+        )
+    except ValueError as e:
+        raise InputError(e) from None
+    why = f"; {'; '.join(lost)}" if lost else ""
+    machine.refuse_difference(world, "kernels", to_json(ops.named()), why)
+    return ops
+
+
+def attention_shapes(config, stages, world, data):
+    """Shapes of the attention that training and validation ask for, those with the least and the
+    widest windows."""
+    pairs = {1, 2} if getattr(config.model, "paired_layers", ()) else {1}
+
+    def shapes(stage, cu_seqlens, row_len):
+        windows = getattr(stage, "windows", (stage.max_doc_len,))
+        return [
+            Shape(n * row_len, len(cu_seqlens) - 1, n * stage.max_doc_len, n * window)
+            for window in (min(windows), max(windows))
+            for n in pairs
+        ]
+
+    training = []
+    for stage, step in first_steps(stages).items():
+        padding = data.train.padding(step, -(-stage.rows // world.size))
+        training += shapes(stage.model, padding.cu_seqlens, config.data.row_len)
+    last = config.model.val_stage(stages[max(stages)].model, config.data.val_row_len)
+    micro = next(iter(data.val.micro_batches(world.rank, world.size, 1)))
+    validation = shapes(last, micro.cu_seqlens, config.data.val_row_len)
+    found = []
+    for some in training, validation:
+        by_window = sorted(some, key=lambda shape: (shape.window, shape.places))
+        found += [by_window[0], by_window[-1]]
+    return found
+
+
+def first_steps(stages):
+    """{stage: the step it begins with}"""
+    found = {}
+    for step, stage in stages.items():
+        found.setdefault(stage, step)
+    return found
+
+
 def graph_options(config):
     """{option: value} of what compiled code may depend on."""
     options = {}
@@ -176,9 +237,7 @@ def warm_up(setup):
 
 def padding_by_stage(setup):
     """[(a step, a micro-batch of padding), ...] for every stage."""
-    first_step = {}
-    for step, stage in setup.stages.items():
-        first_step.setdefault(stage, step)
+    first_step = first_steps(setup.stages)
     found = []
     for stage in sorted(setup.micro_rows):
         step = first_step[stage]
@@ -200,6 +259,8 @@ def warm_up_or_go_without(setup, log):
         why = f"torch.compile failed ({machine.compiler_said(e)})"
         if setup.world.size > 1:  # the others may have compiled, and wait for this one
             raise RankError(f"{why}; --no-compile trains without it") from None
+        if setup.world.device.type == "cuda" and setup.config.goal.target is not None:
+            raise InputError(f"{why}; --no-compile trains without it, which is slower") from None
         report = last_resort.write_report(e, log.folder)
         log.say(f"running without torch.compile, which is slower: {why}; the report is in {report}")
     run = dataclasses.replace(setup.config.run, compile=False)

@@ -291,11 +291,22 @@ def count_gpus():
 
 def gpus_of_driver():
     """How many GPUs nvidia-smi shows; 0 without it."""
+    return sum(line.startswith("GPU ") for line in nvidia_smi("-L"))
+
+
+def driver_version():
+    """Of NVIDIA's driver; None where nvidia-smi does not say."""
+    lines = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    return lines[0].strip() if lines else None
+
+
+def nvidia_smi(*options):
+    """The lines that it prints; none where it is not there or fails."""
     command = shutil.which("nvidia-smi")
     if not command:
-        return 0
+        return []
     try:
-        done = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([command, *options], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+        return []
+    return [] if done.returncode else done.stdout.splitlines()

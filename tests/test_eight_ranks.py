@@ -198,8 +198,11 @@ def start(nursery, tmp_path, n, does, *more):
     return nursery.start([], tmp_path / "output", ranks=n, program=program)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("n", [2, pytest.param(8, marks=SLOW)])
+@pytest.mark.parametrize(
+    "n, fault",
+    [(2, "input"), *[pytest.param(2, fault, marks=SLOW) for fault in ("raises", "out of memory")]]
+    + [pytest.param(8, fault, marks=SLOW) for fault in FAULTS],
+)
 def test_eight_ranks_end_with_the_error_of_one(nursery, tmp_path, n, fault):
     """It is on the screen with its rank, once; nobody trains on, or waits."""
     does, says, status = FAULTS[fault]
@@ -209,7 +212,8 @@ def test_eight_ranks_end_with_the_error_of_one(nursery, tmp_path, n, fault):
     assert "Traceback" not in run.err
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(8, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 8])
 def test_eight_ranks_do_not_wait_for_one_that_is_stopped(nursery, tmp_path, monkeypatch, n):
     """Without a launcher, as torchrun starts them: the collective gives up after a while."""
     run = start(

@@ -848,3 +848,62 @@ def test_the_op_of_flash_attn_4_is_sound(monkeypatch):
         output_and_gradients(lambda *x: run(*x, rows, 2), *inputs),
     ):
         torch.testing.assert_close(a, b)
+
+
+# --- which one, on a machine that is not here
+
+
+def candidates(monkeypatch, capability, **errors):
+    """choose_backend() on a GPU of this capability where these do not work; (backend, lines)."""
+    monkeypatch.delenv("ATTENTION_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(module, "_probe", lambda backend, *rest: errors.get(backend))
+    said = []
+    found = choose_backend("cuda", torch.bfloat16, 128, say=said.append)
+    return found, said
+
+
+MISSING = "ModuleNotFoundError: No module named"
+
+
+def test_a_faster_backend_that_does_not_work_is_named_with_its_reason(monkeypatch):
+    """But for one of two packages that serve as well, of which nobody needs both."""
+    assert candidates(monkeypatch, (9, 0)) == ("flash_attn_3", [])
+    assert candidates(monkeypatch, (8, 0)) == ("varlen", [])
+    assert candidates(monkeypatch, (9, 0), flash_attn_3=MISSING) == ("flash_attn_4", [])
+    found, said = candidates(
+        monkeypatch, (9, 0), flash_attn_3=MISSING, flash_attn_4="differs from the reference by 3"
+    )
+    assert found == "varlen" and len(said) == 1
+    assert "flash_attn_4: differs from the reference by 3" in said[0]
+    found, said = candidates(monkeypatch, (10, 0), flash_attn_4=MISSING)
+    assert found == "varlen" and "requirements-flash.txt" in said[0]
+    _, said = candidates(monkeypatch, (8, 0), varlen="RuntimeError: no kernel image")
+    assert "no kernel image" in said[0] and "requirements-flash" not in said[0]
+
+
+SHAPES = [module.Shape(16384, 83, 896, 128), module.Shape(262144, 1025, 262144, 300)]
+
+
+@pytest.mark.parametrize("wrong", ["wide window", "many places", "long row", None])
+def test_the_probe_sees_what_is_wrong_only_where_training_is(monkeypatch, wrong):
+    """A backend that is right on small inputs, and not on windows over several tiles, as many
+    documents as validation has, or rows as long."""
+
+    def attend(q, k, v, cu_seqlens, max_seqlen, left, scale):
+        off = (wrong == "wide window" and left >= 128) or (
+            wrong == "many places" and len(cu_seqlens) > 257
+        )
+        off |= wrong == "long row" and max_seqlen > 1000
+        rows = [x[None] for x in (q, k, v)]
+        window = left if left >= 0 else max_seqlen
+        y = module.blockwise_attention(*rows, cu_seqlens, window, scale)[0]
+        return y * 1.5 if off else y
+
+    monkeypatch.setitem(OF_TOKENS, "flash_attn", attend)
+    assert choose_backend("cpu", torch.float32, 16, forced="flash_attn") == "flash_attn"
+    if wrong is None:
+        choose_backend("cpu", torch.float32, 16, forced="flash_attn", shapes=SHAPES)
+        return
+    with pytest.raises(ValueError, match="differs from the reference by .* at window"):
+        choose_backend("cpu", torch.float32, 16, forced="flash_attn", shapes=SHAPES)

@@ -123,21 +123,6 @@ def test_all_gpus_are_used_unless_torchrun_has_started_this(monkeypatch, env, n)
             launch.run_on_all_gpus("p", [], None)
 
 
-def test_processes_of_one_machine_do_not_need_its_name(monkeypatch):
-    """A laptop's or a container's name may lead nowhere: torchrun would wait there for half an
-    hour."""
-    started = []
-    monkeypatch.setattr("torch.distributed.run.run", started.append)
-    monkeypatch.setattr(launch.signal, "signal", lambda *args: None)
-    for name in "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT":
-        monkeypatch.setenv(name, "1")  # which launch() leaves alone
-    assert launch.launch("program.py", ["--steps", "1"], 4, 2) == 0
-    [args] = started
-    assert args.standalone and args.local_addr == "127.0.0.1"
-    assert (args.nproc_per_node, args.max_restarts) == ("4", 2)
-    assert args.training_script_args == ["--steps", "1"]
-
-
 def test_a_long_wait_for_other_processes_is_said(monkeypatch, capsys):
     monkeypatch.setenv("MASTER_ADDR", "somewhere")
     monkeypatch.setenv("MASTER_PORT", "1234")
