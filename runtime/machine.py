@@ -255,7 +255,9 @@ def choose_compile_cache(cache_dir):
     """Have compiled code kept where the user said, or in the cache, or else in a temporary folder:
     in the first whose path the compiler can take and that can be written.
 
-    Triton's own kernels stay in the home folder, where there is one that can be written.
+    In there are also the graphs of AOTAutograd, among them those with autograd functions of ours
+    (kernels/), which have no state; kernels of ours that Triton compiles; and FlashAttention 4's,
+    which keeps none unless told to. What the user has set stays.
     """
     if not os.access(os.path.expanduser("~"), os.W_OK):
         os.environ.setdefault("TRITON_HOME", str(Path(cache_dir).absolute()))
@@ -269,6 +271,14 @@ def choose_compile_cache(cache_dir):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 os.environ[name] = str(folder)
+                os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+                os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+                flash = str(folder / "flash_attention")
+                os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", flash)
+                allow = "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"
+                allowed = os.environ.setdefault(allow, "1") == "1"
+                if read := sys.modules.get("torch._functorch.config"):  # which it was by then
+                    read.autograd_cache_allow_custom_autograd_functions = allowed
                 return
 
 
