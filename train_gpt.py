@@ -411,7 +411,8 @@ def train_to_the_end(setup, session):
             # The update counts if loss and gradients, summed over ranks, are finite
             lr = lr_at(config, step)
             momentum = momentum_at(config, step)
-            ok = guard.judge(step, loss, optimizer.gradients(momentum), session.votes())
+            votes = session.votes()
+            ok = guard.judge(step, loss, optimizer.gradients(momentum), votes)
             optimizer.step(lr, momentum, ok)
             model.after_step()
 

@@ -121,7 +121,7 @@ class Session:
 
         When a checkpoint is due by time, the first rank's clock says so.
         """
-        self.watch.beat()  # the judgement waits for the other ranks
+        self.watch.beat()  # what comes next waits for the other ranks
         due = self.state.world.rank == 0 and time.monotonic() > self.save_at
         save = self.requests.save or due
         self.requests.save = False
@@ -282,6 +282,7 @@ class Session:
         self.receive(math.inf)
         self.watch.rest()
         yield
+        wait_for_all(self.state.world)
         self.watch.begin()
         self.clock.start()
 

@@ -16,7 +16,6 @@ from processes import alive, rows, wait_for
 
 import train_gpt as tg
 from benchmarks import cluster, subject
-from runtime.guard import Guard
 from runtime.launch import join_world
 from runtime.session import Session
 from runtime.signals import Interrupted, Requests
@@ -73,18 +72,18 @@ def train_as(rank, size, local, tmp_path, monkeypatch, first=None, **fields):
         assert (world.rank, world.size, world.local_size) == (rank, size, local)
         requests = Requests()
 
-        judge, after_step = Guard.judge, Session.after_step
+        votes, after_step = Session.votes, Session.after_step
 
-        def marked_judge(guard, step, *args):
-            tape.mark("judge")
-            requests.stop = signal.SIGTERM if step == STOP - 1 else 0  # for the next one
-            return judge(guard, step, *args)
+        def marked_votes(session):
+            tape.mark("sums")
+            requests.stop = signal.SIGTERM if session.at.step == STOP - 1 else 0
+            return votes(session)
 
         def marked_after_step(session, step, *args):
             tape.mark("taken")
             return after_step(session, step, *args)
 
-        monkeypatch.setattr(Guard, "judge", marked_judge)
+        monkeypatch.setattr(Session, "votes", marked_votes)
         monkeypatch.setattr(Session, "after_step", marked_after_step)
         config = recipe(tmp_path, **fields)
         with pytest.raises(Interrupted):
@@ -99,17 +98,23 @@ def train_as(rank, size, local, tmp_path, monkeypatch, first=None, **fields):
 
 def compare_bytes(tape, config, size, local):
     """What each step exchanges is what the cluster model says: kinds, bytes and groups."""
-    steps = tape.between("judge", "taken")
+    steps = tape.between("sums", "taken")
     assert len(steps) == config.schedule.steps
     c = subject.Settings(config)
     parameters = subject.parameters(c, 257)
     for step, calls in enumerate(steps, 1):
         tied = tg.stage_at(config, step).model.tied
+        *gradients, report = cluster.collectives_of(c, parameters, size, local, tied)
         expected = collections.Counter()
-        for x in cluster.collectives_of(c, parameters, size, local, tied):
+        due = 0  # gradients that are summed in this step
+        for x in gradients:
             if step % x.every == 0:
                 group = "all" if x.group == "node" and local == size else x.group
                 expected[x.kind, x.bytes, group] += 1
+                due += x.kind == "reduce_scatter" or group == "all" and x.kind == "all_reduce"
+        # The loss, three votes and a number for each of them: at most what the model says
+        expected["all_reduce", 4 * (4 + due), "all"] += 1
+        assert 4 * (4 + due) <= report.bytes
         assert collections.Counter((x.kind, x.bytes, x.group) for x in calls) == expected, step
 
 
