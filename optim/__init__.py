@@ -8,6 +8,7 @@ from .adam import Adam, adam_update
 from .adamw import AdamW, adamw_rules, adamw_update
 from .config import OptimConfig
 from .gradients import gradient_report
+from .lora import LoRA, rules_of
 from .muon import Muon, muon_update
 from .optimizer import Optimizer
 from .rows import RowAdam, row_update
@@ -16,6 +17,7 @@ from .rule import Rule
 __all__ = [
     "Adam",
     "AdamW",
+    "LoRA",
     "Muon",
     "OptimConfig",
     "Optimizer",
@@ -27,4 +29,5 @@ __all__ = [
     "gradient_report",
     "muon_update",
     "row_update",
+    "rules_of",
 ]

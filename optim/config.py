@@ -60,6 +60,16 @@ class OptimConfig(Options):
         1.0, "a gradient that is longer, over all parameters, is shortened to this; 0 is off", RATE
     )
 
+    # Of either, for teaching
+    lora_rank: int = option(
+        0,
+        "LoRA: the blocks' matrices move by products of this rank, all else stays; 0 is off",
+        COUNT,
+    )
+    lora_alpha: float = option(16.0, "LoRA: over the rank, what such a product counts", POSITIVE)
+    lora_lr: float = option(5e-3, "LoRA: of the products, which move by Adam", RATE)
+    lora_rest: bool = option(False, "LoRA: embeddings, norms and gates learn as without it")
+
     @property
     def clip(self):
         """The longest gradient that an update sees; 0 for any."""

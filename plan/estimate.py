@@ -21,6 +21,7 @@ from base.places import runs_folder
 from kernels import attention, choose_ops
 from kernels.op import OPS
 from models import load_template
+from optim import rules_of
 from records import scaling
 from runtime import hardware, memory
 from runtime.collectives import Links, collectives_of, communication_ms, parameters_of
@@ -295,7 +296,7 @@ def choose_memory(model, config, place, shards):
         return most, recompute, parts
     largest = max(config.schedule.batch_tokens) // config.data.row_len
     rows = memory.equal_passes(-(-largest // place.count), most)
-    rules = model.update_rules(config.optim)
+    rules = rules_of(model, config.optim)
     row_len = config.data.row_len
     parts = memory.estimate(model, rules, rows, row_len, recompute, shards, place.cuda)
     return rows, recompute, parts
@@ -377,7 +378,7 @@ def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, wa
     if place.count > 1:
         kind = place.hardware
         links = Links(kind.link, kind.network, kind.node)
-        rules = model.update_rules(config.optim)
+        rules = rules_of(model, config.optim)
         exchanged = collectives_of(parameters_of(model, rules), place.count, kind.node)
         exchange_ms = communication_ms(exchanged, place.count, links)
     if speed.share:

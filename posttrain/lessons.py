@@ -209,3 +209,12 @@ def write_pairs(path, seed, each, functions):
     rng.shuffle(found)
     lines = [dict(prompt=x.question, chosen=x.short, rejected=x.long) for x in found]
     write_text(path, "".join(to_json(line) + "\n" for line in lines))
+
+
+def write_questions(path, seed, n):
+    """Sums with their results beside them, for GRPO."""
+    lines = []
+    for lesson in lessons("sum", n, "grpo", seed):
+        asked = [dict(role="user", content=lesson.question)]
+        lines.append(dict(messages=asked, answer=lesson.result))
+    write_text(path, "".join(to_json(line) + "\n" for line in lines))

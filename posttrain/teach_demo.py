@@ -1,8 +1,9 @@
-"""./run.sh teach-demo: the whole path on one small machine, from text to a model that answers.
+"""./run.sh teach-demo: the whole path on one small machine, from text to a model that does sums.
 
     base   Python's library and sums    a model that continues text
     sft    conversations                it answers; sums mostly at once, and so mostly wrong
     dpo    pairs of answers             it answers shortly where there is nothing to work out
+    grpo   sums it has not seen         it finds out that working them out digit by digit pays
 
 Each stage is a verb with options that docs/teaching.md has as well, a run in a folder of its own,
 and goes on where it was stopped. lessons.py makes what is learned and judges the answers.
@@ -11,6 +12,7 @@ and goes on where it was stopped. lessons.py makes what is learned and judges th
 import argparse
 import contextlib
 import io
+import json
 import math
 import sys
 import time
@@ -30,7 +32,7 @@ from inference.sampling import Sampling
 from runtime.log import show
 from runtime.saved import load_run
 
-from . import dpo, sft
+from . import dpo, grpo, sft
 from .lessons import (
     KINDS,
     documented,
@@ -41,11 +43,12 @@ from .lessons import (
     write_base,
     write_conversations,
     write_pairs,
+    write_questions,
 )
 
 DESCRIPTION = """\
 Teach a model of a million parameters on this machine, without a network, in minutes: it is trained
-on text that every machine has, then by ./run.sh sft and dpo, and is asked the same questions,
+on text that every machine has, then by ./run.sh sft, dpo and grpo, and is asked the same questions,
 which it has not seen, after each of them. The table shows how it answers: how many answers have
 the form that was taught, how many sums are right, how many other answers are short as preferred,
 and bits per byte on held-out text. A demo that was stopped goes on where it was. docs/teaching.md
@@ -55,7 +58,7 @@ EXAMPLES = """\
 examples:
   ./run.sh teach-demo
   ./run.sh teach-demo --seed 1 --json
-  ./run.sh chat --run runs/teach-demo/dpo           # afterwards: What is 347+85?"""
+  ./run.sh chat --run runs/teach-demo/grpo          # afterwards: What is 347+85?"""
 
 # What the stages have in common, and each one's own
 ROWS = dict(row_len=256, max_doc_len=256)
@@ -77,8 +80,19 @@ BASE = ROWS | dict(
     sample_tokens=0,
 )
 TAUGHT = ROWS | dict(val_row_len=256, patience=0, sample_tokens=0)
-SFT = TAUGHT | dict(batch_tokens=8192, steps=100, eval_every=50)
+# Every fourth row is text, so that the model does not forget it
+SFT = TAUGHT | dict(batch_tokens=8192, steps=100, eval_every=50, mix=(3, 1))
 DPO = TAUGHT | dict(batch_tokens=4096, steps=30, eval_every=10)
+GRPO = TAUGHT | dict(
+    reward="number",
+    questions=32,
+    answers=8,
+    answer_tokens=48,
+    val_questions=64,
+    steps=24,
+    eval_every=12,
+)
+MOST_KL = 0.1  # nats a token that the model may have gone from where GRPO began
 
 ASKED = dict(sum=240, order=40, letters=40, docs=40)  # questions that are asked in the end
 MOST_TOKENS = 64  # of an answer
@@ -162,10 +176,12 @@ def demo(args):
 
     text = ["--text", files["base"], "--val-text", files["held_out"]]
     base = stage("base", train_gpt.main, text, BASE)
-    taught = stage("sft", sft.main, ["--from", base, "--data", files["conversations"]], SFT)
-    stage("dpo", dpo.main, ["--from", taught, "--data", files["pairs"]], DPO)
+    learned = ["--data", files["conversations"], files["base"]]
+    taught = stage("sft", sft.main, ["--from", base, *learned], SFT)
+    short = stage("dpo", dpo.main, ["--from", taught, "--data", files["pairs"]], DPO)
+    good = stage("grpo", grpo.main, ["--from", short, "--data", files["questions"]], GRPO)
 
-    result = result_of_demo(measured, args, time.perf_counter() - begin)
+    result = result_of_demo(measured, last_kl(good), args, time.perf_counter() - begin)
     write_text(folder / "result.json", to_json(result) + "\n")
     streams.put(to_json(result) if args.json else table(measured))
     return 0 if result["reached"] else 3
@@ -201,6 +217,7 @@ def write_files(folder, args):
         held_out=folder / "held-out.txt",
         conversations=folder / "conversations.jsonl",
         pairs=folder / "pairs.jsonl",
+        questions=folder / "sums.jsonl",
     )
     show(f"teach-demo: writing texts and conversations into {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,6 +226,7 @@ def write_files(folder, args):
         files["conversations"], args.seed, math.ceil(15_000 * n), math.ceil(2_500 * n), functions
     )
     write_pairs(files["pairs"], args.seed, math.ceil(600 * n), functions)
+    write_questions(files["questions"], args.seed, math.ceil(3_000 * n))
     return files
 
 
@@ -268,6 +286,13 @@ def bits_per_byte(saved, text, rows=64):
     return nats / math.log(2) / int(tokenizer.token_bytes[ids[1 : n + 1]].sum())
 
 
+def last_kl(run):
+    """Nats a token that the policy is from its reference, over the last quarter of the steps."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [row["kl"] for row in map(json.loads, lines) if "kl" in row]
+    return mean(found[-max(1, len(found) // 4) :])
+
+
 # --------------------------------------------------------------------------------------------------
 # What is shown
 
@@ -292,13 +317,15 @@ def table(measured):
     return "\n".join(lines)
 
 
-def result_of_demo(measured, args, seconds):
+def result_of_demo(measured, kl, args, seconds):
     """The JSON of a demo, and whether every goal was reached."""
     by_name = {m.stage: m for m in measured}
-    before, after = by_name["sft"], by_name["dpo"]
+    before, after, last = by_name["sft"], by_name["dpo"], by_name["grpo"]
     result = dict(
         format_sft=before.form,
         accuracy_sft=before.sums,
+        accuracy_grpo=last.sums,
+        kl_grpo=kl,
         preferred_sft=before.short,
         preferred_dpo=after.short,
         bpb_before=before.bpb,
@@ -307,6 +334,8 @@ def result_of_demo(measured, args, seconds):
     goals = dict(
         format_sft=before.form >= 0.9,
         accuracy_sft=before.sums <= 0.6,
+        accuracy_grpo=last.sums >= 0.95,
+        kl_grpo=kl <= MOST_KL,
         preferred_dpo=after.short >= 0.9,
         bpb_after=after.bpb <= 1.03 * before.bpb,
     )

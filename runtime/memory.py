@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from base import InputError, RankError
+from optim import rules_of
 
 from . import limits
 
@@ -75,7 +76,7 @@ def choose(model, config, free, shards=1, cuda=False):
     model: a template's Model, may be on meta; config: a trainer's configuration. rows is 0 where
     not even one fits; the estimate then is what one would need.
     """
-    rules = model.update_rules(config.optim)
+    rules = rules_of(model, config.optim)
     row_len = config.data.row_len
     micro_tokens = config.run.micro_tokens
     recompute = config.run.recompute
@@ -119,7 +120,7 @@ def fit(build, config, world):
     rows, recomputed, _ = choose(model, config, free, world.local_size, cuda)
 
     def parts(rows, recompute):
-        rules = model.update_rules(config.optim)
+        rules = rules_of(model, config.optim)
         return estimate(model, rules, rows, row_len, recompute, world.local_size, cuda)
 
     # Ranks that disagreed would train on some rows twice and on others never

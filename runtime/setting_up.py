@@ -16,7 +16,7 @@ from base.options import seconds
 from kernels import choose_ops
 from kernels.attention import Shape
 from models import load_template
-from optim import Optimizer, gradient_report
+from optim import Optimizer, gradient_report, rules_of
 
 from . import compiling, machine, memory
 from .environment import best_seconds, describe_environment, machine_probe
@@ -100,7 +100,7 @@ def set_up(config, stages, world, data, log):
         for_record=config.goal.target is not None,
     )
     skips = config.guard.max_skips > 0  # whether bad steps may pass
-    rules = model.update_rules(config.optim)
+    rules = rules_of(model, config.optim)
     optimizer = Optimizer(model, rules, world, compiled, skips, config.optim.clip)
 
     # On a CPU, compiling the gradients' report would take longer than it does

@@ -6,7 +6,7 @@ import torch
 from kernel_checks import DEVICE
 from torch import nn
 
-from optim import Adam, Muon, Optimizer, RowAdam
+from optim import Adam, LoRA, Muon, Optimizer, RowAdam
 from optim.masters import join
 from runtime.machine import World
 
@@ -54,6 +54,7 @@ SHAPES = dict(
     wide=(3, 4, 10),
     one=(1, 6, 6),
     pairs=(7, 8, 5),
+    low=(5, 6, 4),
 )
 RULES = dict(
     scalars=Adam(0.04, betas=(0.9, 0.99), eps=0.1, sharded=False),
@@ -72,6 +73,7 @@ RULES = dict(
         paired=(True, False, True),
         heads=4,
     ),
+    low=LoRA(0.02, rank=2),
 )
 ADAMS = {name for name, rule in RULES.items() if not isinstance(rule, Muon)}
 

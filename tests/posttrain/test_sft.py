@@ -85,6 +85,19 @@ def test_the_loss_is_the_mean_over_what_counts(base, tmp_path):
     assert 3 < losses.pop() < 8  # of 264 tokens: a guess is 5.6
 
 
+def test_lora_moves_the_blocks_matrices_by_few_ranks(base, tmp_path):
+    """And is merged into the run's weights, which any program loads."""
+    teach(base, tmp_path, "--steps", "20", "--lora-rank", "2", "--lora-lr", "0.02")
+    first, taught = load_run(base[1]).model, load_run(tmp_path / "taught").model
+    n = first.embed.size(0)
+    assert torch.equal(taught.embed[:257], first.embed[:257]) and n <= taught.embed.size(0)
+    assert torch.equal(taught.lambdas, first.lambdas)
+    for name in "attn_bank", "mlp_bank":
+        moved = (taught.get_parameter(name) - first.get_parameter(name)).detach()
+        singular = torch.linalg.svdvals(moved)
+        assert (singular[:, 1] > 1e-3).any() and (singular[:, 2] < 1e-5).all()
+
+
 @pytest.mark.parametrize(
     "argv, problem",
     [

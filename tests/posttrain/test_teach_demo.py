@@ -14,7 +14,7 @@ def test_all_stages_in_two_steps_each(tmp_path, capsys):
     assert teach_demo.main(argv) == 3
     said = json.loads(capsys.readouterr().out)
     assert said["fraction"] == 0.01 and not said["reached"] and not said["goals"]["format_sft"]
-    assert [stage["stage"] for stage in said["stages"]][:3] == ["base", "sft", "dpo"]
+    assert [stage["stage"] for stage in said["stages"]] == ["base", "sft", "dpo", "grpo"]
     assert all(2 < stage["bpb"] < 10 for stage in said["stages"])
     assert json.loads((tmp_path / "demo" / "result.json").read_text()) == said
     first = (tmp_path / "demo" / "dpo" / "model.safetensors").stat().st_mtime
@@ -47,11 +47,17 @@ def test_the_goals_are_the_issue_s():
         Measured("base", None, None, None, 1.2),
         Measured("sft", 0.95, 0.1, 0.0, 2.0),
         Measured("dpo", 0.95, 0.2, 0.9, 2.06),
+        Measured("grpo", 0.95, 0.96, 0.9, 2.06),
     ]
     args = teach_demo.parse([])
-    result = teach_demo.result_of_demo(measured, args, 1.0)
+    result = teach_demo.result_of_demo(measured, 0.02, args, 1.0)
     assert result["reached"] and result["bpb_before"] == 2.0 and result["preferred_dpo"] == 0.9
-    worse = [*measured[:2], measured[2]._replace(bpb=2.07, short=0.89)]
-    goals = teach_demo.result_of_demo(worse, args, 1.0)["goals"]
-    assert [name for name, met in goals.items() if not met] == ["preferred_dpo", "bpb_after"]
-    assert len(teach_demo.table(measured).splitlines()) == 4
+    assert result["accuracy_sft"] == 0.1 and result["accuracy_grpo"] == 0.96
+    worse = [*measured[:2], measured[2]._replace(bpb=2.07, short=0.89), measured[3]]
+    goals = teach_demo.result_of_demo(worse, 0.2, args, 1.0)["goals"]
+    assert [name for name, met in goals.items() if not met] == [
+        "kl_grpo",
+        "preferred_dpo",
+        "bpb_after",
+    ]
+    assert len(teach_demo.table(measured).splitlines()) == 5
