@@ -129,7 +129,8 @@ class DelayedScale(torch.nn.Module):
         scale.roll()                          # once per optimizer step, outside the compiled graph
 
     headroom: how much x may grow in a step before it saturates. dtype: that of what is scaled, E5M2
-    for a grad_scale. Nothing is recorded under no_grad, so that validation does not alter training.
+    for a grad_scale. shape: of many such scales, which roll together. Nothing is recorded under
+    no_grad, so that validation does not alter training.
     The buffers are the state: they go with state_dict. Ranks measure their own data; to have them
     agree, all-reduce `amax` (MAX) before roll.
 
@@ -140,12 +141,12 @@ class DelayedScale(torch.nn.Module):
     do: each backward before the next forward.
     """
 
-    def __init__(self, amax, headroom=1.25, dtype=E4M3):
+    def __init__(self, amax, headroom=1.25, dtype=E4M3, shape=()):
         super().__init__()
         self.first = amax
         self.factor = headroom / torch.finfo(dtype).max
-        self.register_buffer("scale", torch.empty((), dtype=torch.float32))
-        self.register_buffer("amax", torch.empty((), dtype=torch.float32))
+        self.register_buffer("scale", torch.empty(shape, dtype=torch.float32))
+        self.register_buffer("amax", torch.empty(shape, dtype=torch.float32))
         self.reset()
 
     @torch.no_grad()

@@ -60,6 +60,7 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
                                    in which they are updated
     successors(before, after)      {parameter: the parameter whose weights and moments it takes over
                                    when training passes from one stage to the next, or ends (None)}
+    before_step()                  what a step's forward passes need to have made; only if anything
     after_step()                   what the model keeps up to date besides parameters
     state()                        {name: tensor} of that, for checkpoints
     reset_state()                  the same as in a new run

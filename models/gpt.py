@@ -19,6 +19,7 @@ from torch import nn
 from base import InputError
 from data.loader import IGNORE
 from kernels import choose_ops, embedding, linear_log_prob
+from kernels.fp8_mlp import FP8MLPs
 from kernels.sampled_softmax import sample_vocabulary
 from optim.adam import Adam
 from optim.adamw import adamw_rules
@@ -188,9 +189,12 @@ class Model(nn.Module):
         self.register_buffer("prefixes", prefixes, persistent=False)
         self.knows_tokens = False
         self.enter(0.0)
-        # In FP8 each layer's MLP is a module with scales of its own; else all are one function
-        mlps = [self.ops.new_mlp() for _ in range(L)]
-        self.mlps = nn.ModuleList(mlps) if self.ops.fp8 else mlps
+        # In FP8 the MLPs have scales, and copies of their weights
+        self.fp8_mlps = FP8MLPs(L, c.mlp_ratio * C, C) if self.ops.fp8 else None
+        if self.ops.fp8:
+            self.mlps = [functools.partial(self.fp8_mlps, i) for i in range(L)]
+        else:
+            self.mlps = [self.ops.new_mlp()] * L
 
     # ----------------------------------------------------------------------------------------------
     # Weights and buffers
@@ -269,27 +273,28 @@ class Model(nn.Module):
         self.cos.copy_(angles.cos()[:, None])
         self.sin.copy_(angles.sin()[:, None])
 
-    def scales(self):
-        """What FP8 products know of the activations they multiply; [] without them."""
-        return [mlp.post for mlp in self.mlps if hasattr(mlp, "post")]
+    def before_step(self):
+        """FP8 copies of the MLPs' weights, for all forward passes of a step."""
+        if self.fp8_mlps:
+            self.fp8_mlps.quantize(self.mlp_bank)
 
     def after_step(self):
         """Each FP8 scale follows the largest activation of the step, over all ranks."""
-        scales = self.scales()
-        if scales and dist.is_initialized():  # they agree, so that one of them speaks for all
-            largest = torch.stack([scale.amax for scale in scales])
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-            for scale, amax in zip(scales, largest):
-                scale.amax.copy_(amax)
-        for scale in scales:
-            scale.roll()
+        if self.fp8_mlps:
+            post = self.fp8_mlps.post
+            if dist.is_initialized():  # they agree, so that one of them speaks for all
+                dist.all_reduce(post.amax, op=dist.ReduceOp.MAX)
+            post.roll()
 
     def reset_state(self):
-        for scale in self.scales():
-            scale.reset()
+        if self.fp8_mlps:
+            self.fp8_mlps.post.reset()
 
     def state(self):
-        return {f"fp8_scale.{i}": scale.scale for i, scale in enumerate(self.scales())}
+        if not self.fp8_mlps:
+            return {}
+        scales = self.fp8_mlps.post.scale[:, 0].unbind(0)
+        return {f"fp8_scale.{i}": scale for i, scale in enumerate(scales)}
 
     def successors(self, before, after):
         """The embedding leaves the head, whose weights and moments it takes along."""

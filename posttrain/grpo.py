@@ -92,6 +92,8 @@ def learn(reward, setup, session):
 
         # Forward and backward; gradients add up in the parameters
         loss = torch.zeros((), device=world.device)
+        if hasattr(model, "before_step"):
+            model.before_step()
         for batch in batches:
             share = setup.forward(*batch, stage=stage)
             share.backward()

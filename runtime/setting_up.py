@@ -297,6 +297,8 @@ def backward(setup, step, batch):
     if weights is not None:
         weights = machine.to_device(weights, device)
     total = torch.zeros((), device=device)
+    if hasattr(setup.model, "before_step"):
+        setup.model.before_step()
     for micro in batch:
         tensors = (t.to(device) for t in micro)
         loss = setup.forward(*tensors, stage=stage.model, target_weights=weights) / n_targets

@@ -94,6 +94,7 @@ def test_what_is_listed_is_what_templates_have():
     optional = {
         "head_dim",
         "at_the_end",
+        "before_step",
         "learn_tokens",
         "log_probs",
         "new_cache",

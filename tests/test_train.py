@@ -30,7 +30,7 @@ from data.loader import IGNORE
 from data.shards import read_shard
 from inference.engine import Engine
 from kernels import launch
-from kernels.fp8_mlp import FP8ReLU2MLP
+from kernels.fp8_mlp import FP8MLPs
 from models import gpt
 from optim import Optimizer
 from records.source import files_in, header_line, pack_source
@@ -332,14 +332,14 @@ def test_fp8_scales_follow_each_steps_largest_activation(
     after_step = gpt.Model.after_step
 
     def watched(model):
-        before = [float(x.scale) for x in model.scales()]
+        before = [float(x) for x in model.state().values()]
         after_step(model)
-        after = [float(x.scale) for x in model.scales()]
-        seen.append((before, after, [float(x.amax) for x in model.scales()]))
+        after = [float(x) for x in model.state().values()]
+        seen.append((before, after, model.fp8_mlps.post.amax[:, 0].tolist()))
 
     monkeypatch.setattr(gpt.Model, "after_step", watched)
     tg.train(tiny(text, tmp_path, steps=4, eval_every=1, dtype="bfloat16", fp8="on"))
-    first = FP8ReLU2MLP().post.scale.item()
+    first = FP8MLPs(1, 16, 16).post.scale[0, 0].item()
     assert len(seen) == 4 and seen[0][0] == [first] * 2
     for (_, after, amax), (before, _, _) in zip(seen, seen[1:]):
         assert after == before and amax == [0, 0]

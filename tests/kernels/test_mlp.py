@@ -1,6 +1,8 @@
 """kernels/mlp.py: forward and backward against float64 and eager PyTorch, through both kernels,
 in all layouts."""
 
+import functools
+
 import pytest
 import torch
 from kernel_checks import (
@@ -11,6 +13,8 @@ from kernel_checks import (
     outputs_and_gradients,
     poisoned_memory,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import fp8_mlp, mlp
 from kernels import mlp_kernels as module
@@ -371,6 +375,70 @@ def test_the_layer_in_fp8():
     assert (results[0][0] - expected[0]).norm() <= 0.1 * expected[0].norm()
     with torch.no_grad():
         assert torch.equal(layer(x, up, down), expected)
+
+
+def test_the_mlps_of_all_layers_are_those_of_one():
+    """Bit for bit the layers that quantise their own weights: outputs, gradients, and the largest
+    activations; without gradients they are bf16's."""
+    bank = torch.stack([draw(64, 32, seed=i, dtype=torch.bfloat16) / 5 for i in range(6)])
+    bank[3] = 0
+    mlps = fp8_mlp.FP8MLPs(3, 64, 32).to(DEVICE)
+    mlps.quantize(bank)
+    x = draw(5, 32, seed=9, dtype=torch.bfloat16)
+    for layer in (0, 1, 2):
+        alone = fp8_mlp.FP8ReLU2MLP().to(DEVICE)
+        alone.post.scale.copy_(mlps.post.scale[layer, 0])
+        args = [x, bank[2 * layer], bank[2 * layer + 1]]
+        found = outputs_and_gradients(functools.partial(mlps, layer), args)
+        for a, b in zip(found, outputs_and_gradients(alone, args)):
+            assert torch.equal(a, b)
+        assert mlps.post.amax[layer, 0] == alone.post.amax > 0
+        with torch.no_grad():
+            assert torch.equal(mlps(layer, *args), relu2_mlp(*args))
+    before = mlps.post.scale.clone()
+    largest = mlps.post.amax.clone()
+    mlps.post.roll()
+    torch.testing.assert_close(mlps.post.scale[:, 0], largest[:, 0] * 1.8 / 448)
+    assert torch.equal(mlps.post.scale[:, 1:], before[:, 1:])
+    assert not mlps.post.amax.any()
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that would start a kernel: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not views:
+            self.names.append(func._schema.name)
+        return result
+
+
+def test_launches_of_a_step_do_not_grow_with_the_layers():
+    """Of quantising all weights, which was 4 a matrix and pass, and of rolling all scales, which
+    was 8 a layer; in a pass x is quantised, and multiplied twice."""
+    counts = []
+    for n_layer in (1, 4):
+        mlps = fp8_mlp.FP8MLPs(n_layer, 64, 32).to(DEVICE)
+        bank = draw(2 * n_layer, 64, 32, dtype=torch.bfloat16)
+        with Launches() as quantising:
+            fp8_mlp.quantize_bank(bank, mlps.q_up, mlps.q_down, mlps.w_scale)
+        with Launches() as rolling:
+            mlps.post.roll()
+        counts.append((len(quantising.names), len(rolling.names)))
+    assert counts[0] == counts[1]
+    assert counts[0][1] <= 8
+    graph = make_fx(fp8_mlp.quantize_bank)(bank, mlps.q_up, mlps.q_down, mlps.w_scale)
+    reductions = [n for n in graph.graph.nodes if "amax" in str(n.target)]
+    copies = [n for n in graph.graph.nodes if "copy_" in str(n.target)]
+    assert (len(reductions), len(copies)) == (
+        1,
+        3,
+    )  # torch.compile: one kernel or two, and one each
 
 
 def test_the_layers_scale_follows_the_largest_of_all_micro_batches():
