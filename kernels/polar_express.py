@@ -15,7 +15,7 @@ al., 2024).
 
 import torch
 
-from .symmetric_matmul import as_batch, symmetric_matmul_reference
+from .symmetric_matmul import as_batch, symmetric_matmul, symmetric_matmul_reference
 
 # a, b, c of each step: optimal for 5 steps on singular values in [1e-3, 1], loosened for the
 # rounding of bf16 (safety 2e-2, cushion 2)
@@ -40,6 +40,12 @@ def polar_express(G, steps=5, symmetric=symmetric_matmul_reference):
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in COEFFICIENTS[:steps]:
         A = symmetric(X.mT if tall else X)  # (batch, m, m), m the smaller side
+        if symmetric is symmetric_matmul:
+            # a I is added before that sum is rounded: 3 launches a step and no copy of X. In bf16,
+            # of random matrices, results and singular values are as exact as below
+            B = symmetric(A, A, alpha=c, beta=b, diagonal=a)
+            X = torch.bmm(X, B) if tall else torch.bmm(B, X)
+            continue
         B = symmetric(A, A, alpha=c, beta=b)
         # The sum rides on the product, so that torch.compile finds nothing to fuse: on 2 CPU cores,
         # at (16, 256, 256) and (8, 1024, 256) in bf16, this takes 0.85 of the compiled time of the

@@ -1,6 +1,6 @@
 """Symmetric products of matrices for about half the work: no tiles above the diagonal.
 
-    alpha X X^T + beta C,    X: (..., m, k),  C symmetric: (..., m, m)
+    alpha X X^T + beta C + diagonal I,    X: (..., m, k),  C symmetric: (..., m, m)
 
 X^T X is symmetric_matmul(X.mT), and b A + c A A of a symmetric A is
 symmetric_matmul(A, A, alpha=c, beta=b). FLOPs per matrix with tiles of t rows: m (m + t) k, where a
@@ -24,17 +24,21 @@ from .op import Op, declare
 TILES = {80: (128, 128, 8, 4)}
 
 
-def symmetric_matmul_reference(X, C=None, *, alpha=1.0, beta=0.0):
+def symmetric_matmul_reference(X, C=None, *, alpha=1.0, beta=0.0, diagonal=0.0):
     """symmetric_matmul in plain PyTorch; symmetric up to rounding."""
     if C is None:
         product = X @ X.mT
-        return product if alpha == 1 else alpha * product
-    X = as_batch(X)
-    return torch.baddbmm(as_batch(C), X, X.mT, beta=beta, alpha=alpha).view(C.shape)
+        product = product if alpha == 1 else alpha * product
+    else:
+        X = as_batch(X)
+        product = torch.baddbmm(as_batch(C), X, X.mT, beta=beta, alpha=alpha).view(C.shape)
+    if diagonal:
+        product.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    return product
 
 
-def symmetric_matmul(X, C=None, *, alpha=1.0, beta=0.0):
-    """alpha X X^T + beta C: (..., m, m) in X's dtype, contiguous.
+def symmetric_matmul(X, C=None, *, alpha=1.0, beta=0.0, diagonal=0.0):
+    """alpha X X^T + beta C + diagonal I: (..., m, m) in X's dtype, contiguous.
 
     X: (..., m, k) fp32, bf16 or fp16, any strides. C: None or (..., m, m), symmetric; only its
     lower half counts. As with torch.baddbmm, beta 0 means no C. The kernel's result is symmetric
@@ -45,7 +49,7 @@ def symmetric_matmul(X, C=None, *, alpha=1.0, beta=0.0):
             f"C is {tuple(C.shape)} {C.dtype} for an X of {tuple(X.shape)} {X.dtype}: "
             f"expected {(*X.shape[:-1], X.size(-2))} and the same dtype"
         )
-    return _symmetric_matmul(X, C if beta else None, alpha, beta)
+    return _symmetric_matmul(X, C if beta else None, alpha, beta, diagonal)
 
 
 def as_batch(X):
@@ -82,6 +86,7 @@ def symmetric_matmul_kernel(
     K,
     alpha,
     beta,
+    diagonal,
     stride_xb,
     stride_xm,
     stride_xk,
@@ -121,6 +126,7 @@ def symmetric_matmul_kernel(
     if ADD:
         c = C + matrix * stride_cb + row64[:, None] * stride_cm + col64 * stride_cn
         acc += beta * tl.load(c, inside, 0.0).to(tl.float32)
+    acc += tl.where(row[:, None] == col, diagonal, 0.0)
     tile = cast(acc, out.dtype.element_ty)
     out += matrix * M * M
     if tile_row == tile_col:
@@ -130,7 +136,7 @@ def symmetric_matmul_kernel(
     tl.store(out + row64[:, None] * M + col, tile, inside)
 
 
-def launch_symmetric_matmul(X, C, alpha, beta):
+def launch_symmetric_matmul(X, C, alpha, beta, diagonal=0.0):
     """(batch, m, k), (batch, m, m) or None -> (batch, m, m)."""
     batch, M, K = X.shape
     out = X.new_empty(batch, M, M)
@@ -146,6 +152,7 @@ def launch_symmetric_matmul(X, C, alpha, beta):
             K=K,
             alpha=alpha,
             beta=beta,
+            diagonal=diagonal,
             stride_xb=X.stride(0),
             stride_xm=X.stride(1),
             stride_xk=X.stride(2),
@@ -166,16 +173,18 @@ def launch_symmetric_matmul(X, C, alpha, beta):
 
 @torch.library.custom_op("stopwatch::symmetric_matmul", mutates_args=())
 def _symmetric_matmul(
-    X: torch.Tensor, C: torch.Tensor | None, alpha: float, beta: float
+    X: torch.Tensor, C: torch.Tensor | None, alpha: float, beta: float, diagonal: float = 0.0
 ) -> torch.Tensor:
     if runs_triton(X):
-        out = launch_symmetric_matmul(as_batch(X), None if C is None else as_batch(C), alpha, beta)
+        batch = None if C is None else as_batch(C)
+        out = launch_symmetric_matmul(as_batch(X), batch, alpha, beta, diagonal)
         return out.view(*X.shape[:-1], X.size(-2))
-    return symmetric_matmul_reference(X, C, alpha=alpha, beta=beta).contiguous()
+    out = symmetric_matmul_reference(X, C, alpha=alpha, beta=beta, diagonal=diagonal)
+    return out.contiguous()
 
 
 @_symmetric_matmul.register_fake
-def _(X, C, alpha, beta):
+def _(X, C, alpha, beta, diagonal=0.0):
     return X.new_empty(*X.shape[:-1], X.size(-2))
 
 

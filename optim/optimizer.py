@@ -6,7 +6,7 @@ import torch.distributed as dist
 from .gradients import gradient_report
 from .masters import new_companion
 from .rule import Turn
-from .shards import Shard
+from .shards import Shard, make_room
 
 
 class Optimizer:
@@ -33,6 +33,13 @@ class Optimizer:
         self.skips = skips
         self.clip = clip
         self.compiled = {}  # function -> the same, compiled
+        self.rooms = {}  # parameter name -> its elements and zeros, where ranks do not divide it
+        for name, rule in self.rules.items():
+            if rule.sharded and world.local_size > 1:
+                p = self.params[name]
+                room = make_room(p, len(rule.parts(p.data)), world)
+                if room is not None:
+                    self.rooms[name] = room
         self.reset()
 
     def fast(self, f):
@@ -63,7 +70,11 @@ class Optimizer:
         self.reduced = None  # {parameter name: (work or None, part)} between gradients() and step()
         self.prepared = {}  # parameter name -> what its rule has done already
         for name, rule in self.rules.items():
-            shard = Shard(rule.parts(self.params[name].data), self.world, rule.sharded)
+            whole = rule.parts(self.params[name].data)
+            room = self.rooms.get(name)
+            if room is not None:
+                room = room.view(-1, *whole.shape[1:])
+            shard = Shard(whole, self.world, rule.sharded, room)
             self.shards[name] = shard
             self.state[name] = dict(companion=new_companion(shard.own), **rule.new_state(shard.own))
             self.fixed[name] = rule.fixed(shard.own, shard.start)

@@ -20,10 +20,11 @@ class Shard:
     all ranks own all.
 
     The n rows of a part may be more than are left for the last ranks: `own` is shorter there, or
-    empty.
+    empty. room: `whole` with the rows of padding behind it, as make_room() gives it; then weights
+    are gathered right into it.
     """
 
-    def __init__(self, whole, world, sharded=True):
+    def __init__(self, whole, world, sharded=True, room=None):
         self.whole = whole
         self.world = world
         self.ranks = world.local_size if sharded else 1
@@ -33,6 +34,7 @@ class Shard:
             place = world.rank % world.local_size  # among the ranks of this machine
             self.start = min(place * self.n, len(whole))
         self.own = whole[self.start : self.start + self.n]
+        self.room = whole if len(whole) == self.n * self.ranks else room
 
     def reduce(self, grad):
         """Start summing over ranks; returns (work or None, this rank's rows, padded to n). grad:
@@ -57,17 +59,19 @@ class Shard:
         """Start collecting all ranks' own rows in `whole`; returns what waits for it."""
         if self.ranks == 1:
             return lambda: None
-        n = self.n * self.ranks
-        # Right into the weights, unless the parts have padding
-        out = self.whole
-        if len(out) != n:
-            out = self.own.new_empty(n, *self.own.shape[1:])
-        own = padded(self.own.clone(), self.n)
+        out = self.room
+        if out is None:
+            out = self.own.new_empty(self.n * self.ranks, *self.own.shape[1:])
+        if out is self.room and out.is_cuda:  # NCCL may read a part where it is to be
+            at = self.world.rank % self.world.local_size * self.n
+            own = out[at : at + self.n]
+        else:
+            own = padded(self.own.clone(), self.n)
         work = all_gather(out, own, group=self.world.node, async_op=True)
 
         def finish():
             work.wait()
-            if out is not self.whole:
+            if out is not self.room:
                 self.whole.copy_(out[: len(self.whole)])
 
         return finish
@@ -79,6 +83,19 @@ class Shard:
         out = part.new_empty(self.n * self.ranks, *part.shape[1:])
         all_gather(out, padded(part, self.n), group=self.world.node)
         return out[: len(self.whole)]
+
+
+def make_room(p, rows, world):
+    """Give a parameter's data memory for as many of its `rows` as make equal parts, with zeros
+    behind it -> the rows with these, a view of it, or None where there are no more."""
+    n = -(-rows // world.local_size) * world.local_size
+    if not rows or n == rows:
+        return None
+    each = p.numel() // rows
+    room = p.data.new_zeros(n * each)
+    room[: p.numel()] = p.data.flatten()
+    p.data = room[: p.numel()].view(p.shape)
+    return room
 
 
 def padded(x, n):

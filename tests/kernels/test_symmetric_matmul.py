@@ -37,11 +37,11 @@ def symmetric(*shape, dtype=torch.float32, seed=0):
     return A.tril() + A.tril(-1).mT
 
 
-def check(X, C=None, alpha=1.0, beta=0.0):
+def check(X, C=None, alpha=1.0, beta=0.0, diagonal=0.0):
     """As exact as eager: at most twice its error, from the largest value on. Returns the result."""
     with poisoned_memory():
-        out = symmetric_matmul(X, C, alpha=alpha, beta=beta)
-    numbers = dict(alpha=alpha, beta=beta)
+        out = symmetric_matmul(X, C, alpha=alpha, beta=beta, diagonal=diagonal)
+    numbers = dict(alpha=alpha, beta=beta, diagonal=diagonal)
     exact = symmetric_matmul_reference(X.double(), None if C is None else C.double(), **numbers)
     eager = symmetric_matmul_reference(X, C, **numbers)
     assert out.shape == exact.shape and out.dtype == X.dtype and out.is_contiguous()
@@ -62,6 +62,7 @@ def test_as_exact_as_eager(shape, dtype):
     check(X)
     check(X, C, alpha=0.5, beta=-2.0)
     check(X.mT.contiguous().mT, C, alpha=-1.5, beta=0.25)
+    check(X, C, alpha=0.5, beta=-2.0, diagonal=3.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,6 +72,7 @@ def test_the_products_of_polar_express(dtype):
     for X in (draw(2, 40, 200, dtype=dtype), draw(2, 200, 40, dtype=dtype).mT):
         A = check(X / X.norm(dim=(-2, -1), keepdim=True))
         check(A, A, alpha=15.9, beta=-22.5)
+        check(A, A, alpha=15.9, beta=-22.5, diagonal=8.2)
 
 
 def test_strided_and_expanded_inputs():

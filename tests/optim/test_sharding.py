@@ -49,7 +49,8 @@ def test_parts_of_all_ranks_make_up_every_parameter(world_size):
     model = Parameters()
     optimizers = []
     for rank in range(world_size):
-        optimizers.append(optimizer_of(model, rules(normuon=True), world_of(rank, world_size)))
+        own = Parameters()
+        optimizers.append(optimizer_of(own, rules(normuon=True), world_of(rank, world_size)))
     for name, p in model.named_parameters():
         rule = RULES[name]
         whole = p.detach()
@@ -78,9 +79,10 @@ def test_parts_of_all_ranks_make_up_every_parameter(world_size):
         # Random numbers: in order and once each. The parts are views of the weights
         assert torch.equal(torch.cat(parts), whole)
         behind = 0
-        for part in parts:
+        for part, o in zip(parts, optimizers):
             if len(part):
-                assert part.data_ptr() == p.data_ptr() + behind * p.element_size()
+                begin = o.params[name].data_ptr()
+                assert part.data_ptr() == begin + behind * p.element_size()
             behind += part.numel()
         (n,) = {o.shards[name].n for o in optimizers}
         assert len(whole) <= n * world_size < len(whole) + world_size
@@ -89,15 +91,14 @@ def test_parts_of_all_ranks_make_up_every_parameter(world_size):
 
 def test_machines_share_out_alike():
     """Ranks in the same place of their machines have the same parts."""
-    model = Parameters()
     for rank in range(6):
-        there = optimizer_of(model, world=world_of(rank, 6, 3))
-        alone = optimizer_of(model, world=world_of(rank % 3, 3))
+        there = optimizer_of(Parameters(), world=world_of(rank, 6, 3))
+        alone = optimizer_of(Parameters(), world=world_of(rank % 3, 3))
         for name in SHAPES:
-            ours = there.shards[name].own
-            theirs = alone.shards[name].own
-            assert ours.data_ptr() == theirs.data_ptr(), name
-            assert len(ours) == len(theirs), name
+            ours = there.shards[name]
+            theirs = alone.shards[name]
+            assert ours.start == theirs.start, name
+            assert torch.equal(ours.own, theirs.own), name
 
 
 # --- Ranks as threads
@@ -200,6 +201,39 @@ def ranks(request, monkeypatch):
 
 def rank_gradients(step, world_size):
     return [gradients(100 * step + rank) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("ranks", [3, 8], indirect=True, ids=str)
+def test_weights_are_gathered_where_they_are(ranks):
+    """Parameters that ranks do not divide have memory for the padding behind them, so that nothing
+    is copied back; they are contiguous, and keep their values and shapes."""
+    models = [Parameters() for _ in range(ranks.size)]
+    before = weights(models[0])
+    optimizers = [optimizer_of(m, world=world) for m, world in zip(models, ranks.worlds)]
+    assert_equal(weights(models[0]), before)
+    outs = []
+    gather = shards.all_gather
+
+    def watched(out, x, **kwargs):
+        if ranks.thread.rank == 0:
+            outs.append(out.data_ptr())
+        return gather(out, x, **kwargs)
+
+    shards.all_gather = watched  # the fixture puts it back
+
+    def on_rank(rank):
+        give(models[rank], gradients(rank))
+        optimizers[rank].step(0.7, 0.9)
+
+    ranks.run(on_rank)
+    where = [models[0].get_parameter(n).data_ptr() for n in SHAPES if RULES[n].sharded]
+    assert sorted(outs) == sorted(where)
+    for optimizer in optimizers:
+        for name, room in optimizer.rooms.items():
+            p = optimizer.params[name]
+            assert p.is_contiguous() and p.shape == SHAPES[name]
+            assert not room[p.numel() :].any()
+    assert optimizers[0].rooms
 
 
 # --- Steps
