@@ -26,15 +26,17 @@ TILES = {80: (128, 128, 8, 4)}
 
 def symmetric_matmul_reference(X, C=None, *, alpha=1.0, beta=0.0, diagonal=0.0):
     """symmetric_matmul in plain PyTorch; symmetric up to rounding."""
+    if diagonal:  # in at least fp32, since rounding before it is added as well would show
+        wide = torch.promote_types(X.dtype, torch.float32)
+        C_ = None if C is None else C.to(wide)
+        product = symmetric_matmul_reference(X.to(wide), C_, alpha=alpha, beta=beta)
+        product.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+        return product.to(X.dtype)
     if C is None:
         product = X @ X.mT
-        product = product if alpha == 1 else alpha * product
-    else:
-        X = as_batch(X)
-        product = torch.baddbmm(as_batch(C), X, X.mT, beta=beta, alpha=alpha).view(C.shape)
-    if diagonal:
-        product.diagonal(dim1=-2, dim2=-1).add_(diagonal)
-    return product
+        return product if alpha == 1 else alpha * product
+    X = as_batch(X)
+    return torch.baddbmm(as_batch(C), X, X.mT, beta=beta, alpha=alpha).view(C.shape)
 
 
 def symmetric_matmul(X, C=None, *, alpha=1.0, beta=0.0, diagonal=0.0):
