@@ -32,6 +32,7 @@ BENCHMARKS = {
     "resources": "registers and shared memory of every kernel on every chip, without a GPU",
     "trainer": "the trainer's step, stage by stage, and where its time goes",
     "start": "the whole process and its parts, with empty caches and again",
+    "gpu-day": "all that wants a look when a GPU can be had, in ten minutes, part by part",
     "cluster": "time to target on a cluster that is not here, computed from measured numbers",
     "peers": "nanoGPT, nanochat, minimind or modded-nanogpt beside this trainer, whole processes",
     "parity": "this trainer's recipe beside the public record's own code, at equal steps",
@@ -48,7 +49,7 @@ OPTIONS = dict(trainer=dict(synthetic_data=True))
 
 
 def module_of(name):
-    return importlib.import_module(f"benchmarks.{name}")
+    return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
 
 
 def takes(name):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from .report import say
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = [ROOT / "train_gpt.py"]
+GRACE = 15.0  # seconds that a process has to end when it is told to
 SYNTHETIC = ["-m", "benchmarks.synthetic"]  # the trainer, on random tokens
 
 
-def execute(what, command, folder, log, env, ok=(0,), every=10.0, lines=None):
+def execute(what, command, folder, log, env, ok=(0,), every=10.0, lines=None, limit=None):
     """Run a command in a folder with its output in the file `log`; returns its seconds.
 
     lines: a list that gets (seconds since the start, line) of all output. Every so many seconds a
-    line of it is shown. Raises InputError, saying why, where the
-    exit status is none of ok.
+    line of it is shown. limit: seconds after which it is ended. Raises InputError, saying why,
+    where it was ended or the exit status is none of ok.
     """
     started = time.perf_counter()
     shown = started
@@ -40,6 +42,13 @@ def execute(what, command, folder, log, env, ok=(0,), every=10.0, lines=None):
             errors="replace",
         ) as child,
     ):
+        # It may leave what it does; what does not is killed
+        timers = []
+        if limit is not None:
+            timers = [threading.Timer(limit, child.terminate)]
+            timers.append(threading.Timer(limit + GRACE, child.kill))
+        for timer in timers:
+            timer.start()
         try:
             for line in child.stdout:
                 f.write(line)
@@ -58,7 +67,12 @@ def execute(what, command, folder, log, env, ok=(0,), every=10.0, lines=None):
             except subprocess.TimeoutExpired:
                 child.kill()
             raise
+        finally:
+            for timer in timers:
+                timer.cancel()
     seconds = time.perf_counter() - started
+    if limit is not None and seconds >= limit:
+        raise InputError(f"{what} was ended after {limit:.0f} s, which is all the time it has")
     if status not in ok:
         lines = Path(log).read_text(encoding="utf-8").splitlines()
         said = [line.strip() for line in lines if line.strip()]
@@ -68,11 +82,12 @@ def execute(what, command, folder, log, env, ok=(0,), every=10.0, lines=None):
     return seconds
 
 
-def train(what, options, folder, env=None, synthetic=False):
+def train(what, options, folder, env=None, synthetic=False, limit=None, log=None):
     """Our trainer in a process of its own, its caches in folder/cache, its run in folder/run, which
     are left there; the result it wrote, with process_s from its start to its exit.
 
-    env: its environment, this process's if None. Raises InputError where it fails.
+    env: its environment, this process's if None; limit: seconds after which it is ended; log: file
+    for its output, folder/log.txt if None. Raises InputError where it fails.
     """
     folder = Path(folder)
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -84,7 +99,8 @@ def train(what, options, folder, env=None, synthetic=False):
     if synthetic:
         env["PYTHONPATH"] = str(ROOT)
     # Status 3: out of steps before the target
-    seconds = execute(what, command, folder, folder / "log.txt", env, ok=(0, 3))
+    log = log or folder / "log.txt"
+    seconds = execute(what, command, folder, log, env, ok=(0, 3), limit=limit)
     result = json.loads((folder / "run/result.json").read_text())
     return result | dict(process_s=seconds)
 

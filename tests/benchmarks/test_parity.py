@@ -785,16 +785,16 @@ def text(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("text")
     tokens = task.Tokens(folder, cache_folder() / "data", 8)
-    tokens.write(60_000, 112, 4096)
+    tokens.write(60_000, 112, 8192)
     return tokens
 
 
 TINY = dict(width=24, shrink=8, rows=1, steps=6, extension=1, eval_every=6)
-TINY |= dict(val_tokens=2048, val_row_len=1024)
+TINY |= dict(val_tokens=4096, val_row_len=4096)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("commit", [record.OLDEST, "d0f2bc46", record.NEWEST])
+@pytest.mark.parametrize("commit", [record.OLDEST, "748d4ef1", record.NEWEST])
 @pytest.mark.parametrize("dc", [False, True])
 def test_the_records_code_learns(tmp_path, text, commit, dc):
     checkout = record.Checkout.read(real(), commit)

@@ -58,3 +58,12 @@ def test_a_command_that_is_interrupted_leaves_no_process(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         process.execute("child", python(code), tmp_path, tmp_path / "log", None, every=0)
     assert started[0].poll() is not None
+
+
+def test_a_limit_ends_a_process_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "GRACE", 0.5)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('begun')"
+    code += "; time.sleep(100)"
+    with pytest.raises(InputError, match="it was ended after 1 s, which is all the time it has"):
+        process.execute("it", python(code), tmp_path, tmp_path / "log", None, limit=1)
+    assert process.execute("it", python(""), tmp_path, tmp_path / "log", None, limit=60) < 60
