@@ -30,6 +30,12 @@ gradient. Where nodes of k do not make n, the optimizer is divided by n, in one 
 begin when backward has ended, and nothing of them is taken to be hidden. Time to target is the
 track's steps; validation and start-up are not on its clock. Memory is taken to suffice.
 
+Part by part, each of these terms is shared out among the model's own parts: compute by their FLOPs
+(6 a token for each weight of a product; attention has what the template counts besides), the
+optimizer by the bytes of weights, gradients and moments that it goes through, communication by each
+parameter's own collectives. Compute so includes what is not a product, in proportion; tables that
+are only looked up have none. All of that is a prediction too.
+
 Without a measurement: the public record (modded-nanogpt, one H100): 29 ms + 1.534 us a token,
 fitted to its logs at three batches. All 29 ms are shared: they are the optimizer and eight passes
 of accumulation, of which eight ranks do one each. With the record's volumes the model gives its
@@ -47,6 +53,7 @@ from benchmarks import subject
 from benchmarks.options import COUNT, POSITIVE
 from benchmarks.report import document, number, say, table
 from benchmarks.synthetic import vocabulary
+from models import outline
 from runtime import collectives, hardware
 from runtime.collectives import Links, communication_ms, sent_bytes, shards
 
@@ -68,6 +75,7 @@ RECORD = Cost(
 )
 LINKS = Links()
 TERMS = ("compute", "idle", "shared", "fixed", "communication")
+PART_TERMS = ("compute", "shared", "communication")  # that parts of the model have
 
 
 def collectives_of(c, parameters, n, node, tied=False):
@@ -90,19 +98,25 @@ def step_ms(rows, row_len, n, cost, collectives, links=LINKS):
     )
 
 
+def predict_stage(c, parameters, stage, n, cost, links):
+    """{term: ms} of a step of this stage."""
+    exchanged = collectives_of(c, parameters, n, links.node, stage.model.tied)
+    return step_ms(stage.rows, c.row_len, n, cost, exchanged, links)
+
+
 def predict(c, parameters, n, cost, links, dollars=None):
     """One line of the table: ms by stage and term, seconds to target, dollars, the largest term."""
     stages = []
     for stage, steps in collections.Counter(subject.schedule(c)).items():
-        collectives = collectives_of(c, parameters, n, links.node, stage.model.tied)
-        terms = step_ms(stage.rows, c.row_len, n, cost, collectives, links)
+        terms = predict_stage(c, parameters, stage, n, cost, links)
+        exchanged = collectives_of(c, parameters, n, links.node, stage.model.tied)
         stages.append(
             dict(
                 tokens=stage.rows * c.row_len,
                 steps=steps,
                 ms=sum(terms.values()),
                 terms=terms,
-                bytes=sent_bytes(collectives, n, links.node),
+                bytes=sent_bytes(exchanged, n, links.node),
             )
         )
     seconds = {t: sum(s["steps"] * s["terms"][t] for s in stages) / 1e3 for t in TERMS}
@@ -119,6 +133,46 @@ def predict(c, parameters, n, cost, links, dollars=None):
         dollars=None if dollars is None else hours * dollars,
         bytes=sum(s["steps"] * s["bytes"] for s in stages) / c.steps,
     )
+
+
+def parts_of(c, parameters, model, n, cost, links):
+    """[dict(name, params, gflops, ms by term)] of a step on average over the schedule, the longest
+    first: each parameter, and attention; they sum to predict()'s compute, shared and communication.
+
+    model: the template's, on meta; gflops: of a rank.
+    """
+    tables = {name for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name}
+    weights = {p.name: 0 if p.name in tables else p.count for p in parameters}
+    found = {p.name: dict(name=p.name, params=p.count, gflops=0.0) for p in parameters if p.count}
+    found["attention"] = dict(name="attention", params=0, gflops=0.0)
+    for part in found.values():
+        part |= dict(compute=0.0, shared=0.0, communication=0.0)
+    for stage, steps in collections.Counter(subject.schedule(c)).items():
+        share = steps / c.steps
+        tokens = stage.rows * c.row_len / n
+        used = [p for p in parameters if subject.has_gradient(p.name, c, stage.model.tied)]
+        terms = predict_stage(c, parameters, stage, n, cost, links)
+
+        # FLOPs; a sampled head is what the template says
+        flops = {name: 6.0 * count for name, count in weights.items()}
+        V = len(model.lm_head)
+        if 0 < stage.model.n_sampled < V:
+            flops["lm_head"] *= stage.model.n_sampled / V
+        flops["attention"] = max(0.0, model.flops_per_token(stage.model) - sum(flops.values()))
+        total = sum(flops.values())
+        # Read and written once: gradient, weight and its lower bits, a moment or two in fp32
+        traffic = {p.name: p.count * (2 + 2 * 4 + 2 * 8) / p.every for p in used}
+        all_traffic = sum(traffic.values())
+        for name, part in found.items():
+            part["gflops"] += share * flops.get(name, 0.0) * tokens / 1e9
+            part["compute"] += share * terms["compute"] * flops.get(name, 0.0) / total
+            part["shared"] += share * terms["shared"] * traffic.get(name, 0.0) / all_traffic
+        for p in used:
+            if p.count:
+                own = collectives.collectives_of([p], n, links.node)[:-1]  # but for the report
+                found[p.name]["communication"] += share * communication_ms(own, n, links)
+    parts = [part | dict(ms=sum(part[t] for t in PART_TERMS)) for part in found.values()]
+    return sorted(parts, key=lambda part: -part["ms"])
 
 
 def cost_from(path, params):
@@ -161,12 +215,15 @@ def run(
     kind="h100",
     trainer_options=(),
 ):
-    """dict(track, cost, links, predicted=see predict(), table=[the same from 1 to 1,024 GPUs])."""
+    """dict(track, cost, links, predicted=see predict(), parts=see parts_of(), table=[predict() from
+    1 to 1,024 GPUs])."""
     options = list(trainer_options)
     if "--track" not in options:
         options = ["--track", "gpt2-small", *options]
     c = subject.parse(options)
-    parameters = subject.parameters(c, vocabulary(c.data, c.tokenizer))
+    n_vocab = vocabulary(c.data, c.tokenizer)
+    parameters = subject.parameters(c, n_vocab)
+    model = outline(c.config, n_vocab)
     params = sum(p.count for p in parameters)
     cost = RECORD
     if results:
@@ -187,6 +244,7 @@ def run(
         cost=cost._asdict(),
         links=links._asdict(),
         predicted=line(gpus * nodes),
+        parts=parts_of(c, parameters, model, gpus * nodes, cost, links),
         table=[line(2**i) for i in range(11)],
     )
     say(render(result))
@@ -203,6 +261,11 @@ def render(result):
     for s in p["stages"]:
         terms = [f"{s['terms'][t]:.2f}" for t in TERMS]
         stages.append([f"{s['tokens']:,}", s["steps"], f"{s['ms']:.2f}", *terms])
+    parts = []
+    for part in result["parts"]:
+        if part["ms"] >= 0.005:
+            terms = [f"{part[t]:.2f}" for t in ("ms", *PART_TERMS)]
+            parts.append([part["name"], f"{part['params']:,}", f"{part['gflops']:,.0f}", *terms])
     rows = []
     for t in result["table"]:
         largest = t["dominates"]
@@ -220,6 +283,8 @@ def render(result):
         f"**{p['seconds']:,.1f} s** for {result['steps']:,} steps, {p['gpu_hours']:.2f} GPU "
         f"hours{dollars}; most of it is {p['dominates']}.",
         table(["tokens a step", "steps", "ms", *TERMS], stages),
+        "Part by part, ms of a step on average, predicted:",
+        table(["part", "parameters", "GFLOP", "ms", *PART_TERMS], parts),
         table(header, rows),
     )
 

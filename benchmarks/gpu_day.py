@@ -35,6 +35,7 @@ from benchmarks.process import ROOT, SYNTHETIC, execute, train
 from benchmarks.report import document, number, say, table
 
 LEAST = 15  # seconds with which no part is begun
+PATIENCE = 5  # how many times a part's limit it has at tiny shape, where the machine may be any
 DOOR = ROOT / "door.py"
 
 TRACK = ["--track", "gpt2-small"]
@@ -142,12 +143,16 @@ def steps(day, part, limit):
     command = [sys.executable, DOOR, "benchmarks", "trainer", "--synthetic", *day.recipe]
     command += ["--steps", 4 if day.tiny else 10, "--json", file]
     command += ["--cache-dir", day.folder / "cache", *day.one]
+    cut = None
     try:
         execute(part, command, ROOT, day.log(part), None, limit=limit)
-    finally:
-        measured = json.loads(file.read_text()) if file.exists() else {}
-        stages = measured.get("stages", [])
-    return dict(stages=stages, fit=measured.get("fit"), kernels=measured.get("kernels"))
+    except InputError as e:  # stages that were measured before it are kept
+        cut = str(e)
+        if not file.exists():
+            raise
+    measured = json.loads(file.read_text())
+    names = "stages", "fit", "kernels", "device", "params", "peak_flops"
+    return {name: measured.get(name) for name in names} | dict(cut=cut)
 
 
 def sample(day, part, limit):
@@ -289,7 +294,7 @@ def run(
             say(f"{name}: no time left; the same command goes on")
             save(result)
             continue
-        limit = min(most, left)
+        limit = min(PATIENCE * most if tiny else most, left)
         say(f"--- {name}, {limit:.0f} s at most")
         begun = time.perf_counter()
         try:
@@ -314,7 +319,7 @@ def render(result):
         rows.append([name, part["status"], number(part.get("seconds")), in_words(name, part)])
         for test, why in part.get("failed", {}).items():
             failed.append(f"- {test}" + (f": {why[:160]}" if why else ""))
-        for s in part.get("stages", ()):
+        for s in part.get("stages") or ():
             cells = [f"{s['tokens']:,}", f"{s['ms']:,.2f} ({s['p20']:,.2f}–{s['p80']:,.2f})"]
             stages.append([*cells, f"{s['tokens_per_s']:,.0f}", f"{s['peak_share']:.1%}"])
     return document(
@@ -338,7 +343,8 @@ def in_words(name, part):
     if "before" in part:
         return f"step {part['before']} to {part['steps']}"
     if "stages" in part:
-        return f"{len(part['stages'])} stages"
+        cut = f"; cut short: {part['cut']}" if part["cut"] else ""
+        return f"{len(part['stages'])} stages{cut}"
     return " ".join(part.get("text", "").split())[:60]
 
 

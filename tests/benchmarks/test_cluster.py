@@ -15,7 +15,7 @@ from base import InputError
 from benchmarks import cluster, subject
 from benchmarks.__main__ import main
 from benchmarks.cluster import RECORD, TERMS, Cost, step_ms
-from models import gpt
+from models import gpt, outline
 from optim import Optimizer, gradient_report, shards
 from runtime.collectives import Collective, Links, communication_ms
 from runtime.guard import Guard
@@ -242,8 +242,40 @@ def test_the_tracks_table(capsys, tmp_path):
     assert p["seconds"] == pytest.approx(sum(s["steps"] * s["ms"] for s in p["stages"]) / 1e3)
     assert p["dollars"] == pytest.approx(p["seconds"] * 16 * 3 / 3600)
     assert p["seconds_by_term"][p["dominates"]] == max(p["seconds_by_term"].values())
+    names = [part["name"] for part in result["parts"]]
+    assert names[0] == "mlp_bank" and "attention" in names
+    assert "Part by part, ms of a step on average, predicted:" in table.read_text()
     for text in (table.read_text(), capsys.readouterr().err):
         assert "| 1,024 | 128 |" in text and "the public record on one H100" in text
+
+
+@pytest.mark.parametrize("n", [1, 8, 16])
+def test_parts_sum_to_the_step(n):
+    c = subject.change(GPT2_SMALL, steps=90, extension=1)
+    parameters = subject.parameters(c, 50257)
+    model = outline(c.config, 50257)
+    line = cluster.predict(c, parameters, n, RECORD, Links())
+    parts = cluster.parts_of(c, parameters, model, n, RECORD, Links())
+    for term in "compute", "shared":
+        of_steps = sum(s["steps"] * s["terms"][term] for s in line["stages"]) / c.steps
+        assert sum(part[term] for part in parts) == pytest.approx(of_steps)
+    exchanged = sum(s["steps"] * s["terms"]["communication"] for s in line["stages"]) / c.steps
+    found = sum(part["communication"] for part in parts)
+    assert 0 <= exchanged - found < 0.2  # the guard's report
+    by_name = {part["name"]: part for part in parts}
+    tokens = sum(s.rows for s in subject.schedule(c)) * c.row_len / c.steps / n
+    mlp = by_name["mlp_bank"]
+    assert mlp["gflops"] == pytest.approx(6 * mlp["params"] * tokens / 1e9)
+    total = sum(s.rows * c.row_len * model.flops_per_token(s.model) for s in subject.schedule(c))
+    assert sum(part["gflops"] for part in parts) == pytest.approx(
+        total / c.steps / n / 1e9, rel=0.01
+    )
+    assert by_name["attention"]["gflops"] > 0
+    tables = by_name["ngram_embeds"]
+    assert tables["compute"] == 0 < tables["shared"]
+    assert (tables["communication"] > 0) == (n > 1)
+    # The embedding is the head for two thirds of the steps
+    assert by_name["embed"]["shared"] == pytest.approx(by_name["lm_head"]["shared"] / 3, rel=0.05)
 
 
 def measured(tmp_path, **fields):

@@ -143,9 +143,28 @@ def test_tests_that_fail_are_named_and_a_cut_keeps_what_was_seen(tmp_path, monke
         gpu_day.kernels(day, "kernels", 7)
 
 
+def test_stages_measured_before_a_cut_are_kept(tmp_path, monkeypatch):
+    day = gpu_day.Day(tmp_path, True, [], workers=1)
+    stage = dict(tokens=128, ms=1.0, p20=0.9, p80=1.1, tokens_per_s=128_000, peak_share=0.4)
+
+    def execute(what, command, folder, log, env, limit):
+        file = command[command.index("--json") + 1]
+        if limit > 1:
+            file.write_text(json.dumps(dict(stages=[stage], fit=None)))
+        raise InputError("it was ended")
+
+    monkeypatch.setattr(gpu_day, "execute", execute)
+    found = gpu_day.steps(day, "steps", 5)
+    assert (found["stages"], found["cut"]) == ([stage], "it was ended")
+    text = gpu_day.render(dict(tiny=False, parts=dict(steps=dict(found, status="done"))))
+    assert "| 128 | 1.00 (0.90–1.10) | 128,000 | 40.0% |" in text and "cut short" in text
+    with pytest.raises(InputError, match="it was ended"):
+        gpu_day.steps(day, "steps", 1)
+
+
 @pytest.mark.slow
 def test_a_tiny_day(tmp_path):
-    result = gpu_day.run(tmp_path, tiny=True, workers=1, minutes=20)
+    result = gpu_day.run(tmp_path, tiny=True, workers=1, minutes=60)
     parts = result["parts"]
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(parts, "done")
     assert list(parts) == list(gpu_day.PARTS)
