@@ -109,6 +109,13 @@ class Given(typing.NamedTuple):
     late: torch.Tensor | None  # a later layer's output, mixed in by MUDD
 
 
+def numbers(p):
+    """The rows of p (n, m) as tuples of numbers, taken apart at once: one kernel in backward."""
+    flat = p.flatten().unbind(0)
+    m = p.size(1)
+    return [flat[i : i + m] for i in range(0, len(flat), m)]
+
+
 class Model(nn.Module):
     """The transformer; models/__init__.py says what its methods are for."""
 
@@ -373,16 +380,18 @@ class Model(nn.Module):
         c = self.c
         attn = self.attn_bank.view(-1, 4 * c.n_embd, c.n_embd).unbind(0)
         attn = dict(zip(c.attn_layers, attn))
-        scales = dict(zip(c.attn_layers, self.qkvo_scales.unbind(0)))  # {} where they are off
+        scales = dict(zip(c.attn_layers, numbers(self.qkvo_scales)))  # {} where they are off
         out_gates = dict(zip(c.gated_layers, self.attn_gates.unbind(0)))  # the same
         value_gates = dict(zip(c.value_gate_layers, self.value_gates.unbind(0)))
         mlp = self.mlp_bank.unbind(0)
+        weights = self.weights()
         layers = []
         for i in range(c.n_layer):
             w_qkv, w_o = attn[i].split([3 * c.n_embd, c.n_embd]) if i in attn else (None, None)
             if i in scales:  # of the weights, which are fewer than the activations
-                w_qkv = scales[i][0] * w_qkv
-                w_o = scales[i][1] * w_o
+                of_qkv, of_o = scales[i]
+                w_qkv = of_qkv * w_qkv
+                w_o = of_o * w_o
             layers.append(
                 Layer(
                     number=i,
@@ -390,28 +399,33 @@ class Model(nn.Module):
                     w_o=w_o,
                     w_out_gate=out_gates.get(i),
                     w_value_gate=value_gates.get(i),
-                    weights=self.weights(i),
+                    weights=weights[i],
                     w_up=mlp[2 * i],
                     w_down=mlp[2 * i + 1],
                 )
             )
         return layers
 
-    def weights(self, i):
-        """{what it weighs: number} of layer i; functions of the token may take their places."""
+    def weights(self):
+        """[{what it weighs: number}] by layer; functions of the token may take their places."""
         c = self.c
-        weights = {}
-        if i in c.xsa_layers and len(self.xsa_strengths):
-            weights["xsa"] = self.xsa_strengths[c.xsa_layers.index(i)]
-        if not c.sublayer_lambdas:
-            weights["stream"], weights["x0"] = self.lambdas[i].unbind(0)
-            return weights
-        weights["stream"], weights["mlp_stream"] = self.residual_lambdas[i].unbind(0)
-        weights["attn"], weights["mlp"] = self.post_lambdas[i].unbind(0)
-        if i in c.inject_layers and len(self.inject_lambdas):
-            inject = self.inject_lambdas[c.inject_layers.index(i)].unbind(0)
-            weights |= zip(("x0", "ngrams"), inject)
-        return weights
+        xsa = dict(zip(c.xsa_layers, self.xsa_strengths.unbind(0)))  # {} where there are functions
+        inject = dict(zip(c.inject_layers, numbers(self.inject_lambdas)))
+        lambdas = numbers(self.lambdas)
+        residual = numbers(self.residual_lambdas)
+        post = numbers(self.post_lambdas)
+        found = []
+        for i in range(c.n_layer):
+            if c.sublayer_lambdas:
+                weights = dict(zip(("stream", "mlp_stream"), residual[i]))
+                weights |= zip(("attn", "mlp"), post[i])
+                weights |= zip(("x0", "ngrams"), inject.get(i, ()))
+            else:
+                weights = dict(zip(("stream", "x0"), lambdas[i]))
+            if i in xsa:
+                weights["xsa"] = xsa[i]
+            found.append(weights)
+        return found
 
     def gates_of(self, x, half):
         """{layer: {name: (B, T, n)}} as functions of x (B, T, C): half 0 has the layers before
