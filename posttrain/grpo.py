@@ -8,6 +8,7 @@ so that a run that was stopped goes on to the same weights, bit for bit.
 """
 
 import copy
+import dataclasses
 import functools
 import time
 
@@ -126,67 +127,76 @@ def learn(reward, setup, session):
 def roll_out(setup, step, engine, reward):
     """(this rank's Answers of a step, {name: number} about those of all ranks)."""
     world, policy = setup.world, setup.config.policy
-    n = policy.answers
-    questions = setup.data.train.questions(step)
-    seeds = setup.data.train.seeds(step, n * len(questions))
-    requests = []
-    own = range(world.rank, len(questions), world.size)
-    for i in own:
-        for seed in seeds[i * n : (i + 1) * n]:
-            # Drawn as the model itself has it: else the probabilities would not be those of the
-            # loss. Their logarithms are kept
-            requests.append(
-                Request(questions[i].prompt, policy.answer_tokens, Sampling(), seed, alternatives=0)
-            )
-    engine.clear()  # of what it has made of weights before the last update
-    written = engine.generate(requests)
-    rewards = [
-        reward(completion.text, questions[i])
-        for i, group in zip(own, grouped(written, n))
-        for completion in group
-    ]
+    questions, written = write(setup, step, engine)
+    rewards = [reward(c.text, question) for c, question in zip(written, questions)]
 
-    # What each is worth beside the others to the same question
-    by_question = torch.tensor(rewards, dtype=torch.float64).view(-1, n)
-    gains = advantages(by_question, policy.advantage).flatten().tolist()
-    kept = [not (policy.drop_cut and c.finish_reason == "length") for c in written]
+    # What each is worth beside the others to the same question, and which ones teach something
+    by_question = torch.tensor(rewards, dtype=torch.float64).view(-1, policy.answers)
+    gains = advantages(by_question, policy.advantage)
+    alike = (by_question == by_question[:, :1]).all(1, keepdim=True).expand_as(gains)
+    cut = [c.finish_reason == "length" for c in written]
+    kept = []
+    for was_cut, is_alike in zip(cut, alike.flatten().tolist()):
+        kept.append(not (policy.drop_cut and was_cut or policy.drop_alike and is_alike))
+
+    # Means are over the answers of all ranks
     lengths = [len(c.written) for c in written]
-
-    logprobs = [sum(d.logprob for d in c.drawn) for c in written]
-    sums = torch.tensor(
-        [
-            sum(rewards),
-            sum(lengths),
-            sum(n for n, keep in zip(lengths, kept) if keep),
-            sum(kept),
-            sum(c.finish_reason == "length" for c in written),
-            sum(row.min() == row.max() for row in by_question),
-            sum(logprobs),
-            sum(len(c.tokens) for c in written),
-        ],
-        dtype=torch.float64,
-        device=world.device,
+    sums = dict(
+        answers=len(written),
+        reward=sum(rewards),
+        tokens=sum(lengths),
+        logprobs=sum(drawn.logprob for c in written for drawn in c.drawn),
+        cut=sum(cut),
+        alike=int(alike.sum()),
+        kept=sum(kept),
+        kept_tokens=sum(n for n, keep in zip(lengths, kept) if keep),
+        read=sum(len(c.tokens) for c, keep in zip(written, kept) if keep),
     )
-    if world.size > 1:
-        dist.all_reduce(sums)
-    total, tokens, tokens_kept, n_kept, cut, alike, logprob, read = sums.tolist()
-
-    weights = token_weights(lengths, policy, n_kept, tokens_kept)
+    sums = over_ranks(sums, world)
+    weights = token_weights(lengths, policy, sums["kept"], sums["kept_tokens"])
     answers = []
-    for c, gain, weight, keep in zip(written, gains, weights, kept):
+    for c, gain, weight, keep in zip(written, gains.flatten().tolist(), weights, kept):
         if keep:
             drawn = [d.logprob for d in c.drawn]
             answers.append(Answer(c.tokens, c.n_prompt, drawn, gain, weight))
-    n_answers = n * len(questions)
+    n = sums["answers"]
     about = dict(
-        reward=total / n_answers,
-        answer_tokens=tokens / n_answers,
-        cut=cut / n_answers,
-        alike=alike / len(questions),  # questions that teach nothing, their answers being as good
-        entropy=-logprob / tokens,  # of a token, by those that were drawn
-        tokens=int(read),
+        reward=sums["reward"] / n,
+        answer_tokens=sums["tokens"] / n,
+        cut=sums["cut"] / n,
+        alike=sums["alike"] / n,  # their questions teach nothing
+        entropy=-sums["logprobs"] / sums["tokens"],  # of a token, by those that were drawn
+        tokens=int(sums["read"]),
     )
     return answers, about
+
+
+def write(setup, step, engine):
+    """([Question of each answer, ...], [its Completion, done, ...]): this rank's of a step."""
+    policy, train = setup.config.policy, setup.data.train
+    n = policy.answers
+    there = train.questions(step)
+    seeds = grouped(train.seeds(step, n * len(there)), n)
+    requests = []
+    questions = []
+    for i in range(setup.world.rank, len(there), setup.world.size):
+        for seed in seeds[i]:
+            # Drawn as the model itself has it, as the loss takes it for granted; alternatives: the
+            # probabilities are kept
+            request = Request(there[i].prompt, policy.answer_tokens, Sampling(), seed)
+            requests.append(dataclasses.replace(request, alternatives=0))
+            questions.append(there[i])
+    engine.clear()  # of what it has made of weights before the last update
+    return questions, engine.generate(requests)
+
+
+def over_ranks(sums, world):
+    """{name: number} added up over all ranks."""
+    if world.size == 1:
+        return sums
+    there = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
+    dist.all_reduce(there)
+    return dict(zip(sums, there.tolist()))
 
 
 def grouped(items, n):
@@ -275,18 +285,12 @@ def evaluate(setup, engine, reward):
     own = questions[world.rank :: world.size]
     requests = [Request(q.prompt, policy.answer_tokens, Sampling(temperature=0)) for q in own]
     written = [(c, q, reward(c.text, q)) for c, q in zip(engine.generate(requests), own)]
-    sums = torch.tensor(
-        [
-            sum(worth for _, _, worth in written),
-            sum(c.finish_reason == "length" for c, _, _ in written),
-            sum(len(c.written) for c, _, _ in written),
-        ],
-        dtype=torch.float64,
-        device=world.device,
+    sums = dict(
+        reward=sum(worth for _, _, worth in written),
+        cut=sum(c.finish_reason == "length" for c, _, _ in written),
+        tokens=sum(len(c.written) for c, _, _ in written),
     )
-    if world.size > 1:
-        dist.all_reduce(sums)
-    total, cut, tokens = sums.tolist()
-    lacking = len(questions) - total  # of a reward of 1 each: what every run's loss is here
-    metrics = measure(Evaluation(lacking, len(questions), None, answers=(total, cut, tokens)))
+    sums = over_ranks(sums, world)
+    lacking = len(questions) - sums["reward"]  # of a reward of 1 each: the loss of a validation
+    metrics = measure(Evaluation(lacking, len(questions), None, answers=tuple(sums.values())))
     return metrics, written

@@ -63,6 +63,11 @@ class PolicyConfig(Options):
     drop_cut: bool = option(
         False, "answers that were cut teach nothing, as in DAPO; else what their reward says"
     )
+    drop_alike: bool = option(
+        False,
+        "answers to a question that are all worth the same are left out, as in DAPO: their "
+        "advantage is zero, and steps take less time the more the model knows",
+    )
     reuse: int = option(1, "steps that learn from the same answers", POSITIVE)
     places: int = option(512, "answers that are written together at most", POSITIVE)
     val_questions: int = option(256, "to validate on at most; 0 is all", COUNT)

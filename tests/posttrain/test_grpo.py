@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_equal_rewards_and_no_kl_change_nothing(base, tmp_path):
     [
         ("--average", "answers"),
         ("--advantage", "mean", "--average", "constant"),
-        ("--drop-cut", "--clip-high", "0.28"),
+        ("--drop-cut", "--drop-alike", "--clip-high", "0.28"),
     ],
 )
 def test_the_variants_learn_as_well(more, base, tmp_path):
@@ -281,3 +282,30 @@ def test_bad_options_are_one_line_before_anything_is_trained(more, said, base, t
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "taught").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(base, tmp_path):
+    """Each answers its own questions of a step; means and gradients are of all."""
+    more = "--steps", "4", "--drop-alike", "--average", "answers", "--questions", "5"
+    teach(base, tmp_path, *more, run="one")
+    argv = [*options(base, tmp_path, *more, run="two")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, str(ROOT / "door.py"), "grpo", *argv], env=env, check=True)
+    for name in "reward", "entropy", "train_loss", "kl", "alike":
+        one, two = (
+            [row[name] for row in rows_of(tmp_path, run) if "reward" in row]
+            for run in ("one", "two")
+        )
+        assert one == pytest.approx(two, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+def test_a_compiled_run_learns_the_same(base, tmp_path):
+    losses = []
+    for run, compiled in (("a", "--no-compile"), ("b", "--compile")):
+        teach(base, tmp_path, "--steps", "3", compiled, run=run)
+        losses.append([r["train_loss"] for r in rows_of(tmp_path, run) if "reward" in r])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
