@@ -132,6 +132,7 @@ def scaled(c, shape):
         eval_every=shape.eval_every,
         val_tokens=shape.val_tokens,
         val_row_len=shape.val_row_len,
+        docs_by_pass=False,  # all documents are told apart, see open_ours()
         dtype="float32",
         fp8="off",
         target=None,
