@@ -126,7 +126,7 @@ def test_commands_that_are_none_are_noticed(wrong, monkeypatch, capsys):
 
 def test_verbs_are_those_of_the_door():
     usage = (ROOT / "run.sh").read_text(encoding="utf-8").split("END")[1]
-    listed = re.findall(r"^  (\w+) {2,}\S", usage, re.M)
+    listed = re.findall(r"^  ([\w-]+) {2,}\S", usage, re.M)
     for arguments in (parameter.values[0] for parameter in COMMANDS):
         if arguments and not arguments[0].startswith("-"):
             assert arguments[0] in listed, arguments
