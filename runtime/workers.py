@@ -251,7 +251,7 @@ def start_on_all_gpus(program, argv):
     Returns the exit status when they have ended; None where one process is enough, or where these
     are started already, or where the program is to find out itself.
     """
-    if "RANK" in os.environ or {"-h", "--help"} & set(argv):
+    if "RANK" in os.environ or {"-h", "--help"} & set(argv) or sys.platform == "win32":
         return None
     gpus = count_gpus()
     wanted = number_given(argv, "--gpus")

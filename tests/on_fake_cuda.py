@@ -1,0 +1,98 @@
+"""gpt2-small's model at its full shape on CUDA tensors that hold no numbers, by the kernels that an
+H100 gets: python on_fake_cuda.py LIBRARY, of fake_cuda.cpp. Prints JSON: for each stage the ops
+that its forward and backward call on the GPU, with how often."""
+
+import ctypes
+import sys
+
+ctypes.CDLL(sys.argv[1])  # before PyTorch, which asks for it once
+
+import collections  # noqa: E402
+import functools  # noqa: E402
+import json  # noqa: E402
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import train_gpt as tg  # noqa: E402
+from data.loader import default_max_docs, pack  # noqa: E402
+from kernels import choose_ops  # noqa: E402
+from kernels.attention import attention  # noqa: E402
+from kernels.op import OPS  # noqa: E402
+from models import gpt  # noqa: E402
+from tracks import load_track  # noqa: E402
+
+
+class Calls(TorchDispatchMode):
+    """Ops of ours by name, and those of PyTorch whose results are not where the model is."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours = collections.Counter()
+        self.elsewhere = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = str(function)
+        if name.startswith("stopwatch."):
+            self.ours[name.split(".")[1]] += 1
+        if isinstance(out, torch.Tensor) and out.device.type != "cuda" and out.numel() > 64:
+            self.elsewhere.add(name)
+        return out
+
+
+def ops_of_hopper():
+    """As choose_ops() gives them on an H100 in bf16, but for the probes, which need one."""
+    taken = {op.name for op in OPS.values() if 90 in op.faster_on}
+    ops = choose_ops("cpu", kernels=("reference",))
+    functions = {name: OPS[name].triton for name in taken}
+    ops = ops.replace(**functions, attention=functools.partial(attention, backend="flash_attn_4"))
+    ops.forms |= dict.fromkeys(taken, "triton")
+    mlp = ops.relu2_mlp
+    return ops.replace(new_mlp=lambda: mlp)
+
+
+def batch(rows, row_len, max_doc_len):
+    micro = pack([None] * rows, row_len, default_max_docs(row_len), max_doc_len)
+    return [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in micro]
+
+
+def main():
+    config = tg.configure(**load_track("gpt2-small"))
+    row_len, val_row_len = config.data.row_len, config.data.val_row_len
+    found = []
+    before = None  # the stage of the step before
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            model = gpt.Model(config.model, 50257, val_row_len, torch.bfloat16, ops_of_hopper())
+        model.knows_tokens = True  # where they begin; fake as all else
+        for step, stage in tg.stages_of(config).items():
+            if stage == before:
+                continue
+            before = stage
+            weights = config.model.target_weights(config.schedule.progress(step))
+            if weights is not None:
+                weights = torch.empty(len(weights), device="cuda")
+            inputs = batch(1, row_len, stage.model.max_doc_len)
+            with Calls() as calls:
+                loss = model(*inputs, stage=stage.model, target_weights=weights)
+                loss.backward()
+            assert loss.device.type == "cuda" and loss.dtype == torch.float32
+            for name, p in model.named_parameters():
+                assert p.grad is None or p.grad.shape == p.shape, name
+                assert p.grad is None or p.grad.device.type == "cuda", name
+            without = [name for name, p in model.named_parameters() if p.grad is None and p.numel()]
+            model.zero_grad()
+            found.append(dict(step=step, ours=calls.ours, without=without))
+            found[-1]["elsewhere"] = sorted(calls.elsewhere)
+        last = config.model.val_stage(before.model, val_row_len)
+        inputs = batch(1, val_row_len, val_row_len)
+        with torch.no_grad(), Calls() as calls:
+            total = model(*inputs, last)
+        assert total.device.type == "cuda"
+        found.append(dict(step="validation", ours=calls.ours, elsewhere=sorted(calls.elsewhere)))
+    print(json.dumps(found))
+
+
+main()
