@@ -60,7 +60,7 @@ class Plan:
 
 
 FULL = Plan(width=192, steps=1285, validations=10, val_tokens=131_072, val_row_len=32_768)
-QUICK = Plan(width=96, steps=120, validations=3, val_tokens=32_768, val_row_len=16_384)
+QUICK = Plan(width=96, steps=80, validations=3, val_tokens=32_768, val_row_len=16_384)
 
 
 # --- one run, in a process of its own
