@@ -228,4 +228,4 @@ class TokenCache:
         self.tokens = [self.tokens[row] for row in rows]
 
     def join(self, other):
-        self.tokens = self.tokens + other.tokens
+        self.tokens = self.tokens + [list(row) for row in other.tokens]
