@@ -299,13 +299,3 @@ def test_two_processes_learn_what_one_does(base, tmp_path):
             for run in ("one", "two")
         )
         assert one == pytest.approx(two, abs=1e-5), name
-
-
-@pytest.mark.slow
-@pytest.mark.compiles
-def test_a_compiled_run_learns_the_same(base, tmp_path):
-    losses = []
-    for run, compiled in (("a", "--no-compile"), ("b", "--compile")):
-        teach(base, tmp_path, "--steps", "3", compiled, run=run)
-        losses.append([r["train_loss"] for r in rows_of(tmp_path, run) if "reward" in r])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
