@@ -240,7 +240,7 @@ def test_a_reward_that_fails_ends_the_run_and_loses_nothing(base, tmp_path, caps
     "line, said",
     [
         ("nothing", ":1: expected a line of JSON"),
-        ('{"prompt": "1"}', ':1: expected {"messages": [{"role": "user"'),
+        ('{"prompt": "1"}', ':1: expected {"messages": [...]}'),
         ('{"messages": []}', ":1: messages: expected a list"),
         (
             '{"messages": [{"role": "user", "content": "1"}, '
