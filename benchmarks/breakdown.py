@@ -9,9 +9,9 @@ On a GPU:
                                           waits for a batch
     gaps                                  nothing runs
 Backward is what lies between a forward pass and what the trainer calls next. The guard is what
-judges a step: sums of squares of all gradients, their report to the host. On a CPU the host is the
-device: other is the loop itself, waiting for other ranks counts where it happens, and there are
-neither gaps nor communication.
+judges a step: sums of squares of all gradients, their report to the host. The optimizer begins with
+sums over ranks. On a CPU the host is the device: other is the loop itself, waiting for other ranks
+counts where it happens, and there are neither gaps nor communication.
 """
 
 import bisect
@@ -50,14 +50,14 @@ def divide(layers, start, end):
     return lengths, end - start - before
 
 
-def backward_spans(forward, guard):
-    """From the end of each forward pass to the begin of the next one, or of the guard."""
-    begins = sorted(a for a, _ in forward + guard)
+def backward_spans(forward, after):
+    """From the end of each forward pass to the begin of the next one, or of what comes after."""
+    begins = sorted(a for a, _ in forward + after)
     spans = []
     for _, end in forward:
-        after = bisect.bisect_left(begins, end)
-        if after < len(begins):
-            spans.append((end, begins[after]))
+        following = bisect.bisect_left(begins, end)
+        if following < len(begins):
+            spans.append((end, begins[following]))
     return spans
 
 
@@ -79,7 +79,8 @@ def trace_parts(events, cuda):
         elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
             device.append(e)
     ((start, end),) = ranges.pop("profiled")
-    ranges["backward"] = backward_spans(ranges["forward"], ranges["guard"])
+    after = ranges["guard"] + ranges["optimizer"]
+    ranges["backward"] = backward_spans(ranges["forward"], after)
     empty = dict.fromkeys(PARTS, 0.0)
     if not cuda:
         layers = {part: ranges[part] for part in ("data", *HOST)}

@@ -247,8 +247,10 @@ class Subject:
         setup = self.setup
         loss = tg.backward(setup, self.at, batch)
         momentum = tg.momentum_at(self.c.config, self.at)
+        with record_function(f"{MARK}optimizer"):  # which begins with sums over ranks
+            gradients = setup.optimizer.gradients(momentum)
         with record_function(f"{MARK}guard"):
-            ok = setup.guard.judge(number, loss, setup.optimizer.gradients(momentum))
+            ok = setup.guard.judge(number, loss, gradients)
         with record_function(f"{MARK}optimizer"):
             lr = tg.lr_at(self.c.config, self.at)
             setup.optimizer.step(lr, momentum, ok)

@@ -59,7 +59,7 @@ def test_medians_of_pairs_on_fresh_caches(monkeypatch):
 
 
 def test_a_trainer_that_fails_says_why(monkeypatch, capsys):
-    def execute(what, command, folder, log, env, ok):
+    def execute(what, command, folder, log, env, ok, limit):
         assert ok == (0, 3)  # what the trainer ends with, its target reached or not
         assert command[1:4] == [*process.TRAINER, "--n-head", "3"]
         assert command[4:8:2] == ["--cache-dir", "--run-dir"] and command[5] == folder / "cache"

@@ -2,8 +2,6 @@
 
 import json
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from base import InputError
@@ -103,6 +101,8 @@ def test_questions_know_the_answer_alone(tmp_path):
 @pytest.fixture
 def local_hub(tmp_path, monkeypatch):
     """Names of data sets -> rows; a copy of each lies here, as if it had been fetched."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     sets = {}
 
     def ask(repo, revision):
@@ -110,7 +110,7 @@ def local_hub(tmp_path, monkeypatch):
         folder = tmp_path / "cache" / "hub" / repo.replace("/", "--") / ("a" * 40)
         file = hub.KNOWN[name].files.replace("*", "00000-of-00001")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(sets[name]), folder / file)
+        parquet.write_table(pyarrow.Table.from_pylist(sets[name]), folder / file)
         size = (folder / file).stat().st_size
         files = {file: [size, None], "README.md": [1, None]}
         return dict(revision="a" * 40, licence="mit", files=files)

@@ -934,6 +934,7 @@ def test_a_cache_of_another_run_is_known_by_its_tag(tmp_path):
         data=DataConfig(data="text", text=str(text), tokenizer="bytes", row_len=64),
         run=SimpleNamespace(cache_dir=str(tmp_path / "in")),
         goal=SimpleNamespace(seed=0, target_metric="val_loss"),
+        policy=SimpleNamespace(questions=1, answer_tokens=1),
     )
     stage = SimpleNamespace(rows=2, model=SimpleNamespace(max_doc_len=64))
     load_data(config, lambda step: stage, World())

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -330,7 +331,7 @@ def test_the_card_says_where_it_comes_from(tmp_path, capsys):
         assert words in card, words
     [command] = re.findall(r"^\./run\.sh (.*)$", card, re.M)
     said = json.loads((run / "config.json").read_text())["config"]
-    again = flat(tg.parse_args(command.split()))
+    again = flat(tg.parse_args(shlex.split(command)))
     for name, value in json.loads(json.dumps(again)).items():
         if name not in APART:
             assert value == said[name], name

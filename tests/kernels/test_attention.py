@@ -815,7 +815,7 @@ def test_order_of_preference(monkeypatch, major, newest):
     for i, works in enumerate(everything):
         tried = []
 
-        def probe(backend, device, dtype, head_dim):
+        def probe(backend, device, dtype, head_dim, shapes):
             tried.append(backend)
             return None if backend == works else "no"
 

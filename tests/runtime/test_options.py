@@ -277,7 +277,7 @@ def test_an_interval_is_sound_or_refused(text):
 def test_every_option_says_what_it_is_and_its_default_is_valid():
     for f in FIELDS.values():
         help = f.metadata["help"]
-        assert help and (help[0].islower() or help.startswith(("Muon", "Adam"))), f.name
+        assert help and (help[0].islower() or help.startswith(("Muon", "Adam", "LoRA"))), f.name
     tg.configure()
     for name in tg.track_names():
         tg.configure(**(tg.load_track(name) | dict(text="a")))

@@ -197,7 +197,7 @@ def test_a_port_of_another_program(nursery, argv, tmp_path):
         env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         run = nursery.run(argv("run"), tmp_path / "output", env=list(env.items()))
     assert run.status == 2
-    line = f"error: the 2 processes cannot meet at 127.0.0.1:{port}: "
+    line = f"error: rank 0: the 2 processes cannot meet at 127.0.0.1:{port}: "
     assert run.err.splitlines()[-1].startswith(line) and "Traceback" not in run.err
 
 

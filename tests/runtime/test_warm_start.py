@@ -106,7 +106,7 @@ def test_another_tokenizer_than_that_of_the_weights(run):
     argv = ["--text", run.text, "--warm-start", folder / "checkpoints/step-000012"]
     assert tg.parse_args(list(map(str, argv))).data.tokenizer == "bpe:300"
     argv[2:] = ["--warm-start", run.tmp / "nowhere"]
-    assert tg.parse_args(list(map(str, argv))).data.tokenizer == tg.DataConfig.tokenizer
+    assert tg.parse_args(list(map(str, argv))).data.tokenizer == "bpe"
 
 
 def test_characters_that_the_run_has_not_seen(run, tmp_path):
