@@ -266,6 +266,7 @@ def small(tmp_path_factory):
     return folder, c, args
 
 
+@pytest.mark.slow
 def test_runs_interrupted_and_gone_on_with(small, tmp_path, monkeypatch, capsys):
     folder, c, args = small
     out, table = tmp_path / "out.json", tmp_path / "out.md"

@@ -396,6 +396,7 @@ def test_time_is_booked_where_it_is_spent(tiny_options, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_reports(nursery, tiny_options, tmp_path):
     out = tmp_path / "out.json"
     argv = ["trainer", *tiny_options, "--steps", "2", "--tokens", "64", "128", "--json", str(out)]

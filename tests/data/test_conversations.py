@@ -101,7 +101,7 @@ def random_conversations(n):
         yield messages
 
 
-@pytest.mark.parametrize("n", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [15, pytest.param(1000, marks=pytest.mark.slow)])
 def test_the_exported_template_has_the_same_tokens_and_the_same_ones_count(n, tmp_path):
     """In transformers, of random conversations."""
     transformers = pytest.importorskip("transformers")

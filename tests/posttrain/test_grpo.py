@@ -61,6 +61,7 @@ def rows_of(tmp_path, run="taught"):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_answers_that_are_worth_more_become_likelier(base, tmp_path):
     assert teach(base, tmp_path, "--steps", "30", "--answers", "8", "--stage-lr", "1") == 0
     steps = [row for row in rows_of(tmp_path) if "reward" in row]

@@ -110,6 +110,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(whole):
     same(whole.tmp / name, whole.tmp / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_bit_for_bit(whole):
     """Also where the signal comes while gradients wait for Adam, each process having its own."""
     two = dict(ranks=2)

@@ -119,6 +119,7 @@ def test_killed_between_the_weights_and_the_result(nursery, argv, tmp_path, whol
     assert remains(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_several_processes_killed_together_again_and_again(nursery, argv, tmp_path):
     job = dict(ranks=2)
     assert nursery.run(argv("whole"), tmp_path / "output", **job).status == 0
