@@ -156,6 +156,8 @@ case $verb in
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records
         [[ $verb == eval && ${1:-} == --harness ]] && require harness
+        parquet=' (smoltalk|ultrafeedback|gsm8k) |\.parquet '  # also these sets of the Hub
+        [[ " $* " =~ $parquet ]] && require data
         require "$verb"
         exec "$venv/bin/python" "$here/door.py" "$verb" "$@"
         ;;
