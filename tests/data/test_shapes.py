@@ -178,6 +178,7 @@ def test_a_file_of_that_name_is_the_file(tmp_path, monkeypatch):
 
 
 def test_what_is_no_file_of_parquet_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
     (tmp_path / "x.parquet").write_text("no")
     with pytest.raises(InputError, match=r"x.parquet: cannot be read after row 0"):
         list(read_conversations(tmp_path / "x.parquet"))
