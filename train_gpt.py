@@ -116,6 +116,11 @@ class Schedule(Options):
         (256,), "documents are cut at this many tokens, by stage", BY_STAGE
     )
     stage_lr: tuple[float, ...] = option((1.0,), "learning rate multiplier, by stage", BY_STAGE)
+    grow_gradients: bool = option(
+        False,
+        "gradients are as much larger as a stage's batch is than the first one's, so that moments "
+        "weigh later steps more",
+    )
     extension: int = option(0, "the last so many steps stay where the schedules end", COUNT)
     cooldown: float = option(
         0.6, "fraction of training over which the learning rate falls linearly", FRACTION

@@ -73,15 +73,15 @@ BASE = ROWS | dict(
     copies=0,
     sampled_softmax=0,
     batch_tokens=8192,
-    steps=220,
-    eval_every=110,
+    steps=440,
+    eval_every=220,
     patience=0,
     train_eval=0,
     sample_tokens=0,
 )
 TAUGHT = ROWS | dict(val_row_len=256, patience=0, sample_tokens=0)
 # Every fourth row is text, so that the model does not forget it
-SFT = TAUGHT | dict(batch_tokens=8192, steps=100, eval_every=50, mix=(3, 1))
+SFT = TAUGHT | dict(batch_tokens=8192, steps=250, eval_every=125, mix=(3, 1))
 # A large beta keeps it near to what it was: with the usual 0.1 answers that are sentences break up
 DPO = TAUGHT | dict(batch_tokens=4096, steps=30, eval_every=10, beta=1.0)
 GRPO = TAUGHT | dict(
@@ -90,8 +90,8 @@ GRPO = TAUGHT | dict(
     answers=8,
     answer_tokens=48,
     val_questions=64,
-    steps=24,
-    eval_every=12,
+    steps=72,
+    eval_every=24,
 )
 MOST_KL = 0.1  # nats a token that the model may have gone from where GRPO began
 

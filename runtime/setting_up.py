@@ -299,10 +299,15 @@ def backward(setup, step, batch):
     total = torch.zeros((), device=device)
     if hasattr(setup.model, "before_step"):
         setup.model.before_step()
+    # Gradients of the mean over the step's targets, or as much larger as its batch is than that of
+    # the first step
+    growth = 1.0
+    if config.schedule.grow_gradients:
+        growth = n_tokens(config, stage) / n_tokens(config, setup.stages[1])
     for micro in batch:
         tensors = (t.to(device) for t in micro)
         loss = setup.forward(*tensors, stage=stage.model, target_weights=weights) / n_targets
-        loss.backward()  # adds to .grad
+        (growth * loss).backward()  # adds to .grad
         total += loss.detach()
     return total
 

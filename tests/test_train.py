@@ -842,3 +842,27 @@ def test_training_text_is_measured_as_the_validation_split_is(tmp_path):
 def test_prompts_are_texts_and_no_paths():
     prompts = ("~ about home", "x" * 5000)
     assert tg.parse_args(["--sample-prompts", *prompts]).run.sample_prompts == prompts
+
+
+def test_gradients_grow_with_the_batch_where_they_shall(text, tmp_path):
+    """Those of a stage with three times the first one's tokens are three times as large; the loss
+    that is logged is a mean all the same."""
+    batches = dict(steps=4, batch_tokens=(64, 192), row_len=32)
+    found = {}
+    for grows in False, True:
+        config = tiny(text, tmp_path, grow_gradients=grows, **batches)
+        world = tg.World()
+        data = tg.load_data(config, lambda step, c=config: tg.stage_at(c, step), world)
+        with tg.Log(tmp_path / f"grows {grows}", 4, False) as log:
+            setup = tg.set_up(config, tg.stages_of(config), world, data, log)
+        setup.model.init_weights(0)
+        for step in 1, 3:
+            setup.model.zero_grad()
+            batch = list(
+                data.train.micro_batches(step, micro_rows=setup.micro_rows[setup.stages[step]])
+            )
+            loss = tg.backward(setup, step, batch)
+            found[grows, step] = loss.item(), setup.model.lm_head.grad.norm().item()
+    assert found[True, 1] == found[False, 1]
+    assert found[True, 3][0] == found[False, 3][0]
+    assert found[True, 3][1] == pytest.approx(3 * found[False, 3][1], rel=1e-4)
