@@ -134,7 +134,7 @@ pwd -P >/dev/null 2>&1 || fail "the folder you are in has been deleted; change t
 case $verb in
     train)
         require core
-        exec "$venv/bin/python" "$here/door.py" train "$@"  # starts torchrun itself
+        exec "$venv/bin/python" "$here/door.py" train "$@"  # a process for each GPU
         ;;
     test)
         require core
@@ -156,8 +156,10 @@ case $verb in
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records
         [[ $verb == eval && ${1:-} == --harness ]] && require harness
-        parquet=' (smoltalk|ultrafeedback|gsm8k) |\.parquet '  # also these sets of the Hub
-        [[ " $* " =~ $parquet ]] && require data
+        case $verb in  # without .jsonl they are given parquet, from a file or from the Hub
+            sft | dpo | orpo | grpo)
+                [[ " $* " == *" --data "* && "$*" != *.jsonl* ]] && require data ;;
+        esac
         require "$verb"
         exec "$venv/bin/python" "$here/door.py" "$verb" "$@"
         ;;

@@ -319,13 +319,14 @@ def within_epochs(config, n_tokens):
     """{option: value} for the steps that --max-epochs leaves, with as many validations; n_tokens:
     of the training text."""
     schedule = config.schedule
-    most = schedule.max_epochs * n_tokens
+    if not schedule.max_epochs:
+        return {}
+    left = schedule.max_epochs * n_tokens
     steps = 0
-    taken = 0  # tokens
-    while steps < schedule.steps and (taken < most or not steps):
+    while steps < schedule.steps and (left > 0 or not steps):
         steps += 1
-        taken += stage_at(config, steps).rows * config.data.row_len
-    if not most or steps == schedule.steps:
+        left -= stage_at(config, steps).rows * config.data.row_len
+    if steps == schedule.steps:
         return {}
     adam_every = config.optim.adam_every
     every = config.run.eval_every * steps // schedule.steps // adam_every * adam_every
@@ -530,8 +531,7 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
         # Prepared if need be; its rows are those of the seed in turn, and of steps added to it
         data = load_data(config, lambda step: stage_at(config, step), world)
     loop = open_loop(config, data) if open_loop else train_to_the_end
-    if config.schedule.max_epochs:
-        config = changed(config, **within_epochs(config, data.train.n_tokens))
+    config = changed(config, **within_epochs(config, data.train.n_tokens))
     if folder is None:
         fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
         folder = folders.find_run_dir(config, FREE, world, runs_folder(), resuming, fingerprint)
@@ -566,9 +566,7 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
                     setup = set_up(config, stages_of(config), world, data, log)
                     if options.time:
                         config = changed(config, **fit_to_time(setup, parts.elapsed()))
-                        if config.schedule.max_epochs:
-                            fewer = within_epochs(config, data.train.n_tokens)
-                            config = changed(config, **fewer)
+                        config = changed(config, **within_epochs(config, data.train.n_tokens))
                         log.expect(config.schedule.steps)
                         setup.stages = stages_of(config)
                     if options.time or (config.goal.target is None and not open_loop):

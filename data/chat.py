@@ -246,8 +246,13 @@ def lines_of(path):
 
 def rows_of_parquet(path):
     """Yield (object, where) of the rows of a file. Raises InputError."""
-    import pyarrow
-    import pyarrow.parquet
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            f"{path}: reading it needs pyarrow; .venv/bin/pip install -r requirements-data.txt"
+        ) from None
 
     number = 0
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from base import InputError, to_json, write_text
-from base.files import aside, one_at_a_time
+from base.files import aside, one_at_a_time, sha256_of
 
 from .chat import START, read_conversations, read_pairs, render, render_pair
 from .dataset import Dataset
@@ -86,9 +86,7 @@ def open_conversations(config, cache):
     key = [LAYOUT, config.data, len(train), shape, *digests, tokenizer.to_json()]
     fingerprint = hashlib.sha256(to_json(key).encode()).hexdigest()
     folder = Path(cache) / f"{config.data}-{fingerprint[:16]}"
-    if not (folder / "meta.json").exists():
-        prepare(train, val, pairs, tokenizer, folder)
-    said = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    said = prepared(folder, functools.partial(write_splits, train, val, pairs, tokenizer))
     return Dataset(
         name=", ".join(one.name for one in train),
         train=[folder / "train_000000.bin"],
@@ -121,25 +119,22 @@ def with_chat_tokens(tokenizer):
     return Tokenizer(tokenizer.kind, tokenizer.tokens, tokenizer.pattern, SPECIALS)
 
 
-def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def prepare(train, val, pairs, tokenizer, folder):
-    """Write conversations as shards into a folder, which appears when all of it is there."""
-    os.makedirs(folder.parent, exist_ok=True)
-    temp = aside(folder)
-    with one_at_a_time(folder):
-        if (folder / "meta.json").exists():  # another process has just prepared it
-            return
-        try:
-            said = write_splits(train, val, pairs, tokenizer, temp)
-            write_text(temp / "meta.json", to_json(said))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temp, folder)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+def prepared(folder, write):
+    """What write(a folder) says of what it writes, which it does where `folder` is not there yet:
+    that appears when all of it is."""
+    meta = folder / "meta.json"
+    if not meta.exists():
+        os.makedirs(folder.parent, exist_ok=True)
+        temp = aside(folder)
+        with one_at_a_time(folder):
+            try:
+                if not meta.exists():  # another process may just have prepared it
+                    write_text(temp / "meta.json", to_json(write(temp)))
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.replace(temp, folder)
+            finally:
+                shutil.rmtree(temp, ignore_errors=True)
+    return json.loads(meta.read_text(encoding="utf-8"))
 
 
 def write_splits(train, val, pairs, tokenizer, folder):

@@ -7,8 +7,6 @@ turn, with fields beside them that say what a right answer is.
 import functools
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +15,9 @@ import torch
 from tqdm import tqdm
 
 from base import InputError, to_json, write_text
-from base.files import aside, one_at_a_time
 
 from .chat import check_turns, object_of, of_lines, prompt_of, read_messages
-from .conversations import digests_of, is_held_out, locate, with_chat_tokens
+from .conversations import WHOLE, digests_of, is_held_out, locate, prepared, with_chat_tokens
 from .dataset import Dataset
 from .loader import IGNORE, pack
 from .shapes import question_of_line
@@ -29,7 +26,6 @@ from .tokenizers import make_tokenizer
 
 EXAMPLE = '{"messages": [{"role": "user", "content": "12 + 7"}], "answer": "19"}'
 LAYOUT = 1  # change it when what is written below changes, so old caches are not read
-WHOLE = 1 << 40  # tokens of a shard: all
 
 
 class Question(NamedTuple):
@@ -84,9 +80,7 @@ def open_questions(config, cache):
     key = [LAYOUT, config.data, len(train), *digests, tokenizer.to_json()]
     fingerprint = hashlib.sha256(to_json(key).encode()).hexdigest()
     folder = Path(cache) / f"{config.data}-{fingerprint[:16]}"
-    if not (folder / "meta.json").exists():
-        prepare(train, val, tokenizer, folder)
-    said = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    said = prepared(folder, functools.partial(write_splits, train, val, tokenizer))
     return Dataset(
         name=", ".join(one.name for one in train),
         train=[folder / "train_000000.bin"],
@@ -107,25 +101,9 @@ def paths_of(given):
     return [(path, [] if one.from_hub else None) for one in given for path in one.paths]
 
 
-def prepare(train, val, tokenizer, folder):
-    """Write questions into a folder, which appears when all of it is there: prompts as shards, and
-    lines of [where, tokens of the prompt, fields]."""
-    os.makedirs(folder.parent, exist_ok=True)
-    temp = aside(folder)
-    with one_at_a_time(folder):
-        if (folder / "meta.json").exists():  # another process has just prepared it
-            return
-        try:
-            said = write_splits(train, val, tokenizer, temp)
-            write_text(temp / "meta.json", to_json(said))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temp, folder)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
-
-
 def write_splits(train, val, tokenizer, folder):
-    """Both splits; returns {split: questions in it}."""
+    """Write prompts as shards, and lines of [where, tokens of the prompt, fields]; returns {split:
+    how many questions}."""
     lines = dict(train=[], val=[])
     shards = dict(shard_tokens=WHOLE, dtype=tokenizer.dtype)
     with (
