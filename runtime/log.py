@@ -244,7 +244,7 @@ class Log:
                     (self.folder / name).unlink()
 
     def finish(self, result):
-        """Write result.json, the mark of a finished run."""
+        """Write result.json, the mark of a finished run unless it says `finishing`."""
         if not self.active:
             return
         text = to_json(result, indent=1)

@@ -2,7 +2,8 @@
 
 RUN_DIR/log.txt, metrics.jsonl, config.json       from the start
 RUN_DIR/checkpoints/step-000123/                  see checkpoints.py
-RUN_DIR/result.json, model.safetensors            once it has finished
+RUN_DIR/model.safetensors, result.json            once it has finished; result.json is there a
+                                                  little before, with `finishing` in it
 
 A result counts until there is a checkpoint of a later step: then the run has gone on since.
 """
@@ -57,12 +58,14 @@ def left_by(folder):
 
 
 def read_result(folder):
-    """The result of a finished run, else None."""
+    """The result of a finished run, else None: also of one that ended before it had written its
+    last checkpoint and weights."""
     try:
         result = json.loads((folder / "result.json").read_text())
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and "steps" in result else None
+    whole = isinstance(result, dict) and "steps" in result and "finishing" not in result
+    return result if whole else None
 
 
 def described(folder, result):

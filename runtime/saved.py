@@ -34,7 +34,8 @@ def newest_run(runs=None):
     """The folder of the run that finished last. Raises InputError where there is none."""
     runs = runs or runs_folder()
     found = [*Path(runs).glob("*/result.json"), *Path(runs).glob("*/seed*/result.json")]
-    found = [result.parent for result in found if result.with_name("model.safetensors").exists()]
+    found = [path for path in found if path.with_name("model.safetensors").exists()]
+    found = [path.parent for path in found if '"finishing"' not in path.read_text()]
     if not found:
         raise InputError(
             f"{runs}: no finished run yet; train one with ./run.sh, or name a run's folder with "
@@ -70,6 +71,11 @@ def load_run(folder, device="cpu", template=None, step=None):
     result = {}  # of a run that may still be going on
     if step is None:
         result = read_object(folder / "result.json")
+        if "finishing" in result:
+            raise InputError(
+                f"{folder}: the run's weights are still being written, or it was ended before; "
+                f"./run.sh --resume {folder} goes on with it then"
+            )
         steps = result.get("best_step", result.get("steps"))
         path = folder / "model.safetensors"
     else:

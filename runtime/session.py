@@ -349,20 +349,40 @@ class Session:
         return saved
 
     def end(self):
-        """Stop the clock and write the last checkpoint. Raises Interrupted when a signal ended the
-        run."""
+        """Stop the clock, say what came of it, and write the last checkpoint. Raises Interrupted
+        when a signal ended the run."""
         self.clock.stop()
         gc.unfreeze()
         self.watch.end()
         self.read_meter(now=True)
         self.parts.seconds["train_s"] = self.clock.total - self.earlier_time
-        saved = self.save(wait=True) if self.at.step > self.first else False
+        saved = False
+        if self.at.step > self.first:
+            if "stop" not in self.wanted:
+                self.announce_result()
+            saved = self.save(wait=True)
         if "stop" in self.wanted:
             folder = shlex.quote(str(self.log.folder))
             then = f"; --resume {folder} goes on from there" if saved else ""
             self.log.say(f"stopped at step {self.at.step} by a signal{then}")
             wait_for_first_rank(self.state.world)
             raise Interrupted(128 + (self.requests.stop or signal.SIGTERM))
+
+    def announce_result(self):
+        """The time to the target, on the screen and in result.json, before anything slow follows:
+        checkpoint, weights, samples. Until they are there, the file says `finishing`."""
+        self.receive(math.inf)
+        result = self.result()
+        after = f"after {result['steps']:,} steps and {result['train_time_s']:.3f} s of training"
+        name = self.goal.target_metric
+        target = self.goal.target
+        found = result.get(name)
+        if result["reached"]:
+            self.log.say(f"target reached {after}: {name} {found:.4f}, target {target:g}")
+        elif target is not None:
+            there = "not known" if found is None else f"{found:.4f}"
+            self.log.say(f"target not reached {after}: {name} {there}, target {target:g}")
+        self.log.finish(result | dict(finishing=True))
 
     def cost(self):
         """dict(energy_kwh, usd) of the run so far; None for what nobody knows."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_gpt as tg
+from base import InputError
 from inference import sample, show
 from inference.engine import Engine
 from inference.options import fixed_prompts
@@ -44,6 +46,15 @@ def test_the_model_that_is_read_has_the_runs_validation_loss(trained):
     assert saved.max_len == 64
 
 
+def test_a_run_without_its_last_weights_is_refused(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0].run.run_dir, folder)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | dict(finishing=True)))
+    with pytest.raises(InputError, match="still being written.*--resume"):
+        load_run(folder)
+
+
 def test_the_newest_run_is_the_one_that_finished_last(tmp_path):
     for i, name in enumerate(["a/seed3", "b", "c", "d"]):
         (tmp_path / name).mkdir(parents=True)
@@ -56,6 +67,8 @@ def test_the_newest_run_is_the_one_that_finished_last(tmp_path):
     assert newest_run(tmp_path) == tmp_path / "b"
     os.utime(tmp_path / "a/seed3/result.json", (9, 9))
     assert newest_run(tmp_path) == tmp_path / "a/seed3"
+    (tmp_path / "a/seed3/result.json").write_text('{"finishing": true}')  # its weights are to come
+    assert newest_run(tmp_path) == tmp_path / "b"
 
 
 def test_where_there_is_no_run_yet_it_says_how_to_get_one(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ import train_gpt as tg
 from base import InputError
 from kernels import launch
 from optim import Adam, Optimizer, gradient_report
-from runtime import checkpoints, energy, machine, setting_up
+from runtime import checkpoints, energy, machine, resume, setting_up
 from runtime import session as session_module
 from runtime.guard import Guard
 from runtime.log import Log
@@ -216,6 +216,36 @@ def test_the_target_ends_the_run(tmp_path):
     assert toy.run().reached() is False
     toy = Toy(tmp_path / "none", losses, steps=2)
     assert toy.run().reached() is None
+
+
+@pytest.mark.parametrize("target, said", [(3.0, "target reached"), (1.5, "target not reached")])
+def test_the_time_to_the_target_is_known_before_anything_slow_follows(
+    tmp_path, monkeypatch, capfd, target, said
+):
+    """On the screen and in the folder, before the last checkpoint; a run that is killed from there
+    on has not finished."""
+    toy = Toy(tmp_path, by_step(5.0, 4.0, 3.0, 2.0), eval_every=1, steps=4, target=target)
+    seen = []
+
+    def save(self, *args, **kwargs):
+        seen.append((json.loads((tmp_path / "result.json").read_text()), capfd.readouterr().err))
+        return False
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
+    session = toy.run()
+    [(early, err)] = seen
+    assert f"{said} after {len(toy.taken)} steps and " in err and "val_loss" in err
+    assert early == session.result() | dict(finishing=True)
+    assert resume.left_by(tmp_path).result is None
+    toy.log.finish(session.result())
+    assert resume.left_by(tmp_path).result == session.result()
+
+
+def test_a_signal_leaves_no_result(tmp_path):
+    toy = Toy(tmp_path, asks={3: "stop"})
+    with pytest.raises(Interrupted):
+        toy.run()
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_a_target_that_comes_on_resuming_waits_for_a_validation(tmp_path):
