@@ -110,6 +110,7 @@ def symmetric_matmul():
     op.launch_symmetric_matmul(square, None, 1.0, 0.0)
     op.launch_symmetric_matmul(square, square, 0.5, -2.7)
     op.launch_symmetric_matmul(tall.mT, None, 1.0, 0.0)
+    op.launch_symmetric_matmul(square, square, 15.9, -22.5, 8.2, True)
 
 
 def cross_entropy(gradient, cap=(23.0, 5.0, 7.5), targets=1, config=None, sampled=0):

@@ -14,7 +14,7 @@ import torch
 from .attention import attention, choose_backend
 from .launch import chip
 from .op import OPS
-from .polar_express import polar_express
+from .polar_express import polar_express, polar_express_by_kernels
 
 
 class Ops(types.SimpleNamespace):
@@ -23,7 +23,7 @@ class Ops(types.SimpleNamespace):
     rms_norm, add_rms_norm, qk_norm_rope, relu2_mlp, swiglu, linear_cross_entropy, symmetric_matmul
                     as in the ops' files, in the form that was chosen
     attention       with its backend bound
-    polar_express   with its symmetric products bound
+    polar_express   in the form that goes with symmetric_matmul's
     new_mlp         () -> what one layer calls as mlp(x, w_up, w_down): relu2_mlp, or in FP8 an
                     nn.Module with scales of its own
     """
@@ -103,11 +103,12 @@ def choose_ops(
         functions["new_mlp"] = OPS["relu2_mlp"].new_fp8
         functions["linear_cross_entropy"] = OPS["linear_cross_entropy"].new_fp8()
 
+    by_kernels = forms["symmetric_matmul"] == "triton"
     backend = choose_backend(device, dtype, head_dim, shapes=shapes, say=say)
     return Ops(
         forms=forms,
         attention=functools.partial(attention, backend=backend),
-        polar_express=functools.partial(polar_express, symmetric=functions["symmetric_matmul"]),
+        polar_express=polar_express_by_kernels if by_kernels else polar_express,
         **functions,
     )
 

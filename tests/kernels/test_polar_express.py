@@ -1,12 +1,16 @@
 """kernels/polar_express.py against the singular value decomposition in float64."""
 
+import importlib
+
 import pytest
 import torch
 from kernel_checks import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.polar_express import COEFFICIENTS, polar_express
-from kernels.symmetric_matmul import symmetric_matmul, symmetric_matmul_reference
+from kernels.polar_express import COEFFICIENTS, polar_express, polar_express_by_kernels
+from kernels.symmetric_matmul import symmetric_matmul_reference
+
+module = importlib.import_module("kernels.polar_express")
 
 # What five steps make of singular values in [1e-3, 1] of 1.02 |G|_F; bf16 adds its rounding.
 BAND = {torch.float32: (0.858, 1.142), torch.bfloat16: (0.83, 1.16)}
@@ -194,12 +198,13 @@ def test_input_stays_as_it_was():
 
 
 @pytest.mark.parametrize("dtype", BAND)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_symmetric_products_by_kernels(shape, dtype):
+def test_symmetric_products_by_kernels(shape, scale, dtype):
     """The same polar factor, with the band kept, by the op that computes half of each symmetric
-    product."""
-    G = gaussian(*shape, dtype=dtype).to(DEVICE)
-    X = polar_express(G, symmetric=symmetric_matmul)
+    product and the norm from the first one."""
+    G = (scale * gaussian(*shape)).to(DEVICE, dtype)
+    X = polar_express_by_kernels(G)
     assert X.shape == G.shape and X.dtype == dtype and X.is_contiguous()
     assert distance_from_band(torch.linalg.svdvals(X.double()), BAND[dtype]) <= 0
     # Rounded elsewhere, to the same exactness on average; of few numbers either may be luckier
@@ -208,19 +213,27 @@ def test_symmetric_products_by_kernels(shape, dtype):
     assert off <= 1.5 * allowed + (1e-5 if dtype == torch.float32 else 0.05) * exact.norm()
 
 
+def test_each_matrix_of_a_batch_has_its_own_norm():
+    G = torch.stack([s * gaussian(8, 12, seed=i) for i, s in enumerate((1e-4, 1.0, 1e7, 0.0))])
+    X = polar_express_by_kernels(G.to(DEVICE))
+    torch.testing.assert_close(X, polar_express(G).to(DEVICE), atol=1e-4, rtol=1e-3)
+    assert not X[3].any()
+
+
 @pytest.mark.parametrize(
     "shape, symmetric",
     [((2, 12, 20), (2, 12, 12)), ((2, 20, 12), (2, 12, 12)), ((9, 9), (1, 9, 9))],
     ids=str,
 )
-def test_two_symmetric_products_of_the_smaller_side_per_step(shape, symmetric):
+def test_two_symmetric_products_of_the_smaller_side_per_step(shape, symmetric, monkeypatch):
     found = []
 
     def spy(X, *args, **kwargs):
         found.append(symmetric_matmul_reference(X, *args, **kwargs))
         return found[-1]
 
-    polar_express(gaussian(*shape), steps=3, symmetric=spy)
+    monkeypatch.setattr(module, "symmetric_matmul_reference", spy)
+    polar_express(gaussian(*shape), steps=3)
     assert [x.shape for x in found] == [symmetric] * 6
     for x in found:
         torch.testing.assert_close(x, x.mT)
@@ -241,16 +254,14 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("shape", [(2, 12, 20), (2, 20, 12)], ids=str)
 def test_three_launches_a_step_with_the_kernels_for_symmetric_products(shape):
-    """Two of them and a product that copies nothing; by baddbmm with its copy it was four."""
+    """Two of them and a product that copies nothing; by baddbmm with its copy it was four. None for
+    the norm and the division by it, which were four more."""
     G = gaussian(*shape).to(DEVICE)
-    found = []
-    for steps in (1, 4):
-        with Launches() as launches:
-            polar_express(G, steps, symmetric=symmetric_matmul)
-        found.append(launches.names)
     step = ["stopwatch::symmetric_matmul", "stopwatch::symmetric_matmul", "aten::bmm"]
-    assert found[1] == found[0] + 3 * step
-    assert len(found[0]) - 3 <= 4  # the norm, and the division by it
+    for steps in 1, 5:
+        with Launches() as launches:
+            polar_express_by_kernels(G, steps)
+        assert launches.names == steps * step
 
 
 def test_the_result_is_laid_out_as_a_gradient():

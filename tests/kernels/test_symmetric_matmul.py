@@ -10,6 +10,8 @@ from kernel_checks import DEVICE, DTYPES, draw, poisoned_memory
 from kernels.launch import runs_triton, tl, triton
 from kernels.symmetric_matmul import (
     _symmetric_matmul,
+    normalised_polynomial,
+    normalised_polynomial_reference,
     symmetric_matmul,
     symmetric_matmul_reference,
     triangle,
@@ -73,6 +75,72 @@ def test_the_products_of_polar_express(dtype):
         A = check(X / X.norm(dim=(-2, -1), keepdim=True))
         check(A, A, alpha=15.9, beta=-22.5)
         check(A, A, alpha=15.9, beta=-22.5, diagonal=8.2)
+
+
+NUMBERS = 8.2, -22.5, 15.9
+
+
+def twin(A, a, b, c):
+    """normalised_polynomial of one matrix, element by element, in float64."""
+    m = len(A)
+    A = A.double()
+    trace = sum(A[i, i].item() for i in range(m))
+    if trace > 1e18:
+        return torch.zeros_like(A)
+    s = 1 / (1.02 * trace**0.5 + 1e-6)
+    out = torch.empty_like(A)
+    for i in range(m):
+        for j in range(m):
+            square = sum(A[i, k].item() * A[k, j].item() for k in range(m))
+            out[i, j] = s * (b * s**2 * A[i, j].item() + c * s**4 * square + a * (i == j))
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_polynomial_with_the_division_by_the_norm_is_float64s(dtype):
+    """Against loops over elements: norms from 1e-9 to 1e8, where the type holds them."""
+    scales = (1e-2, 1.0, 3.0) if dtype == torch.float16 else (1e-9, 1e-6, 1e-2, 1.0, 1e3, 1e7)
+    Y = torch.stack([draw(9, 40, seed=i, scale=s) for i, s in enumerate(scales)])
+    A = (Y @ Y.mT).to(dtype)
+    with poisoned_memory():
+        out = normalised_polynomial(A, *NUMBERS)
+    assert out.shape == A.shape and out.dtype == dtype and out.is_contiguous()
+    digits = torch.finfo(dtype).eps
+    for x, matrix in zip(out, A):
+        exact = twin(matrix, *NUMBERS)
+        assert (x.double() - exact).abs().max() <= 2 * digits * exact.abs().max()
+    reference = normalised_polynomial_reference(A, *NUMBERS)
+    torch.testing.assert_close(out, reference, rtol=4 * digits, atol=0)
+
+
+@pytest.mark.parametrize("m", [0, 1, 31, 64, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traces_of_every_size(m, dtype):
+    """That blocks and tiles do not divide; in a batch, and in one that is strided."""
+    Y = draw(2, m, 70, scale=0.1)
+    A = (Y @ Y.mT).to(dtype)
+    exact = normalised_polynomial_reference(A.double(), *NUMBERS)
+    apart = torch.stack([A, A], dim=-1)[..., 0]
+    for given in A, A.mT, apart:
+        with poisoned_memory():
+            out = normalised_polynomial(given, *NUMBERS)
+        if m:
+            # Numbers up to 22.5 add up to less than 2
+            allowed = 2 * torch.finfo(dtype).eps * exact.abs().max() + 1e-5
+            assert (out.double() - exact).abs().max() <= allowed
+            assert not runs_triton(A) or torch.equal(out, out.mT)
+
+
+def test_norms_that_are_nothing_too_large_or_no_number():
+    Y = torch.stack([draw(5, 9, scale=s) for s in (0.0, 1e10, 1e18, 1.0)])
+    Y[3, 1, 2] = float("nan")
+    with poisoned_memory():
+        out = normalised_polynomial(Y @ Y.mT, *NUMBERS)
+    assert (out[0] @ Y[0]).eq(0).all() and out[0].isfinite().all()
+    assert not out[1].any() and not out[2].any()
+    assert out[3].isnan().all()
+    reference = normalised_polynomial_reference(Y[:3] @ Y[:3].mT, *NUMBERS)
+    torch.testing.assert_close(out[:3], reference)
 
 
 def test_strided_and_expanded_inputs():
@@ -190,6 +258,7 @@ def test_registration_is_sound():
         (X, C, 0.5, 2.0),
         (X[0], C[0], 0.5, 2.0),
         (X.half(), None, 1.0, 0.0),
+        (C @ C.mT, C @ C.mT, 0.5, 2.0, 1.0, True),
     ):
         torch.library.opcheck(_symmetric_matmul, args)
 
