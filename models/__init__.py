@@ -28,6 +28,9 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
 
     dtype                          attribute: of large parameters and activations
     recompute                      attribute: compute blocks again in backward (set by the trainer)
+    grad_rooms                     attribute: {parameter: rows of memory that its gradient is to
+                                   have behind it} (set by the trainer, where ranks do not divide
+                                   it); a gradient without is copied. Only if it makes use of it
     init_weights(seed)             new weights, the same on every device
     learn_tokens(dataset)          take from a data.Dataset what the loss needs to know of its
                                    tokens' bytes. Raises InputError; only if it needs anything

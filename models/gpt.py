@@ -31,6 +31,7 @@ from .cache import KVCache
 from .gpt_config import Config, Stage
 from .parts import (
     GATE_INPUTS,
+    UnbindWithRoom,
     document_starts,
     draw,
     gate,
@@ -126,6 +127,7 @@ class Model(nn.Module):
         self.dtype = dtype  # of large parameters and activations
         self.ops = ops or choose_ops("cpu")
         self.recompute = False
+        self.grad_rooms = {}
 
         def parameter(*shape, dtype=dtype):
             return nn.Parameter(torch.zeros(shape, dtype=dtype))
@@ -383,7 +385,8 @@ class Model(nn.Module):
         scales = dict(zip(c.attn_layers, numbers(self.qkvo_scales)))  # {} where they are off
         out_gates = dict(zip(c.gated_layers, self.attn_gates.unbind(0)))  # the same
         value_gates = dict(zip(c.value_gate_layers, self.value_gates.unbind(0)))
-        mlp = self.mlp_bank.unbind(0)
+        rows = self.grad_rooms.get("mlp_bank", 0)
+        mlp = UnbindWithRoom.apply(self.mlp_bank, rows) if rows else self.mlp_bank.unbind(0)
         weights = self.weights()
         layers = []
         for i in range(c.n_layer):

@@ -42,6 +42,14 @@ class Optimizer:
                     self.rooms[name] = room
         self.reset()
 
+    def padding_rows(self):
+        """{parameter name: rows of padding behind its own}, where ranks do not divide them."""
+        found = {}
+        for name in self.rooms:
+            shard = self.shards[name]
+            found[name] = shard.n * shard.ranks - len(shard.whole)
+        return found
+
     def fast(self, f):
         """A pointwise function, compiled where the run compiles.
 
@@ -82,8 +90,8 @@ class Optimizer:
 
     @torch.no_grad()
     def gradients(self, momentum=None):
-        """{parameter: gradient summed over ranks, of this rank's part, or None}, the same names on
-        all ranks: what the guard judges before step().
+        """{parameter: gradient summed over ranks, of the rows that this rank owns, or None}, the
+        same names on all ranks: what the guard judges before step().
 
         Gradients that wait for a later turn are judged then; in a single process now, where nothing
         has to be summed. With the momentum of step(), what updates can do before anyone knows
@@ -99,7 +107,7 @@ class Optimizer:
             self.reduced[name] = None, part
             if momentum is not None and self.rules[name].prepares:
                 self.prepare(name, part, momentum)
-            found[name] = part
+            found[name] = self.owned(name, part)
         return found
 
     @torch.no_grad()
@@ -163,11 +171,14 @@ class Optimizer:
 
     def prepare(self, name, grad, momentum):
         """What the rule can do for the rows that this rank owns without writing anything."""
-        own = self.shards[name].own
-        if len(own):
+        if len(self.shards[name].own):
             turn = self.turn(name, 1.0, momentum, None)
-            grad = grad[: len(own)].data
+            grad = self.owned(name, grad).data
             self.prepared[name] = self.rules[name].prepare(grad, self.state[name], turn)
+
+    def owned(self, name, part):
+        """Of a summed gradient, the rows that this rank owns; behind them nothing counts."""
+        return part[: len(self.shards[name].own)]
 
     def turn(self, name, lr_scale, momentum, ok):
         count = self.step_count // self.rules[name].every
@@ -183,7 +194,8 @@ class Optimizer:
             turn = turn._replace(prepared=self.prepared.pop(name))
         state = self.state[name]
         # .data: compiled code would look at what a view is a view of
-        self.rules[name].update(own.data, state["companion"], grad[: len(own)].data, state, turn)
+        grad = self.owned(name, grad).data
+        self.rules[name].update(own.data, state["companion"], grad, state, turn)
 
     def shorten(self, reduced):
         """Scale all of these gradients so that together they are no longer than `clip`, in place.
@@ -197,7 +209,7 @@ class Optimizer:
                 work.wait()
                 reduced[name] = None, grad
             found = parts if self.shards[name].ranks > 1 else whole
-            found.append(grad)
+            found.append(self.owned(name, grad))
         square = torch.zeros((), device=self.world.device)
         if parts:
             square = gradient_report(parts).sum()

@@ -37,14 +37,15 @@ class Shard:
         self.room = whole if len(whole) == self.n * self.ranks else room
 
     def reduce(self, grad):
-        """Start summing over ranks; returns (work or None, this rank's rows, padded to n). grad:
-        of as many elements."""
+        """Start summing over ranks; returns (work or None, n rows, of which this rank's come
+        first). grad: of as many elements; where there is memory behind it for what makes equal
+        parts, it is not copied."""
         grad = grad.view(self.whole.shape)
         if self.world.size == 1:
             return None, grad
         if self.ranks == 1:
             return dist.all_reduce(grad, async_op=True), grad
-        grad = padded(grad, self.n * self.ranks)
+        grad = with_room_behind(grad, self.n * self.ranks)
         part = torch.empty_like(grad[: self.n])
         return reduce_scatter(part, grad, group=self.world.node, async_op=True), part
 
@@ -96,6 +97,15 @@ def make_room(p, rows, world):
     room[: p.numel()] = p.data.flatten()
     p.data = room[: p.numel()].view(p.shape)
     return room
+
+
+def with_room_behind(x, n):
+    """x of length n along dim 0: with what is in memory behind it, or else a copy with zeros."""
+    more = (n - len(x)) * x[:1].numel()
+    there = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset() - x.numel()
+    if not more or there < more or not x.is_contiguous():
+        return padded(x, n)
+    return x.as_strided((n, *x.shape[1:]), x.stride(), x.storage_offset())
 
 
 def padded(x, n):

@@ -102,6 +102,8 @@ def set_up(config, stages, world, data, log):
     skips = config.guard.max_skips > 0  # whether bad steps may pass
     rules = rules_of(model, config.optim)
     optimizer = Optimizer(model, rules, world, compiled, skips, config.optim.clip)
+    if hasattr(model, "grad_rooms"):
+        model.grad_rooms = optimizer.padding_rows()
 
     # On a CPU, compiling the gradients' report would take longer than it does
     report = gradient_report

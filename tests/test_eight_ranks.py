@@ -17,6 +17,7 @@ from processes import alive, rows, wait_for
 
 import train_gpt as tg
 from benchmarks import cluster, subject
+from optim import shards
 from runtime.launch import join_world
 from runtime.session import Session
 from runtime.signals import Interrupted, Requests
@@ -117,6 +118,23 @@ def compare_bytes(tape, config, size, local):
         expected["all_reduce", 4 * (4 + due), "all"] += 1
         assert 4 * (4 + due) <= report.bytes
         assert collections.Counter((x.kind, x.bytes, x.group) for x in calls) == expected, step
+
+
+def test_eight_ranks_copy_no_gradient_of_the_banks(monkeypatch, tmp_path):
+    """What they do not divide is summed from where backward has put it."""
+    copied = []
+    real = shards.with_room_behind
+
+    def watched(x, n):
+        found = real(x, n)
+        copied.append((x.dim(), len(x) < n, found.data_ptr() != x.data_ptr()))
+        return found
+
+    monkeypatch.setattr(shards, "with_room_behind", watched)
+    with as_rank(0, 8, 8, monkeypatch):
+        tg.train(recipe(tmp_path, steps=2, eval_every=2), join_world(0), Requests())
+    banks = [(padded, copy) for dim, padded, copy in copied if dim == 3]
+    assert (True, False) in banks and not any(copy for _, copy in banks)
 
 
 @pytest.fixture(scope="module")

@@ -906,6 +906,26 @@ def test_yarn_rotates_by_the_stage_and_only_then():
 # --- Compiled, chunked, recomputed
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gradient_with_room_behind_it_is_the_same(recompute):
+    """By zeros, also while gradients add up; then ranks sum it from where it is."""
+    c, model = tiny_model(**RECORD)
+    model.recompute = recompute
+    args = *batch(), stage_of(c, NEAR[: c.n_layer])
+    model(*args).backward()
+    expected = model.mlp_bank.grad
+    for passes in 1, 2:
+        model.zero_grad()
+        model.grad_rooms = dict(mlp_bank=3)
+        for _ in range(passes):
+            model(*args).backward()
+        grad = model.mlp_bank.grad
+        assert torch.equal(grad, passes * expected) and grad.is_contiguous()
+        behind = grad.as_strided((3, *grad.shape[1:]), grad.stride(), grad.numel())
+        assert grad.untyped_storage().nbytes() == grad.nbytes + behind.nbytes
+        assert not behind.any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_every_piece_compiles_into_one_graph(recompute):
@@ -916,7 +936,12 @@ def test_every_piece_compiles_into_one_graph(recompute):
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     stage = stage_of(c, NEAR[: c.n_layer], n_targets=3, n_sampled=128)
     args = *batch(), stage, WEIGHTS
-    assert_agree(loss_and_gradients(compiled, *args), loss_and_gradients(model, *args))
+    expected = loss_and_gradients(model, *args)
+    model.grad_rooms = dict(mlp_bank=2)  # as for ranks that do not divide it
+    found = loss_and_gradients(compiled, *args)
+    assert_agree(found, expected)
+    grad = dict(zip((name for name, _ in model.named_parameters()), found[1]))["mlp_bank"]
+    assert grad.untyped_storage().nbytes() == grad.nbytes + grad[:2].nbytes
 
 
 @EVERY_WAY

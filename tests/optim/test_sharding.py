@@ -414,6 +414,42 @@ def test_between_machines_go_parts_only(ranks):
     assert 4 * across == padded
 
 
+@pytest.mark.parametrize("ranks", [3, (4, 2)], indirect=True, ids=str)
+def test_a_gradient_with_memory_behind_it_is_not_copied(ranks):
+    """What is in that memory counts nowhere: for the guard, for clipping, for the update."""
+    names = [name for name, rule in RULES.items() if rule.sharded]
+    found = []
+    for behind in None, float("nan"):
+        models = [Parameters() for _ in range(ranks.size)]
+        optimizers = []
+        for m, world in zip(models, ranks.worlds):
+            optimizers.append(optimizer_of(m, rules(normuon=True), world, clip=0.5))
+        padding = optimizers[0].padding_rows()
+        assert set(padding) == {n for n in names if optimizers[0].shards[n].room is not None} & set(
+            optimizers[0].rooms
+        )
+
+        def on_rank(rank):
+            give(models[rank], gradients(rank))
+            shards_ = optimizers[rank].shards
+            if behind is not None:
+                for name, rows in padding.items():
+                    p = models[rank].get_parameter(name)
+                    more = rows * shards_[name].whole[0].numel()
+                    memory = torch.cat([p.grad.flatten(), torch.full((more,), behind)])
+                    p.grad = memory[: p.numel()].view(p.shape)
+                    grad = p.grad.view(shards_[name].whole.shape)
+                    place = shards.with_room_behind(grad, shards_[name].n * shards_[name].ranks)
+                    assert place.data_ptr() == p.grad.data_ptr() and len(place) == len(grad) + rows
+            parts = optimizers[rank].gradients(0.9)
+            assert all(part.isfinite().all() for part in parts.values())
+            optimizers[rank].step(0.7, 0.9)
+
+        ranks.run(on_rank)
+        found.append(weights(models[0]))
+    assert_equal(*found)
+
+
 def model_step(model, optimizer, rows, n_tokens):
     """One step on rows (B, T + 1) of one document each."""
     cu_seqlens = torch.arange(0, 32 * len(rows) + 1, 32, dtype=torch.int32)
@@ -436,7 +472,9 @@ def test_many_ranks_train_the_model(ranks, every):
     def fresh(world=None):
         model = gpt.Model(c, 65, 32)
         model.init_weights(0)
-        return model, optimizer_of(model, model.update_rules(optim), world)
+        optimizer = optimizer_of(model, model.update_rules(optim), world)
+        model.grad_rooms = optimizer.padding_rows()  # as the trainer does
+        return model, optimizer
 
     model, optimizer = fresh()
     many = [fresh(world) for world in ranks.worlds]
