@@ -67,6 +67,14 @@ def test_bf16_is_as_exact_as_the_reference():
         assert error <= 2 * (b.double() - x).norm() + 1e-9
 
 
+def test_gradients_of_a_token_that_is_often_the_target_add_up():
+    h = torch.rand(4000, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    w = torch.zeros(4, 8, dtype=torch.bfloat16, requires_grad=True)
+    linear_log_prob(h, w, torch.zeros(4000, dtype=torch.int64)).sum().backward()
+    # A softmax of equal logits is 1/4 everywhere
+    torch.testing.assert_close(w.grad[0].float(), 0.75 * h.float().sum(0), rtol=1e-2, atol=0)
+
+
 def test_large_logits_and_no_gradients():
     h = torch.full((3, 1), 1e4)
     w = torch.tensor([[1.0], [0.0], [-1.0]])
