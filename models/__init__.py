@@ -11,9 +11,9 @@ options. It offers
                                    this progress (0 to 1): hashable, sortable, equal while nothing
                                    changes; it has the field max_doc_len
     val_stage(stage, max_doc_len)  the same for validation during or after that stage
-    at_the_end()                   {option: value} of its options that change in the course of
-                                   training, as they are when it ends, for teaching; without it they
-                                   stay as they are
+    at_the_end(progress)           {option: value} of its options that change in the course of
+                                   training, as they are when it ends at this progress, for
+                                   teaching; without it they stay as they are
     target_weights(progress)       a list of numbers that may change with every step and compile
                                    nothing, handed to forward(), or None
     is_new_loss(before, after)     whether training losses of two stages cannot be compared

@@ -17,6 +17,7 @@ from base.options import (
     Options,
     by_stage,
     option,
+    remembered,
     stage_number,
 )
 
@@ -135,6 +136,8 @@ class Config(Options):
         (), "short and long window in validation; empty means the last in training", PAIR
     )
     yarn: bool = option(False, "rotary frequencies and attention's scale follow the long window")
+    # What they have followed, in a model that is taught; its own windows change them no more
+    yarn_windows: tuple = remembered(())
     # The training loss and the head, over the course of training
     mtp: tuple[int, ...] = option(
         (1,), "next tokens each one predicts, by stage; the farthest fades out", BY_STAGE
@@ -272,6 +275,8 @@ class Config(Options):
         """Long windows of the stages so far, if rotary frequencies follow them."""
         if not self.yarn:
             return ()
+        if self.yarn_windows:
+            return self.yarn_windows
         before = self.long_window[: stage_number(self.long_window, progress) + 1]
         return before + self.extension_windows[1:] if progress == 1 else before
 
@@ -299,14 +304,16 @@ class Config(Options):
             prefix=by_stage(self.prefix_loss, progress) > 0,
         )
 
-    def at_the_end(self):
-        """{option: value} of those that change in the course of training, as they end."""
+    def at_the_end(self, progress=1.0):
+        """{option: value} of those that change in the course of training, as they end; progress:
+        at which it ended."""
         by_stage = "short_window", "long_window", "mtp"
         ends = {name: getattr(self, name)[-1:] for name in by_stage}
         if self.extension_windows:
             short, long = self.extension_windows
             ends |= dict(short_window=(short,), long_window=(long,), extension_windows=())
-        return ends | dict(sampled_softmax=(0,), prefix_loss=(0.0,), tied=float(self.tied == 1))
+        ends |= dict(sampled_softmax=(0,), prefix_loss=(0.0,), tied=float(self.tied == 1))
+        return ends | dict(yarn_windows=self.long_windows(progress))
 
     def val_stage(self, stage, max_doc_len):
         """The same for validation: windows of the end, one target, all tokens in the softmax."""

@@ -110,7 +110,7 @@ class Config(Options):
         """The Stage at this progress."""
         return Stage(max_doc_len)
 
-    def at_the_end(self):
+    def at_the_end(self, progress=1.0):
         """{option: value} of those that change in the course of training: none."""
         return {}
 

@@ -8,8 +8,10 @@ import door
 import train_gpt
 from base import InputError
 from base.command import given_path, refuse
+from base.options import progress_of
 from models import load_template
 from runtime import warm_start
+from runtime.resume import read_result
 
 
 def make_parser(verb, description, examples):
@@ -45,8 +47,18 @@ def at_the_end(run):
         value = said.get(f.name, f.default)
         fields[f.name] = tuple(value) if isinstance(value, list) else value
     config = load_template(template).Config(**fields)
-    ends = config.at_the_end() if hasattr(config, "at_the_end") else {}
+    ends = config.at_the_end(progress_of_end(run, said)) if hasattr(config, "at_the_end") else {}
     return fields | ends | dict(template=template)
+
+
+def progress_of_end(run, said):
+    """Where in training a run's weights are from, as load_run() has it; said: its options. Of one
+    that has not finished, all of it."""
+    result = read_result(warm_start.run_folder(run)) or {}
+    step = result.get("best_step", result.get("steps"))
+    if step is None:
+        return 1.0
+    return progress_of(step, said["steps"], said["extension"], said.get("earlier", ()))
 
 
 def options_of_training(track, args, rest):

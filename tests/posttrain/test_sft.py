@@ -73,6 +73,45 @@ def test_new_tokens_begin_as_the_mean_of_the_others(base, tmp_path):
     torch.testing.assert_close(model.embed[260], mean)
 
 
+STAGES = dict(
+    long_window=(8, 16, 24),
+    short_window=(4, 8, 12),
+    long_layers=(1,),
+    mtp=(2, 1, 1),
+    tied=0.5,
+    eval_every=3,
+)
+YARN = {
+    "to the end": dict(yarn=True, steps=6),
+    "with an extension": dict(yarn=True, steps=8, extension=2, extension_windows=(14, 40)),
+    "until the target": dict(yarn=True, steps=9, target=9.0),  # in the first stage
+    "with windows of validation": dict(yarn=True, steps=6, val_windows=(20, 48)),
+    "without yarn": dict(steps=6),
+}
+
+
+@pytest.mark.parametrize("fields", YARN.values(), ids=YARN)
+def test_a_model_begins_to_be_taught_as_it_ended(fields, tmp_path):
+    """The same numbers for the same text: windows, attention's scale and rotary frequencies are
+    those of its last validation, whatever stages training went through."""
+    text = write_text(tmp_path / "words.txt", 6000)
+    run_dir = tg.train(tiny(text, tmp_path, sample_tokens=0, **STAGES | fields))["run_dir"]
+    before = load_run(run_dir)
+    args = make_parser("sft", "", "").parse_args(["--from", run_dir, "--data", "x"])
+    more = ["--row-len", "64", "--val-row-len", "64", "--max-doc-len", "64"]
+    config = tg.parse_args(options_of_training("sft", args, more), at_the_end(run_dir))
+    model = before.model.__class__(config.model, 264, 64, torch.float32)
+    warm_start.copy_weights(run_dir, model)
+    inputs, targets = torch.randint(250, (2, 1, 64), generator=torch.Generator().manual_seed(0))
+    cu_seqlens = torch.tensor([0, 64], dtype=torch.int32)
+    expected = before.model.log_probs(inputs, targets, cu_seqlens, before.stage, 257)
+    for step in 1, config.schedule.steps:
+        model.enter(config.schedule.progress(step))
+        stage = config.model.val_stage(tg.stage_at(config, step).model, 64)
+        found = model.log_probs(inputs, targets, cu_seqlens, stage, 257)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_loss_is_the_mean_over_what_counts(base, tmp_path):
     """Whatever it is divided into, and however much does not count."""
     losses = set()
