@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.options import COUNT
 from benchmarks.report import document, number, say, table
+from inference.options import use_decoding
 from inference.quantize import KINDS, quantize
 from models import load_template
 from runtime.environment import machine_probe
@@ -131,6 +132,7 @@ class Ours(Variant):
         with torch.device(device):
             self.model = template.Model(c, self.n_vocab, max_len, DTYPES[dtype])
         self.model.init_weights(0)
+        use_decoding(self.model, say)
         matrices = self.model.flops_per_token(c.stage(1.0, 1)) / 6
         self.flops_per_token = 2 * matrices
         self.weight_bytes = matrices * self.model.embed.element_size()

@@ -9,7 +9,9 @@ import torch
 
 from base import InputError
 from base.command import Parser, given_path
+from base.places import cache_folder
 from data.chat import knows_chat
+from kernels import decoding
 from runtime.options import add_option
 from runtime.saved import load_run, newest_run
 
@@ -18,6 +20,7 @@ from .quantize import KINDS, quantize
 from .sampling import OF_CHARACTERS, OF_WORDS, Sampling
 
 FIXED_PROMPTS = Path(__file__).parent / "prompts.txt"  # one on each line, \n for a line end
+WORTH_COMPILING = 4_000_000  # parameters, from which decoding in C saves more than a second soon
 FIXED = "fixed"  # what options call them
 # All but the one that a command line has no good form for
 KNOBS = [f for f in dataclasses.fields(Sampling) if f.name != "logit_bias"]
@@ -104,11 +107,23 @@ def open_run(args, **about):
     """(what the run left, an Engine with its model). about: the engine. Raises InputError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = load_run(args.run or newest_run(), device, args.template, args.step)
+    use_decoding(saved.model, say)
     if args.quantize:
         bits = quantize(saved.model, args.quantize)
         say(f"{args.quantize}: {bits:.2f} bits a weight over all parameters")
     about["prompt_lookup"] = args.prompt_lookup
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
+
+
+def use_decoding(model, say):
+    """Have a model that is worth it decode by kernels/decoding.py, on a CPU. Whether it is depends
+    on the model alone: with the same seed it is to say the same again."""
+    parameters = list(model.parameters())
+    n = sum(p.numel() for p in parameters)
+    if parameters[0].device.type == "cpu" and n >= WORTH_COMPILING:
+        compiled = decoding.build(cache_folder(), say)
+        if compiled is not None:
+            model.ops = compiled.ops(model.ops)
 
 
 def is_taught(saved):

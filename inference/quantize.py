@@ -7,7 +7,8 @@ more, stay int8.
 
 A Quantized stands where a model has a matrix: F.linear, @ and F.embedding take it. Few rows go
 through PyTorch's CPU ops, which read the codes themselves (names that may change: where one is
-missing, or refuses a shape, the matrix is dequantised as it is for many rows, which is slow). Only
+missing, or refuses a shape, the matrix is dequantised as it is for many rows, which is slow), and
+int8 through kernels/decoding.py where the model has its ops, which reads them faster. Only
 the template says which matrices those are (Model.quantizable); other templates have all their large
 parameters rounded to the same values, so that the loss is what it would be, and no speed.
 
@@ -46,16 +47,17 @@ def replace_matrices(model, kind, quantizable):
     """Put Quantized in the places that the template names. Returns bits of all weights."""
     layers = []
     bits = 0
+    decoding = model.ops.decoding
     for layer in model.layers():
         new = {
-            field: Quantized(getattr(layer, field), kind, transposed)
+            field: Quantized(getattr(layer, field), kind, transposed, decoding)
             for field, transposed in quantizable["layer"].items()
         }
         bits += sum(matrix.bits for matrix in new.values())
         layers.append(layer._replace(**new))
     tables = [name for name in quantizable["tables"] if model.get_parameter(name).numel()]
     for name in tables:
-        table = Quantized(model.get_parameter(name).detach(), "int8")
+        table = Quantized(model.get_parameter(name).detach(), "int8", decoding=decoding)
         delattr(model, name)  # a module takes no other object for a parameter
         setattr(model, name, table)
         bits += table.bits
@@ -80,10 +82,12 @@ def round_in_place(model, kind):
 
 
 class Quantized:
-    """A matrix (out, in) of codes, in place of a tensor; transposed: the tensor was (in, out)."""
+    """A matrix (out, in) of codes, in place of a tensor; transposed: the tensor was (in, out);
+    decoding: a kernels.decoding.Decoding for products with few rows, or None."""
 
-    def __init__(self, w, kind, transposed=False):
+    def __init__(self, w, kind, transposed=False, decoding=None):
         self.transposed = transposed
+        self.decoding = decoding if w.device.type == "cpu" else None
         self.dtype = w.dtype
         self.device = w.device
         matrix = (w.t() if transposed else w).float().contiguous()  # which the ops want
@@ -166,6 +170,10 @@ class Quantized:
 
     def linear(self, x):
         """(..., in) -> (..., out)."""
+        if self.decoding and self.kind == "int8":
+            y = self.decoding.linear_int8(x, self.codes, self.scales)
+            if y is not None:
+                return y
         rows = x.reshape(-1, x.size(-1))
         if self.has_op and len(rows) <= FEW_ROWS:
             y = self.product(rows.to(torch.bfloat16)).to(x.dtype)

@@ -12,6 +12,7 @@ import types
 import torch
 
 from .attention import attention, choose_backend
+from .decoding import linear_reference, rotate_halves_reference
 from .launch import chip
 from .op import OPS
 from .polar_express import polar_express, polar_express_by_kernels
@@ -24,6 +25,9 @@ class Ops(types.SimpleNamespace):
                     as in the ops' files, in the form that was chosen
     attention       with its backend bound
     polar_express   in the form that goes with symmetric_matmul's
+    linear, rotate_halves
+                    as in decoding.py, which also has the forms for decoding on a CPU
+    attend_one      None, or in decoding as there; decoding: None, or where those forms come from
     new_mlp         () -> what one layer calls as mlp(x, w_up, w_down): relu2_mlp, or in FP8 an
                     nn.Module with scales of its own
     """
@@ -109,6 +113,10 @@ def choose_ops(
         forms=forms,
         attention=functools.partial(attention, backend=backend),
         polar_express=polar_express_by_kernels if by_kernels else polar_express,
+        linear=linear_reference,
+        rotate_halves=rotate_halves_reference,
+        attend_one=None,
+        decoding=None,
         **functions,
     )
 

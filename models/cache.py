@@ -11,6 +11,8 @@ Shapes: B rows, S new tokens in a row, H heads, D head width.
 import torch
 import torch.nn.functional as F
 
+# Keys up to which attend_one is faster than PyTorch's attention, of rows that are equally long
+SHORT = 256
 CAPACITY = 64  # tokens a row has room for at first; doubled when they are used up
 
 
@@ -23,10 +25,11 @@ class KVCache:
 
     expected = 0
 
-    def __init__(self, rows, device=None, layers=None):
+    def __init__(self, rows, device=None, layers=None, attend_one=None):
         self.lengths = [0] * rows  # tokens that each row holds
         self.device = device
         self.layers = layers  # the model's, which need not take its banks apart for every token
+        self.attend_one = attend_one  # an op for one new token in each row, or None
         self.kv = {}  # layer -> keys and values, (B or more, capacity, H, D) each
         self.last = {}  # name -> (B, 1, ...): of each row's last token
         self.new = {}  # name -> (B, S, ...): the same of the tokens that are being computed
@@ -137,6 +140,10 @@ class KVCache:
         alike = shortest == max(self.lengths)
         end = n * (max(self.lengths) + self.n_new)
         keys, values = self.room(layer, k, end)
+        short = not alike or end <= SHORT
+        if self.attend_one and q.size(1) == 1 and short:
+            lengths = self.positions()[:, 0]
+            return self.attend_one(q, k, v, keys, values, lengths, window, scale)
         if alike:
             keys[: self.rows, n * shortest : end] = k
             values[: self.rows, n * shortest : end] = v

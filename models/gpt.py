@@ -733,7 +733,7 @@ class Model(nn.Module):
 
     def new_cache(self, rows):
         """An empty cache for decode()."""
-        return KVCache(rows, self.embed.device, self.layers())
+        return KVCache(rows, self.embed.device, self.layers(), self.ops.attend_one)
 
     def decode(self, inputs, counts, cache, stage, every=False):
         """The new tokens of each row, and what follows them: (B, n_vocab) fp32.

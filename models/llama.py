@@ -33,12 +33,10 @@ from .parts import (
     draw,
     dropout,
     keep_less,
-    linear,
     log_probs_by_chunks,
     loss_by_chunks,
     memory_of_logits,
     memory_of_scores,
-    rotate_halves,
 )
 
 SMALL = "attn_norms", "mlp_norms", "final_norm", "q_norms", "k_norms"  # parameters
@@ -433,8 +431,8 @@ class Model(nn.Module):
         """h: (B, T, C), normalised -> (B, T, C)."""
         c = self.c
         B, T = batch.inputs.shape
-        q = linear(h, layer.w_q).view(B, T, c.n_head, c.head_dim)
-        kv = linear(h, layer.w_kv).view(B, T, 2, c.kv_heads, c.head_dim)
+        q = self.ops.linear(h, layer.w_q).view(B, T, c.n_head, c.head_dim)
+        kv = self.ops.linear(h, layer.w_kv).view(B, T, 2, c.kv_heads, c.head_dim)
         k, v = kv.unbind(2)  # (B, T, G, D) each
 
         # Normalised or not, queries and keys turn with their positions. (The op qk_norm_rope has no
@@ -442,8 +440,8 @@ class Model(nn.Module):
         if c.qk_norm:
             q = self.ops.rms_norm(q, layer.q_norm, c.norm_eps)
             k = self.ops.rms_norm(k, layer.k_norm, c.norm_eps)
-        q = rotate_halves(q, batch.cos, batch.sin)
-        k = rotate_halves(k, batch.cos, batch.sin)
+        q = self.ops.rotate_halves(q, batch.cos, batch.sin)
+        k = self.ops.rotate_halves(k, batch.cos, batch.sin)
 
         # All of the document so far
         window = batch.stage.max_doc_len - 1
@@ -460,17 +458,17 @@ class Model(nn.Module):
                 window=window,
                 scale=scale,
             )
-        return linear(y.reshape(B, T, -1), layer.w_o)
+        return self.ops.linear(y.reshape(B, T, -1), layer.w_o)
 
     def mlp(self, layer, h):
         """SwiGLU: (..., C) -> (..., C)."""
         # In FP8 the wide product is in 8-bit floats, except where there are no gradients, so that
         # validation measures the weights; the narrow one would lose more than it gains
-        wide = linear
+        wide = self.ops.linear
         if self.ops.fp8 and torch.is_grad_enabled():
             wide = fp8_linear
         y = self.ops.swiglu(wide(h, layer.w_gate_up))  # (..., F)
-        return linear(y, layer.w_down, transposed=True)
+        return self.ops.linear(y, layer.w_down, transposed=True)
 
     def drop(self, x, batch, place):
         """Dropout at a place of its own in the model; in training only."""
@@ -496,11 +494,11 @@ class Model(nn.Module):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""
         x = self.hidden(inputs, cu_seqlens, stage)
         first = inputs.size(1) - 1 if last_only else 0
-        return linear(x[:, first:], self.head[: self.n_vocab]).float()
+        return self.ops.linear(x[:, first:], self.head[: self.n_vocab]).float()
 
     def new_cache(self, rows):
         """An empty cache for decode()."""
-        return KVCache(rows, self.embed.device, self.layers())
+        return KVCache(rows, self.embed.device, self.layers(), self.ops.attend_one)
 
     def decode(self, inputs, counts, cache, stage, every=False):
         """The new tokens of each row, and what follows them: (B, n_vocab) fp32.
@@ -515,7 +513,7 @@ class Model(nn.Module):
         if not every:
             x = cache.of_last(x)[:, 0]  # (B, C)
             cache.end()
-        return linear(x, self.head[: self.n_vocab]).float()
+        return self.ops.linear(x, self.head[: self.n_vocab]).float()
 
     # ----------------------------------------------------------------------------------------------
     # What others need to know of the parameters

@@ -112,32 +112,6 @@ def yarn_scale(long_windows):
     )
 
 
-def rotate_halves(x, cos, sin):
-    """x: (..., T, H, D), cos, sin: (..., T, 1, D / 2) of its positions' angles -> x turned by them.
-
-    Dimension j is a pair with j + D / 2 and turns counterclockwise, as in Hugging Face's models.
-    """
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
-
-
-def linear(x, w, transposed=False):
-    """x: (..., C), w: (O, C) or transposed (C, O), a tensor or what stands for one
-    (inference/quantize.py) -> (..., O).
-
-    One row in bf16 on a CPU is a product of matrix and vector, which reads the weights 1.3 to 1.7
-    times as fast as PyTorch's product of matrices does there.
-    """
-    if not isinstance(w, torch.Tensor):
-        return w.linear(x)
-    if transposed:
-        return x @ w
-    one_row = x.numel() == x.size(-1)
-    if one_row and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return torch.mv(w, x.flatten()).view(*x.shape[:-1], -1)
-    return F.linear(x, w)
-
-
 def dropout(x, p, inputs, place):
     """x (B, T, C) with each element zero with probability p, else 1 / (1 - p) times as large.
 

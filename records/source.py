@@ -29,6 +29,7 @@ FILES = (
     "run.sh",
     "requirements*.txt",
     "runtime/hardware.toml",
+    "kernels/decoding.c",
     # What training takes from this folder; the rest of it only reads results
     "records/__init__.py",
     "records/metrics.py",

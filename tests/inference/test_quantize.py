@@ -7,6 +7,7 @@ from helpers import tiny_model
 
 from base import InputError
 from inference.quantize import GROUP, Quantized, quantize
+from kernels import decoding
 from models import llama
 
 
@@ -97,6 +98,41 @@ def test_a_quantized_model_says_nearly_the_same(tied, kind, worst):
     n = n_tables + 2 * (64 * 64 * 2 + 2 * 32 * 64 + 3 * 96 * 64)
     own = 8.3 if kind == "int8" else 5.1  # bits of a weight of a matrix, with its scales
     assert bits == pytest.approx((n_tables * 8.3 + (n - n_tables) * own) / n, rel=0.03)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    library = decoding.build(tmp_path_factory.mktemp("cache"))
+    if library is None:
+        pytest.skip("no C compiler")
+    return library
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_tokens_in_c_are_those_of_the_model_without_a_cache(compiled, kind, dtype, qk_norm):
+    c, model = model_of(dtype, qk_norm=qk_norm, n_kv_head=2)
+    stage = c.stage(1.0, 32)
+    model.ops = compiled.ops(model.ops)
+    if kind:
+        quantize(model, kind)
+    tokens = torch.randint(500, (3, 30), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        cu_seqlens = torch.tensor([0, 30, 60, 90], dtype=torch.int32)
+        expected = model.logits(tokens, cu_seqlens, stage)
+        # Rows begin with prompts of several lengths
+        cache = model.new_cache(3)
+        model.decode(tokens[:, :9], [2, 9, 5], cache, stage)
+        for t in range(20):
+            at = torch.tensor(cache.lengths)
+            step = model.decode(tokens.gather(1, at[:, None]), [1, 1, 1], cache, stage)
+            wanted = expected[torch.arange(3), at]
+            off = (step - wanted).abs().max() / expected.std()
+            exact = dtype == torch.float32 and kind != "int4"  # whose op takes bf16
+            assert off < (2e-3 if exact else 0.12)
+            if exact:
+                assert torch.equal(step.argmax(-1), wanted.argmax(-1))
 
 
 def test_other_templates_are_rounded_to_the_same_values():

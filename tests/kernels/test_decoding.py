@@ -1,0 +1,186 @@
+"""kernels/decoding.py: the library in C beside float64 and the PyTorch forms."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import choose_ops, decoding
+
+HALF = torch.bfloat16
+DTYPES = [torch.float32, HALF]
+REFERENCE = choose_ops("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache") / "decoding"
+
+
+@pytest.fixture(scope="module")
+def compiled(folder):
+    said = []
+    library = decoding.build(folder, said.append)
+    if library is None:
+        pytest.skip(str(said))
+    assert said == ["compiling kernels/decoding.c (once) ..."]
+    with torch.no_grad():
+        yield library
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(found, eager, exact):
+    """No further from float64 than twice as far as eager is, and a rounding."""
+    assert found.dtype == eager.dtype and found.shape == eager.shape
+    scale = exact.abs().max()
+    error, eager_error = ((y.double() - exact).abs().max() / scale for y in (found, eager))
+    assert error <= 2 * eager_error + torch.finfo(found.dtype).eps
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("n_out, n_in", [(1, 4), (7, 36), (130, 96), (64, 770)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_in_bf16(compiled, rows, n_out, n_in, transposed):
+    x = draw(rows, n_in, dtype=HALF)
+    w = draw(n_out, n_in, dtype=HALF, seed=1)
+    exact = x.double() @ w.double().t()
+    eager = x @ w.t()
+    if transposed:
+        w = w.t().contiguous()
+    check(compiled.linear(x[:, None], w, transposed)[:, 0], eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_out, n_in", [(1, 4), (7, 36), (64, 4864)])
+def test_products_in_int8(compiled, dtype, n_out, n_in):
+    x = draw(5, n_in, dtype=dtype)
+    codes = draw(n_out, n_in, seed=1).mul(60).clamp(-128, 127).to(torch.int8)
+    scales = draw(n_out, seed=2).abs().to(HALF)
+    exact = x.double() @ (codes.double() * scales.double()[:, None]).t()
+    found = compiled.linear_int8(x, codes, scales)
+    error = (found.double() - exact).abs().max() / exact.abs().max()
+    assert error < (1e-3 if dtype == torch.float32 else 5e-3)
+
+
+def test_the_largest_int8_products_do_not_overflow(compiled):
+    for n_in in 64, 768, decoding.MOST_INPUTS:
+        x = torch.full((1, n_in), 3.0)
+        codes = torch.full((2, n_in), -128, dtype=torch.int8)
+        found = compiled.linear_int8(x, codes, torch.ones(2, dtype=HALF))
+        torch.testing.assert_close(found, torch.full((1, 2), -384.0 * n_in), rtol=2e-3, atol=0)
+    wide = torch.zeros(1, decoding.MOST_INPUTS + 1)
+    assert compiled.linear_int8(wide, codes, codes) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_so(compiled, bad):
+    x = draw(1, 64)
+    x[0, 40] = bad
+    codes = torch.ones(3, 64, dtype=torch.int8)
+    assert not compiled.linear_int8(x, codes, torch.ones(3, dtype=HALF)).isfinite().any()
+    half = x.to(HALF)
+    assert not compiled.linear(half, torch.ones(3, 64, dtype=HALF)).isfinite().any()
+    assert compiled.ops(REFERENCE).rms_norm(half).isnan()[0, 40]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [5, 96])
+def test_norms(compiled, dtype, n):
+    ops = compiled.ops(REFERENCE)
+    x = 3 * draw(4, 1, n, dtype=dtype)
+    more = draw(4, 1, n, dtype=dtype, seed=1)
+    weight = draw(n, seed=2)
+    for w in None, weight.to(dtype), weight:
+        y, s = ops.add_rms_norm(x, more, w, 1e-5)
+        reference, sums = REFERENCE.add_rms_norm(x, more, w, 1e-5)
+        assert torch.equal(s, sums)
+        wide = s.double()
+        exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        exact = exact if w is None else exact * w.double()
+        check(y, reference, exact)
+        check(ops.rms_norm(s, w, 1e-5), reference, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_turns(compiled, dtype):
+    kv = draw(3, 1, 2, 5, 16, dtype=dtype)
+    cos, sin = (draw(3, 1, 1, 8, dtype=dtype, seed=i) for i in (1, 2))
+    for x in kv[:, :, 1], kv[:, :, 0].contiguous():
+        exact = decoding.rotate_halves_reference(x.double(), cos.double(), sin.double())
+        eager = decoding.rotate_halves_reference(x, cos, sin)
+        check(compiled.rotate_halves(x, cos, sin), eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1000, 6, 0])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_of_one_token(compiled, dtype, window, threads):
+    lengths = torch.tensor([0, 300, 5])
+    q = 3 * draw(3, 1, 6, 16, dtype=dtype)
+    k, v = draw(3, 1, 2, 2, 16, dtype=dtype, seed=1).unbind(2)
+    past = draw(2, 4, 320, 2, 16, dtype=dtype, seed=2)
+    for b, n in enumerate(lengths):
+        past[:, b, n:] = math.nan  # what nothing may see
+    past[:, 3] = math.nan
+    results = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for attend, wide in (
+        (compiled.attend_one, dtype),
+        (decoding.attend_one_reference, dtype),
+        (decoding.attend_one_reference, torch.float64),
+    ):
+        keys, values = past.clone().to(wide).unbind(0)
+        if attend is decoding.attend_one_reference:  # which multiplies what it does not see by 0
+            keys, values = (t.nan_to_num() for t in (keys, values))
+        y = attend(*(t.to(wide) for t in (q, k, v)), keys, values, lengths, window, 0.3)
+        results.append((y, keys.nan_to_num(), values.nan_to_num()))
+    torch.set_num_threads(before)
+    (found, *kept), (eager, *expected), (exact, *_) = results
+    check(found, eager, exact)
+    assert torch.equal(kept[0], expected[0]) and torch.equal(kept[1], expected[1])
+
+
+def test_gradients_and_many_rows_are_left_to_pytorch(compiled):
+    ops = compiled.ops(REFERENCE)
+    x = draw(2, 1, 16).requires_grad_()
+    with torch.enable_grad():
+        ops.rms_norm(x).sum().backward()
+    assert x.grad is not None
+    many = draw(decoding.FEW_ROWS + 1, 16)
+    codes = torch.ones(3, 16, dtype=torch.int8)
+    assert compiled.linear_int8(many, codes, torch.ones(3, dtype=HALF)) is None
+    assert ops.rms_norm(draw(2, 16).double()).dtype == torch.float64
+
+
+def test_threads_change_no_bit(compiled):
+    x, w = draw(2, 96, dtype=HALF), draw(200, 96, dtype=HALF, seed=1)
+    before = torch.get_num_threads()
+    made = []
+    for threads in 1, 2:
+        torch.set_num_threads(threads)
+        made.append(compiled.linear(x, w))
+        made.append(compiled.linear(x, w[:192].view(96, 192), True))
+    torch.set_num_threads(before)
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[3])
+
+
+def test_without_a_compiler_pytorch_stays(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(decoding, "COMPILERS", ())
+    assert decoding.build(tmp_path, said.append) is None
+    assert "no C compiler" in said.pop()
+    monkeypatch.setattr(decoding, "COMPILERS", ("false",))
+    assert decoding.build(tmp_path, said.append) is None
+    assert "decoding by PyTorch" in said[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_compiled_once(compiled, folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(decoding, "COMPILERS", ())
+    assert decoding.build(folder, said.append) is not None
+    assert said == [] and len(list(folder.iterdir())) == 1
