@@ -124,7 +124,7 @@ def test_tokens_in_c_are_those_of_the_model_without_a_cache(compiled, kind, dtyp
         # Rows begin with prompts of several lengths
         cache = model.new_cache(3)
         model.decode(tokens[:, :9], [2, 9, 5], cache, stage)
-        for t in range(20):
+        for _ in range(20):
             at = torch.tensor(cache.lengths)
             step = model.decode(tokens.gather(1, at[:, None]), [1, 1, 1], cache, stage)
             wanted = expected[torch.arange(3), at]
