@@ -189,6 +189,10 @@ class Model(nn.Module):
         for name in "cos", "sin":
             table = torch.zeros(n_positions, 1, c.head_dim // 2, dtype=dtype)
             self.register_buffer(name, table, persistent=False)
+        # For stages that ask for them: what attention's scores are multiplied by, beside the last
+        # stage's scale, and whether the head is the embedding
+        self.register_buffer("rescale", torch.ones(()), persistent=False)
+        self.register_buffer("head_is_embed", torch.zeros((), dtype=torch.bool), persistent=False)
         # Signs for n-grams that share a row, drawn once and for all
         g = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (1024 * c.ngram_signs, C), generator=g, device="cpu")
@@ -271,9 +275,12 @@ class Model(nn.Module):
         self.knows_tokens = True
 
     def enter(self, progress):
-        """Fill the rotary tables for the stage that this progress is in."""
+        """Fill the rotary tables, and what else goes by the stage, for the one that this progress
+        is in."""
         if self.cos.is_meta:
             return  # a model that is only counted
+        self.rescale.fill_(self.c.scale(progress) / self.c.scale(1.0))
+        self.head_is_embed.fill_(progress < self.c.tied)
         n = self.c.head_dim // 4  # frequencies; the other half of the pairs stands still
         freqs = rope_frequencies(self.c.rope_base, n, self.c.long_windows(progress))
         freqs = F.pad(freqs.to(self.cos.device), (0, n))  # (D / 2,)
@@ -531,6 +538,8 @@ class Model(nn.Module):
             w_qkv = w_qkv.view(3, 2, -1, c.n_embd).transpose(0, 1).flatten(0, 2)
         qkv = F.linear(h, w_qkv).view(B, n * T, 3 * H // n, D)
         q, k, v = self.qk_norm_rope(qkv, n, batch)  # (B, n T, H / n, D) each
+        if batch.stage.by_buffers:
+            q = (self.rescale * q.float()).to(q.dtype)
 
         # Key offset: what stands still of a key is its predecessor's, so that a query finds what
         # came after a token
@@ -557,6 +566,8 @@ class Model(nn.Module):
         they are part of that."""
         c = self.c
         x = embedding(batch.inputs, self.lm_head if batch.stage.tied else self.embed)
+        if batch.stage.by_buffers and c.becomes_untied:
+            x = torch.where(self.head_is_embed, embedding(batch.inputs, self.lm_head), x)
         if c.smear_first:
             x = self.smeared(x, batch)
         # Tokens, and the n-grams that end at them; normalised, so that every layer and the smear

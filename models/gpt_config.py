@@ -44,6 +44,9 @@ class Stage(typing.NamedTuple):
     n_targets: int  # next tokens that each one predicts
     n_sampled: int  # tokens in the softmax, 0 for all
     prefix: bool = False  # whether a target's own beginning is predicted as well
+    # In validation: attention's scale and whether the head is the embedding are as the model's
+    # buffers say, which enter() fills, so that one graph serves all stages
+    by_buffers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,18 +294,25 @@ class Config(Options):
         long = by_stage(self.long_window, progress)
         if self.extension_windows and progress == 1:  # nowhere else, see progress_of()
             short, long = self.extension_windows
-        scale = self.attn_scale * self.head_dim**-0.5
-        if self.yarn:
-            scale *= yarn_scale(self.long_windows(progress))
         return Stage(
             windows=self.windows(short, long),
             max_doc_len=max_doc_len,
-            attn_scale=scale,
+            attn_scale=self.scale(progress),
             tied=progress < self.tied,
             n_targets=by_stage(self.mtp, progress),
             n_sampled=by_stage(self.sampled_softmax, progress),
             prefix=by_stage(self.prefix_loss, progress) > 0,
         )
+
+    def scale(self, progress):
+        """Of attention's scores."""
+        scale = self.attn_scale * self.head_dim**-0.5
+        return scale * yarn_scale(self.long_windows(progress)) if self.yarn else scale
+
+    @property
+    def becomes_untied(self):
+        """Whether the head is the embedding in one part of training, and not in the other."""
+        return 0 < self.tied < 1
 
     def at_the_end(self, progress=1.0):
         """{option: value} of those that change in the course of training, as they end; progress:
@@ -318,9 +328,13 @@ class Config(Options):
     def val_stage(self, stage, max_doc_len):
         """The same for validation: windows of the end, one target, all tokens in the softmax."""
         short, long = self.val_windows or self.last_windows
+        rescaled = self.scale(0.0) != self.scale(1.0)
         return stage._replace(
             windows=self.windows(short, long),
             max_doc_len=max_doc_len,
+            attn_scale=self.scale(1.0) if rescaled else stage.attn_scale,
+            tied=stage.tied and not self.becomes_untied,
+            by_buffers=rescaled or self.becomes_untied,
             n_targets=1,
             n_sampled=0,
             prefix=False,

@@ -21,7 +21,11 @@ WORDS = (
 ).split()
 
 
-REMEMBERED = {"earlier", "vocabulary", "yarn_windows"}  # fields of a configuration that are no options
+REMEMBERED = {
+    "earlier",
+    "vocabulary",
+    "yarn_windows",
+}  # fields of a configuration that are no options
 
 
 def write_text(path, n_words=20000, seed=0):

@@ -12,6 +12,7 @@ import train_gpt as tg
 from base import InputError
 from base.options import by_stage
 from runtime.resume import added_steps_in_words
+from tracks import load_track
 from train_gpt import Schedule, lr_scale, muon_momentum, stage_at
 
 quick = settings(deadline=None, max_examples=200, database=None)
@@ -91,12 +92,21 @@ def test_the_extension_may_have_windows_of_its_own():
     assert c.model.long_windows(1.0) == (10, 20, 40)
     assert c.model.long_windows(0.99) == (10, 20)
     assert c.model.val_stage(before, 64).windows == found.windows
-    assert c.model.val_stage(found, 64).attn_scale == found.attn_scale
+    assert c.model.val_stage(found, 64) == c.model.val_stage(before, 64)
+    assert c.model.val_stage(before, 64).attn_scale == found.attn_scale
     ends = c.model.at_the_end()
     assert (ends["short_window"], ends["long_window"]) == ((12,), (40,))
     assert not ends["extension_windows"]
     own = dataclasses.replace(c.model, val_windows=(3, 4))
     assert set(own.val_stage(found, 64).windows) == {3, 4}
+
+
+def test_the_record_track_validates_by_one_graph():
+    """Of four stages, which have a scale of attention each and two embeddings."""
+    c = tg.configure(**load_track("gpt2-small"))
+    stages = set(tg.stages_of(c).values())
+    assert len({(stage.model.attn_scale, stage.model.tied) for stage in stages}) >= 4
+    assert len({c.model.val_stage(stage.model, c.data.val_row_len) for stage in stages}) == 1
 
 
 def test_stage_at():

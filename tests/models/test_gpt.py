@@ -1149,16 +1149,64 @@ def test_the_stage_at_each_progress():
 
 @pytest.mark.parametrize("n_layer", [1, 2, 5])
 def test_validation_sees_the_last_windows_or_its_own(n_layer):
-    """Whatever the stage; documents are as long as its rows, scale and head are the stage's, one
-    target and all tokens are the softmax's."""
+    """Whatever the stage; documents are as long as its rows, one target and all tokens are the
+    softmax's. Scale and head are the last stage's, and what differs is in buffers."""
     fields = dict(n_layer=n_layer, value_embed_layers=(), yarn=True, tied=0.5)
+    fields |= dict(long_window=(10, 20), short_window=(3,))
     c = gpt.Config(**SHAPE | fields, mtp=(3, 2), sampled_softmax=(64,))
     own = dataclasses.replace(c, val_windows=(5, 7))
     for progress in (0.0, 0.4, 0.6, 1.0):
         stage = c.stage(progress, 16)
-        val = stage._replace(max_doc_len=100, n_targets=1, n_sampled=0)
+        val = stage._replace(max_doc_len=100, n_targets=1, n_sampled=0, tied=False)
+        val = val._replace(attn_scale=c.stage(1.0, 16).attn_scale, by_buffers=True)
         assert c.val_stage(stage, 100) == val._replace(windows=c.windows(3, 20))
         assert own.val_stage(stage, 100) == val._replace(windows=c.windows(5, 7))
+
+
+VALIDATED = {
+    "yarn and an extension": dict(yarn=True, long_window=(9, 20), extension_windows=(7, 24)),
+    "untied": dict(tied=0.5),
+    "both": dict(yarn=True, long_window=(9, 14), tied=0.6, val_windows=(5, 24)),
+    "everything": RECORD | dict(yarn=True, long_window=(9, 14, 20), tied=0.6),
+    "neither": {},
+}
+
+
+@pytest.mark.parametrize("fields", VALIDATED.values(), ids=VALIDATED)
+def test_validation_has_one_graph_for_all_stages(fields):
+    """Of numbers that are those of the stage's own scale and tables; it is compiled once."""
+    c, model = tiny_model(**fields)
+    with torch.no_grad():
+        for p in model.parameters():  # nothing is zero any more
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=False)
+    stages = set()
+    losses = set()
+    last = 1.0 if c.extension_windows else 0.9
+    for progress in (0.0, 0.4, 0.7, last, 0.0):
+        model.enter(progress)
+        stage = c.stage(progress, 24)
+        val = c.val_stage(stage, 24)
+        stages.add(val)
+        own = val._replace(attn_scale=stage.attn_scale, tied=stage.tied, by_buffers=False)
+        with torch.no_grad():
+            expected = model(*batch(), own)
+            found = compiled(*batch(), val)
+            decoded = [model.logits(batch()[0], batch()[2], x) for x in (val, own)]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(*decoded, rtol=1e-4, atol=1e-4)
+        if val.attn_scale == stage.attn_scale and val.tied == stage.tied:
+            assert torch.equal(model(*batch(), val), model(*batch(), own))  # as it was before
+        losses.add(round(expected.item(), 3))
+    assert len(stages) == len(graphs) == 1
+    assert val.by_buffers == (len(losses) > 1)
 
 
 @pytest.mark.parametrize("tied, steps", [(0.0, 0), (0.25, 5), (0.66, 14), (1.0, 20)])
