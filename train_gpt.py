@@ -60,7 +60,7 @@ from runtime.machine import PrecisionConfig, World
 from runtime.options import RunConfig, build_parts, flat, parse_options, peek
 from runtime.policy import PolicyConfig
 from runtime.preferences import TeachingConfig, give_reference
-from runtime.saved import step_weights
+from runtime.saved import TABLES, step_weights, take_tables
 from runtime.session import Session
 from runtime.setting_up import (
     backward,
@@ -477,6 +477,7 @@ def run_once(setup, log, requests, store, found, parts, loop=train_to_the_end):
         setup.model.init_weights(config.goal.seed)
     if config.run.warm_start and not found:
         warm_start.copy_weights(config.run.warm_start, setup.model)
+    keep_tables(setup.model, log, config.run.warm_start, begins=not found)
     give_reference(setup, val_stage(setup, 1), log.folder, begins=not found)
     setup.optimizer.reset()  # moments at zero
     session = Session(setup, log, requests, store, found, parts)
@@ -489,6 +490,17 @@ def run_once(setup, log, requests, store, found, parts, loop=train_to_the_end):
         params=sum(p.numel() for p in setup.model.parameters()),
         data=setup.data.dataset.name,
     )
+
+
+def keep_tables(model, log, given, begins):
+    """What a model took from the training text besides weights, into the run's folder; where it is
+    taught by another text, from the run that it was trained in. Raises InputError."""
+    if not hasattr(model, "tables"):
+        return
+    take_tables(model, warm_start.run_folder(given) if given and begins else log.folder)
+    tables = model.tables()
+    if tables and begins:
+        log.save_weights(tables, TABLES)
 
 
 def save_result(setup, result, log, parts):

@@ -85,6 +85,7 @@ def own_parts(config):
         skip="skip",
         softcap="softcap",
         copies="copies",
+        counts="counts of the training text",
     )
     found = [words for name, words in names.items() if config.get(name)]
     if config.get("n_gram", 1) > 1:

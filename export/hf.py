@@ -13,6 +13,7 @@ from pathlib import Path
 
 from base import InputError
 from data.chat import END
+from runtime.saved import read_tables
 
 from .card import model_card
 from .source import EMBEDDING
@@ -104,11 +105,25 @@ def whole_model(exported):
     if config["tie_word_embeddings"]:
         tensors[EMBEDDING] = tensors["lm_head.weight"].clone()
         config["tie_word_embeddings"] = False
+    if config["counts"]:
+        config["counts_sizes"] = add_counts(tensors, exported.model.run, config["counts"])
     n_vocab = exported.tokenizer.n_vocab
     for name in tensors:
         if name.endswith(TABLES):
             tensors[name] = tensors[name][:n_vocab]
     return tensors, config | dict(vocab_size=n_vocab)
+
+
+def add_counts(tensors, run, n):
+    """Add the counts of the training text to the tensors, under the names that
+    modeling_stopwatch.py has; returns the sizes of the tables. Raises InputError."""
+    counts = read_tables(run)
+    sizes = []
+    for i in range(n):
+        sizes.append([len(counts[f"first.{i}"]) - 1, len(counts[f"follower.{i}"])])
+        for name in "first", "follower", "count":
+            tensors[f"counts.{i}.{name}"] = counts[f"{name}.{i}"]
+    return sizes
 
 
 def generation_config(exported, config):

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 GATE_INPUTS = 12  # gates look at this many dimensions of a token
+STRIDE = 1 << 24  # more than there are tokens in a vocabulary
 HIDDEN = 64  # of the functions by which tokens decide weights
 
 
@@ -64,6 +65,8 @@ class StopwatchConfig(PretrainedConfig):
         norm_embedding=False,  # whether tokens' embeddings are normalised by themselves
         softcap=(),  # a, b, c: logits become a * sigmoid((z + b) / c)
         copies=0,  # lengths of n-grams whose earlier continuations are mixed in
+        counts=0,  # the same of their continuations in the training text
+        counts_sizes=(),  # contexts, and tokens that followed, of each of these
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -100,6 +103,8 @@ class StopwatchConfig(PretrainedConfig):
         self.norm_embedding = norm_embedding
         self.softcap = list(softcap)
         self.copies = copies
+        self.counts = counts
+        self.counts_sizes = list(counts_sizes)
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
 
@@ -203,9 +208,13 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
             self.smear_gate = nn.Parameter(torch.zeros(1, GATE_INPUTS))
         if c.n_gram > 1:
             self.ngram_embeds = nn.Parameter(torch.zeros(c.n_gram - 1, c.ngram_rows, C))
-        if c.copies:
-            self.mix_gates = nn.Parameter(torch.zeros(c.copies + 1, C))
-            self.mix_counts = nn.Parameter(torch.zeros(c.copies + 1, 2 * c.copies + 1))
+        n = c.copies + c.counts
+        if n:
+            told = 2 * n + (c.copies > 0) + (c.counts > 0)
+            self.mix_gates = nn.Parameter(torch.zeros(n + 1, C))
+            self.mix_counts = nn.Parameter(torch.zeros(n + 1, told))
+        if c.counts:
+            self.counts = nn.ModuleList([Followers(*sizes) for sizes in c.counts_sizes])
         # Version 4 takes no names of parts that a model does not have
         there = {part for name, _ in self.named_parameters() for part in name.split(".")}
         strict = self._keep_in_fp32_modules_strict
@@ -267,7 +276,8 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict=True,
         **kwargs,
     ):
-        """Logits of what follows each token, or log probabilities where copies are mixed in.
+        """Logits of what follows each token, or log probabilities where copies or counts are
+        mixed in.
 
         input_ids: (B, T) int64, all tokens so far; attention_mask: (B, T), 0 for padding;
         past_key_values: a DynamicCache that holds the first P < T of them, whose logits are not
@@ -299,8 +309,8 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         if c.softcap:
             scale, shift, width = c.softcap
             logits = scale * torch.sigmoid((logits + shift) / width)
-        if c.copies:
-            logits = self.mix_copies(x, logits, input_ids, first)
+        if c.copies or c.counts:
+            logits = self.mix_in(x, logits, input_ids, first)
 
         loss = None
         if labels is not None:
@@ -570,29 +580,63 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
     # ----------------------------------------------------------------------------------------------
-    # What followed the last tokens before, earlier in the same document
+    # What followed the last tokens before, earlier in the same document and in the training text
 
-    def mix_copies(self, x, logits, tokens, first):
+    def mix_in(self, x, logits, tokens, first):
         """Log probabilities (B, S, V) of the head's distribution, mixed with how often each token
         followed the last 0, 1, ... tokens before.
 
         x: (B, S, C), logits: (B, S, V) of the last S tokens; tokens: (B, T); first: (B,).
         """
-        hits = self.what_followed(tokens, first, x.size(1))  # (B, S, V, copies)
-        seen = hits.sum(2)  # (B, S, copies)
+        told, there, probs = [], [], []  # for gates (B, S, n); (B, S) and (B, S, V) of each length
+        one = torch.ones(*x.shape[:2], 1, device=x.device)
+        if self.config.copies:
+            hits = self.what_followed(tokens, first, x.size(1))  # (B, S, V, copies)
+            seen = hits.sum(2)  # (B, S, copies)
+            told += [seen.log1p(), (seen > 0).float(), one]
+            there += (seen > 0).unbind(-1)
+            probs += (hits / seen.clamp(min=1)[:, :, None]).unbind(-1)
+        if self.config.counts:
+            seen, kinds, found = self.what_follows(tokens, first, x.size(1))
+            told += [seen.log1p(), kinds.log1p(), one]
+            there += (seen > 0).unbind(-1)
+            probs += found
         # Gates: by the token, and by how often each context was there
-        one = torch.ones_like(seen[..., :1])
-        about = torch.cat([seen.log1p(), (seen > 0).float(), one], dim=-1)
+        about = torch.cat(told, dim=-1)
         by_token = F.linear(x.to(self.mix_gates.dtype), self.mix_gates)
         gates = by_token + F.linear(about.to(self.mix_counts.dtype), self.mix_counts)
-        none = F.pad(seen == 0, (1, 0))  # the model itself always has something to say
+        # The model itself always has something to say
+        none = F.pad(~torch.stack(there, dim=-1), (1, 0))
         share = gates.masked_fill(none, -torch.inf).log_softmax(-1).to(logits.dtype)
 
         mixed = share[..., :1] + logits.log_softmax(-1)
-        for n in range(self.config.copies):
-            copied = hits[..., n] / seen[..., n : n + 1].clamp(min=1)
-            mixed = torch.logaddexp(mixed, share[..., n + 1 : n + 2] + copied.log())
+        for n, p in enumerate(probs, 1):
+            mixed = torch.logaddexp(mixed, share[..., n : n + 1] + p.log())
         return mixed
+
+    def what_follows(self, tokens, first, n_last):
+        """In the training text, for the last n_last tokens of each row: how often each context was
+        there and how many kinds of tokens followed it, (B, S, counts) fp32 each, and smoothed
+        probabilities, (B, S, V) of each length."""
+        at = torch.arange(tokens.size(1), device=tokens.device)
+        so_far = at - first[:, None] + 1  # tokens of the document
+        place = torch.zeros_like(tokens)  # of the context, -1 where it never was
+        all_seen, all_kinds, probs = [], [], []
+        for n, followers in enumerate(self.counts):
+            seen, kinds, hits = followers(place[:, -n_last:], self.config.vocab_size)
+            p = hits
+            if probs:
+                p = (hits - 0.75).clamp(min=0) + 0.75 * kinds[..., None] * probs[-1]
+            p = p / seen.clamp(min=1)[..., None]
+            if probs:
+                p = p.where(seen[..., None] > 0, probs[-1])
+            all_seen.append(seen)
+            all_kinds.append(kinds)
+            probs.append(p)
+            # The context with one token more: what follows a context is one itself
+            before = place.roll(1, dims=1) if n else place
+            place = followers.find(before, tokens).where(so_far > n, -1)
+        return torch.stack(all_seen, dim=-1), torch.stack(all_kinds, dim=-1), probs
 
     def what_followed(self, tokens, first, n_last):
         """(B, n_last, V, copies) fp32 counts, for the last n_last tokens of each row."""
@@ -613,6 +657,42 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
             hits = torch.zeros(B, n_last, self.config.vocab_size, device=tokens.device)
             counts.append(hits.scatter_add_(2, followed, same.float()))
         return torch.stack(counts, dim=-1)
+
+
+class Followers(nn.Module):
+    """Contexts of one length in the training text, and what followed each of them."""
+
+    def __init__(self, n_contexts, n_followers):
+        super().__init__()
+
+        def numbers(name, n):
+            self.register_buffer(name, torch.zeros(n, dtype=torch.int32))
+
+        numbers("first", n_contexts + 1)  # where the followers of each context begin
+        numbers("follower", n_followers)
+        numbers("count", n_followers)
+
+    def find(self, place, token):
+        """Which of the followers of its context each token is, -1 for none; (B, T) int64 each."""
+        which = torch.arange(len(self.first) - 1, device=self.first.device)
+        pairs = which.repeat_interleave(self.first.diff()) * STRIDE + self.follower
+        pair = place * STRIDE + token
+        at = torch.searchsorted(pairs, pair).clamp(max=len(pairs) - 1)
+        return at.where(pairs[at] == pair, -1)
+
+    def forward(self, place, n_vocab):
+        """place: (B, S) int64, of contexts, -1 for none -> how often each was there and how many
+        kinds followed, (B, S) fp32 each, and hits (B, S, V) fp32."""
+        begin = self.first[place].long()
+        kinds = (self.first[place.clamp(min=0) + 1] - begin).where(place >= 0, 0)
+        # Followers of all places, one after the other
+        row = torch.arange(place.numel(), device=place.device).repeat_interleave(kinds.flatten())
+        before = kinds.flatten().cumsum(0) - kinds.flatten()
+        at = torch.arange(len(row), device=place.device) - before[row] + begin.flatten()[row]
+        hits = torch.zeros(place.numel(), n_vocab, device=place.device)
+        hits[row, self.follower[at].long()] = self.count[at].float()
+        hits = hits.view(*place.shape, n_vocab)
+        return hits.sum(-1), kinds.float(), hits
 
 
 class Keep:

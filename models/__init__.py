@@ -34,6 +34,10 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
     init_weights(seed)             new weights, the same on every device
     learn_tokens(dataset)          take from a data.Dataset what the loss needs to know of its
                                    tokens' bytes. Raises InputError; only if it needs anything
+    tables()                       {name: CPU tensor} of what else it takes from a training text in
+                                   learn_tokens(), {} for nothing, which a run's folder keeps;
+                                   wants_tables(): whether it lacks them; take_tables(tables). Only
+                                   if it takes anything
     enter(progress)                fill buffers for the stage that this progress is in
     forward(inputs, targets, cu_seqlens, stage, target_weights=None)
                                    summed cross-entropy, an fp32 scalar, over targets that are not

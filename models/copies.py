@@ -23,14 +23,23 @@ def hashed(key, x):
     return key ^ (key >> 29)
 
 
-def rank(keys):
-    """(B, T) int64 -> (B, T): how many equal keys stand before each one in its row."""
+def runs(keys):
+    """(B, T) int64 -> (order, first, last), (B, T) each: the order that sorts a row, and for each
+    place of the sorted row where its run of equal keys begins and ends."""
     order = keys.argsort(dim=1, stable=True)
     ordered = keys.gather(1, order)
     at = torch.arange(keys.size(1), device=keys.device).expand_as(keys)
-    new = torch.ones_like(keys, dtype=torch.bool)
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    first = at.where(new, 0).cummax(dim=1).values  # of each run of equal keys
+    differ = ordered[:, 1:] != ordered[:, :-1]
+    first = at.where(F.pad(differ, (1, 0), value=True), 0).cummax(dim=1).values
+    ends = at.where(F.pad(differ, (0, 1), value=True), keys.size(1))
+    last = ends.flip(1).cummin(dim=1).values.flip(1)
+    return order, first, last
+
+
+def rank(keys):
+    """(B, T) int64 -> (B, T): how many equal keys stand before each one in its row."""
+    order, first, _ = runs(keys)
+    at = torch.arange(keys.size(1), device=keys.device)
     return torch.empty_like(keys).scatter_(1, order, at - first)
 
 
@@ -92,7 +101,13 @@ def mixed(own, gates, seen, hits):
     own: (...) log probabilities; gates: (..., n + 1), of the model and of each length, which count
     among those whose context was seen; seen, hits: (..., n).
     """
-    none = F.pad(seen == 0, (1, 0))  # the model itself always has something to say
+    return mixture(own, gates, seen > 0, hits.to(own.dtype) / seen.clamp(min=1))
+
+
+def mixture(own, gates, there, others):
+    """The same of any distributions: there, others: (..., n), which of them there are, and what
+    they say."""
+    none = F.pad(~there, (1, 0))  # the model itself always has something to say
     share = gates.masked_fill(none, -torch.inf).log_softmax(-1).to(own.dtype)
-    copied = hits.to(own.dtype) / seen.clamp(min=1)
-    return (share + torch.cat([own[..., None], copied.log()], dim=-1)).logsumexp(-1)
+    others = others.to(own.dtype)
+    return (share + torch.cat([own[..., None], others.log()], dim=-1)).logsumexp(-1)

@@ -26,7 +26,7 @@ from optim.adamw import adamw_rules
 from optim.muon import Muon
 from optim.rows import RowAdam
 
-from . import copies, mudd
+from . import copies, counts, mudd
 from .cache import KVCache
 from .gpt_config import Config, Stage
 from .parts import (
@@ -157,11 +157,13 @@ class Model(nn.Module):
         self.xsa_strengths = parameter(n_xsa, H, dtype=torch.float32)
         self.qkvo_scales = parameter(n_attn * c.qkvo_scales, 2, dtype=torch.float32)  # of QKV, of O
         self.smear_gate = parameter(int(c.smear), GATE_INPUTS, dtype=torch.float32)
-        # Gates of the model's own distribution and of each length's copies: by the token, and by
-        # how often the context was there
-        n_mixed = c.copies + 1 if c.copies else 0
+        # Gates of the model's own distribution and of each length's copies and counts: by the
+        # token, and by how often the context was there
+        n_others = c.copies + c.counts
+        n_mixed = n_others + 1 if n_others else 0
+        n_told = 2 * n_others + (c.copies > 0) + (c.counts > 0)
         self.mix_gates = parameter(n_mixed, C, dtype=torch.float32)
-        self.mix_counts = parameter(n_mixed, 2 * c.copies + 1, dtype=torch.float32)
+        self.mix_counts = parameter(n_mixed, n_told, dtype=torch.float32)
         # Of the residual stream and of what it began with; or of the stream and of what joins it,
         # for attention and for the MLP, and of what it began with and n-grams
         n_lambdas = L * c.sublayer_lambdas
@@ -201,6 +203,8 @@ class Model(nn.Module):
         prefixes = torch.full((V if any(c.prefix_loss) else 0,), IGNORE)
         self.register_buffer("prefixes", prefixes, persistent=False)
         self.knows_tokens = False
+        # Of the training text, where they are mixed in: known after learn_tokens(), too
+        self.counts = counts.Counts(c.counts)
         self.enter(0.0)
         # In FP8 the MLPs have scales, and copies of their weights
         self.fp8_mlps = FP8MLPs(L, c.mlp_ratio * C, C) if self.ops.fp8 else None
@@ -262,6 +266,9 @@ class Model(nn.Module):
     def learn_tokens(self, dataset):
         """What the loss needs to know of the tokens' texts. Raises InputError where those are out
         of reach."""
+        if self.c.counts and dataset.rows == "text":  # else a run that is taught has them
+            device = self.cos.device
+            self.counts = counts.Counts.of_text(dataset.train, dataset.eot, self.c.counts, device)
         if not len(self.prefixes):
             return
         try:
@@ -273,6 +280,17 @@ class Model(nn.Module):
             ) from None
         self.prefixes[: len(table)] = table.where(table >= 0, IGNORE).to(self.prefixes.device)
         self.knows_tokens = True
+
+    def tables(self):
+        """The counts, for a run's folder."""
+        return self.counts.tables() if self.counts.known else {}
+
+    def wants_tables(self):
+        return self.c.counts > 0 and not self.counts.known
+
+    def take_tables(self, tables):
+        """What tables() gave."""
+        self.counts = counts.Counts(self.c.counts, tables, self.cos.device)
 
     def enter(self, progress):
         """Fill the rotary tables, and what else goes by the stage, for the one that this progress
@@ -661,7 +679,7 @@ class Model(nn.Module):
         # Every token is a row of its own from here on
         x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
         starts = document_starts(inputs, cu_seqlens)
-        counts = copies.earlier(inputs, targets, starts, self.c.copies) if self.c.copies else None
+        others = self.others(inputs, targets, starts, stage)
         columns = later_targets(targets, starts, stage.n_targets)
         if stage.prefix:
             if not self.knows_tokens:
@@ -679,9 +697,9 @@ class Model(nn.Module):
                 targets, len(w), stage.n_sampled, inputs.sum(), IGNORE
             )
             w = embedding(tokens, w)
-        if counts:
+        if others:
             loss = functools.partial(self.mixed_loss, sampled=sampled)
-            rows = x, targets[:, 0], *(n.flatten(0, 1) for n in counts)
+            rows = x, targets[:, 0], *(n.flatten(0, 1) for n in others)
         else:
             loss = functools.partial(
                 self.ops.linear_cross_entropy,
@@ -693,18 +711,39 @@ class Model(nn.Module):
 
         return loss_by_chunks(self.recompute, loss, w, *rows)
 
-    def mixed_loss(self, x, w, targets, seen, hits, sampled):
-        """Summed loss of the head's distribution mixed with what followed before.
+    def others(self, inputs, targets, starts, stage):
+        """What else predicts the targets (B, T): what a gate is told of it (B, T, n), which of it
+        is there and its probabilities, (B, T, copies + counts) each. () for nothing."""
+        c = self.c
+        told, there, probs = [], [], []
+        if c.copies:
+            seen, hits = copies.earlier(inputs, targets, starts, c.copies)
+            told.append(copies.about(seen))
+            there.append(seen > 0)
+            probs.append(hits.float() / seen.clamp(min=1))
+        if c.counts:
+            found = self.counts.of_targets(inputs, targets, starts, stage.leave_out)
+            seen, hits, kinds = found
+            told.append(counts.about(seen, kinds))
+            there.append(seen > 0)
+            probs.append(counts.probabilities(seen, hits, kinds))
+        if not told:
+            return ()
+        return tuple(torch.cat(x, dim=-1) for x in (told, there, probs))
 
-        x: (N, C), w: (V, C), targets: (N,), seen, hits: (N, copies); sampled: as for the head.
+    def mixed_loss(self, x, w, targets, told, there, probs, sampled):
+        """Summed loss of the head's distribution mixed with others.
+
+        x: (N, C), w: (V, C), targets: (N,); told, there, probs: rows of others(); sampled: as for
+        the head.
         """
-        return -self.mixed_log_probs(x, w, targets, seen, hits, sampled).sum()
+        return -self.mixed_log_probs(x, w, targets, told, there, probs, sampled).sum()
 
-    def mixed_log_probs(self, x, w, targets, seen, hits, sampled=None):
+    def mixed_log_probs(self, x, w, targets, told, there, probs, sampled=None):
         """(N,) log probabilities of the same mixture, 0 where a target is IGNORE."""
         cap = self.c.softcap or None
         own = linear_log_prob(x, w, targets, cap=cap, sampled=sampled, ignore_index=IGNORE)
-        log_prob = copies.mixed(own, self.mix(x, seen), seen, hits)
+        log_prob = copies.mixture(own, self.mix(x, told), there, probs)
         return log_prob.where(targets != IGNORE, 0.0)
 
     def log_probs(self, inputs, targets, cu_seqlens, stage, n_vocab=None):
@@ -712,27 +751,32 @@ class Model(nn.Module):
         n_vocab: among so many tokens, as logits() has them; None: and what pads them, as in
         training."""
         rows = [self.hidden(inputs, cu_seqlens, stage).flatten(0, 1), targets.flatten()]
-        if self.c.copies:
+        if self.is_mixed:
             starts = document_starts(inputs, cu_seqlens)
-            counts = copies.earlier(inputs, targets, starts, self.c.copies)
-            rows += [n.flatten(0, 1) for n in counts]
+            others = self.others(inputs, targets, starts, stage)
+            rows += [n.flatten(0, 1) for n in others]
             of_rows = self.mixed_log_probs
         else:
             cap = self.c.softcap or None
             of_rows = functools.partial(linear_log_prob, cap=cap, ignore_index=IGNORE)
         return log_probs_by_chunks(of_rows, self.lm_head[:n_vocab], *rows).view_as(inputs)
 
-    def mix(self, x, seen):
-        """Gates of the mixture: (..., C), (..., copies) -> (..., copies + 1) fp32."""
+    @property
+    def is_mixed(self):
+        return len(self.mix_gates) > 0
+
+    def mix(self, x, told):
+        """Gates of the mixture: (..., C), (..., n) as others() has it -> (..., copies + counts + 1)
+        fp32."""
         by_token = F.linear(x.to(self.mix_gates.dtype), self.mix_gates)
-        return by_token + F.linear(copies.about(seen).to(self.mix_counts.dtype), self.mix_counts)
+        return by_token + F.linear(told.to(self.mix_counts.dtype), self.mix_counts)
 
     def logits(self, inputs, cu_seqlens, stage, last_only=False):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""
         x = self.hidden(inputs, cu_seqlens, stage)
         first = inputs.size(1) - 1 if last_only else 0
         logits = self.head(x[:, first:])
-        if not self.c.copies:
+        if not self.is_mixed:
             return logits
         starts = document_starts(inputs, cu_seqlens)
         for row, marks in enumerate(starts):
@@ -759,7 +803,7 @@ class Model(nn.Module):
         if not every:
             x = cache.of_last(x)  # (B, 1, C)
         logits = self.head(x)
-        if self.c.copies:
+        if self.is_mixed:
             for row, text in enumerate(cache.texts_with(inputs)):
                 n = counts[row] if every else 1  # places whose logits these are
                 for i in range(n):
@@ -776,19 +820,34 @@ class Model(nn.Module):
         return softcap(logits, self.c.softcap)
 
     def mix_in(self, x, logits, text):
-        """Log probabilities (n_vocab) of the head's distribution mixed with what followed before.
+        """Log probabilities (n_vocab) of the head's distribution mixed with what followed before,
+        in the document and in the training text.
 
         x: (C,), of the last token; text: (T,) int64, the document so far.
         """
-        hits = copies.what_followed(text, self.c.copies, self.n_vocab)
-        seen = hits.sum(0)  # the same for every token, as the gates are
-        gates = self.mix(x, seen)
-        # Of most tokens there are no copies: only the model's own share is theirs
-        nothing = torch.zeros_like(hits[:1])
+        V = self.n_vocab
+        told, there, probs = [], [], []  # as others() has them, probabilities of every token
+        if self.c.copies:
+            hits = copies.what_followed(text, self.c.copies, V)
+            seen = hits.sum(0)  # the same for every token, as the gates are
+            told.append(copies.about(seen))
+            there.append(seen > 0)
+            probs.append(hits.float() / seen.clamp(min=1))
+        if self.c.counts:
+            seen, hits, kinds = self.counts.of_all(text, V)
+            told.append(counts.about(seen, kinds))
+            there.append(seen > 0)
+            of_all = [n.expand(V, -1) for n in (seen, kinds)]
+            probs.append(counts.probabilities(of_all[0], hits, of_all[1]))
+        gates = self.mix(x, torch.cat(told))
+        there = torch.cat(there)
+        probs = torch.cat(probs, dim=-1)  # (V, copies + counts)
+        # Of most tokens nothing else is known: only the model's own share is theirs
+        nothing = torch.zeros_like(probs[:1])
         own = logits.log_softmax(-1)
-        log_probs = own + copies.mixed(torch.zeros_like(own[:1]), gates, seen, nothing)
-        there = hits[:, 0].nonzero()[:, 0]
-        log_probs[there] = copies.mixed(own[there], gates, seen, hits[there])
+        log_probs = own + copies.mixture(torch.zeros_like(own[:1]), gates, there, nothing)
+        some = (probs > 0).any(-1).nonzero()[:, 0]
+        log_probs[some] = copies.mixture(own[some], gates, there, probs[some])
         return log_probs
 
     # ----------------------------------------------------------------------------------------------

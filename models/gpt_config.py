@@ -47,6 +47,7 @@ class Stage(typing.NamedTuple):
     # In validation: attention's scale and whether the head is the embedding are as the model's
     # buffers say, which enter() fills, so that one graph serves all stages
     by_buffers: bool = False
+    leave_out: bool = False  # whether a text is predicted from the counts of the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +164,12 @@ class Config(Options):
         "this length",
         COUNT,
     )
+    counts: int = option(
+        0,
+        "mix in what followed the same 0, 1, ... tokens in the training text, for n-grams up to "
+        "this length",
+        COUNT,
+    )
     tied: float = option(
         0.0, "fraction of training in which the head is the embedding as well", FRACTION
     )
@@ -204,10 +211,11 @@ class Config(Options):
             )
         if not -1 <= self.backout < self.n_layer - 1:
             self.refuse("backout", "a layer before the last, or -1")
-        if self.copies and any(n > 1 for n in self.mtp):
-            self.refuse("copies", "0 where several next tokens are predicted (--mtp)")
-        if self.copies and any(self.prefix_loss):
-            self.refuse("copies", "0 where prefixes are predicted (--prefix-loss)")
+        for field in "copies", "counts":
+            if getattr(self, field) and any(n > 1 for n in self.mtp):
+                self.refuse(field, "0 where several next tokens are predicted (--mtp)")
+            if getattr(self, field) and any(self.prefix_loss):
+                self.refuse(field, "0 where prefixes are predicted (--prefix-loss)")
         if self.softcap and not self.softcap_is_valid():
             self.refuse("softcap", "three numbers, or none")
 
@@ -302,6 +310,7 @@ class Config(Options):
             n_targets=by_stage(self.mtp, progress),
             n_sampled=by_stage(self.sampled_softmax, progress),
             prefix=by_stage(self.prefix_loss, progress) > 0,
+            leave_out=self.counts > 0,
         )
 
     def scale(self, progress):
@@ -338,6 +347,7 @@ class Config(Options):
             n_targets=1,
             n_sampled=0,
             prefix=False,
+            leave_out=False,
         )
 
     def is_new_loss(self, before, after):
@@ -436,6 +446,7 @@ class Config(Options):
             norm_embedding=self.tied > 0,
             softcap=self.softcap,
             copies=self.copies,
+            counts=self.counts,
         )
 
 

@@ -17,6 +17,8 @@ from data.tokenizers import load_tokenizer
 from kernels import choose_ops
 from models import load_template, template_names
 
+TABLES = "tables.safetensors"  # what the model took from the training text besides weights
+
 
 class Saved(NamedTuple):
     """What a run left."""
@@ -110,6 +112,7 @@ def load_run(folder, device="cpu", template=None, step=None):
         with torch.no_grad():
             model.enter(progress)
             fill(model, weights)
+        take_tables(model, folder)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -118,6 +121,26 @@ def load_run(folder, device="cpu", template=None, step=None):
             "version trained. The one that did is in its source.tar.bz2"
         ) from None
     return Saved(folder, options, model, stage, tokenizer, max_len, result)
+
+
+def take_tables(model, folder):
+    """Give a model that lacks them the counts of its training text, from a run's folder. Raises
+    InputError."""
+    if not hasattr(model, "wants_tables") or not model.wants_tables():
+        return
+    model.take_tables(read_tables(folder))
+
+
+def read_tables(folder):
+    """{name: tensor} of what a run counted in its training text. Raises InputError."""
+    path = Path(folder) / TABLES
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        why = " ".join(str(e).split())
+        raise InputError(
+            f"{path}: cannot be read: {why}; expected what the run counted in its training text"
+        ) from None
 
 
 def fill(model, weights):

@@ -2,22 +2,26 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from helpers import ROOT, model_fields
 from safetensors.torch import load_file, save_file
 
 import train_gpt as tg
+from data import ShardWriter
 from data.tokenizers import train_qwen2
 from export.__main__ import main as export_main
 from kernels import choose_ops
 from models import gpt, llama
+from models.counts import Counts
 from records.source import source_of
 from runtime.checkpoints import Checkpoints
 from runtime.log import Log
 from runtime.options import flat
-from runtime.saved import load_run
+from runtime.saved import TABLES, load_run
 
 LLAMA = dict(
     template="llama",
@@ -75,9 +79,22 @@ def make_run(folder, config, model, step=7, checkpoint=None, tokenizer=None):
 def gpt_run(folder, tokenizer, dtype=torch.float32, **fields):
     rows = dict(row_len=64, val_row_len=64, batch_tokens=(64,))
     config = tg.configure(**(model_fields() | rows | fields))
-    return make_run(
+    run = make_run(
         folder, config, random_model(config, tokenizer.n_vocab, dtype=dtype), tokenizer=tokenizer
     )
+    if config.model.counts:
+        save_file(some_counts(tokenizer, config.model.counts).tables(), run / TABLES)
+    return run
+
+
+def some_counts(tokenizer, n):
+    """Counts of a text that repeats itself."""
+    parts = (ROOT / "train_gpt.py").read_text().split("\n\n")[:60]
+    with tempfile.TemporaryDirectory() as folder:
+        with ShardWriter(folder, "train") as writer:
+            for ids in tokenizer.encode(parts):
+                writer.write(np.array([tokenizer.eot, *ids]))
+        return Counts.of_text(writer.paths, tokenizer.eot, n)
 
 
 def llama_run(folder, tokenizer, dtype=torch.float32, **fields):
@@ -114,6 +131,8 @@ class Ours:
         copy.mkdir()
         for name in "config.json", "result.json", "tokenizer.json":
             shutil.copy(run / name, copy / name)
+        if (run / TABLES).exists():
+            shutil.copy(run / TABLES, copy / TABLES)
         weights = load_file(run / "model.safetensors")
         save_file({name: w.float() for name, w in weights.items()}, copy / "model.safetensors")
         self.saved = load_run(copy)

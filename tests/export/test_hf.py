@@ -74,6 +74,8 @@ PARTS = [
     pytest.param(EVERY_PART | dict(mudd=(), mudd_gates=-1), id="every part by numbers"),
     pytest.param(dict(n_gram=1, softcap=(), value_embed_layers=()), id="hardly any"),
     pytest.param(dict(copies=2, n_gram=2, smear=True), id="copies"),
+    pytest.param(dict(copies=2, counts=3), id="copies and counts"),
+    pytest.param(dict(counts=2), id="counts"),
     pytest.param(dict(tied=1.0, key_offset=True, short_window=(8,)), id="tied"),
 ]
 
@@ -89,7 +91,7 @@ def test_the_speedruns_model_is_the_same(tmp_path, capsys, fields):
     inputs = torch.tensor([ids, [ids[0], *ids[:0:-1]]])
     expected = ours.logits(inputs)
     found = theirs(inputs).logits
-    if fields.get("copies"):
+    if fields.get("copies") or fields.get("counts"):
         expected = expected.log_softmax(-1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     last = theirs(inputs, logits_to_keep=2).logits

@@ -59,6 +59,23 @@ def test_it_learns_to_answer_and_to_stop(base, tmp_path, capsys):
         assert (completion.text, completion.finish_reason) == (answer, "stop")
 
 
+def test_counts_of_the_base_runs_text_go_along(base, tmp_path, capsys):
+    """Also where teaching is stopped and goes on."""
+    folder, _ = base
+    fields = dict(steps=2, eval_every=2, sample_tokens=0, counts=3)
+    fields |= dict(run_dir=str(tmp_path / "counted"))
+    tg.train(tiny(folder / "words.txt", tmp_path, **fields))
+    counted = folder, str(tmp_path / "counted")
+    stop = "--max-time", "0.000001s", "--checkpoint-every", "1"
+    assert teach(counted, tmp_path, "--steps", "3", *stop) in (0, 3)
+    resume = "--resume", "auto", "--checkpoint-every", "1"
+    (tmp_path / "taught" / "result.json").unlink()
+    assert teach(counted, tmp_path, "--steps", "3", *resume) == 0
+    tables = [load_run(tmp_path / run).model.counts.tables() for run in ("counted", "taught")]
+    assert tables[0].keys() == tables[1].keys()
+    assert all(torch.equal(x, tables[1][name]) for name, x in tables[0].items())
+
+
 def test_new_tokens_begin_as_the_mean_of_the_others(base, tmp_path):
     """And the others as they were."""
     _, run_dir = base

@@ -1,0 +1,242 @@
+"""What followed the last tokens in the training text.
+
+For each length n, the n - 1 tokens before a target are looked up in the text that the model trains
+on: `seen` says how often they were there, `hits` how often the target followed them, `kinds` how
+many different tokens did. From these comes a distribution for each n, smoothed by the shorter ones,
+
+    p_n(y) = (max(hits - D, 0) + D kinds p_(n-1)(y)) / seen,      p_1(y) = hits / seen
+
+which a model mixes with its own, as it does with what followed earlier in the document (copies.py):
+no weights, and right from the first step. A token that follows a context several times in one
+document is counted once: documents repeat themselves, which says little of others, and in training
+a document's own part can be left out exactly, else the text would be predicted from itself.
+
+A context of n tokens is a context of n - 1 tokens and what followed it, so the tables are a tree:
+one look-up for each length. Bytes: 12 for a context and a token that followed it, in the run's
+folder, and about 24 more in memory; Python's library has 2.1M of them for n up to 4.
+
+Source: absolute discounting, Ney, Essen and Kneser 1994; counts without one's own, as there;
+mixing by a learned gate, Grave et al., arXiv:1612.04426.
+
+Shapes: B rows, T tokens in a row, N lengths from 1 to N.
+"""
+
+import numpy as np
+import torch
+
+from data import read_shard
+
+from . import copies
+
+DISCOUNT = 0.75
+PIECE = 4096  # tokens of a document that count as one
+MOST = 20_000_000  # tokens of a training text that are counted
+STRIDE = 1 << 24  # more than there are tokens in a vocabulary
+
+
+class Counts:
+    """How often tokens followed contexts of 0, 1, ..., n - 1 tokens. Without a text: never."""
+
+    def __init__(self, n, tables=None, device=None):
+        """tables: what tables() gave."""
+        self.n = n
+        self.known = tables is not None
+        self.own = False  # whether it is the text that is trained on
+        self.lengths = []
+        for i in range(n):
+            found = NOTHING
+            if self.known:
+                found = [tables[f"{name}.{i}"] for name in Length.STORED]
+            self.lengths.append(Length(*(torch.as_tensor(x, device=device) for x in found)))
+
+    @classmethod
+    def of_text(cls, shards, eot, n, device=None, most=MOST):
+        """Counts of the first tokens of these shards."""
+        text = np.concatenate([read_shard(path)[: most + 1] for path in shards])[: most + 1]
+        tables = {}
+        for i, found in enumerate(count(text.astype(np.int64), text == eot, n)):
+            tables |= {f"{name}.{i}": torch.from_numpy(x) for name, x in zip(Length.STORED, found)}
+        counts = cls(n, tables, device)
+        counts.own = True
+        return counts
+
+    def tables(self):
+        """{name: CPU tensor} for a run's folder."""
+        found = {}
+        for i, length in enumerate(self.lengths):
+            found |= {f"{name}.{i}": getattr(length, name).cpu() for name in Length.STORED}
+        return found
+
+    def of_targets(self, inputs, targets, starts, leave_out):
+        """(seen, hits, kinds), each (B, T, n) int64.
+
+        inputs, targets: (B, T) int64; starts: (B, T) bool, where documents begin; leave_out: the
+        part of the documents in the rows, where the text is the one that is trained on. What is
+        found for a target that is negative means nothing.
+        """
+        leave_out = leave_out and self.own
+        # A target that does not count in the loss follows all the same
+        targets = torch.where(targets < 0, inputs.roll(-1, dims=1), targets)
+        at = torch.arange(inputs.size(1), device=inputs.device)
+        so_far = at - at.where(starts, 0).cummax(dim=1).values + 1  # tokens of the document
+        own = copies.contexts(inputs, starts, self.n) if leave_out else []
+        place = torch.zeros_like(inputs)  # of the context, -1 where it never was
+        found = []
+        for i, length in enumerate(self.lengths):
+            next_place = length.find(place, targets)
+            counts = length.at(place, next_place)
+            if leave_out:
+                counts = without_own(*counts, own[i], targets)
+            found.append([x.where(place >= 0, 0) for x in counts])
+            # The context with one token more
+            place = next_place.roll(1, dims=1) if i else length.find(place, inputs)
+            place = place.where(so_far > i, -1)
+        return [torch.stack(x, dim=-1) for x in zip(*found)]
+
+    def of_all(self, tokens, n_vocab):
+        """The same of every token as what follows: (n,), (n_vocab, n), (n,).
+
+        tokens: (T,) int64, a document so far.
+        """
+        hits = torch.zeros(n_vocab, self.n, dtype=torch.int64, device=tokens.device)
+        seen = torch.zeros(self.n, dtype=torch.int64, device=tokens.device)
+        kinds = torch.zeros_like(seen)
+        for i in range(min(self.n, len(tokens) + 1)):
+            place = torch.zeros_like(tokens[:1])
+            for length, token in zip(self.lengths, tokens[len(tokens) - i :]):
+                place = length.find(place, token[None])
+            if place.item() < 0:
+                break  # nor do longer ones
+            length = self.lengths[i]
+            begin, end = length.first[place.item() : place.item() + 2].tolist()
+            hits[length.follower[begin:end].long(), i] = length.count[begin:end].long()
+            seen[i] = length.seen[place.item()]
+            kinds[i] = end - begin
+        return seen, hits, kinds
+
+
+NOTHING = np.array([0, 0], np.int32), *[np.zeros(0, np.int32)] * 2  # one context, never seen
+
+
+class Length:
+    """Contexts of one length, and what followed each; the latter are the contexts one longer."""
+
+    STORED = "first", "follower", "count"
+
+    def __init__(self, first, follower, count):
+        """first: (U + 1,) int32, where the followers of each context begin; follower, count: (P,)
+        int32, sorted by context and follower."""
+        self.first = first
+        self.follower = follower
+        self.count = count
+        self.kinds = first.diff().long()
+        which = torch.arange(len(first) - 1, device=first.device)
+        which = which.repeat_interleave(self.kinds, output_size=len(follower))
+        self.pair = which * STRIDE + follower
+        self.seen = torch.zeros_like(self.kinds).index_add_(0, which, count.long())
+
+    def find(self, place, token):
+        """Which of the pairs a context and what follows are, int64 of any shape; -1 for none."""
+        pair = place * STRIDE + token
+        at = torch.searchsorted(self.pair, pair)
+        there = at < len(self.pair)
+        if len(self.pair):
+            at = at.clamp(max=len(self.pair) - 1)
+            there = there & (self.pair[at] == pair)
+        return at.where(there, -1)
+
+    def at(self, place, pair):
+        """(seen, hits, kinds) of contexts and pairs; where one is -1, of another."""
+        hits = torch.zeros_like(pair)
+        if len(self.count):
+            hits = self.count[pair].long().where(pair >= 0, 0)
+        return self.seen[place], hits, self.kinds[place]
+
+
+def count(text, starts, n):
+    """[(first, follower, count) of a Length, ...] for n lengths, numpy int32.
+
+    text: (T + 1,) int64; starts: alike, bool, where documents begin.
+    """
+    at = np.arange(len(text))
+    inside = (at - np.maximum.accumulate(np.where(starts, at, 0)))[:-1]
+    document = np.cumsum(starts[:-1] | (inside % PIECE == 0))
+    inputs = text[:-1]
+    targets = text[1:]
+    place = np.zeros_like(inputs)  # of the context, -1 where the document is not that long
+    n_contexts = 1
+    found = []
+    for i in range(n):
+        there = np.flatnonzero(place >= 0)
+        pair = place[there] * STRIDE + targets[there]
+        order = np.argsort(pair, kind="stable")
+        pair = pair[order]
+        there = there[order]
+        new = np.append(True, pair[1:] != pair[:-1])
+        # Once for each document; places of a pair are in the order of the text
+        here = document[there]
+        counts = new | np.append(True, here[1:] != here[:-1])
+        begins = np.flatnonzero(new)
+        count = np.add.reduceat(counts.astype(np.int32), begins)
+        pair = pair[begins]
+        context = pair // STRIDE
+        follower = pair - context * STRIDE
+        sizes = np.bincount(context, minlength=n_contexts)
+        first = np.append(0, np.cumsum(sizes))
+        found.append([x.astype(np.int32) for x in (first, follower, count)])
+
+        # The context with one token more
+        n_contexts = len(pair)
+        place = np.full_like(inputs, -1)
+        if i:
+            place[there] = np.cumsum(new) - 1
+            place = np.append(-1, place[:-1])
+        else:
+            of_token = np.full(text.max() + 1, -1)
+            of_token[follower] = np.arange(len(follower))
+            place = of_token[inputs]
+        place[inside < i] = -1
+    return found
+
+
+def without_own(seen, hits, kinds, own, targets):
+    """The same without what the rows themselves have of each document; own: (B, T) int64, hashes
+    of contexts and documents."""
+    order, first, last = copies.runs(own)
+    pair_order, pair_first, _ = copies.runs(copies.hashed(own, targets))
+    # One place in the document stands for each kind of token that followed
+    at = torch.arange(own.size(1), device=own.device)
+    once = torch.zeros_like(own).scatter(1, pair_order, (pair_first == at).long())
+    hits = (hits - 1).clamp(min=0)
+    alone = once * (hits == 0)  # kinds that followed in this document only
+
+    def of_context(x):
+        """Sums over the places with the same context: (B, T) -> (B, T)."""
+        x = x.gather(1, order)
+        total = x.cumsum(dim=1)
+        total = total.gather(1, last) - total.gather(1, first) + x.gather(1, first)
+        return torch.empty_like(own).scatter_(1, order, total)
+
+    seen = (seen - of_context(once)).clamp(min=0)
+    return seen, hits, (kinds - of_context(alone)).clamp(min=0)
+
+
+def probabilities(seen, hits, kinds):
+    """(..., n) fp32 p_1, ..., p_n of the counts (..., n)."""
+    of_length = zip(*(x.float().unbind(-1) for x in (seen, hits, kinds)))
+    found = []
+    for n_seen, n_hits, n_kinds in of_length:
+        p = n_hits
+        if found:
+            p = (n_hits - DISCOUNT).clamp(min=0) + DISCOUNT * n_kinds * found[-1]
+        p = p / n_seen.clamp(min=1)
+        if found:
+            p = p.where(n_seen > 0, found[-1])
+        found.append(p)
+    return torch.stack(found, dim=-1)
+
+
+def about(seen, kinds):
+    """(..., n) counts -> (..., 2 n + 1) fp32, what a gate is told: these, and 1."""
+    one = torch.ones_like(seen[..., :1], dtype=torch.float32)
+    return torch.cat([seen.float().log1p(), kinds.float().log1p(), one], dim=-1)

@@ -1,0 +1,278 @@
+"""models/counts.py beside loops over the definition in float64, and as part of a model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny, train_losses, write_text
+
+import train_gpt as tg
+from base import InputError
+from data import ShardWriter
+from models import counts, gpt
+from runtime.saved import TABLES, load_run
+
+EOT = 0
+N = 4
+
+
+def documents(tokens):
+    """[(first, end)] of a stream in which each begins with EOT."""
+    starts = [*np.flatnonzero(np.asarray(tokens) == EOT).tolist(), len(tokens)]
+    return list(zip(starts, starts[1:]))
+
+
+def followers(tokens, n, context):
+    """{(token that followed the context, the first place of the document)} by a loop over a
+    text."""
+    found = set()
+    for first, end in documents(tokens):
+        for t in range(first, min(end, len(tokens) - 1)):
+            begin = t + 1 - (n - 1)
+            if begin >= first and tokens[begin : t + 1] == context:
+                found.add((tokens[t + 1], first))
+    return found
+
+
+def counted(found, target):
+    """(seen, hits, kinds) of followers()."""
+    tokens = [token for token, _ in found]
+    return len(tokens), tokens.count(target), len(set(tokens))
+
+
+@pytest.fixture(scope="module")
+def text():
+    """60 tokens of 4 kinds in documents of about 12."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 4, 60)
+    tokens[[0, 11, 25, 26, 43]] = EOT
+    return tokens.tolist()
+
+
+@pytest.fixture(scope="module")
+def shards(text, tmp_path_factory):
+    with ShardWriter(tmp_path_factory.mktemp("counts"), "train") as writer:
+        writer.write(np.asarray(text))
+    return writer.paths
+
+
+@pytest.fixture(scope="module")
+def table(shards):
+    return counts.Counts.of_text(shards, EOT, N)
+
+
+@pytest.fixture(scope="module")
+def rows(text):
+    """(inputs, targets, starts): the text's own documents, whole, packed into two rows."""
+    order = [2, 0, 1]  # 1, 11 and 14 tokens, then the rest
+    rows = []
+    found = documents(text)
+    for of_row in (order, [3]):
+        inputs, targets, starts = [], [], []
+        for which in of_row:
+            first, end = found[which]
+            inputs += text[first:end]
+            targets += [*text[first + 1 : end], text[end]]
+            starts += [True] + [False] * (end - first - 1)
+        rows.append((inputs[:17], targets[:17], starts[:17]))
+    return [torch.tensor(x) for x in zip(*rows)]
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_counts_are_those_of_the_definition(text, table, rows, leave_out):
+    inputs, targets, starts = rows
+    found = torch.stack(table.of_targets(inputs, targets, starts, leave_out), dim=-1)
+    some_hit = 0
+    for row in range(2):
+        for t in range(17):
+            begin = starts[row, : t + 1].nonzero()[-1].item()
+            later = starts[row, t + 1 :].nonzero()
+            end = t + 1 + later[0].item() if len(later) else 17
+            of_row = inputs[row, begin:end].tolist(), targets[row, begin:end].tolist()
+            for n in range(1, N + 1):
+                wanted = (0, 0, 0)
+                if t + 1 - begin >= n - 1:
+                    context = inputs[row, t + 2 - n : t + 1].tolist()
+                    there = followers(text, n, context)
+                    if leave_out:  # what followed it in the row's document, there
+                        own = [first for first, _ in documents(text) if is_at(text, first, of_row)]
+                        there -= {
+                            (of_row[1][i], own[0])
+                            for i in range(max(0, n - 2), end - begin)
+                            if of_row[0][i + 2 - n : i + 1] == context
+                        }
+                    wanted = counted(there, targets[row, t].item())
+                assert found[row, t, n - 1].tolist() == list(wanted), (row, t, n)
+                some_hit += n > 2 and wanted[1] > 0
+    assert some_hit > 3
+
+
+def is_at(text, first, of_row):
+    """Whether a document that begins there is the row's."""
+    inputs, targets = of_row
+    n = len(inputs)
+    return text[first : first + n] == inputs and text[first + 1 : first + n + 1] == targets
+
+
+def test_long_documents_count_by_pieces(monkeypatch, text, shards):
+    monkeypatch.setattr(counts, "PIECE", 5)
+    table = counts.Counts.of_text(shards, EOT, 1)
+    pieces = set()
+    for first, end in documents(text):
+        for t in range(first, min(end, len(text) - 1)):
+            pieces.add((first, (t - first) // 5, text[t + 1]))
+    assert table.lengths[0].seen.tolist() == [len(pieces)]
+    assert len(pieces) > len(followers(text, 1, []))
+
+
+def test_what_follows_has_every_tokens_counts(text, table):
+    """of_all() is of_targets() with each token as the target."""
+    for length in 1, 2, 3, 9:
+        tokens = torch.tensor(text[:length])
+        seen, hits, kinds = table.of_all(tokens, 5)
+        starts = tokens[None] == EOT
+        for token in range(5):
+            targets = torch.cat([tokens[1:], torch.tensor([token])])
+            wanted = table.of_targets(tokens[None], targets[None], starts, False)
+            assert [x[0, -1].tolist() for x in wanted] == [
+                seen.tolist(),
+                hits[token].tolist(),
+                kinds.tolist(),
+            ]
+
+
+def test_nothing_depends_on_what_comes_later(table, rows):
+    inputs, targets, starts = rows
+    whole = table.of_targets(inputs, targets, starts, False)
+    half = table.of_targets(inputs[:, :9], targets[:, :9], starts[:, :9], False)
+    for x, y in zip(whole, half):
+        assert torch.equal(x[:, :9], y)
+
+
+def test_smoothed_probabilities_by_hand_and_in_all(text, table):
+    """They sum to one, and are the formula's in float64."""
+    seen, hits, kinds = table.of_all(torch.tensor(text[:6]), 5)
+    of_all = [x.expand(5, -1) for x in (seen, kinds)]
+    found = counts.probabilities(of_all[0], hits, of_all[1])
+    torch.testing.assert_close(found.sum(0), torch.ones(N))
+    for token in range(5):
+        p = 0.0
+        for i in range(N):
+            h, s, k = (float(x) for x in (hits[token, i], seen[i], kinds[i]))
+            if i == 0:
+                p = h / s
+            elif s:
+                p = (max(h - 0.75, 0) + 0.75 * k * p) / s
+            assert found[token, i].item() == pytest.approx(p, rel=1e-6)
+
+
+def test_a_text_that_is_not_all_counted(shards, text):
+    """Only its first tokens are, and leaving out more than was counted leaves nothing."""
+    table = counts.Counts.of_text(shards, EOT, 2, most=20)
+    assert table.lengths[0].seen.tolist() == [len(followers(text[:21], 1, []))]
+    inputs = torch.tensor([text[:30]])
+    targets = torch.tensor([text[1:31]])
+    for x in table.of_targets(inputs, targets, inputs == EOT, True):
+        assert (x >= 0).all()
+
+
+def test_tables_make_the_same_counts(table, rows):
+    again = counts.Counts(N, table.tables())
+    again.own = True
+    for x, y in zip(table.of_targets(*rows, True), again.of_targets(*rows, True)):
+        assert torch.equal(x, y)
+    nothing = counts.Counts(N).of_targets(*rows, False)
+    assert not any(x.any() for x in nothing)
+
+
+# --- in a model
+
+
+def gpt_config(**fields):
+    return gpt.Config(n_layer=1, n_embd=16, n_head=2, value_embed_layers=(), **fields)
+
+
+@pytest.fixture(scope="module", params=[dict(counts=3), dict(counts=3, copies=2)])
+def model(request, table):
+    """Of 64 tokens, so that the head has no padding, with gates that differ."""
+    model = gpt.Model(gpt_config(**request.param), 64, 64)
+    model.init_weights(0)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.lm_head, model.mix_gates, model.mix_counts:
+            p.copy_(torch.randn(p.shape, generator=g))
+    assert model.wants_tables()
+    model.take_tables(table.tables())
+    assert not model.wants_tables()
+    return model
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_the_distributions(model, rows):
+    inputs, targets, starts = rows
+    cu_seqlens = torch.cat([starts.flatten().nonzero()[:, 0], torch.tensor([34])]).int()
+    stage = model.c.val_stage(model.c.stage(0.0, 17), 17)
+    log_prob = model.logits(inputs, cu_seqlens, stage)
+    torch.testing.assert_close(log_prob.exp().sum(-1), torch.ones(2, 17))
+    of_targets = log_prob.gather(-1, targets[..., None])[..., 0]
+    loss = model(inputs, targets, cu_seqlens, stage)
+    torch.testing.assert_close(loss, -of_targets.sum(), rtol=1e-5, atol=1e-4)
+    found = model.log_probs(inputs, targets, cu_seqlens, stage)
+    torch.testing.assert_close(found, of_targets, rtol=1e-5, atol=1e-4)
+    # In training the rows' own documents are left out, but not when another text is learned
+    training = stage._replace(leave_out=True)
+    assert model.c.stage(0.0, 17).leave_out
+    assert torch.equal(model(inputs, targets, cu_seqlens, training), loss)
+    model.counts.own = True
+    apart = model(inputs, targets, cu_seqlens, training)
+    model.counts.own = False
+    assert abs(apart.item() - loss.item()) > 1
+
+
+@torch.no_grad()
+def test_decoding_with_a_cache_is_the_same(model, text):
+    """Token by token, for two rows of different lengths."""
+    stage = model.c.val_stage(model.c.stage(0.0, 64), 64)
+    texts = [torch.tensor(text[:11]), torch.tensor(text[26:33])]
+    cache = model.new_cache(2)
+    first = torch.zeros(2, 5, dtype=torch.int64)
+    first[0] = texts[0][:5]
+    first[1, :3] = texts[1][:3]
+    found = [model.decode(first, [5, 3], cache, stage)]
+    for i in range(4):
+        new = torch.stack([texts[0][5 + i], texts[1][3 + i]])[:, None]
+        found.append(model.decode(new, [1, 1], cache, stage))
+    for row, (tokens, n) in enumerate(zip(texts, (5, 3))):
+        for i, logits in enumerate(found):
+            so_far = tokens[None, : n + i]
+            cu_seqlens = torch.tensor([0, n + i], dtype=torch.int32)
+            wanted = model.logits(so_far, cu_seqlens, stage, last_only=True)[0, 0]
+            torch.testing.assert_close(logits[row], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_keeps_its_counts_and_goes_on_with_them(tmp_path):
+    """A text that repeats itself is predicted from the first steps on. The folder has what it takes
+    to say so, and a stopped run goes on as if it had not been."""
+    text = write_text(tmp_path / "text", 20000)
+    fields = dict(steps=6, adam_lr=0.02)
+    alone = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "alone"), **fields))
+    fields |= dict(counts=3, checkpoint_every="3")
+    whole = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "whole"), **fields))
+    assert whole["val_loss"] < alone["val_loss"] - 0.3
+    half = fields | dict(max_time="0.000001s")
+    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "parts"), **half))
+    (tmp_path / "parts" / "result.json").unlink()
+    tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "parts"), resume="auto", **fields))
+    assert train_losses(tmp_path / "parts") == train_losses(tmp_path / "whole")
+
+    saved = load_run(tmp_path / "whole")
+    assert saved.model.counts.known and math.isfinite(saved.model.counts.lengths[2].seen.sum())
+    (tmp_path / "whole" / TABLES).unlink()
+    with pytest.raises(InputError, match=TABLES):
+        load_run(tmp_path / "whole")
+
+
+def test_several_targets_are_refused():
+    with pytest.raises(InputError, match="counts"):
+        gpt.Config(counts=2, mtp=(2, 1))
