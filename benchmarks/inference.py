@@ -2,21 +2,22 @@
 
     ./run.sh benchmarks inference                      llama-100m in float32, bfloat16, int8, int4
     ./run.sh benchmarks inference --quick              llama-20m, fewer lengths, in a minute
-    ./run.sh benchmarks inference --gguf f32.gguf q8_0.gguf   llama.cpp by xllamacpp, if installed
+    ./run.sh benchmarks inference --llama-cpp          and llama.cpp on the same weights, exported
 
 Weights are random: the time does not depend on them. A decoded token has to read every matrix once
 for all rows of the batch, and each row's keys and values. Those bytes over the rate at which this
-machine reads memory, measured in the same run, are the floor; `of floor` is floor / time. Prefill
-is compared with the rate of large matrix products in its dtype. All variants take turns in one
-process, with the same threads; each number is a median.
+machine reads memory are the floor; `of floor` is floor / time. Prefill is compared with the rate of
+large matrix products in its dtype. Ours are the model's own steps with the likeliest token each
+time, transformers is its generate(), llama.cpp what it says of itself. Those of the same numbers,
+and a reading of memory, take turns in one process with the same threads; each number is a median.
 """
 
-import json
 import statistics
 import time
 
 import torch
 
+from benchmarks import llama_cpp as rival
 from benchmarks.options import COUNT
 from benchmarks.report import document, number, say, table
 from inference.options import use_decoding
@@ -26,6 +27,8 @@ from runtime.environment import machine_probe
 from tracks import load_track
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
+ALL = (*DTYPES, *KINDS)
+GGUF = dict(float32="f32", int8="q8_0", int4="q4_0")  # what llama.cpp has of them
 PROFILED = 20  # tokens
 READ_BYTES = 512 << 20  # of memory that the read rate is measured on
 
@@ -37,7 +40,9 @@ def add_arguments(parser):
     parser.option("--tokens", COUNT, 64, "N", "tokens that are decoded each time")
     parser.option("--repeats", COUNT, 5, "N", "measurements of each number")
     parser.option("--threads", COUNT, None, "N", "of all variants; by default PyTorch's")
-    parser.option("--gguf", str, (), "FILE", "exported files for llama.cpp", nargs="+")
+    parser.option("--kinds", str, ALL, "KIND", "of weights", nargs="+", choices=ALL)
+    parser.flag("--llama-cpp", "llama.cpp beside float32 and int8, by the package xllamacpp")
+    parser.flag("--no-transformers", "without transformers")
     parser.flag("--quick", "llama-20m, batch 1, one context, few tokens")
     parser.flag("--profile", "print what a decoded token's time goes into, for each variant")
 
@@ -49,7 +54,9 @@ def run(
     tokens=64,
     repeats=5,
     threads=None,
-    gguf=(),
+    kinds=ALL,
+    llama_cpp=False,
+    no_transformers=False,
     quick=False,
     profile=False,
     save=lambda result: None,
@@ -59,46 +66,61 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    read_rate = measure_read_rate(device)
+    instructions = {"PyTorch": torch.backends.cpu.get_cpu_capability()}
+    if llama_cpp:
+        instructions["llama.cpp"] = rival.instructions()
     result = dict(
         track=track,
         threads=torch.get_num_threads(),
-        instructions=torch.backends.cpu.get_cpu_capability(),
-        read_bytes_per_s=read_rate,
+        instructions=instructions,
         matmul=machine_probe(device)["matmul"],
         rows=[],
     )
-    for variant in variants(track, max(context) + tokens + PROFILED, device):
-        say(f"{variant.name} ...")
+    max_len = max(context) + tokens + PROFILED
+    for kind in kinds:
+        say(f"{kind} ...")
+        variants = beside_each_other(kind, track, max_len, device, llama_cpp, not no_transformers)
         for rows in batch:
             for n in context:
-                measured = measure(variant, rows, n, tokens, repeats, read_rate)
-                rate = result["matmul"].get(variant.matmul)
-                if rate:
-                    flops = measured["prefill_tokens_per_s"] * variant.flops_per_token
-                    measured["of_matmul"] = flops / rate
-                result["rows"].append(dict(variant=variant.name, batch=rows, context=n, **measured))
+                for variant, measured in measure(variants, rows, n, tokens, repeats, device):
+                    rate = result["matmul"].get(variant.matmul)
+                    if rate:
+                        flops = measured["prefill_tokens_per_s"] * variant.flops_per_token
+                        measured["of_matmul"] = flops / rate
+                    about = dict(variant=variant.name, batch=rows, context=n)
+                    result["rows"].append(about | measured)
                 save(result)
         if profile:
-            say(profiled(variant, min(context)))
-        del variant
-    for path in gguf:
-        result["rows"] += llama_cpp(path, context, tokens, repeats, torch.get_num_threads())
-        save(result)
+            say(profiled(variants[0], min(context)))
+        del variants
     return result
 
 
-def measure_read_rate(device):
-    """Bytes/s at which large tensors are read."""
-    x = torch.ones(READ_BYTES // 4, device=device)
+def beside_each_other(kind, track, max_len, device, llama_cpp, transformers):
+    """Variants whose weights have as many bits."""
+    ours = Ours(track, max_len, device, kind if kind in DTYPES else "bfloat16", kind)
+    found = [ours]
+    if kind in DTYPES and transformers:
+        try:
+            found.append(Transformers(ours))
+        except ImportError as e:
+            say(f"without transformers: {e}")
+    if llama_cpp and kind in GGUF:
+        exported = ours if kind in DTYPES else Ours(track, max_len, device, "float32", "float32")
+        found.append(rival.beside(exported, GGUF[kind], max_len, torch.get_num_threads()))
+    return found
 
-    def read():
+
+class Reading:
+    """Of large tensors: bytes/s of memory."""
+
+    def __init__(self, device):
+        self.x = torch.ones(READ_BYTES // 4, device=device)
+
+    def rate(self):
         start = time.perf_counter()
-        x.sum().item()
-        return time.perf_counter() - start
-
-    read()
-    return READ_BYTES / min(read() for _ in range(7))
+        self.x.sum().item()
+        return READ_BYTES / (time.perf_counter() - start)
 
 
 class Variant:
@@ -118,14 +140,26 @@ class Variant:
     def cache_bytes(self, n):
         """Of the keys and values of a row with n tokens."""
 
+    def timed(self, rows, context, tokens):
+        """(seconds of prefill, of a decoded token); None where it cannot do that."""
+        start = time.perf_counter()
+        state = self.prefill(rows, context)
+        prefill = time.perf_counter() - start
+        times = []
+        for _ in range(tokens):
+            start = time.perf_counter()
+            state = self.decode(state)
+            times.append(time.perf_counter() - start)
+        return prefill, statistics.median(times)
+
 
 class Ours(Variant):
-    def __init__(self, track, max_len, device, dtype, kind=None):
+    def __init__(self, track, max_len, device, dtype, kind):
         fields = load_track(track)
         template = load_template(fields["template"])
         known = template.Config.__dataclass_fields__
         c = template.Config(**{k: v for k, v in fields.items() if k in known})
-        self.name = kind or dtype
+        self.name = kind
         self.matmul = dtype
         self.config = c
         self.n_vocab = vocabulary(fields)
@@ -136,7 +170,7 @@ class Ours(Variant):
         matrices = self.model.flops_per_token(c.stage(1.0, 1)) / 6
         self.flops_per_token = 2 * matrices
         self.weight_bytes = matrices * self.model.embed.element_size()
-        if kind:
+        if kind in KINDS:
             self.weight_bytes = matrices * quantize(self.model, kind) / 8
         self.stage = c.stage(1.0, max_len)
         self.device = device
@@ -168,8 +202,7 @@ class Ours(Variant):
 
 
 class Transformers(Variant):
-    """transformers' class for the same configuration: its forward() with its cache, which is what
-    generate() calls for each token."""
+    """transformers' class for the same configuration, by its generate() with its cache."""
 
     def __init__(self, ours):
         import transformers
@@ -190,14 +223,21 @@ class Transformers(Variant):
         return self.ours.cache_bytes(n)
 
     @torch.inference_mode()
-    def prefill(self, rows, n):
-        inputs = torch.randint(self.ours.n_vocab, (rows, n), device=self.ours.device)
-        return self.model(inputs, use_cache=True, logits_to_keep=1)
-
-    @torch.inference_mode()
-    def decode(self, state):
-        token = state.logits[:, -1].argmax(-1, keepdim=True)
-        return self.model(token, past_key_values=state.past_key_values, use_cache=True)
+    def timed(self, rows, context, tokens):
+        inputs = torch.randint(self.ours.n_vocab, (rows, context), device=self.ours.device)
+        seconds = []
+        for n in 1, tokens + 1:
+            start = time.perf_counter()
+            self.model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=n,
+                min_new_tokens=n,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            seconds.append(time.perf_counter() - start)
+        return seconds[0], (seconds[1] - seconds[0]) / tokens
 
 
 def vocabulary(fields):
@@ -206,42 +246,31 @@ def vocabulary(fields):
     return int(name.partition(":")[2]) if ":" in name else 50257
 
 
-def variants(track, max_len, device):
-    """Yield Variants; one exists at a time, but for those that are compared."""
-    for dtype in DTYPES:
-        ours = Ours(track, max_len, device, dtype)
-        yield ours
-        try:
-            yield Transformers(ours)
-        except ImportError as e:
-            say(f"without transformers: {e}")
-    for kind in KINDS:
-        yield Ours(track, max_len, device, "bfloat16", kind)
-
-
-def measure(variant, rows, context, tokens, repeats, read_rate):
-    """Medians of prefill and decode, and how near the floor decoding is."""
-    prefills, decodes = [], []
+def measure(variants, rows, context, tokens, repeats, device):
+    """(variant, medians of its prefill and decode and how near the floor decoding is) of each that
+    can do so many rows."""
+    reading = Reading(device)
+    rates = []
+    found = [[] for _ in variants]
     for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
-        state = variant.prefill(rows, context)
-        prefills.append(time.perf_counter() - start)
-        times = []
-        for _ in range(tokens):
-            start = time.perf_counter()
-            state = variant.decode(state)
-            times.append(time.perf_counter() - start)
-        decodes.append(statistics.median(times))
-    prefill = statistics.median(prefills[1:])
-    decode = statistics.median(decodes[1:])
-    n_bytes = variant.weight_bytes + rows * variant.cache_bytes(context + tokens // 2)
-    return dict(
-        prefill_tokens_per_s=rows * context / prefill,
-        first_token_ms=1e3 * prefill,
-        decode_tokens_per_s=rows / decode,
-        bytes_per_step=n_bytes,
-        of_floor=n_bytes / read_rate / decode,
-    )
+        for times, variant in zip(found, variants):
+            times.append(variant.timed(rows, context, tokens))
+            rates.append(reading.rate())
+    read_rate = statistics.median(rates)
+    for times, variant in zip(found, variants):
+        if times[0] is None:
+            continue
+        prefill, decode = (statistics.median(part) for part in zip(*times[1:]))
+        n_bytes = variant.weight_bytes + rows * variant.cache_bytes(context + tokens // 2)
+        measured = dict(
+            prefill_tokens_per_s=rows * context / prefill,
+            first_token_ms=1e3 * prefill,
+            decode_tokens_per_s=rows / decode,
+            bytes_per_step=n_bytes,
+            read_bytes_per_s=read_rate,
+            of_floor=n_bytes / read_rate / decode,
+        )
+        yield variant, measured
 
 
 def profiled(variant, context):
@@ -251,40 +280,6 @@ def profiled(variant, context):
         for _ in range(PROFILED):
             state = variant.decode(state)
     return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=16)
-
-
-def llama_cpp(path, context, tokens, repeats, threads):
-    """Rows of llama.cpp, which times itself; none where xllamacpp is not installed."""
-    try:
-        import xllamacpp
-    except ImportError as e:
-        say(f"without llama.cpp: {e}")
-        return []
-    params = xllamacpp.CommonParams()
-    params.model.path = path
-    params.n_ctx = max(context) + tokens + 8
-    params.cpuparams.n_threads = threads
-    params.warmup = True
-    server = xllamacpp.Server(params)
-    rows = []
-    for n in context:
-        found = []
-        for i in range(repeats + 1):
-            prompt = [(7 * j + i) % 200 + 3 for j in range(n)]
-            request = dict(prompt=prompt, n_predict=tokens, ignore_eos=True, cache_prompt=False)
-            answer = server.handle_completions(request)
-            answer = json.loads(answer) if isinstance(answer, str) else answer
-            found.append(answer["timings"])
-        rows.append(
-            dict(
-                variant=f"llama.cpp {path}",
-                batch=1,
-                context=n,
-                prefill_tokens_per_s=statistics.median(t["prompt_per_second"] for t in found[1:]),
-                decode_tokens_per_s=statistics.median(t["predicted_per_second"] for t in found[1:]),
-            )
-        )
-    return rows
 
 
 def render(result):
@@ -299,8 +294,10 @@ def render(result):
             + [number(r["bytes_per_step"] / 1e6 if "bytes_per_step" in r else None, ",.1f")]
             + [number(r.get("of_floor"), ".0%")]
         )
+    uses = "; ".join(f"{who}: {what}" for who, what in result["instructions"].items())
+    rates = [r["read_bytes_per_s"] / 1e9 for r in result["rows"]]
     about = (
-        f"{result['track']}, {result['threads']} threads, {result['instructions']}; memory read at "
-        f"{result['read_bytes_per_s'] / 1e9:.1f} GB/s"
+        f"{result['track']}, {result['threads']} threads; {uses}; memory read at {min(rates):.1f} "
+        f"to {max(rates):.1f} GB/s"
     )
     return document(about, table(head, rows))
