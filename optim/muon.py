@@ -209,15 +209,16 @@ class Muon(Rule):
         return state
 
     def fixed(self, own, start):
-        numbers = torch.arange(start, start + len(own))
+        numbers = range(start, start + len(own))
         found = {}
         if self.factors:
-            factors = torch.tensor(self.factors)[numbers % len(self.factors)]
-            found["factor"] = factors.view(-1, 1, 1).to(own.device)
+            factors = [self.factors[i % len(self.factors)] for i in numbers]
+            found["factor"] = torch.tensor(factors, device=own.device).view(-1, 1, 1)
         if any(self.paired):
-            is_paired = torch.tensor(self.paired)[numbers % len(self.paired)]
-            found["pairs"] = is_paired.nonzero()[:, 0].to(own.device)
-            found["whole"] = (~is_paired).nonzero()[:, 0].to(own.device)
+            is_paired = [self.paired[i % len(self.paired)] for i in numbers]
+            for name, wanted in ("pairs", True), ("whole", False):
+                places = [k for k, paired in enumerate(is_paired) if paired == wanted]
+                found[name] = torch.tensor(places, dtype=torch.int64, device=own.device)
         return found
 
     def state_bytes(self, p):

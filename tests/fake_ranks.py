@@ -122,7 +122,7 @@ def make_group(store, rank, size, timeout):
 
 
 with contextlib.suppress(RuntimeError):  # another test file has done so
-    dist.Backend.register_backend("fake_ranks", make_group, devices=["cpu"])
+    dist.Backend.register_backend("fake_ranks", make_group, devices=["cpu", "cuda"])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
-"""gpt2-small's model at its full shape on CUDA tensors that hold no numbers, by the kernels that an
-H100 gets: python on_fake_cuda.py LIBRARY, of fake_cuda.cpp. Prints JSON: for each stage the ops
-that its forward and backward call on the GPU, with how often."""
+"""gpt2-small's model and optimizer at their full shape on CUDA tensors that hold no numbers, by the
+kernels that an H100 gets: python on_fake_cuda.py LIBRARY, of fake_cuda.cpp. Prints JSON: for each
+stage the ops that its forward and backward call on the GPU, with how often, and what its steps
+call, alone and on ranks of eight with collectives that write themselves down."""
 
 import ctypes
 import sys
@@ -11,7 +12,9 @@ import collections  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 
+import fake_ranks  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -20,8 +23,14 @@ from data.loader import default_max_docs, pack  # noqa: E402
 from kernels import choose_ops  # noqa: E402
 from kernels.attention import attention  # noqa: E402
 from kernels.op import OPS  # noqa: E402
+from kernels.polar_express import polar_express_by_kernels  # noqa: E402
 from models import gpt  # noqa: E402
+from optim import Optimizer  # noqa: E402
+from optim.masters import join  # noqa: E402
+from runtime.machine import World  # noqa: E402
 from tracks import load_track  # noqa: E402
+
+RANKS = (0, 1), (0, 8), (7, 8)  # (which, of how many); the last one's part of a bank is shorter
 
 
 class Calls(TorchDispatchMode):
@@ -50,12 +59,70 @@ def ops_of_hopper():
     ops = ops.replace(**functions, attention=functools.partial(attention, backend="flash_attn_4"))
     ops.forms |= dict.fromkeys(taken, "triton")
     mlp = ops.relu2_mlp
-    return ops.replace(new_mlp=lambda: mlp)
+    return ops.replace(new_mlp=lambda: mlp, polar_express=polar_express_by_kernels)
 
 
 def batch(rows, row_len, max_doc_len):
     micro = pack([None] * rows, row_len, default_max_docs(row_len), max_doc_len)
     return [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in micro]
+
+
+def trained(config, world):
+    """A step of each stage behind its forward and backward: [dict(step, ours, elsewhere,
+    exchanged)], of two steps where updates wait for a second one."""
+    with torch.device("cuda"):
+        model = gpt.Model(config.model, 50257, config.data.row_len, torch.bfloat16, ops_of_hopper())
+    model.knows_tokens = True
+    optimizer = Optimizer(model, model.update_rules(config.optim), world, skips=True)
+    model.grad_rooms = optimizer.padding_rows()
+    stages = tg.stages_of(config)
+    found = []
+    before = None
+    for step, stage in stages.items():
+        if before == stage:
+            continue
+        if before is not None:
+            optimizer.copy(model.successors(before.model, stage.model))
+        before = stage
+        ours = collections.Counter()
+        elsewhere = set()
+        fake_ranks.tape = fake_ranks.Tape()
+        for _ in range(2):
+            weights = config.model.target_weights(config.schedule.progress(step))
+            if weights is not None:
+                weights = torch.empty(len(weights), device="cuda")
+            inputs = batch(1, config.data.row_len, stage.model.max_doc_len)
+            model(*inputs, stage=stage.model, target_weights=weights).backward()
+            with Calls() as calls:
+                parts = optimizer.gradients(0.9)
+                ok = torch.stack([p.sum() for p in parts.values() if p is not None]).isfinite()
+                optimizer.step(1.0, 0.9, ok.all())
+            ours += calls.ours
+            elsewhere |= calls.elsewhere
+        assert optimizer.is_settled()
+        for name, state in optimizer.state.items():
+            own = optimizer.shards[name].own
+            assert join(own, state["companion"]).dtype == torch.float32
+            for x in (own, *state.values()):
+                assert x is None or x.device.type == "cuda", name
+        exchanged = collections.Counter()
+        for call in fake_ranks.tape.calls:
+            exchanged[call.kind] += call.bytes
+        found.append(dict(step=step, ours=ours, elsewhere=sorted(elsewhere)))
+        found[-1]["exchanged"] = exchanged
+    return found
+
+
+def on_rank(config, rank, size):
+    """trained() as one of so many."""
+    device = torch.device("cuda")
+    if size == 1:
+        return trained(config, World(device=device))
+    dist.init_process_group("fake_ranks", rank=rank, world_size=size, store=dist.HashStore())
+    try:
+        return trained(config, World(rank, size, device, size))
+    finally:
+        dist.destroy_process_group()
 
 
 def main():
@@ -92,7 +159,9 @@ def main():
             total = model(*inputs, last)
         assert total.device.type == "cuda"
         found.append(dict(step="validation", ours=calls.ours, elsewhere=sorted(calls.elsewhere)))
-    print(json.dumps(found))
+        del model
+        steps = {f"{rank} of {n}": on_rank(config, rank, n) for rank, n in RANKS}
+    print(json.dumps(dict(passes=found, steps=steps)))
 
 
 main()

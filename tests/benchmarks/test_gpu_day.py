@@ -178,3 +178,8 @@ def test_a_tiny_day(tmp_path):
     assert "def " in parts["sample"]["text"]
     for name in ("kernels", "trainer"):
         assert parts[name]["counts"]["passed"] and not parts[name]["failed"]
+    # What is there is not done again, what is missing is
+    (tmp_path / "sample.json").unlink()
+    again = gpu_day.run(tmp_path, tiny=True, workers=1, minutes=60)["parts"]
+    assert again.pop("sample")["text"] == parts.pop("sample")["text"]
+    assert again == parts
