@@ -628,8 +628,6 @@ class StopwatchForCausalLM(PreTrainedModel, GenerationMixin):
             if probs:
                 p = (hits - 0.75).clamp(min=0) + 0.75 * kinds[..., None] * probs[-1]
             p = p / seen.clamp(min=1)[..., None]
-            if probs:
-                p = p.where(seen[..., None] > 0, probs[-1])
             all_seen.append(seen)
             all_kinds.append(kinds)
             probs.append(p)

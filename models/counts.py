@@ -222,17 +222,15 @@ def without_own(seen, hits, kinds, own, targets):
 
 
 def probabilities(seen, hits, kinds):
-    """(..., n) fp32 p_1, ..., p_n of the counts (..., n)."""
+    """(..., n) fp32 p_1, ..., p_n of the counts (..., n); 0 where a context was not seen, nor then
+    a longer one."""
     of_length = zip(*(x.float().unbind(-1) for x in (seen, hits, kinds)))
     found = []
     for n_seen, n_hits, n_kinds in of_length:
         p = n_hits
         if found:
             p = (n_hits - DISCOUNT).clamp(min=0) + DISCOUNT * n_kinds * found[-1]
-        p = p / n_seen.clamp(min=1)
-        if found:
-            p = p.where(n_seen > 0, found[-1])
-        found.append(p)
+        found.append(p / n_seen.clamp(min=1))
     return torch.stack(found, dim=-1)
 
 

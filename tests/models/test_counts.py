@@ -142,6 +142,13 @@ def test_what_follows_has_every_tokens_counts(text, table):
             ]
 
 
+def test_no_context_reaches_into_another_document(table):
+    """Nothing is kept that no look-up finds."""
+    for shorter, longer in zip(table.lengths[1:], table.lengths[2:]):
+        ends = shorter.follower == EOT
+        assert ends.any() and not longer.kinds[ends].any()
+
+
 def test_nothing_depends_on_what_comes_later(table, rows):
     inputs, targets, starts = rows
     whole = table.of_targets(inputs, targets, starts, False)
@@ -162,7 +169,7 @@ def test_smoothed_probabilities_by_hand_and_in_all(text, table):
             h, s, k = (float(x) for x in (hits[token, i], seen[i], kinds[i]))
             if i == 0:
                 p = h / s
-            elif s:
+            else:
                 p = (max(h - 0.75, 0) + 0.75 * k * p) / s
             assert found[token, i].item() == pytest.approx(p, rel=1e-6)
 
