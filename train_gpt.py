@@ -66,6 +66,7 @@ from runtime.setting_up import (
     backward,
     is_compiled,
     n_tokens,
+    refuse_other_weights,
     set_up,
     time_passes,
     val_stage,
@@ -475,6 +476,7 @@ def run_once(setup, log, requests, store, found, parts, loop=train_to_the_end):
     setup.model.reset_state()
     if not found:
         setup.model.init_weights(config.goal.seed)
+        refuse_other_weights(setup)
     if config.run.warm_start and not found:
         warm_start.copy_weights(config.run.warm_start, setup.model)
     keep_tables(setup.model, log, config.run.warm_start, begins=not found)

@@ -31,7 +31,8 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
     grad_rooms                     attribute: {parameter: rows of memory that its gradient is to
                                    have behind it} (set by the trainer, where ranks do not divide
                                    it); a gradient without is copied. Only if it makes use of it
-    init_weights(seed)             new weights, the same on every device
+    init_weights(seed)             new weights, the same on every rank and CPU; models/parts.py has
+                                   draw(), which makes them where the parameter is
     learn_tokens(dataset)          take from a data.Dataset what the loss needs to know of its
                                    tokens' bytes. Raises InputError; only if it needs anything
     tables()                       {name: CPU tensor} of what else it takes from a training text in

@@ -222,7 +222,8 @@ class Model(nn.Module):
         starts as embedding -> head."""
 
         def normal(name, std):
-            self.get_parameter(name).copy_(draw(name, self.get_parameter(name).shape, seed, std))
+            p = self.get_parameter(name)
+            p.copy_(draw(name, p, seed, std))
 
         # Tokens have size 1, since what follows is normalised; n-grams have nothing to say yet
         normal("embed", 1.0)

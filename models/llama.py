@@ -329,7 +329,8 @@ class Model(nn.Module):
         """Outputs of all blocks start at zero, so that the model starts as embedding -> head."""
 
         def normal(name, std):
-            self.get_parameter(name).copy_(draw(name, self.get_parameter(name).shape, seed, std))
+            p = self.get_parameter(name)
+            p.copy_(draw(name, p, seed, std))
 
         # Small logits: the first loss is that of a uniform guess
         normal("embed", 0.02)

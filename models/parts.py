@@ -20,14 +20,16 @@ VAL_LOGITS = 8192 * 50304
 RECOMPUTED_TOKENS = 4096  # whose logits exist at one time where memory is short
 
 
-def draw(name, shape, seed, std):
-    """(shape) fp32 normal numbers on the CPU.
+def draw(name, like, seed, std):
+    """fp32 normal numbers of the shape of `like`: on its GPU if it is on one, else on the CPU.
 
-    They depend on the name and the seed alone: the same on every device, whatever other parameters
-    a model has.
+    They depend on the name and the seed alone, whatever other parameters a model has: the same on
+    any number of ranks. GPUs have others than CPUs, and different kinds of GPUs may differ.
     """
-    g = torch.Generator().manual_seed((seed << 20) % 2**62 + zlib.crc32(name.encode()) % 2**20)
-    return torch.randn(shape, generator=g) * std
+    device = like.device if like.is_cuda else torch.device("cpu")
+    g = torch.Generator(device)
+    g.manual_seed((seed << 20) % 2**62 + zlib.crc32(name.encode()) % 2**20)
+    return torch.randn(like.shape, generator=g, device=device).mul_(std)
 
 
 class UnbindWithRoom(torch.autograd.Function):

@@ -314,6 +314,15 @@ def backward(setup, step, batch):
     return total
 
 
+def refuse_other_weights(setup):
+    """Raise InputError where ranks have drawn other initial weights, as GPUs of two kinds might."""
+    world = setup.world
+    if world.size > 1 and world.device.type == "cuda":
+        sums = [p.detach().float().sum() for p in setup.model.parameters()]
+        text = f"{torch.stack(sums).double().sum().item():.12g} in all"
+        machine.refuse_difference(world, "initial weights", text, "; give it GPUs of one kind")
+
+
 def is_compiled(setup):
     return setup.forward is not setup.eager
 

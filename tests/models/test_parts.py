@@ -16,16 +16,31 @@ INPUTS = torch.arange(12).view(2, 6)
 
 
 def test_what_is_drawn_depends_on_name_and_seed_alone():
-    first = parts.draw("embed", (3, 4), 5, 1.0)
-    assert torch.equal(first, parts.draw("embed", (3, 4), 5, 1.0))
-    assert torch.equal(0.5 * first, parts.draw("embed", (3, 4), 5, 0.5))
+    """And on whether it is drawn on a GPU: that is done where the parameter is."""
+    small = torch.empty(3, 4)
+    first = parts.draw("embed", small, 5, 1.0)
+    assert torch.equal(first, parts.draw("embed", small, 5, 1.0))
+    assert torch.equal(0.5 * first, parts.draw("embed", small, 5, 0.5))
     for name, seed in (("lm_head", 5), ("embed", 6)):
-        assert not torch.equal(first, parts.draw(name, (3, 4), seed, 1.0))
+        assert not torch.equal(first, parts.draw(name, small, seed, 1.0))
     torch.randn(7)  # whatever was drawn elsewhere
-    assert torch.equal(first, parts.draw("embed", (3, 4), 5, 1.0))
-    many = parts.draw("embed", (100, 100), 2**62, 0.3)
+    assert torch.equal(first, parts.draw("embed", small, 5, 1.0))
+    many = parts.draw("embed", torch.empty(100, 100), 2**62, 0.3)
     assert many.std().item() == pytest.approx(0.3, rel=0.05)
     assert abs(many.mean()) < 0.01
+    assert torch.equal(first, parts.draw("embed", small.to("meta"), 5, 1.0))
+    if torch.cuda.is_available():
+        there = small.cuda()
+        first = parts.draw("embed", there, 5, 1.0)
+        assert first.is_cuda and torch.equal(first, parts.draw("embed", there, 5, 1.0))
+
+
+def test_numbers_stay_what_they_were():
+    """Runs and their golden losses stand on them."""
+    found = parts.draw("embed", torch.empty(2, 2), 0, 0.5).flatten().tolist()
+    assert found == pytest.approx(
+        [0.292031466960907, 0.7594886422157288, -0.44728967547416687, 0.6070046424865723]
+    )
 
 
 # --- Documents

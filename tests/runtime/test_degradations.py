@@ -11,7 +11,7 @@ from base import InputError
 from data.loader import default_max_docs, pack
 from runtime import compiling, launch, machine, workers
 from runtime.machine import World
-from runtime.setting_up import attention_shapes
+from runtime.setting_up import attention_shapes, refuse_other_weights
 from tracks import load_track
 
 SMALL = dict(steps=2)
@@ -125,3 +125,21 @@ def test_ranks_that_chose_other_kernels_are_refused(nursery, argv, tmp_path):
     [line] = [line for line in run.err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: rank 1: it has other kernels than the first rank: ")
     assert line.endswith("; attention by varlen, since flash_attn_4 is broken")
+
+
+def test_ranks_that_drew_other_weights_are_refused(monkeypatch):
+    """GPUs draw by themselves, and two kinds of them may draw other numbers."""
+    said = []
+    monkeypatch.setattr(machine, "refuse_difference", lambda world, *words: said.append(words))
+    model = torch.nn.Linear(8, 8)
+    setup = types.SimpleNamespace(model=model, world=CUDA._replace(size=2))
+    refuse_other_weights(setup)
+    refuse_other_weights(setup)
+    with torch.no_grad():
+        model.bias[3] += 1e-3
+    refuse_other_weights(setup)
+    first, again, other = said
+    assert first == again != other and first[0] == "initial weights"
+    for world in World(), CUDA, World(size=2):  # nobody to differ from, or all draw on CPUs
+        refuse_other_weights(types.SimpleNamespace(model=model, world=world))
+    assert len(said) == 3

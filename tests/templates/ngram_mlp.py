@@ -81,9 +81,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        self.tokens.copy_(draw("tokens", self.tokens.shape, seed, 1.0))
+        self.tokens.copy_(draw("tokens", self.tokens, seed, 1.0))
         std = self.matrix.size(1) ** -0.5
-        self.matrix.copy_(draw("matrix", self.matrix.shape, seed, std))
+        self.matrix.copy_(draw("matrix", self.matrix, seed, std))
         self.bias.zero_()
         self.head.zero_()
         self.steps.zero_()
