@@ -34,6 +34,9 @@ MODULES = dict(train="train_gpt", eval="evals.__main__", report="records.report"
 MODULES |= {"import": "export.from_hf", "teach-demo": "posttrain.teach_demo"}
 MODULES |= {verb: f"posttrain.{verb}" for verb in ("sft", "dpo", "orpo", "grpo")}
 MODULES |= {verb: f"inference.{verb}" for verb in ("sample", "chat", "serve")}
+# They compute by PyTorch alone, on GPUs as well, and need not load Triton and take in all kernels
+# for it, which takes a fifth of the time that their imports take
+WITHOUT_TRITON = "sample", "chat", "serve", "eval"
 
 
 def main(argv):
@@ -42,6 +45,8 @@ def main(argv):
     if "--debug" in argv:
         argv.remove("--debug")
         os.environ[last_resort.DEBUG] = "1"
+    if verb in WITHOUT_TRITON:
+        sys.modules["triton"] = None  # importing it is an ImportError now
     streams.mend()
     do_not_spin()
     try:
