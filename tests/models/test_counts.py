@@ -142,6 +142,18 @@ def test_what_follows_has_every_tokens_counts(text, table):
             ]
 
 
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_targets_that_do_not_count_have_followed_all_the_same(table, rows, leave_out):
+    """As those of a question before its answer."""
+    inputs, targets, starts = rows
+    masked = targets.clone()
+    masked[:, 2:9] = -100
+    wanted = table.of_targets(inputs, targets, starts, leave_out)
+    found = table.of_targets(inputs, masked, starts, leave_out)
+    for x, y in zip(wanted, found):
+        assert torch.equal(x[masked >= 0], y[masked >= 0])
+
+
 def test_no_context_reaches_into_another_document(table):
     """Nothing is kept that no look-up finds."""
     for shorter, longer in zip(table.lengths[1:], table.lengths[2:]):
