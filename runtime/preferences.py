@@ -8,9 +8,12 @@
     orpo    -mean log pi_c - beta log sigmoid(log odds_c - log odds_r), of mean log probabilities,
             without a reference; log odds = log p - log(1 - p)
 
+--sft-weight w adds -w mean log pi_c to any of them: a margin can grow while both answers become
+less likely, and this holds the chosen one up.
+
 Sources: Rafailov et al., arXiv:2305.18290 (dpo); Ethayarajh et al., arXiv:2402.01306 (kto, where z
 comes from answers to other questions); Meng et al., arXiv:2405.14734 (simpo); Hong et al.,
-arXiv:2403.07691 (orpo).
+arXiv:2403.07691 (orpo); Pang et al., arXiv:2404.19733 (the likelihood beside dpo).
 """
 
 import dataclasses
@@ -47,6 +50,11 @@ class TeachingConfig(Options):
         "dpo: the fraction of pairs that are taken to be the wrong way round",
         (lambda x: 0 <= x < 0.5, "a number from 0 to below 0.5"),
     )
+    sft_weight: float = option(
+        0.0,
+        "times the mean negative log probability of the chosen answer, which is added to the loss",
+        RATE,
+    )
 
 
 def log1mexp(x):
@@ -72,15 +80,19 @@ def pair_losses(sums, lengths, reference, config):
     margin = rewards[:, 0] - rewards[:, 1]
     if config.preference == "dpo":
         s = config.label_smoothing
-        return -(1 - s) * F.logsigmoid(margin) - s * F.logsigmoid(-margin), rewards
-    if config.preference == "kto":
+        losses = -(1 - s) * F.logsigmoid(margin) - s * F.logsigmoid(-margin)
+    elif config.preference == "kto":
         there = (lengths > 0).to(rewards.dtype)
         z = ((rewards * there).sum() / there.sum().clamp(min=1)).clamp(min=0).detach()
-        return 2 - (rewards[:, 0] - z).sigmoid() - (z - rewards[:, 1]).sigmoid(), rewards
-    if config.preference == "simpo":
-        return -F.logsigmoid(margin - config.gamma), rewards
-    odds = means - log1mexp(means)
-    return -means[:, 0] - beta * F.logsigmoid(odds[:, 0] - odds[:, 1]), rewards
+        losses = 2 - (rewards[:, 0] - z).sigmoid() - (z - rewards[:, 1]).sigmoid()
+    elif config.preference == "simpo":
+        losses = -F.logsigmoid(margin - config.gamma)
+    else:
+        odds = means - log1mexp(means)
+        losses = -means[:, 0] - beta * F.logsigmoid(odds[:, 0] - odds[:, 1])
+    if config.sft_weight:
+        losses = losses - config.sft_weight * means[:, 0]
+    return losses, rewards
 
 
 class PairLoss:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -172,6 +173,21 @@ def run_trainer(*args, launcher=(), env=None, timeout=300):
         env = (os.environ if env is None else env) | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, str(ROOT / "train_gpt.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+
+
+def kill_verb(argv, run_dir, step):
+    """Start `./run.sh *argv` as a user would, and kill it (-9) once its folder has a checkpoint of
+    this step or a later one; for a run that would go on for long."""
+    command = [sys.executable, str(ROOT / "door.py"), *map(str, argv)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        there = [path.parent.name for path in Path(run_dir, "checkpoints").glob("step-*/complete")]
+        if any(int(name.removeprefix("step-")) >= step for name in there):
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
 
 
 def options(config):

@@ -120,7 +120,7 @@ def local_hub(tmp_path, monkeypatch):
 
 
 def opened(tmp_path, data, *names, **fields):
-    fields |= dict(row_len=256, val_row_len=256, tokenizer="bytes")
+    fields = dict(row_len=256, val_row_len=256, tokenizer="bytes") | fields
     config = DataConfig(data=data, conversations=names, **fields)
     return open_data(config, tmp_path / "cache", batch_rows=lambda s: 4, max_doc_len=lambda s: 256)
 
@@ -175,6 +175,43 @@ def test_a_file_of_that_name_is_the_file(tmp_path, monkeypatch):
     (tmp_path / "gsm8k").write_text("\n".join(lines))
     said = opened(tmp_path, "conversations", "gsm8k").dataset.about
     assert said["train"]["conversations"] + said["val"]["conversations"] == 60
+
+
+EMPTY = dict(role="assistant", content=" ")
+BAD_ROWS = dict(
+    conversations=(
+        dict(messages=MESSAGES),
+        dict(messages=[MESSAGES[0], EMPTY]),
+        r"messages\[1\].content: expected a text, found none",
+    ),
+    preferences=(
+        dict(prompt="1?", chosen="good", rejected="bad"),
+        dict(prompt="1?", chosen="same", rejected="same"),
+        "chosen and rejected are equal",
+    ),
+    questions=(
+        dict(messages=MESSAGES[:1], answer="1"),
+        dict(messages=MESSAGES, answer="1"),
+        "expected the user's message last",
+    ),
+)
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "bpe:300"])
+@pytest.mark.parametrize("data", list(BAD_ROWS))
+def test_a_bad_line_in_a_file_of_ones_own_is_refused_with_its_number(data, vocabulary, tmp_path):
+    """Where a row of the Hub's is left out: whether it is learned from or validated on, nothing is
+    prepared from a part of the file. bpe:300 reads the texts before."""
+    good, bad, problem = BAD_ROWS[data]
+    lines = [json.dumps(good)] * 40
+    (tmp_path / "good.jsonl").write_text("\n".join(lines))
+    lines[2] = json.dumps(bad)
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    files = [str(tmp_path / name) for name in ("x.jsonl", "good.jsonl")]
+    for train, val in (files, files[::-1]):
+        with pytest.raises(InputError, match=rf"x\.jsonl:3: {problem}"):
+            opened(tmp_path, data, train, val_text=val, tokenizer=vocabulary)
+        assert not list((tmp_path / "cache").glob(f"{data}-*"))
 
 
 def test_what_is_no_file_of_parquet_is_refused(tmp_path):

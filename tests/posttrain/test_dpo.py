@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import tiny, write_text
+from helpers import kill_verb, tiny, write_text
 from safetensors.torch import load_file
 
 import train_gpt as tg
@@ -28,12 +28,16 @@ def base(tmp_path_factory):
     return folder
 
 
-def teach(program, base, tmp_path, *options, run="taught"):
+def options_of(base, tmp_path, *options, run="taught"):
     argv = ["--from", str(base / "run"), "--data", str(base / "train.jsonl")]
     argv += ["--val-data", str(base / "val.jsonl"), "--cache-dir", str(tmp_path / "cache")]
     argv += "--row-len 96 --val-row-len 96 --max-doc-len 96 --batch-tokens 384".split()
     argv += "--dtype float32 --no-compile --sample-tokens 0 --eval-every 10 --steps 20".split()
-    return program.main([*argv, "--run-dir", str(tmp_path / run), *options])
+    return [*argv, "--run-dir", str(tmp_path / run), *options]
+
+
+def teach(program, base, tmp_path, *options, run="taught"):
+    return program.main(options_of(base, tmp_path, *options, run=run))
 
 
 def result_of(tmp_path, run="taught"):
@@ -72,9 +76,36 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(base, tmp_path):
     folder = str(tmp_path / "parts")
     assert dpo.main(["--resume", folder, "--max-time", "1h", "--no-compile"]) == 0
     assert result_of(tmp_path, "parts")["steps"] == 20
-    a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+    same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def same_weights(one, other):
+    for file in "model.safetensors", "reference.safetensors":
+        a, b = load_file(one / file), load_file(other / file)
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(base, tmp_path):
+    many = "--steps", "400", "--eval-every", "200", "--checkpoint-every", "5", "--patience", "0"
+    teach(dpo, base, tmp_path, *many, run="whole")
+    kill_verb(["dpo", *options_of(base, tmp_path, *many)], tmp_path / "taught", step=10)
+    assert not (tmp_path / "taught" / "result.json").exists()
+    assert dpo.main(["--resume", str(tmp_path / "taught"), "--no-compile"]) == 0
+    assert 0 < result_of(tmp_path)["resumed_at"][0] < 400
+    same_weights(tmp_path / "whole", tmp_path / "taught")
+
+
+def test_a_likelihood_beside_it_keeps_the_chosen_answers_likely(base, tmp_path):
+    """The chosen reward ends higher with --sft-weight."""
+    chosen = []
+    for run, weight in (("without", "0"), ("with", "3")):
+        more = "--stage-lr", "0.3", "--sft-weight", weight
+        teach(dpo, base, tmp_path, *more, run=run)
+        chosen.append(result_of(tmp_path, run)["val_chosen"])
+    assert chosen[1] > chosen[0] + 0.1
 
 
 def test_passes_of_any_size_give_the_same_losses(base, tmp_path):

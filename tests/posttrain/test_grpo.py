@@ -3,14 +3,12 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from helpers import ROOT, tiny, write_text
+from helpers import ROOT, kill_verb, tiny, write_text
 from safetensors.torch import load_file
 
 import train_gpt as tg
@@ -153,14 +151,7 @@ def same_weights(one, other):
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(base, tmp_path):
     argv = options(base, tmp_path, "--checkpoint-every", "3", "--steps", "60", "--reuse", "1")
     teach(base, tmp_path, "--steps", "60", run="whole")
-    command = [sys.executable, str(ROOT / "door.py"), "grpo", *argv]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoints = tmp_path / "taught" / "checkpoints"
-    until = time.monotonic() + 300
-    while time.monotonic() < until and not list(checkpoints.glob("step-*6/complete")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_verb(["grpo", *argv], tmp_path / "taught", step=6)
     assert not (tmp_path / "taught" / "result.json").exists()
     assert grpo.main(["--resume", str(tmp_path / "taught"), "--no-compile"]) == 0
     assert 0 < result_of(tmp_path)["resumed_at"][0] < 60

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 BETA = 0.3
 GAMMA = 0.4
+SFT_WEIGHT = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,9 @@ def both(pairs):
             batch = val.batch(rows)  # all in one pass
             losses, _, there = PairLoss(model, config).losses(*batch, stage)
             ours[kind] = losses[there]
+        config = TeachingConfig(preference="dpo", beta=BETA, sft_weight=SFT_WEIGHT)
+        losses, _, there = PairLoss(model, config).losses(*batch, stage)
+        ours["dpo and sft"] = losses[there]
 
         # Rows of one answer each: the chosen ones, then the rejected ones
         ids, masks = [], []
@@ -139,16 +143,22 @@ def same(ours, theirs, factor=1.0):
     assert ours.mean().item() == pytest.approx(factor * theirs.item(), abs=1e-5)
 
 
-def test_dpo(both):
+@pytest.mark.parametrize(
+    "name, kinds", [("dpo", {"sigmoid": 1.0}), ("dpo and sft", {"sigmoid": 1.0, "sft": SFT_WEIGHT})]
+)
+def test_dpo(name, kinds, both):
+    """The likelihood is a mean over an answer's tokens, then over answers; trl's is over all
+    tokens. The chosen answers here are of one length."""
     module = pytest.importorskip("trl.trainer.dpo_trainer")
     ours, batch = both
     chosen, rejected = batch.reference.sum(1).chunk(2)
     inputs = dict(input_ids=batch.ids, completion_mask=batch.mask, attention_mask=batch.mask)
     inputs |= dict(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
-    kind = dict(loss_types=["sigmoid"], loss_weights=[1.0], f_divergence_type="reverse_kl")
-    self = trainer(batch, ld_alpha=None, use_weighting=False, **kind)
+    kind = dict(loss_types=list(kinds), loss_weights=list(kinds.values()))
+    kind |= dict(f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False)
+    self = trainer(batch, **kind)
     model = answering(batch.logps)
-    same(ours["dpo"], module.DPOTrainer._compute_loss(self, model, inputs, False))
+    same(ours[name], module.DPOTrainer._compute_loss(self, model, inputs, False))
 
 
 def test_kto(both):

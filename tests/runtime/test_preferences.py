@@ -43,14 +43,14 @@ def by_hand(kind, sums, lengths, reference, c):
         else:
             odds = [m - math.log1p(-math.exp(m)) for m in (mw, ml)]
             loss = -mw - c.beta * math.log(sigmoid(odds[0] - odds[1]))
-        losses.append(loss)
+        losses.append(loss - c.sft_weight * mw)
     return losses
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "simpo", "orpo"])
-@pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_losses_are_the_formulas(kind, beta):
-    c = TeachingConfig(preference=kind, beta=beta, label_smoothing=0.1)
+@pytest.mark.parametrize("beta, sft_weight", [(0.1, 0.0), (2.0, 0.3)])
+def test_losses_are_the_formulas(kind, beta, sft_weight):
+    c = TeachingConfig(preference=kind, beta=beta, label_smoothing=0.1, sft_weight=sft_weight)
     sums, lengths, reference = numbers()
     losses, _ = pair_losses(sums, lengths, reference, c)
     expected = by_hand(kind, sums.tolist(), lengths.tolist(), reference.tolist(), c)
@@ -58,14 +58,31 @@ def test_losses_are_the_formulas(kind, beta):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "simpo", "orpo"])
-def test_gradients_are_those_of_the_losses(kind):
-    c = TeachingConfig(preference=kind, beta=0.7)
+@pytest.mark.parametrize("sft_weight", [0.0, 0.3])
+def test_gradients_are_those_of_the_losses(kind, sft_weight):
+    c = TeachingConfig(preference=kind, beta=0.7, sft_weight=sft_weight)
     sums, lengths, reference = numbers()
 
     def loss(sums):
         return pair_losses(sums, lengths, reference, c)[0]
 
     assert torch.autograd.gradcheck(loss, sums.requires_grad_())
+
+
+def test_a_likelihood_beside_it_holds_the_chosen_answer_up():
+    """It pulls at the chosen answer alone, by the inverse of its length, and changes no reward."""
+    sums, lengths, reference = numbers()
+    gradients, rewards = [], []
+    for weight in (0.0, 0.3):
+        x = sums.clone().requires_grad_()
+        c = TeachingConfig(preference="dpo", beta=0.7, sft_weight=weight)
+        losses, said = pair_losses(x, lengths, reference, c)
+        losses.sum().backward()
+        gradients.append(x.grad)
+        rewards.append(said.detach())
+    assert torch.equal(*rewards)
+    expected = torch.stack([-0.3 / lengths[:, 0], torch.zeros(len(sums), dtype=F64)], 1)
+    torch.testing.assert_close(gradients[1] - gradients[0], expected)
 
 
 def test_dpo_begins_at_ln_2():
