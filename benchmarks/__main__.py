@@ -41,6 +41,7 @@ BENCHMARKS = {
     "serving": "a server's tokens/s for many clients at once, beside one after another",
     "dedup": "finding near duplicates, beside datatrove, rensa and datasketch",
     "tokenizer": "learning a vocabulary and encoding, beside tokenizers, rustbpe and tiktoken",
+    "teaching": "SFT and GRPO beside trl's, and SFT beside nanochat's",
     "checkpoint": "what writing and loading a checkpoint costs, and what it costs training",
 }
 # in `all`: 8 minutes, nothing downloaded; kernels last, since one may leave the GPU unusable

@@ -17,11 +17,13 @@ from data.sources.stdlib import list_files
 from data.tokenizers import END_OF_TEXT
 
 WORKED = 0.3  # of the sums that are learned from, how many are worked out
-SHORT = 0.2  # of the other answers, how many are short
+SHORT = 0.4  # of the other answers, how many are short
+TURNS = (1, 1, 1, 1, 1, 2, 3)  # questions of a conversation
 KINDS = ("order", "letters", "docs")  # besides sums
 RESULT = re.compile(r"#### (\d+)$")
 MOST_DIGITS = 3
 MOST_CHARACTERS = 30_000  # of a file of Python's library
+MOST_OF_LINE = 60  # characters of a sentence about a function
 
 LETTERS = "aeiou"
 IN_DOCS = "Python's library says of it: "
@@ -87,7 +89,8 @@ def docs_lesson(rng, functions):
 
 
 def documented():
-    """[(module.function, first line of its documentation), ...] of Python's library, sorted."""
+    """[(name, first line of its documentation), ...] of the functions and classes of Python's
+    library and of their methods, sorted; lines that are a short sentence."""
     found = {}
     listing = list_files()
     for name in listing.files:
@@ -98,12 +101,21 @@ def documented():
             tree = ast.parse((listing.root / name).read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                first = (ast.get_docstring(node) or "").partition("\n")[0].strip()
-                if first.endswith(".") and 20 <= len(first) <= 80 and first.isascii():
-                    found[f"{module}.{node.name}"] = first
+        for full_name, node in named(tree, module):
+            first = (ast.get_docstring(node) or "").partition("\n")[0].strip()
+            if first.endswith(".") and 20 <= len(first) <= MOST_OF_LINE and first.isascii():
+                found[full_name] = first
     return sorted(found.items())
+
+
+def named(tree, name):
+    """Yield (full name, node) of what is defined in a module or a class and is public."""
+    for node in tree.body:
+        is_class = isinstance(node, ast.ClassDef)
+        if (is_class or isinstance(node, ast.FunctionDef)) and not node.name.startswith("_"):
+            yield f"{name}.{node.name}", node
+            if is_class:
+                yield from named(node, f"{name}.{node.name}")
 
 
 def lessons(kind, n, part, seed, functions=()):
@@ -194,10 +206,14 @@ def write_conversations(path, seed, sums, others, functions):
         for lesson in lessons(kind, others, "sft", seed, functions):
             lines.append((lesson.question, lesson.short if rng.random() < SHORT else lesson.long))
     rng.shuffle(lines)
-    said = [
-        dict(messages=[dict(role="user", content=q), dict(role="assistant", content=a)])
-        for q, a in lines
-    ]
+    said = []
+    while lines:
+        messages = []
+        for _ in range(min(rng.choice(TURNS), len(lines))):
+            question, answer = lines.pop()
+            messages.append(dict(role="user", content=question))
+            messages.append(dict(role="assistant", content=answer))
+        said.append(dict(messages=messages))
     write_text(path, "".join(to_json(line) + "\n" for line in said))
 
 

@@ -54,11 +54,23 @@ def test_files_are_read_by_what_learns_from_them(tmp_path):
         written.append([(tmp_path / name).read_bytes() for name in ("c.jsonl", "p.jsonl")])
     assert written[0] == written[1]
     conversations = list(read_conversations(tmp_path / "c.jsonl"))
-    sums = [m[1].text for m in conversations if m[0].text.startswith("What is ")]
-    assert len(conversations) == 160 and len(sums) == 100
+    assert {len(messages) for messages in conversations} == {2, 4, 6}  # of one question and more
+    turns = [m[i : i + 2] for m in conversations for i in range(0, len(m), 2)]
+    sums = [answer.text for question, answer in turns if question.text.startswith("What is ")]
+    assert len(turns) == 160 and len(sums) == 100
     assert 15 < sum("=" in text for text in sums) < 45  # WORKED of them
     for pair in read_pairs(tmp_path / "p.jsonl"):
         assert len(pair.chosen[-1].text) < len(pair.rejected[-1].text)
+
+
+def test_sentences_are_of_functions_classes_and_methods():
+    found = dict(L.documented())
+    assert len(found) > 1000
+    assert found["heapq.merge"] == "Merge multiple sorted inputs into a single sorted output."
+    for name in "argparse.ArgumentParser", "bz2.BZ2File.read":
+        assert name in found
+    assert all(len(says) <= L.MOST_OF_LINE and says.endswith(".") for says in found.values())
+    assert not any(part.startswith("_") for name in found for part in name.split("."))
 
 
 def test_the_held_out_text_shares_no_document(tmp_path):
