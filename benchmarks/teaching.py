@@ -301,7 +301,8 @@ class Subject:
         path = self.folder / "spec.json"
         spec |= dict(model=str(self.exported), row_len=ROW_LEN, threads=self.threads)
         write_text(path, to_json(spec | dict(bf16=self.dtype == "bfloat16")))
-        command = [self.python, Path(__file__).with_name("teaching_trl.py"), path, out]
+        # -P: what lies beside the file, such as kernels.py, is no package of theirs
+        command = [self.python, "-P", Path(__file__).with_name("teaching_trl.py"), path, out]
         execute(f"trl's {what}", command, self.folder, self.folder / "trl.txt", self.env())
         return json.loads(out.read_text(encoding="utf-8"))
 
@@ -363,14 +364,14 @@ class ChatSft(Nanochat):
             spec = self.folder / "spec.json"
             write_text(spec, to_json(dict(data=str(there.data), tag="peer", model=fields)))
             driver = Path(__file__).with_name("teaching_nanochat.py")
-            self.run("its model", driver, "prepare", spec, log="model.txt")
+            self.run("its model", "-P", driver, "prepare", spec, log="model.txt")
             n = steps + WARM
             options = {"device-type": "cpu", "model-tag": "peer", "load-optimizer": 0}
             options |= {"num-iterations": n + 1, "max-seq-len": ROW_LEN, "eval-tokens": BATCH}
             options |= {"device-batch-size": BATCH // ROW_LEN, "total-batch-size": BATCH}
             options |= {"eval-every": -1, "chatcore-every": -1}
             flags = [f"--{name}={value}" for name, value in options.items()]
-            self.run("chat_sft", driver, "train", spec, *flags)
+            self.run("chat_sft", "-P", driver, "train", spec, *flags)
             return self.numbers()
 
     def numbers(self):

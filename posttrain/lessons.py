@@ -218,10 +218,12 @@ def write_conversations(path, seed, sums, others, functions):
 
 
 def write_pairs(path, seed, each, functions):
+    """So many pairs of questions with a number for an answer, five times as many with a sentence,
+    which is harder to end where the model has not seen the question."""
     rng = random.Random(f"pairs {seed}")
     found = []
     for kind in KINDS:
-        found += lessons(kind, each, "grpo", seed, functions)
+        found += lessons(kind, 5 * each if kind == "docs" else each, "grpo", seed, functions)
     rng.shuffle(found)
     lines = [dict(prompt=x.question, chosen=x.short, rejected=x.long) for x in found]
     write_text(path, "".join(to_json(line) + "\n" for line in lines))

@@ -82,15 +82,18 @@ BASE = ROWS | dict(
 TAUGHT = ROWS | dict(val_row_len=256, patience=0, sample_tokens=0)
 # Every fourth row is text, so that the model does not forget it
 SFT = TAUGHT | dict(batch_tokens=8192, steps=250, eval_every=125, mix=(3, 1))
-# A large beta keeps it near to what it was: with the usual 0.1 answers that are sentences break up
-DPO = TAUGHT | dict(batch_tokens=4096, steps=30, eval_every=10, beta=1.0)
+# Short steps and the likelihood of the short answer keep it near to what it was: without them
+# sentences break up or do not end
+DPO = TAUGHT | dict(
+    batch_tokens=4096, steps=40, eval_every=10, beta=0.3, sft_weight=1.0, stage_lr=0.03
+)
 GRPO = TAUGHT | dict(
     reward="number",
     questions=32,
     answers=8,
     answer_tokens=48,
-    val_questions=64,
-    steps=72,
+    val_questions=128,
+    steps=96,
     eval_every=24,
 )
 MOST_KL = 0.1  # nats a token that the model may have gone from where GRPO began
@@ -226,7 +229,7 @@ def write_files(folder, args):
     write_conversations(
         files["conversations"], args.seed, math.ceil(15_000 * n), math.ceil(2_500 * n), functions
     )
-    write_pairs(files["pairs"], args.seed, math.ceil(600 * n), functions)
+    write_pairs(files["pairs"], args.seed, math.ceil(300 * n), functions)
     write_questions(files["questions"], args.seed, math.ceil(3_000 * n))
     return files
 
