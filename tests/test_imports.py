@@ -26,7 +26,7 @@ PROGRAMS = {room: KITS.keys() | {"inference"} for room in PROGRAMS}
 # Of a training
 PLAN = {room: KITS.keys() | {"train_gpt", "inference"} for room in ("plan", "posttrain")}
 PLAN["posttrain"] |= {"door"}  # which starts each of several processes
-ROOMS = KITS | PROGRAMS | PLAN | {"benchmarks": KITS.keys() | PROGRAMS.keys()}
+ROOMS = KITS | PROGRAMS | PLAN | {"benchmarks": KITS.keys() | PROGRAMS.keys() | {"posttrain"}}
 
 
 def files_of(room):
