@@ -162,6 +162,7 @@ class Model(nn.Module):
         n_others = c.copies + c.counts
         n_mixed = n_others + 1 if n_others else 0
         n_told = 2 * n_others + (c.copies > 0) + (c.counts > 0)
+        n_told = max(1, n_told)  # so many without any in runs from before there were counts
         self.mix_gates = parameter(n_mixed, C, dtype=torch.float32)
         self.mix_counts = parameter(n_mixed, n_told, dtype=torch.float32)
         # Of the residual stream and of what it began with; or of the stream and of what joins it,
