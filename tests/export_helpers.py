@@ -150,7 +150,7 @@ class Ours:
 
     @torch.inference_mode()
     def greedy(self, prompt, n_tokens, never=None):
-        """The likeliest tokens that follow, whatever ends a text; never: a token to leave out."""
+        """The likeliest tokens that follow, whatever ends a text; never: tokens to leave out."""
         model = self.saved.model
         cache = model.new_cache(1)
         new = prompt

@@ -101,6 +101,7 @@ def test_what_is_listed_is_what_templates_have():
         "new_cache",
         "decode",
         "quantizable",
+        "tables",
     }
     assert listed - optional == public(ngram_mlp) - set(OWN) - {"features"}
 

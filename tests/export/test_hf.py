@@ -149,7 +149,7 @@ def test_every_option_of_the_template_is_told():
     """A new part of models/gpt.py has to come into modeling_stopwatch.py as well."""
     in_training_only = {"mtp", "sampled_softmax", "prefix_loss"}
     in_windows = {"short_window", "long_window", "val_windows", "long_layers", "yarn"}
-    in_windows |= {"paired_near", "extension_windows"}
+    in_windows |= {"paired_near", "extension_windows", "yarn_windows"}
     others = {"n_embd", "n_layer", "n_head", "mlp_ratio", "attn_scale", "rope_base", "tied"}
     renamed = {"attn_gate", "attn_gate_layers", "key_offset"}
     known = gpt.Config().hf_config(1.0).keys()
