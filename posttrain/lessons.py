@@ -61,8 +61,13 @@ def worked_out(a, b):
     return " ".join(steps)
 
 
-def sum_lesson(rng):
-    a, b = rng.randrange(10**MOST_DIGITS), rng.randrange(10**MOST_DIGITS)
+def sum_lesson(rng, evenly):
+    """Of any two numbers; evenly: short ones are as frequent as long ones, of which there are more,
+    else a model looks for the digits of short ones in the wrong places."""
+    digits = [MOST_DIGITS, MOST_DIGITS]
+    if evenly:
+        digits = rng.choices(range(1, MOST_DIGITS + 1), k=2)
+    a, b = (rng.randrange(10**n) for n in digits)
     result = f"#### {a + b}"
     return Lesson("sum", f"What is {a}+{b}?", result, f"{worked_out(a, b)} {result}")
 
@@ -121,10 +126,15 @@ def named(tree, name):
 def lessons(kind, n, part, seed, functions=()):
     """n Lessons of a kind that belong to a part of them all: sft, grpo or test."""
     rng = random.Random(f"{kind} {part} {seed}")
-    make = dict(sum=sum_lesson, order=order_lesson, letters=letters_lesson)
+    make = dict(
+        sum=lambda: sum_lesson(rng, evenly=part != "test"),
+        order=lambda: order_lesson(rng),
+        letters=lambda: letters_lesson(rng),
+        docs=lambda: docs_lesson(rng, functions),
+    )
     found = []
     while len(found) < n:
-        lesson = docs_lesson(rng, functions) if kind == "docs" else make[kind](rng)
+        lesson = make[kind]()
         if part_of(lesson.question) == part:
             found.append(lesson)
     return found
