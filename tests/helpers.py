@@ -183,7 +183,8 @@ def kill_verb(argv, run_dir, step):
     until = time.monotonic() + 300
     while time.monotonic() < until and process.poll() is None:
         there = [path.parent.name for path in Path(run_dir, "checkpoints").glob("step-*/complete")]
-        if any(int(name.removeprefix("step-")) >= step for name in there):
+        steps = [name.removeprefix("step-") for name in there]
+        if any(name.isdigit() and int(name) >= step for name in steps):
             break
         time.sleep(0.02)
     process.kill()
