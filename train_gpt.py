@@ -60,7 +60,7 @@ from runtime.machine import PrecisionConfig, World
 from runtime.options import RunConfig, build_parts, flat, parse_options, peek
 from runtime.policy import PolicyConfig
 from runtime.preferences import TeachingConfig, give_reference
-from runtime.saved import TABLES, step_weights, take_tables
+from runtime.saved import keep_tables, step_weights
 from runtime.session import Session
 from runtime.setting_up import (
     backward,
@@ -492,17 +492,6 @@ def run_once(setup, log, requests, store, found, parts, loop=train_to_the_end):
         params=sum(p.numel() for p in setup.model.parameters()),
         data=setup.data.dataset.name,
     )
-
-
-def keep_tables(model, log, given, begins):
-    """What a model took from the training text besides weights, into the run's folder; where it is
-    taught by another text, from the run that it was trained in. Raises InputError."""
-    if not hasattr(model, "tables"):
-        return
-    take_tables(model, warm_start.run_folder(given) if given and begins else log.folder)
-    tables = model.tables()
-    if tables and begins:
-        log.save_weights(tables, TABLES)
 
 
 def save_result(setup, result, log, parts):

@@ -24,21 +24,19 @@ def hashed(key, x):
 
 
 def runs(keys):
-    """(B, T) int64 -> (order, first, last), (B, T) each: the order that sorts a row, and for each
-    place of the sorted row where its run of equal keys begins and ends."""
+    """(B, T) int64 -> (order, first), (B, T) each: the order that sorts a row, and for each place
+    of the sorted row where its run of equal keys begins."""
     order = keys.argsort(dim=1, stable=True)
     ordered = keys.gather(1, order)
     at = torch.arange(keys.size(1), device=keys.device).expand_as(keys)
-    differ = ordered[:, 1:] != ordered[:, :-1]
-    first = at.where(F.pad(differ, (1, 0), value=True), 0).cummax(dim=1).values
-    ends = at.where(F.pad(differ, (0, 1), value=True), keys.size(1))
-    last = ends.flip(1).cummin(dim=1).values.flip(1)
-    return order, first, last
+    new = torch.ones_like(keys, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return order, at.where(new, 0).cummax(dim=1).values
 
 
 def rank(keys):
     """(B, T) int64 -> (B, T): how many equal keys stand before each one in its row."""
-    order, first, _ = runs(keys)
+    order, first = runs(keys)
     at = torch.arange(keys.size(1), device=keys.device)
     return torch.empty_like(keys).scatter_(1, order, at - first)
 
@@ -88,25 +86,23 @@ def what_followed(tokens, n, n_vocab):
     return hits
 
 
-def about(seen):
-    """(..., n) counts -> (..., 2 n + 1) fp32, what a gate is told: how often each context was
-    there, whether it was at all, and 1."""
-    seen = seen.float()
-    return torch.cat([seen.log1p(), (seen > 0).float(), torch.ones_like(seen[..., :1])], dim=-1)
-
-
-def mixed(own, gates, seen, hits):
-    """Log probabilities (...) of a mixture: of a model's own, and of each length's.
-
-    own: (...) log probabilities; gates: (..., n + 1), of the model and of each length, which count
-    among those whose context was seen; seen, hits: (..., n).
-    """
-    return mixture(own, gates, seen > 0, hits.to(own.dtype) / seen.clamp(min=1))
+def predictions(seen, hits):
+    """Counts (..., n) -> (told (..., 2 n + 1), there (..., n), probabilities (..., n)): what a gate
+    is told, how often each context was there, whether it was at all, and 1; which lengths have
+    something to say; and what they say."""
+    there = seen > 0
+    counts = seen.float()
+    one = torch.ones_like(counts[..., :1])
+    told = torch.cat([counts.log1p(), there.float(), one], dim=-1)
+    return told, there, hits.float() / counts.clamp(min=1)
 
 
 def mixture(own, gates, there, others):
-    """The same of any distributions: there, others: (..., n), which of them there are, and what
-    they say."""
+    """Log probabilities (...) of a mixture: of a model's own, and of each length's.
+
+    own: (...) log probabilities; gates: (..., n + 1), of the model and of each length, which count
+    among those that are there; there, others: (..., n), which those are and their probabilities.
+    """
     none = F.pad(~there, (1, 0))  # the model itself always has something to say
     share = gates.masked_fill(none, -torch.inf).log_softmax(-1).to(own.dtype)
     others = others.to(own.dtype)

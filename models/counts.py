@@ -202,10 +202,12 @@ def count(text, starts, n):
 def without_own(seen, hits, kinds, own, targets):
     """The same without what the rows themselves have of each document; own: (B, T) int64, hashes
     of contexts and documents."""
-    order, first, last = copies.runs(own)
-    pair_order, pair_first, _ = copies.runs(copies.hashed(own, targets))
+    order, first = copies.runs(own)
+    pair_order, pair_first = copies.runs(copies.hashed(own, targets))
     # One place in the document stands for each kind of token that followed
     at = torch.arange(own.size(1), device=own.device)
+    last = torch.zeros_like(first).scatter_reduce(1, first, at.expand_as(first), "amax")
+    last = last.gather(1, first)  # where a run of equal contexts ends
     once = torch.zeros_like(own).scatter(1, pair_order, (pair_first == at).long())
     hits = (hits - 1).clamp(min=0)
     alone = once * (hits == 0)  # kinds that followed in this document only
@@ -234,7 +236,9 @@ def probabilities(seen, hits, kinds):
     return torch.stack(found, dim=-1)
 
 
-def about(seen, kinds):
-    """(..., n) counts -> (..., 2 n + 1) fp32, what a gate is told: these, and 1."""
+def predictions(seen, hits, kinds):
+    """As of copies: what a gate is told, these counts and 1, which lengths have something to say,
+    and what they say."""
     one = torch.ones_like(seen[..., :1], dtype=torch.float32)
-    return torch.cat([seen.float().log1p(), kinds.float().log1p(), one], dim=-1)
+    told = torch.cat([seen.float().log1p(), kinds.float().log1p(), one], dim=-1)
+    return told, seen > 0, probabilities(seen, hits, kinds)

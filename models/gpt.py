@@ -717,21 +717,13 @@ class Model(nn.Module):
         """What else predicts the targets (B, T): what a gate is told of it (B, T, n), which of it
         is there and its probabilities, (B, T, copies + counts) each. () for nothing."""
         c = self.c
-        told, there, probs = [], [], []
+        found = []
         if c.copies:
-            seen, hits = copies.earlier(inputs, targets, starts, c.copies)
-            told.append(copies.about(seen))
-            there.append(seen > 0)
-            probs.append(hits.float() / seen.clamp(min=1))
+            found.append(copies.predictions(*copies.earlier(inputs, targets, starts, c.copies)))
         if c.counts:
-            found = self.counts.of_targets(inputs, targets, starts, stage.leave_out)
-            seen, hits, kinds = found
-            told.append(counts.about(seen, kinds))
-            there.append(seen > 0)
-            probs.append(counts.probabilities(seen, hits, kinds))
-        if not told:
-            return ()
-        return tuple(torch.cat(x, dim=-1) for x in (told, there, probs))
+            of_targets = self.counts.of_targets(inputs, targets, starts, stage.leave_out)
+            found.append(counts.predictions(*of_targets))
+        return tuple(torch.cat(x, dim=-1) for x in zip(*found))
 
     def mixed_loss(self, x, w, targets, told, there, probs, sampled):
         """Summed loss of the head's distribution mixed with others.
@@ -828,22 +820,17 @@ class Model(nn.Module):
         x: (C,), of the last token; text: (T,) int64, the document so far.
         """
         V = self.n_vocab
-        told, there, probs = [], [], []  # as others() has them, probabilities of every token
+        found = []  # as others() has them, of every token: (V, ...)
         if self.c.copies:
             hits = copies.what_followed(text, self.c.copies, V)
-            seen = hits.sum(0)  # the same for every token, as the gates are
-            told.append(copies.about(seen))
-            there.append(seen > 0)
-            probs.append(hits.float() / seen.clamp(min=1))
+            found.append(copies.predictions(hits.sum(0).expand_as(hits), hits))
         if self.c.counts:
             seen, hits, kinds = self.counts.of_all(text, V)
-            told.append(counts.about(seen, kinds))
-            there.append(seen > 0)
-            of_all = [n.expand(V, -1) for n in (seen, kinds)]
-            probs.append(counts.probabilities(of_all[0], hits, of_all[1]))
-        gates = self.mix(x, torch.cat(told))
-        there = torch.cat(there)
-        probs = torch.cat(probs, dim=-1)  # (V, copies + counts)
+            found.append(counts.predictions(seen.expand_as(hits), hits, kinds.expand_as(hits)))
+        told, there, probs = (torch.cat(x, dim=-1) for x in zip(*found))
+        # How often contexts were there is the same for every token, and so are the gates
+        gates = self.mix(x, told[0])
+        there = there[0]
         # Of most tokens nothing else is known: only the model's own share is theirs
         nothing = torch.zeros_like(probs[:1])
         own = logits.log_softmax(-1)

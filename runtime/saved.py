@@ -17,6 +17,8 @@ from data.tokenizers import load_tokenizer
 from kernels import choose_ops
 from models import load_template, template_names
 
+from . import warm_start
+
 TABLES = "tables.safetensors"  # what the model took from the training text besides weights
 
 
@@ -37,13 +39,12 @@ def newest_run(runs=None):
     runs = runs or runs_folder()
     found = [*Path(runs).glob("*/result.json"), *Path(runs).glob("*/seed*/result.json")]
     found = [path for path in found if path.with_name("model.safetensors").exists()]
-    found = [path.parent for path in found if '"finishing"' not in path.read_text()]
-    if not found:
-        raise InputError(
-            f"{runs}: no finished run yet; train one with ./run.sh, or name a run's folder with "
-            "--run"
-        )
-    return max(found, key=lambda folder: (folder / "result.json").stat().st_mtime)
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        if "finishing" not in read_object(path):
+            return path.parent
+    raise InputError(
+        f"{runs}: no finished run yet; train one with ./run.sh, or name a run's folder with --run"
+    )
 
 
 def step_weights(step):
@@ -129,6 +130,17 @@ def take_tables(model, folder):
     if not hasattr(model, "wants_tables") or not model.wants_tables():
         return
     model.take_tables(read_tables(folder))
+
+
+def keep_tables(model, log, given, begins):
+    """What a model took from the training text besides weights, into the run's folder; where it is
+    taught by another text, from the run that it was trained in. Raises InputError."""
+    if not hasattr(model, "tables"):
+        return
+    take_tables(model, warm_start.run_folder(given) if given and begins else log.folder)
+    tables = model.tables()
+    if tables and begins:
+        log.save_weights(tables, TABLES)
 
 
 def read_tables(folder):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import train_gpt as tg
 from models import gpt
@@ -189,6 +190,15 @@ def kill_verb(argv, run_dir, step):
         time.sleep(0.02)
     process.kill()
     process.wait()
+
+
+def same_weights(one, other):
+    """Two taught runs have the same weights, and had the same reference."""
+    for file in "model.safetensors", "reference.safetensors":
+        a, b = load_file(one / file), load_file(other / file)
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
 
 
 def options(config):

@@ -60,7 +60,7 @@ def test_the_newest_run_is_the_one_that_finished_last(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         for file in ("result.json", "model.safetensors"):
             if name != "c" or file != "result.json":  # c is not done, d lost its weights
-                (tmp_path / name / file).touch()
+                (tmp_path / name / file).write_text("{}")
         if name != "c":
             os.utime(tmp_path / name / "result.json", (i, i))
     (tmp_path / "d" / "model.safetensors").unlink()

@@ -102,6 +102,11 @@ def test_what_followed_has_every_tokens_counts(length):
         assert found.sum(0).tolist() == seen[0, -1].tolist()
 
 
+def mixed(own, gates, seen, hits):
+    _, there, probs = copies.predictions(seen, hits)
+    return copies.mixture(own, gates, there, probs.to(own.dtype))
+
+
 def test_the_mixture_is_a_distribution():
     """Over the vocabulary it sums to one, whatever the gates are."""
     g = torch.Generator().manual_seed(2)
@@ -111,10 +116,10 @@ def test_the_mixture_is_a_distribution():
     seen = hits.sum(0).expand_as(hits)
     own = torch.randn(n_vocab, generator=g, dtype=torch.float64).log_softmax(-1)
     gates = torch.randn(n + 1, generator=g, dtype=torch.float64).expand(n_vocab, -1)
-    log_prob = copies.mixed(own, gates, seen, hits)
-    assert log_prob.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+    log_prob = mixed(own, gates, seen, hits)
+    assert log_prob.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
     none = torch.zeros_like(hits)
-    assert torch.equal(copies.mixed(own, gates, none, none), own)
+    assert torch.equal(mixed(own, gates, none, none), own)
 
 
 def test_the_mixture_by_hand():
@@ -122,16 +127,14 @@ def test_the_mixture_by_hand():
     gates = torch.tensor([0.0, math.log(2.0), 7.0])  # the last has not been seen
     seen = torch.tensor([4, 0])
     hits = torch.tensor([1, 0])
-    assert copies.mixed(own, gates, seen, hits).exp().item() == pytest.approx(
-        (1 * 0.5 + 2 * 0.25) / 3
-    )
+    assert mixed(own, gates, seen, hits).exp().item() == pytest.approx((1 * 0.5 + 2 * 0.25) / 3)
 
 
 def test_gradients_are_finite_where_nothing_was_hit():
     own = torch.tensor([-1.0, -2.0], requires_grad=True)
     gates = torch.zeros(2, 3, requires_grad=True)
     seen = torch.tensor([[0, 0], [5, 0]])
-    copies.mixed(own, gates, seen, torch.zeros_like(seen)).sum().backward()
+    mixed(own, gates, seen, torch.zeros_like(seen)).sum().backward()
     assert own.grad.tolist() == [1.0, 1.0] and gates.grad.isfinite().all()
     assert gates.grad[0].abs().sum() == 0 and gates.grad[1, 1] < 0
 

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import torch
-from helpers import kill_verb, tiny, write_text
+from helpers import kill_verb, same_weights, tiny, write_text
 from safetensors.torch import load_file
 
 import train_gpt as tg
@@ -77,14 +76,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(base, tmp_path):
     assert dpo.main(["--resume", folder, "--max-time", "1h", "--no-compile"]) == 0
     assert result_of(tmp_path, "parts")["steps"] == 20
     same_weights(tmp_path / "whole", tmp_path / "parts")
-
-
-def same_weights(one, other):
-    for file in "model.safetensors", "reference.safetensors":
-        a, b = load_file(one / file), load_file(other / file)
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, kill_verb, tiny, write_text
+from helpers import ROOT, kill_verb, same_weights, tiny, write_text
 from safetensors.torch import load_file
 
 import train_gpt as tg
@@ -137,14 +137,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(base, tmp_path):
             [r[name] for r in rows_of(tmp_path, run) if name in r] for run in ("whole", "parts")
         ]
         assert series[0] == series[1], name
-
-
-def same_weights(one, other):
-    for file in "model.safetensors", "reference.safetensors":
-        a, b = load_file(one / file), load_file(other / file)
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.slow
