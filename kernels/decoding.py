@@ -15,35 +15,25 @@ int8 is multiplied with activations that are rounded to whole numbers with one s
 large as sums in int32 leave room for (2^24 over the number of inputs, 15 bits at most; bf16 has 8),
 and summed exactly.
 
-decoding.c is compiled once with the machine's own compiler, for the instructions that its processor
-has. Where there is none, the PyTorch forms stay. These are for inference only: no gradients, and no
-torch.compile.
+native.py compiles decoding.c once. Where there is no compiler, the PyTorch forms stay. These are
+for inference only: no gradients, and no torch.compile.
 
 Source: weights as llm.c and llama2.c multiply them, prefetches measured (docs/experiments.md).
 """
 
-import ctypes
-import hashlib
-import os
-import platform
-import secrets
-import shutil
-import subprocess
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
-SOURCE = Path(__file__).with_suffix(".c")
+from . import native
+from .native import FLOAT, INT, LONG, POINTER
+
 ROWS = 4  # of a transposed matrix that are added at once
 DTYPES = torch.float32, torch.bfloat16  # of activations
 # Rows up to which one product after the other is faster than PyTorch's product of matrices
 FEW_ROWS = 8
 MOST_INPUTS = 1 << 14  # beyond, int8's activations would have fewer than 10 bits
 MOST = 1 << 18  # activations, up to which the small ops are worth it
-COMPILERS = "cc", "gcc", "clang"
 
-LONG, POINTER, FLOAT, INT = ctypes.c_long, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 SIGNATURES = dict(
     linear=[INT, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER, INT],
     linear_transposed=[INT, LONG, LONG, LONG, POINTER, POINTER, POINTER, INT],
@@ -115,12 +105,8 @@ class Decoding:
     """The compiled library. Methods take what the PyTorch forms take, and leave to those what is
     not for them: many rows, other devices and dtypes, gradients."""
 
-    def __init__(self, path):
-        self.c = ctypes.CDLL(str(path))
-        for name, types in SIGNATURES.items():
-            function = getattr(self.c, name)
-            function.argtypes = types
-            function.restype = None
+    def __init__(self, library):
+        self.c = native.declare(library, SIGNATURES)
 
     def ops(self, ops):
         """The Ops with these forms in place of its own."""
@@ -249,61 +235,7 @@ def takes(x, contiguous=True):
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Compiling
-
-
 def build(folder, say=lambda message: None):
-    """The Decoding of this machine, compiled into a folder unless it is there; None where that is
-    not possible, which say(message) is told."""
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    source = SOURCE.read_bytes()
-    # A folder may be shared by machines that have other processors
-    key = hashlib.sha256(source + processor().encode()).hexdigest()[:16]
-    path = Path(folder) / f"decoding-{key}.so"
-    if not path.exists():
-        if compiler is None:
-            say("decoding by PyTorch, which is slower, since there is no C compiler")
-            return None
-        say("compiling kernels/decoding.c (once) ...")
-        failed = compile_to(path, compiler)
-        if failed:
-            say(f"decoding by PyTorch, which is slower: {failed}")
-            return None
-    try:
-        return Decoding(path)
-    except OSError as e:
-        say(f"decoding by PyTorch, which is slower: {e}")
-        return None
-
-
-def compile_to(path, compiler):
-    """Compile the library; what went wrong in one line, or None."""
-    temp = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-    plain = [compiler, "-O3", "-shared", "-fPIC", str(SOURCE), "-o", str(temp), "-lm"]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for options in (["-march=native", "-fopenmp"], ["-march=native"], []):
-            done = subprocess.run(
-                plain + options, capture_output=True, text=True, errors="replace", timeout=120
-            )
-            if done.returncode == 0:
-                os.replace(temp, path)
-                return None
-    except (OSError, subprocess.TimeoutExpired) as e:
-        return f"{compiler}: {e}"
-    finally:
-        temp.unlink(missing_ok=True)
-    lines = done.stderr.strip().splitlines() or ["it said nothing"]
-    return f"{compiler}: {lines[-1][:200]}"
-
-
-def processor():
-    """What tells processors apart that have other instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.platform() + platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "") + (
-        platform.machine()
-    )
+    """The Decoding of this machine; None where that is not possible. As native.build()."""
+    library = native.build("decoding", folder, say)
+    return None if library is None else Decoding(library)

@@ -29,7 +29,8 @@ FILES = (
     "run.sh",
     "requirements*.txt",
     "runtime/hardware.toml",
-    "kernels/decoding.c",
+    "kernels/*.c",
+    "kernels/*.h",
     # What training takes from this folder; the rest of it only reads results
     "records/__init__.py",
     "records/metrics.py",

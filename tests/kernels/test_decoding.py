@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels import choose_ops, decoding
+from kernels import choose_ops, decoding, native
 
 HALF = torch.bfloat16
 DTYPES = [torch.float32, HALF]
@@ -170,10 +170,10 @@ def test_threads_change_no_bit(compiled):
 
 def test_without_a_compiler_pytorch_stays(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(decoding, "COMPILERS", ())
+    monkeypatch.setattr(native, "COMPILERS", ())
     assert decoding.build(tmp_path, said.append) is None
     assert "no C compiler" in said.pop()
-    monkeypatch.setattr(decoding, "COMPILERS", ("false",))
+    monkeypatch.setattr(native, "COMPILERS", ("false",))
     assert decoding.build(tmp_path, said.append) is None
     assert "decoding by PyTorch" in said[-1]
     assert not list(tmp_path.iterdir())
@@ -181,6 +181,6 @@ def test_without_a_compiler_pytorch_stays(tmp_path, monkeypatch):
 
 def test_it_is_compiled_once(compiled, folder, monkeypatch):
     said = []
-    monkeypatch.setattr(decoding, "COMPILERS", ())
+    monkeypatch.setattr(native, "COMPILERS", ())
     assert decoding.build(folder, said.append) is not None
     assert said == [] and len(list(folder.iterdir())) == 1

@@ -1,0 +1,88 @@
+"""C files of this folder, compiled on the machine that runs them and loaded.
+
+A file is compiled once with the machine's own compiler, for the instructions that its processor
+has. Where there is no compiler, build() says so and gives None: every op has a PyTorch form.
+
+Their loops share PyTorch's threads: both ask the OpenMP library by the same name, and the one that
+is loaded already answers. So import torch first.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COMPILERS = "cc", "gcc", "clang"
+OPTIONS = ["-O3", "-shared", "-fPIC", "-fno-math-errno"]
+LONG, POINTER, FLOAT, INT = ctypes.c_long, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+
+
+def build(name, folder, say=lambda message: None):
+    """NAME.c of this folder as a ctypes library, compiled into `folder` unless it is there; None
+    where that is not possible, which say(message) is told."""
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    source = HERE / f"{name}.c"
+    text = source.read_bytes() + (HERE / "native.h").read_bytes()
+    # A folder may be shared by machines that have other processors
+    key = hashlib.sha256(text + processor().encode()).hexdigest()[:16]
+    path = Path(folder) / f"{name}-{key}.so"
+    if not path.exists():
+        if compiler is None:
+            say(f"{name} by PyTorch, which is slower, since there is no C compiler")
+            return None
+        say(f"compiling kernels/{name}.c (once) ...")
+        failed = compile_to(path, source, compiler)
+        if failed:
+            say(f"{name} by PyTorch, which is slower: {failed}")
+            return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as e:
+        say(f"{name} by PyTorch, which is slower: {e}")
+        return None
+
+
+def declare(library, signatures):
+    """Tell ctypes what the functions take; {name: [type, ...]}. None of them returns anything."""
+    for name, types in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = types
+        function.restype = None
+    return library
+
+
+def compile_to(path, source, compiler):
+    """Compile the library; what went wrong in one line, or None."""
+    temp = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    plain = [compiler, *OPTIONS, str(source), "-o", str(temp), "-lm"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for options in (["-march=native", "-fopenmp"], ["-march=native"], []):
+            done = subprocess.run(
+                plain + options, capture_output=True, text=True, errors="replace", timeout=120
+            )
+            if done.returncode == 0:
+                os.replace(temp, path)
+                return None
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"{compiler}: {e}"
+    finally:
+        temp.unlink(missing_ok=True)
+    lines = done.stderr.strip().splitlines() or ["it said nothing"]
+    return f"{compiler}: {lines[-1][:200]}"
+
+
+def processor():
+    """What tells processors apart that have other instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "") + (
+        platform.machine()
+    )
