@@ -71,9 +71,11 @@ def ours(texts):
     began = time.process_time()
     parts = [dedup.signatures(texts[i : i + BATCH], CONFIG) for i in range(0, len(texts), BATCH)]
     signed = time.process_time()
-    first = dedup.near_duplicates(
-        np.concatenate(parts), CONFIG, lambda wanted: [texts[i] for i in wanted]
-    )
+
+    def compare(left, right):
+        return dedup.similarities(lambda rows: [texts[i] for i in rows], left, right, CONFIG)
+
+    first = dedup.near_duplicates(np.concatenate(parts), CONFIG, compare)
     done = time.process_time()
     return dict(
         signatures_s=round(signed - began, 3),

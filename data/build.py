@@ -218,7 +218,7 @@ def make_tokens(todo, stages, files, checksums, crew):
     duplicates = stages.run(
         "dedup",
         [read.key, todo.val_fraction, todo.seed],
-        lambda folder: work.find_duplicates(todo, read.folder, folder),
+        lambda folder: work.find_duplicates(todo, read.folder, folder, crew),
     )
     done = dict(read=read, dedup=duplicates)
     texts = read  # the stage whose pieces hold the text

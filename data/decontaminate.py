@@ -8,7 +8,7 @@ words, GPT-3's least; below that it says little, and counts only where it is all
 
 import numpy as np
 
-from .words import ngrams, whole, word_hashes
+from .words import batches, ngrams, whole, word_hashes
 
 LEAST_WORDS = 8
 # The lowest bits of a hash say of how many words it is, so that documents are looked through for
@@ -28,7 +28,7 @@ def ngram_hashes(texts, n=13, one_in=1):
     if not LEAST_WORDS <= n <= int(LENGTH):
         raise ValueError(f"n {n}: expected {LEAST_WORDS} to {LENGTH}")
     found = [np.zeros(0, dtype=np.uint64)]
-    for batch in _batches(texts):
+    for batch in batches(texts):
         hashes, counts = word_hashes(batch)
         grams = _marked(ngrams(hashes, counts, n)[0], n)
         found.append(grams[(grams >> np.uint64(6)) % np.uint64(one_in) == 0])
@@ -72,18 +72,3 @@ def _among(values, hashes):
     """Which values (n,) are among the sorted hashes (G,): (n,) bool."""
     at = np.searchsorted(hashes, values)
     return hashes[np.minimum(at, len(hashes) - 1)] == values
-
-
-def _batches(texts, chars=1 << 22):
-    """Lists of texts of about so many characters together."""
-    batch = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= chars:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch

@@ -18,7 +18,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .words import ngrams, whole, word_hashes
+from .pieces import progress, read_arrays, write_arrays
+from .words import batches, ngrams, whole, word_hashes
 
 NO_WORDS = np.uint32(0xFFFFFFFF)  # fills the signature of a text without words
 # Partners in its bucket that a document is compared with, in each band. Only where very many
@@ -26,7 +27,9 @@ NO_WORDS = np.uint32(0xFFFFFFFF)  # fills the signature of a text without words
 MOST_PARTNERS = 256
 IN_BAND = 0xD6E8FEB86659FD93  # an odd multiplier without structure
 ROWS_AT_ONCE = 1 << 16
-PAIRS_AT_ONCE = 1 << 12
+PAIRS_IN_MEMORY = 1 << 16  # where more members of a bucket are compared than the first
+PAIRS_AT_ONCE = 1 << 12  # by their signatures
+TEXTS_AT_ONCE = 1 << 8  # pairs, by their texts
 
 
 @dataclass(frozen=True)
@@ -118,39 +121,45 @@ def exact_duplicates(keys):
     return first
 
 
-def near_duplicates(signatures, config, read=None):
+def near_duplicates(signatures, config, compare=None, kept=None):
     """For signatures (N, k) uint32 of all documents, the index of the first document in each one's
     cluster: (N,) int64, its own where that is the document itself, which is to be kept.
 
-    signatures: an array or a memory map of one, read band by band; read: function from a list of
-    documents' indices to their texts. Candidates are duplicates where the share of places in which
-    their signatures agree is at least config.threshold. That estimate has a standard error (0.038
-    at 0.8), so with `read`, candidates whose estimate is within config.doubt of the threshold are
-    decided by the similarity of their texts. Clusters are what duplicates hold together, as links
-    of a chain do. Takes less than 60 bytes a document beside the signatures.
+    signatures: an array or a memory map of one, read band by band; compare: function from two
+    arrays of documents' indices (n,) to the similarities (n,) of these pairs of texts; kept: Path
+    of a file that is written after each band, and from which a call with the same arguments goes
+    on. Candidates are duplicates where the share of places in which their signatures agree is at
+    least config.threshold. That estimate has a standard error (0.038 at 0.8), so with `compare`,
+    candidates whose estimate is within config.doubt of the threshold are decided by the similarity
+    of their texts. Clusters are what duplicates hold together, as links of a chain do. Takes less
+    than 60 bytes a document beside the signatures.
     """
-    parents = np.arange(len(signatures))
-    for band in range(config.bands):
+    n = len(signatures)
+    # unmet: had more partners in some bucket than it was compared with
+    state = dict(parents=np.arange(n), unmet=np.zeros(n, dtype=bool), bands=0)
+    if kept is not None and kept.exists():
+        state = read_arrays(kept)
+    parents = state["parents"]
+    unmet = state["unmet"]
+    todo = range(int(state["bands"]), config.bands)
+    for band in progress(todo, "comparing what may be alike", " bands"):
         members, buckets = _buckets(signatures, band, config)
-        for _ in range(MOST_PARTNERS):
-            if not len(members):
-                break
-            # The first of each bucket is compared with those of it that are not in its cluster
-            new = np.diff(buckets, prepend=-1) != 0
-            leaders = np.flatnonzero(new)
-            bucket = np.cumsum(new, dtype=np.int32) - 1
-            roots = _roots(parents, members)
-            apart = roots != roots[leaders][bucket]
-            for at in np.array_split(np.flatnonzero(apart), 1 + len(members) // PAIRS_AT_ONCE):
-                left = members[leaders[bucket[at]]]
-                right = members[at]
-                alike = _alike(signatures, left, right, config, read)
-                _join(parents, left[alike], right[alike])
-            # It has met all others now; a bucket that is one cluster is done
-            stay = np.logical_or.reduceat(apart, leaders)[bucket] & ~new
+        met = 0  # members of each bucket so far that all others of it have met
+        while len(members) and met < MOST_PARTNERS:
+            # One at first, with which most are alike, then more and more at a time: that two are
+            # compared needlessly, being both like a third, is dear only for a large cluster
+            fit = max(1, PAIRS_IN_MEMORY // len(members))
+            n_leaders = min(max(1, met), MOST_PARTNERS - met, fit)
+            left, right, stay = _pairs(parents, members, buckets, n_leaders)
+            alike = _alike(signatures, left, right, band, unmet, config, compare)
+            _join(parents, left[alike], right[alike])
             members = members[stay]
             buckets = buckets[stay]
-    return _roots(parents, np.arange(len(signatures)))
+            met += n_leaders
+        unmet[members] = True
+        if kept is not None:
+            write_arrays(kept, parents=parents, unmet=unmet, bands=band + 1)
+    return _roots(parents, np.arange(n))
 
 
 def _buckets(signatures, band, config):
@@ -181,40 +190,84 @@ def _buckets(signatures, band, config):
     return members[ascending], buckets[ascending]
 
 
-def _alike(signatures, left, right, config, read):
-    """Which pairs of documents are duplicates: (n,) bool; see near_duplicates."""
-    share = (signatures[left] == signatures[right]).mean(axis=1)
-    alike = share >= config.threshold
-    if read is not None:
-        unsure = np.abs(share - config.threshold) <= config.doubt
-        exact = similarities(read, left[unsure], right[unsure], config)
-        alike[unsure] = exact >= config.threshold
+def _pairs(parents, members, buckets, n_leaders):
+    """The first n_leaders members of each bucket, each with those after it in its bucket that are
+    not in its cluster: (left, right, each (n,) int32, which members have others to meet still
+    (M,) bool). members, buckets: of _buckets."""
+    new = np.diff(buckets, prepend=-1) != 0
+    starts = np.flatnonzero(new).astype(np.int32)
+    bucket = np.cumsum(new, dtype=np.int32) - 1
+    rank = np.arange(len(members), dtype=np.int32) - starts[bucket]  # in its bucket
+    roots = _roots(parents, members).astype(np.int32)
+    left = []
+    right = []
+    for k in range(n_leaders):
+        later = rank > k
+        leaders = starts[bucket[later]] + np.int32(k)
+        apart = roots[later] != roots[leaders]
+        left.append(members[leaders[apart]])
+        right.append(members[later][apart])
+    # A bucket that is one cluster is done
+    mixed = np.logical_or.reduceat(roots != roots[starts][bucket], starts)
+    stay = mixed[bucket] & (rank >= n_leaders)
+    return np.concatenate(left), np.concatenate(right), stay
+
+
+def _alike(signatures, left, right, band, unmet, config, compare):
+    """Which pairs of documents, candidates of a band, are duplicates: (n,) bool; see
+    near_duplicates."""
+    alike = np.zeros(len(left), dtype=bool)
+    unsure = np.zeros(len(left), dtype=bool)
+    for at in range(0, len(left), PAIRS_AT_ONCE):
+        some = slice(at, at + PAIRS_AT_ONCE)
+        same = signatures[left[some]] == signatures[right[some]]
+        share = same.mean(axis=1)
+        alike[some] = share >= config.threshold
+        if compare is not None:
+            doubtful = np.abs(share - config.threshold) <= config.doubt
+            alike[some] &= ~doubtful
+            # Candidates of an earlier band, and in two clusters still: then they were found unlike
+            before = same.reshape(-1, config.bands, config.rows)[:, :band].all(axis=2).any(axis=1)
+            before &= ~(unmet[left[some]] & unmet[right[some]])
+            unsure[some] = doubtful & ~before
+    if unsure.any():
+        alike[unsure] = compare(left[unsure], right[unsure]) >= config.threshold
     return alike
 
 
 def _join(parents, left, right):
     """Put the documents of each pair into one cluster."""
-    for one, other in zip(left.tolist(), right.tolist()):
-        first, second = sorted((_root(parents, one), _root(parents, other)))
-        parents[second] = first
+    for at in range(0, len(left), PAIRS_AT_ONCE):
+        some = slice(at, at + PAIRS_AT_ONCE)
+        for one, other in zip(left[some].tolist(), right[some].tolist()):
+            first, second = sorted((_root(parents, one), _root(parents, other)))
+            parents[second] = first
 
 
 def similarities(read, left, right, config):
     """Jaccard's similarity of the documents left[i] and right[i]: (n,) float64.
 
-    left, right: indices (n,); read: function from a list of indices to texts. A few texts are in
-    memory at a time.
+    left, right: indices (n,); read: function from a list of indices to texts. The texts of
+    TEXTS_AT_ONCE pairs are in memory at a time.
     """
     found = np.zeros(len(left))
-    for at in range(0, len(left), 64):
-        pairs = np.stack([left[at : at + 64], right[at : at + 64]])
+    for at in range(0, len(left), TEXTS_AT_ONCE):
+        pairs = np.stack([left[at : at + TEXTS_AT_ONCE], right[at : at + TEXTS_AT_ONCE]])
         documents, where = np.unique(pairs, return_inverse=True)
-        grams, counts = shingles(read(documents.tolist()), config)
-        sets = [np.unique(own) for own in np.split(grams, np.cumsum(counts)[:-1])]
+        sets = _shingle_sets(read(documents.tolist()), config)
         for i, (a, b) in enumerate(where.reshape(2, -1).T, at):
             both = len(np.intersect1d(sets[a], sets[b], assume_unique=True))
             found[i] = both / max(1, len(sets[a]) + len(sets[b]) - both)
     return found
+
+
+def _shingle_sets(texts, config):
+    """The sorted hashes of each text's shingles, [(s,) uint64, ...]."""
+    sets = []
+    for batch in batches(texts):
+        grams, counts = shingles(batch, config)
+        sets += [np.unique(own) for own in np.split(grams, np.cumsum(counts)[:-1])]
+    return sets
 
 
 def _root(parents, document):

@@ -211,7 +211,10 @@ class Cluster(PipelineStep):
                         texts.append(json.loads(f.readline())["text"])
                 return texts
 
-            first = dedup.near_duplicates(signatures, minhash(), read)
+            def compare(left, right):
+                return dedup.similarities(read, left, right, minhash())
+
+            first = dedup.near_duplicates(signatures, minhash(), compare)
             keep &= (first == np.arange(n))[place]
         self.stat_update("duplicates", value=int((~keep).sum()))
         for task, (begin, end) in enumerate(zip(starts, starts[1:])):

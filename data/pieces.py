@@ -64,10 +64,13 @@ def read_part(path, at):
     it."""
     import zstandard
 
+    part = []
+    reader = zstandard.ZstdDecompressor().decompressobj()  # ends with the part; a stream goes on
     with open(path, "rb") as raw:
         raw.seek(at)
-        with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            return stream.read().splitlines()
+        while not reader.eof and (packed := raw.read(FRAME // 4)):
+            part.append(reader.decompress(packed))
+    return b"".join(part).split(b"\n")[:-1]
 
 
 def write_arrays(path, **arrays):

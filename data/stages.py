@@ -276,8 +276,6 @@ class Pieces:
         self.starts = np.cumsum([0] + [len(part) for part in keys])
         counts = np.diff(self.starts)
         self.owner = np.repeat(np.arange(len(self.numbers)), counts)  # its piece
-        # Documents that are alike often come in the same parts: 16 MB of them stay at hand
-        self.part = functools.lru_cache(64)(lambda piece, at: read_part(self.file(piece), at))
 
     def signatures(self, path, rank):
         """All signatures (N, k) uint32 in a file that is mapped, column after column, as banding
@@ -306,18 +304,31 @@ class Pieces:
                 if j in inside:
                     yield int(begin + j), line
 
-    def texts(self, numbers):
-        """The texts of a few documents anywhere, by their numbers."""
-        found = {}
-        for number in sorted(set(numbers)):
-            if number not in found:
-                at = self.places[number]
-                piece = self.owner[number]
-                of_piece = self.places[self.starts[piece] : self.starts[piece + 1]]
-                first = int(self.starts[piece] + np.searchsorted(of_piece, at))
-                lines = self.part(int(piece), int(at))
-                found[number] = json.loads(lines[number - first])["text"]
-        return [found[number] for number in numbers]
+    @functools.cached_property
+    def firsts(self):
+        """The first document of each part of a file."""
+        new = np.append(True, self.places[1:] != self.places[:-1])
+        new[self.starts[:-1][np.diff(self.starts) > 0]] = True  # every piece has one at 0
+        return np.flatnonzero(new)
+
+    def whereabouts(self, documents):
+        """(n, 3) int64 of documents (n,) by their numbers: piece, place of the part in its file,
+        and which line of the part it is."""
+        first = self.firsts[np.searchsorted(self.firsts, documents, side="right") - 1]
+        pieces = np.array(self.numbers)[self.owner[documents]]
+        return np.stack([pieces, self.places[documents], documents - first], axis=1)
+
+
+def texts_at(folder, whereabouts):
+    """The texts of documents by their Pieces.whereabouts() (n, 3), which ascend."""
+    texts = []
+    part = None
+    for piece, at, line in whereabouts.tolist():
+        if part != (piece, at):
+            part = (piece, at)
+            lines = read_part(folder / f"{numbered(piece)}.jsonl.zst", at)
+        texts.append(json.loads(lines[line])["text"])
+    return texts
 
 
 def unit_hash(keys, salt):
@@ -331,7 +342,7 @@ def unit_hash(keys, salt):
     return (mixed >> np.uint64(11)) * 2.0**-53
 
 
-def find_duplicates(todo, read_folder, folder):
+def find_duplicates(todo, read_folder, folder, crew):
     """What becomes of each document (N,) uint8: train, val, or a duplicate; the first of those that
     are alike stays, and of several the one that is for validation."""
     from . import dedup
@@ -348,15 +359,19 @@ def find_duplicates(todo, read_folder, folder):
     rank = np.empty(n, dtype=np.int64)
     rank[order] = np.arange(n)
     first = np.arange(n)
+    kept = folder / "bands.npz"  # what a build that is stopped here goes on from
     if todo.dedup.exact:
         first = order[dedup.exact_duplicates(pieces.keys[order])][rank]
         fate[first != np.arange(n)] = EXACT
     if todo.dedup.near:
         path = folder / "signatures.npy"
         signatures = pieces.signatures(path, rank)
-        near = dedup.near_duplicates(
-            signatures, minhash(todo.dedup), lambda rows: pieces.texts(order[rows].tolist())
-        )
+        config = minhash(todo.dedup)
+
+        def compare(left, right):
+            return compare_texts(pieces, order[left], order[right], config, crew)
+
+        near = dedup.near_duplicates(signatures, config, compare, kept)
         near = order[near][rank]
         fate[(fate < EXACT) & (near != np.arange(n))] = NEAR
         first = near[first]
@@ -372,7 +387,54 @@ def find_duplicates(todo, read_folder, folder):
              text=texts[i]["text"][:200])
         for i in largest
     ]  # fmt: skip
+    kept.unlink(missing_ok=True)
     return dict(counts=count_fates(pieces, fate), top=top)
+
+
+COMPARED = 1 << 24  # bytes of text that a process compares at a time
+
+
+def compare_texts(pieces, left, right, config, crew):
+    """Similarities (n,) of the texts of documents left[i] and right[i], by their numbers."""
+    # Neighbours in the order of the files, which share parts of them
+    order = np.lexsort((right, left))
+    left = left[order]
+    right = right[order]
+    bounds = bounds_of(pieces.bytes[left] + pieces.bytes[right])
+
+    def tasks():
+        for begin, end in zip(bounds, bounds[1:]):
+            pairs = np.stack([left[begin:end], right[begin:end]])
+            documents, where = np.unique(pairs, return_inverse=True)
+            yield pieces.folder, pieces.whereabouts(documents), where.reshape(2, -1), config
+
+    similarities = np.empty(len(left))
+    similarities[order] = np.concatenate(list(crew.map(compare_some, tasks())))
+    return similarities
+
+
+def bounds_of(sizes):
+    """Where pairs of documents of these sizes (n,) are cut for one process to compare at a time:
+    [0, ..., n]."""
+    from .dedup import TEXTS_AT_ONCE
+
+    ends = np.cumsum(sizes)
+    bounds = [0]
+    while (begin := bounds[-1]) < len(sizes):
+        before = ends[begin - 1] if begin else 0
+        fit = int(np.searchsorted(ends, before + COMPARED, side="right"))
+        bounds.append(min(max(fit, begin + 1), begin + TEXTS_AT_ONCE, len(sizes)))
+    return bounds
+
+
+def compare_some(read_folder, whereabouts, pairs, config):
+    """Similarities (n,) of pairs (2, n) of the documents that are at these places."""
+    from . import dedup
+
+    def read(wanted):
+        return texts_at(read_folder, whereabouts[wanted])
+
+    return dedup.similarities(read, *pairs, config)
 
 
 NAMES = (

@@ -73,6 +73,21 @@ def word_hashes(texts):
     return hashes, np.diff(before, prepend=0)
 
 
+def batches(texts, chars=1 << 20):
+    """Lists of texts of about so many characters together."""
+    batch = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= chars:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
+
+
 def ngrams(hashes, counts, n):
     """Hashes of every n words in a row: (grams (G,) uint64, counts (n_texts,) int64 of them).
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from near_duplicates import edited_documents
 
 from base import InputError
-from data import DataConfig, open_data, read_shard
+from data import DataConfig, dedup, open_data, pieces, read_shard, reading, recipe, stages
 from data.__main__ import main
 from data.pieces import read_lines
 
@@ -168,6 +169,64 @@ def test_the_same_bytes_on_any_number_of_processes(tmp_path, three, whole):
 def test_the_same_bytes_on_three(tmp_path, three, whole):
     assert run(three, "--out", tmp_path / "3", "--processes", 3) == 0
     assert contents(whole[0]) == contents(tmp_path / "3")
+
+
+def test_texts_are_compared_by_all_processes(tmp_path, monkeypatch):
+    """The same documents stay with one process, two and three, and those that stay without any
+    files; also with a source for validation, which comes first, and one that is a single part."""
+    texts = edited_documents(250)
+    sources = []
+    for name, some in (("a", texts[:120]), ("b", texts[120:122]), ("c", texts[122:])):
+        lines_of(tmp_path / f"{name}.jsonl", some)
+        sources.append(dict(path=str(tmp_path / f"{name}.jsonl"), preset="none"))
+    sources[2]["split"] = "val"
+    todo = recipe.from_table(dict(source=sources, piece_bytes=100_000), "here")
+    monkeypatch.setattr(pieces, "FRAME", 10_000)  # several parts in a piece
+    monkeypatch.setattr(dedup, "TEXTS_AT_ONCE", 2)
+    read = tmp_path / "read"
+    read.mkdir()
+    files = {part.name: reading.locate(part, tmp_path) for part in todo.source}
+    stages.read(todo, files, read, pieces.Workers(1))
+    n_tasks = []
+    fates = []
+    for processes in 1, 2, 3:
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        with pieces.workers(processes) as crew:
+            crew_map = crew.map
+
+            def counted(function, tasks, crew_map=crew_map):
+                tasks = list(tasks)
+                n_tasks.append(len(tasks))
+                return crew_map(function, tasks)
+
+            monkeypatch.setattr(crew, "map", counted)
+            stages.find_duplicates(todo, read, folder, crew)
+            assert (crew.pool is not None) == (processes > 1)
+        assert [path.name for path in folder.iterdir()] == ["fate.npz"]
+        fates.append((folder / "fate.npz").read_bytes())
+    assert fates[0] == fates[1] == fates[2] and max(n_tasks) > 3
+
+    cleaned = [line["text"] for path in sorted(read.glob("*.zst")) for line in read_lines(path)]
+    there = stages.Pieces(read)
+    assert stages.texts_at(read, there.whereabouts(np.arange(250))) == cleaned
+    order = np.roll(np.arange(250), 250 - 122)  # those for validation first
+    by_rank = [cleaned[i] for i in order]
+    config = dedup.MinHash()
+
+    def compare(left, right):
+        return dedup.similarities(lambda rows: [by_rank[i] for i in rows], left, right, config)
+
+    first = dedup.near_duplicates(dedup.signatures(by_rank, config), config, compare)
+    found = pieces.read_arrays(tmp_path / "1" / "fate.npz")["first"]
+    np.testing.assert_array_equal(found[order], order[first])
+
+
+def test_pairs_for_a_process_are_few_and_not_much_text(monkeypatch):
+    monkeypatch.setattr(stages, "COMPARED", 100)
+    monkeypatch.setattr(dedup, "TEXTS_AT_ONCE", 3)
+    sizes = np.array([60, 40, 1, 500, 1, 1, 1, 1, 99])
+    assert stages.bounds_of(sizes) == [0, 2, 3, 4, 7, 9]
 
 
 def test_a_second_build_finds_it_done_and_a_changed_source_is_noticed(

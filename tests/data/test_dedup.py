@@ -1,6 +1,7 @@
 """data/dedup.py: against brute force, and what it promises of order, batches and memory."""
 
 import dataclasses
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -21,10 +22,14 @@ def reader(documents):
     return lambda indices: [documents[i] for i in indices]
 
 
+def comparer(documents, config=CONFIG):
+    return lambda left, right: dedup.similarities(reader(documents), left, right, config)
+
+
 def check_against_brute_force(n):
     documents = edited_documents(n)
     signatures = dedup.signatures(documents, CONFIG)
-    found = dedup.near_duplicates(signatures, CONFIG, reader(documents))
+    found = dedup.near_duplicates(signatures, CONFIG, comparer(documents))
     precision, recall = precision_and_recall(found, documents)
     print(f"{n} documents: precision {precision:.4f}, recall {recall:.4f}")
     assert precision >= 0.99
@@ -91,7 +96,7 @@ def test_the_first_of_a_cluster_stays_and_chains_hold_together():
     order = [3, 1, 4, 0, 2]
     documents = ["something else entirely, of six words"] + [chain[i] for i in order]
     signatures = dedup.signatures(documents, CONFIG)
-    found = dedup.near_duplicates(signatures, CONFIG, reader(documents))
+    found = dedup.near_duplicates(signatures, CONFIG, comparer(documents))
     assert found.tolist() == [0, 1, 1, 1, 1, 1]
 
 
@@ -106,13 +111,64 @@ def test_a_bucket_of_many_that_are_not_alike_ends(monkeypatch):
     assert found[1500] == 20
 
 
-def test_every_two_of_a_bucket_are_compared():
+@pytest.mark.parametrize("pair", itertools.combinations(range(6), 2))
+def test_every_two_of_a_bucket_are_compared(pair):
     """Also those after its first document: here two that agree in one whole band only."""
+    signatures = np.random.default_rng(0).integers(0, 1 << 32, (6, 112), dtype=np.uint32)
+    first, second = pair
+    signatures[second] = signatures[first]
+    signatures[second, 8::8] ^= 1  # one place of every other band
+    signatures[:, :8] = 7
+    expected = list(range(6))
+    expected[second] = first
+    assert dedup.near_duplicates(signatures, CONFIG).tolist() == expected
+
+
+def test_no_two_texts_are_compared_twice_and_none_is_left_out(monkeypatch):
+    """Also where a bucket has more members than are compared in it: here 1 and 2 are alike, meet
+    others only in the first band, and share it with the second."""
+    documents = edited_documents(600)
+    signatures = dedup.signatures(documents, CONFIG)
+    seen = []
+
+    def compare(left, right):
+        seen.extend(zip(left.tolist(), right.tolist()))
+        return comparer(documents)(left, right)
+
+    dedup.near_duplicates(signatures, CONFIG, compare)
+    assert len(seen) == len(set(seen)) > 100
+
     signatures = np.random.default_rng(0).integers(0, 1 << 32, (3, 112), dtype=np.uint32)
     signatures[2] = signatures[1]
-    signatures[2, 8::8] ^= 1  # one place of every other band
+    signatures[2, 20:43] ^= 1  # 0.79 of the places agree
     signatures[:, :8] = 7
-    assert dedup.near_duplicates(signatures, CONFIG).tolist() == [0, 1, 1]
+    monkeypatch.setattr(dedup, "MOST_PARTNERS", 1)
+    found = dedup.near_duplicates(signatures, CONFIG, lambda left, right: np.ones(len(left)))
+    assert found.tolist() == [0, 1, 1]
+
+
+def test_goes_on_after_the_last_band_that_was_done(tmp_path):
+    documents = edited_documents(300)
+    signatures = dedup.signatures(documents, CONFIG)
+    whole = dedup.near_duplicates(signatures, CONFIG, comparer(documents))
+    kept = tmp_path / "bands.npz"
+    compared = []
+
+    def compare(left, right):
+        compared.append(len(left))
+        if len(compared) % 5 == 0:
+            raise KeyboardInterrupt
+        return comparer(documents)(left, right)
+
+    found = None
+    stops = []
+    while found is None:
+        try:
+            found = dedup.near_duplicates(signatures, CONFIG, compare, kept)
+        except KeyboardInterrupt:
+            stops.append(int(np.load(kept)["bands"]))
+    assert len(stops) >= 3 and stops == sorted(stops) and stops[0] > 0
+    np.testing.assert_array_equal(found, whole)
 
 
 def peak_memory(function, *args):
@@ -141,8 +197,10 @@ def test_memory_a_document(share):
 def test_parameters_are_those_of_the_config():
     documents = edited_documents(300)
     loose = dataclasses.replace(CONFIG, threshold=0.5, bands=20, rows=4)
-    n_loose = dedup.near_duplicates(dedup.signatures(documents, loose), loose, reader(documents))
-    strict = dedup.near_duplicates(dedup.signatures(documents, CONFIG), CONFIG, reader(documents))
+    n_loose = dedup.near_duplicates(
+        dedup.signatures(documents, loose), loose, comparer(documents, loose)
+    )
+    strict = dedup.near_duplicates(dedup.signatures(documents, CONFIG), CONFIG, comparer(documents))
     assert len(np.unique(n_loose)) < len(np.unique(strict))
     other_seed = dataclasses.replace(CONFIG, seed=2)
     same = dedup.signatures(documents, other_seed) == dedup.signatures(documents, CONFIG)
