@@ -189,13 +189,12 @@ def build(todo, out, cache, crew, keep_work=False, replace=False):
     files = {part.name: reading.locate(part, cache) for part in todo.source}
     stages = Stages(out / "work", crew.processes)
     checksums = stages.checksums(files)
-    before = finished(out, todo, checksums, replace)
-    if before:
-        return before
-    done = make_tokens(todo, stages, files, checksums, crew)
-    done["mix"] = make_mix(todo, stages, done)
-    manifest = describe(todo, files, checksums, done)
-    publish(out, stages, manifest, done)
+    manifest = finished(out, todo, checksums, replace)
+    if manifest is None:
+        done = make_tokens(todo, stages, files, checksums, crew)
+        done["mix"] = make_mix(todo, stages, done)
+        manifest = describe(todo, files, checksums, done)
+        publish(out, stages, manifest, done)
     if not keep_work:
         shutil.rmtree(stages.work, ignore_errors=True)
     return manifest

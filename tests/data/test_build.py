@@ -234,6 +234,8 @@ def test_a_second_build_finds_it_done_and_a_changed_source_is_noticed(
 ):
     out = shutil.copytree(whole[0], tmp_path / "out")
     before = contents(out)
+    (out / "work").mkdir()
+    (out / "work" / "left.json").write_text("{}")  # by a build that was killed while it cleaned up
     assert run(three, "--out", out, "--processes", 1) == 0
     assert "is built already" in capsys.readouterr().err
     assert contents(out) == before
@@ -305,7 +307,8 @@ def test_kill_9_at_any_time_with_several_processes(tmp_path, three, whole):
             process.stderr.read()  # is at its end when the last process has gone
             kills += 1
             seconds *= 1.15
-            assert not (out / "manifest.json").exists()
+            if (out / "manifest.json").exists():  # killed while it cleaned up
+                assert contents(whole[0]).items() <= contents(out).items()
     assert kills >= 3
     assert contents(out) == contents(whole[0])
 

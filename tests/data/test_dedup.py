@@ -111,7 +111,7 @@ def test_a_bucket_of_many_that_are_not_alike_ends(monkeypatch):
     assert found[1500] == 20
 
 
-@pytest.mark.parametrize("pair", itertools.combinations(range(6), 2))
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(6), 2)))
 def test_every_two_of_a_bucket_are_compared(pair):
     """Also those after its first document: here two that agree in one whole band only."""
     signatures = np.random.default_rng(0).integers(0, 1 << 32, (6, 112), dtype=np.uint32)
