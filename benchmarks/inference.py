@@ -112,10 +112,12 @@ def beside_each_other(kind, track, max_len, device, llama_cpp, transformers):
 
 
 class Reading:
-    """Of large tensors: bytes/s of memory."""
+    """Of large tensors: bytes/s of memory, in large pages where `decoding` has the weights so."""
 
-    def __init__(self, device):
+    def __init__(self, device, decoding=None):
         self.x = torch.ones(READ_BYTES // 4, device=device)
+        if decoding:
+            decoding.in_large_pages([self.x])
 
     def rate(self):
         start = time.perf_counter()
@@ -249,7 +251,7 @@ def vocabulary(fields):
 def measure(variants, rows, context, tokens, repeats, device):
     """(variant, medians of its prefill and decode and how near the floor decoding is) of each that
     can do so many rows."""
-    reading = Reading(device)
+    reading = Reading(device, variants[0].model.ops.decoding)
     rates = []
     found = [[] for _ in variants]
     for _ in range(repeats + 1):  # the first one warms up

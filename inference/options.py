@@ -124,6 +124,7 @@ def use_decoding(model, say):
         compiled = decoding.build(cache_folder(), say)
         if compiled is not None:
             model.ops = compiled.ops(model.ops)
+            compiled.in_large_pages(parameters)
 
 
 def is_taught(saved):

@@ -1,16 +1,46 @@
 /* Ops of decoding on a CPU: some rows of activations and all weights, once for each token.
 
-   decoding.py says what each computes and calls it.
-
-   A core reads memory faster when told ahead what it will need: a plain loop over int8 weights
-   reached half of the rate at which PyTorch sums a tensor, with prefetches four fifths. */
+   decoding.py says what each computes and calls it. All is bound by how fast a core reads memory,
+   which pages of 2 MB change most: see in_large_pages(). */
 
 #include "native.h"
 
-#define AHEAD 16384 /* bytes: those of the next outputs */
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512")
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define IN_BYTES /* the processor sums products of bytes */
+#endif
+
+#define LARGE_PAGE (2 << 20)
+#define AHEAD 4096 /* bytes: those of the next outputs */
 #define LINE 64
 #define ROWS 4    /* of what lies transposed, that are added at once */
-#define FEW 4096  /* activations, of which one thread makes short work */
+#define FEW 4096  /* keys of queries, of which one thread makes short work */
+#define TOGETHER 4   /* values that are added at once */
+#define MOST_ROWS 16 /* of activations, where there has to be a limit */
+#define PART 16      /* outputs of SwiGLU that are computed together */
+
+/* Have memory that is in use stand in pages of 2 MB, where the system has them. From pages of 4 kB
+   a core here reads at 8 to 10 GB/s, since it keeps looking up where they are; from these at 15. */
+void in_large_pages(void *start, long n_bytes)
+{
+#ifdef __linux__
+    uintptr_t first = ((uintptr_t)start + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+    uintptr_t end = ((uintptr_t)start + n_bytes) / LARGE_PAGE * LARGE_PAGE;
+    if (first < end) {
+        madvise((void *)first, end - first, 14); /* MADV_HUGEPAGE: soon */
+        madvise((void *)first, end - first, 25); /* MADV_COLLAPSE: now, since Linux 6.1 */
+    }
+#else
+    (void)start;
+    (void)n_bytes;
+#endif
+}
 
 static inline void read_ahead(const void *row, long n_bytes)
 {
@@ -18,7 +48,45 @@ static inline void read_ahead(const void *row, long n_bytes)
         __builtin_prefetch((const char *)row + AHEAD + i, 0, 2);
 }
 
-/* --- linear: y (rows, n_out) = x (rows, n_in) w^T */
+/* --- products: y (rows, n_out) = x (rows, n_in) w^T */
+
+enum { FP32, BF16, INT8 }; /* kinds of weights */
+
+struct matrix {
+    const void *w;          /* (n_out, n_in), or (n_in, n_out) where it is stored transposed */
+    const uint16_t *scales; /* of int8: (n_out,) bf16 */
+    long n_out, n_in;
+    int kind, transposed;
+};
+
+/* What products multiply: rows of fp32, and what prepare() makes of them */
+struct input {
+    long rows, n;
+    float *x; /* (rows, n) */
+    /* For bf16, in the place of what follows */
+    float *halves; /* (rows, 2, n / 2): even inputs, then odd ones */
+    /* For int8 */
+    int16_t *whole;     /* (rows, n): x in steps */
+    int8_t *high, *low; /* (rows, n): 256 high + low is whole */
+    float *steps;       /* (rows,) */
+    int64_t *sums;      /* (rows,): of high and low */
+    void *memory;
+};
+
+static struct input room(long rows, long n)
+{
+    struct input in = {.rows = rows, .n = n};
+    long some = (rows * n + LINE - 1) / LINE * LINE;
+    char *memory = in.memory = aligned_alloc(LINE, 8 * some + (rows * 16 + LINE) / LINE * LINE);
+    in.x = (float *)memory;
+    in.halves = (float *)(memory + 4 * some);
+    in.whole = (int16_t *)in.halves;
+    in.high = (int8_t *)memory + 6 * some;
+    in.low = (int8_t *)memory + 7 * some;
+    in.sums = (int64_t *)(memory + 8 * some);
+    in.steps = (float *)(in.sums + rows);
+    return in;
+}
 
 static inline float dot_fp32(const float *x, const float *w, long n)
 {
@@ -29,111 +97,227 @@ static inline float dot_fp32(const float *x, const float *w, long n)
     return sum;
 }
 
-static inline float dot_bf16(const float *x, const uint16_t *w, long n)
+/* Two numbers of bf16 are one of 32 bits, whose halves are floats but for what is below them: the
+   even ones of x stand before the odd ones. n is even. */
+static inline float first_half(uint32_t pair)
 {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; i++)
-        sum += x[i] * wide(w[i]);
-    return sum;
+    return as_float(pair << 16);
 }
 
-static inline int32_t dot_int8(const int16_t *x, const int8_t *w, long n)
+static inline float second_half(uint32_t pair)
 {
+    return as_float(pair & 0xffff0000);
+}
+
+static inline float dot_bf16(const float *x, const uint32_t *w, long n)
+{
+    const float *odd = x + n / 2;
+    float sum = 0, of_odd = 0;
+#pragma omp simd reduction(+ : sum, of_odd)
+    for (long i = 0; i < n / 2; i++) {
+        sum += x[i] * first_half(w[i]);
+        of_odd += odd[i] * second_half(w[i]);
+    }
+    return sum + of_odd;
+}
+
+#ifdef IN_BYTES
+/* Products of bytes are summed by one instruction, of one with a sign and one without: 128 is added
+   to the weights, and 128 times the sum of x subtracted again. */
+#define LARGEST(n) 32639 /* whose high part is 127 */
+
+static inline float dot_int8(const struct input *in, long m, const int8_t *w)
+{
+    const int8_t *high = in->high + m * in->n, *low = in->low + m * in->n;
+    int32_t of_high = 0, of_low = 0;
+    for (long i = 0; i < in->n; i++) {
+        uint8_t code = (uint8_t)w[i] ^ 128;
+        of_high += (int32_t)code * (int32_t)high[i];
+        of_low += (int32_t)code * (int32_t)low[i];
+    }
+    return (float)(256 * (int64_t)of_high + of_low - 128 * in->sums[m]);
+}
+#else
+#define LARGEST(n) (INT32_MAX / (128 * (n)) < 32639 ? INT32_MAX / (128 * (n)) : 32639)
+
+static inline float dot_int8(const struct input *in, long m, const int8_t *w)
+{
+    const int16_t *x = in->whole + m * in->n;
     int32_t sum = 0; /* exact, so that compilers need no leave to add in another order */
-    for (long i = 0; i < n; i++)
+    for (long i = 0; i < in->n; i++)
         sum += (int32_t)x[i] * (int32_t)(int16_t)w[i];
-    return sum;
+    return (float)sum;
 }
+#endif
 
-/* Whole numbers as large as sums of n_in products with int8 leave room for. Returns their step. */
-static float whole_numbers(const float *x, long n, int16_t *to)
+/* x in whole numbers, for int8: as large ones as a sum of n products in int32 leaves room for */
+static void to_whole_numbers(struct input *in)
 {
-    float most = (float)(INT32_MAX / (128 * n));
-    float largest = 1e-30f, bad = 0;
-    if (most > 32767)
-        most = 32767;
+    long n = in->n;
+    float most = (float)LARGEST(n);
+    for (long m = 0; m < in->rows; m++) {
+        const float *x = in->x + m * n;
+        int16_t *whole = in->whole + m * n;
+        float largest = 1e-30f, bad = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : bad)
-    for (long i = 0; i < n; i++) {
-        float size = fabsf(x[i]);
-        largest = size > largest ? size : largest;
-        bad += 0 * size; /* not a number, where one of them is none */
-    }
-    float per_step = most / largest;
-#pragma omp simd
-    for (long i = 0; i < n; i++) {
-        float t = x[i] * per_step;
-        to[i] = (int16_t)(int32_t)(t + (t < 0 ? -0.5f : 0.5f));
-    }
-    return largest / most + bad;
-}
-
-/* w: bf16, or int8 with bf16 scales (n_out) */
-void linear(int half, long rows, long n_out, long n_in, const void *x, const void *w,
-            const uint16_t *scales, void *y, int threads)
-{
-    float *wide_x = malloc(rows * n_in * 4), *steps = malloc(rows * 4);
-    int16_t *whole = malloc(rows * n_in * 2);
-    load(x, 0, rows * n_in, half, wide_x);
-    for (long m = 0; scales && m < rows; m++)
-        steps[m] = whole_numbers(wide_x + m * n_in, n_in, whole + m * n_in);
-
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long o = 0; o < n_out; o++) {
-        if (scales) {
-            const int8_t *row = (const int8_t *)w + o * n_in;
-            float scale = wide(scales[o]);
-            read_ahead(row, n_in);
-            for (long m = 0; m < rows; m++) {
-                float dot = (float)dot_int8(whole + m * n_in, row, n_in);
-                store(y, m * n_out + o, dot * steps[m] * scale, half);
-            }
-        } else {
-            const uint16_t *row = (const uint16_t *)w + o * n_in;
-            read_ahead(row, 2 * n_in);
-            for (long m = 0; m < rows; m++)
-                store(y, m * n_out + o, dot_bf16(wide_x + m * n_in, row, n_in), half);
+        for (long i = 0; i < n; i++) {
+            float size = fabsf(x[i]);
+            largest = size > largest ? size : largest;
+            bad += 0 * size; /* not a number, where one of them is none */
         }
+        float per_step = most / largest;
+#pragma omp simd
+        for (long i = 0; i < n; i++) {
+            float t = x[i] * per_step;
+            whole[i] = (int16_t)(int32_t)(t + (t < 0 ? -0.5f : 0.5f));
+        }
+        in->steps[m] = largest / most + bad;
+#ifdef IN_BYTES
+        int8_t *high = in->high + m * n, *low = in->low + m * n;
+        int32_t sum = 0;
+        for (long i = 0; i < n; i++) {
+            int16_t above = (int16_t)(whole[i] + 128) >> 8;
+            high[i] = (int8_t)above;
+            low[i] = (int8_t)(whole[i] - 256 * above);
+            sum += whole[i];
+        }
+        in->sums[m] = sum;
+#endif
     }
-    free(wide_x);
-    free(steps);
-    free(whole);
 }
 
-/* --- linear with w (n_in, n_out), stored transposed: each thread has some of the outputs */
-
-static void add_rows(const float *x, const uint16_t *w, long stride, long n, float *sum)
+/* y[m * stride] = x[m] w[o] of each row m */
+static inline void output(const struct matrix *a, const struct input *in, long o, float *y,
+                          long stride)
 {
-    const uint16_t *w1 = w + stride, *w2 = w1 + stride, *w3 = w2 + stride;
+    long n = a->n_in;
+    if (a->kind == INT8) {
+        const int8_t *w = (const int8_t *)a->w + o * n;
+        float scale = wide(a->scales[o]);
+        read_ahead(w, n);
+        for (long m = 0; m < in->rows; m++)
+            y[m * stride] = dot_int8(in, m, w) * in->steps[m] * scale;
+    } else if (a->kind == BF16) {
+        const uint32_t *w = (const uint32_t *)a->w + o * n / 2;
+        read_ahead(w, 2 * n);
+        for (long m = 0; m < in->rows; m++)
+            y[m * stride] = dot_bf16(in->halves + m * n, w, n);
+    } else {
+        const float *w = (const float *)a->w + o * n;
+        read_ahead(w, 4 * n);
+        for (long m = 0; m < in->rows; m++)
+            y[m * stride] = dot_fp32(in->x + m * n, w, n);
+    }
+}
+
+/* n is even; the sums of even outputs stand before those of odd ones */
+static void add_rows_bf16(const float *x, const uint32_t *w, long stride, long n, float *sum)
+{
+    const uint32_t *w1 = w + stride / 2, *w2 = w1 + stride / 2, *w3 = w2 + stride / 2;
+    float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
+    float *odd = sum + n / 2;
+#pragma omp simd
+    for (long o = 0; o < n / 2; o++) {
+        sum[o] += x0 * first_half(w[o]) + x1 * first_half(w1[o]) + x2 * first_half(w2[o])
+                  + x3 * first_half(w3[o]);
+        odd[o] += x0 * second_half(w[o]) + x1 * second_half(w1[o]) + x2 * second_half(w2[o])
+                  + x3 * second_half(w3[o]);
+    }
+}
+
+static void add_rows_fp32(const float *x, const float *w, long stride, long n, float *sum)
+{
+    const float *w1 = w + stride, *w2 = w1 + stride, *w3 = w2 + stride;
     float x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
 #pragma omp simd
     for (long o = 0; o < n; o++)
-        sum[o] += x0 * wide(w[o]) + x1 * wide(w1[o]) + x2 * wide(w2[o]) + x3 * wide(w3[o]);
+        sum[o] += x0 * w[o] + x1 * w1[o] + x2 * w2[o] + x3 * w3[o];
 }
 
-/* w: bf16; n_in: a multiple of ROWS */
-void linear_transposed(int half, long rows, long n_out, long n_in, const void *x,
-                       const uint16_t *w, void *y, int threads)
+/* Of a transposed matrix, whose n_in is a multiple of ROWS, the outputs first, ..., first + n - 1 */
+static void transposed_outputs(const struct matrix *a, const struct input *in, long first, long n,
+                               float *y)
 {
-    float *wide_x = malloc(rows * n_in * 4), *sums = calloc(rows * n_out, 4);
-    load(x, 0, rows * n_in, half, wide_x);
-    long part = ((n_out + threads - 1) / threads + LINE - 1) / LINE * LINE;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long first = 0; first < n_out; first += part) {
-        long n = n_out - first < part ? n_out - first : part;
-        for (long i = 0; i < n_in; i += ROWS) {
-            const uint16_t *part_of_rows = w + i * n_out + first;
-            for (int r = 0; r < ROWS; r++)
-                read_ahead(part_of_rows + r * n_out, 2 * n);
-            for (long m = 0; m < rows; m++)
-                add_rows(wide_x + m * n_in + i, part_of_rows, n_out, n, sums + m * n_out + first);
+    long size = a->kind == BF16 ? 2 : 4;
+    for (long m = 0; m < in->rows; m++)
+        memset(y + m * a->n_out + first, 0, 4 * n);
+    for (long i = 0; i < a->n_in; i += ROWS) {
+        const char *w = (const char *)a->w + (i * a->n_out + first) * size;
+        for (int r = 0; r < ROWS; r++)
+            read_ahead(w + r * a->n_out * size, n * size);
+        for (long m = 0; m < in->rows; m++) {
+            const float *x = in->x + m * in->n + i;
+            float *sum = y + m * a->n_out + first;
+            if (a->kind == BF16)
+                add_rows_bf16(x, (const uint32_t *)w, a->n_out, n, sum);
+            else
+                add_rows_fp32(x, (const float *)w, a->n_out, n, sum);
         }
-        for (long m = 0; m < rows; m++)
-            for (long o = first; o < first + n; o++)
-                store(y, m * n_out + o, sums[m * n_out + o], half);
     }
-    free(wide_x);
-    free(sums);
+    if (a->kind == FP32)
+        return;
+    float *halves = malloc(4 * n);
+    for (long m = 0; m < in->rows; m++) {
+        float *sums = y + m * a->n_out + first;
+        memcpy(halves, sums, 4 * n);
+        for (long i = 0; i < n / 2; i++) {
+            sums[2 * i] = halves[i];
+            sums[2 * i + 1] = halves[n / 2 + i];
+        }
+    }
+    free(halves);
+}
+
+/* What products with this matrix take instead of x */
+static void prepare(const struct matrix *a, struct input *in)
+{
+    long n = in->n, half = n / 2;
+    if (a->kind == INT8)
+        to_whole_numbers(in);
+    if (a->kind == BF16 && !a->transposed)
+        for (long m = 0; m < in->rows; m++)
+            for (long i = 0; i < half; i++) {
+                in->halves[m * n + i] = in->x[m * n + 2 * i];
+                in->halves[m * n + half + i] = in->x[m * n + 2 * i + 1];
+            }
+}
+
+/* y (rows, n_out); of several matrices, whose outputs stand one after the other in each row. Each
+   thread has some of the outputs. */
+static void multiply(const struct matrix *a, int n_matrices, struct input *in, float *y, int threads)
+{
+    if (a->transposed) {
+        long part = ((a->n_out + threads - 1) / threads + LINE - 1) / LINE * LINE;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (long first = 0; first < a->n_out; first += part)
+            transposed_outputs(a, in, first, a->n_out - first < part ? a->n_out - first : part, y);
+        return;
+    }
+    long all = 0;
+    for (int i = 0; i < n_matrices; i++)
+        all += a[i].n_out;
+    prepare(a, in);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long at = 0; at < all; at++) {
+        const struct matrix *own = a;
+        long o = at;
+        for (; o >= own->n_out; own++)
+            o -= own->n_out;
+        output(own, in, o, y + at, all);
+    }
+}
+
+/* x and y in fp32, or bf16 with half */
+void linear(int half, long rows, const struct matrix *a, const void *x, void *y, int threads)
+{
+    struct input in = room(rows, a->n_in);
+    float *found = malloc(rows * a->n_out * 4);
+    load(x, 0, rows * a->n_in, half, in.x);
+    multiply(a, 1, &in, found, threads);
+    for (long i = 0; i < rows * a->n_out; i++)
+        store(y, i, found[i], half);
+    free(found);
+    free(in.memory);
 }
 
 /* --- between products */
@@ -186,6 +370,8 @@ void rotate_halves(int half, long rows, long heads, long width, long stride, con
     free(own);
 }
 
+/* --- attention */
+
 static inline const float *rows_at(const void *from, long first, long n, int half, float *space)
 {
     if (!half)
@@ -195,6 +381,90 @@ static inline const float *rows_at(const void *from, long first, long n, int hal
     return space;
 }
 
+/* Where the keys and values of all rows are: (rows, capacity, groups, width), in bf16 with half */
+struct past {
+    void *keys, *values;
+    long capacity, groups, width;
+    int half;
+};
+
+/* The queries (each, width) of one group, in y what they make of the values first, ..., last of a
+   row */
+static inline __attribute__((always_inline)) void attend_group(
+    const struct past *p, long b, long g, long first, long last, float scale, const float *q,
+    long each, long width, float *y)
+{
+    long n = last - first + 1;
+    long stride = p->groups * width;
+    long start = ((b * p->capacity + first) * p->groups + g) * width;
+    float *scores = malloc((each * n + TOGETHER * width) * 4);
+    float *space = scores + each * n;
+    for (long t = 0; t < n; t++) {
+        const float *key = rows_at(p->keys, start + t * stride, width, p->half, space);
+        for (long h = 0; h < each; h++)
+            scores[h * n + t] = scale * dot_fp32(q + h * width, key, width);
+    }
+    for (long h = 0; h < each; h++) {
+        float *own = scores + h * n;
+        float largest = own[0], sum = 0;
+#pragma omp simd reduction(max : largest)
+        for (long t = 1; t < n; t++)
+            largest = own[t] > largest ? own[t] : largest;
+#pragma omp simd reduction(+ : sum)
+        for (long t = 0; t < n; t++) {
+            own[t] = fast_exp(own[t] - largest);
+            sum += own[t];
+        }
+        for (long t = 0; t < n; t++)
+            own[t] /= sum;
+    }
+    memset(y, 0, each * width * 4);
+    for (long t = 0; t < n; t += TOGETHER) {
+        const float *v[TOGETHER];
+        for (int k = 0; k < TOGETHER; k++) /* the last one again, where there are no more */
+            v[k] = rows_at(p->values, start + (t + k < n ? t + k : n - 1) * stride, width, p->half,
+                           space + k * width);
+        for (long h = 0; h < each; h++) {
+            float share[TOGETHER], *sum = y + h * width;
+            for (int k = 0; k < TOGETHER; k++)
+                share[k] = t + k < n ? scores[h * n + t + k] : 0;
+#pragma omp simd
+            for (long i = 0; i < width; i++)
+                sum[i] += share[0] * v[0][i] + share[1] * v[1][i] + share[2] * v[2][i]
+                          + share[3] * v[3][i];
+        }
+    }
+    free(scores);
+}
+
+/* Tokens' queries (rows * steps, heads, width), stride apart, to the last window + 1 keys of their
+   rows, up to their own at lengths[b] + step -> y (rows * steps, heads, width) */
+static void attention(const struct past *p, long rows, long steps, long heads, long window,
+                      float scale, const float *q, long stride, const int64_t *lengths, float *y,
+                      int threads)
+{
+    long each = heads / p->groups, width = p->width;
+    long longest = 0;
+    for (long b = 0; b < rows; b++)
+        longest = lengths[b] > longest ? lengths[b] : longest;
+    if (rows * steps * p->groups * longest < FEW)
+        threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long at = 0; at < rows * steps * p->groups; at++) {
+        long token = at / p->groups, g = at % p->groups;
+        long b = token / steps, last = lengths[b] + token % steps;
+        long first = last > window ? last - window : 0;
+        const float *own = q + token * stride + g * each * width;
+        float *to = y + (token * heads + g * each) * width;
+        if (width == 64) /* compilers unroll what they know the length of */
+            attend_group(p, b, g, first, last, scale, own, each, 64, to);
+        else if (width == 128)
+            attend_group(p, b, g, first, last, scale, own, each, 128, to);
+        else
+            attend_group(p, b, g, first, last, scale, own, each, width, to);
+    }
+}
+
 /* One new token in each row: its key and value (rows, groups, width) go to their place, lengths[b],
    in keys and values (rows, capacity, groups, width); then q (rows, heads, width) attends to the
    last window + 1 of them. */
@@ -202,62 +472,147 @@ void attend(int half, long rows, long heads, long groups, long width, long capac
             float scale, const void *q, const void *k, long k_stride, const void *v, long v_stride,
             void *keys, void *values, const int64_t *lengths, void *y, int threads)
 {
-    long size = half ? 2 : 4;
-    long each = heads / groups;
-    long longest = 0;
-    for (long b = 0; b < rows; b++)
-        longest = lengths[b] > longest ? lengths[b] : longest;
-    if (rows * groups * longest * width < FEW * width)
-        threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long at = 0; at < rows * groups; at++) {
-        long b = at / groups, g = at % groups, last = lengths[b];
-        long first = last > window ? last - window : 0;
-        long n = last - first + 1;
-        long place = ((b * capacity + last) * groups + g) * width;
-        memcpy((char *)keys + place * size, (const char *)k + (b * k_stride + g * width) * size,
-               width * size);
-        memcpy((char *)values + place * size, (const char *)v + (b * v_stride + g * width) * size,
-               width * size);
-
-        float *scores = malloc((each * n + each * width * 2 + width) * 4);
-        float *queries = scores + each * n;
-        float *sums = queries + each * width;
-        float *other = sums + each * width;
-        load(q, (b * heads + g * each) * width, each * width, half, queries);
-        memset(sums, 0, each * width * 4);
-        for (long t = 0; t < n; t++) {
-            const float *key = rows_at(keys, ((b * capacity + first + t) * groups + g) * width, width,
-                                       half, other);
-            for (long h = 0; h < each; h++)
-                scores[h * n + t] = scale * dot_fp32(queries + h * width, key, width);
-        }
-        for (long h = 0; h < each; h++) {
-            float *own = scores + h * n;
-            float largest = own[0], sum = 0;
-#pragma omp simd reduction(max : largest)
-            for (long t = 1; t < n; t++)
-                largest = own[t] > largest ? own[t] : largest;
-#pragma omp simd reduction(+ : sum)
-            for (long t = 0; t < n; t++) {
-                own[t] = fast_exp(own[t] - largest);
-                sum += own[t];
-            }
-            for (long t = 0; t < n; t++)
-                own[t] /= sum;
-        }
-        for (long t = 0; t < n; t++) {
-            const float *value = rows_at(values, ((b * capacity + first + t) * groups + g) * width,
-                                         width, half, other);
-            for (long h = 0; h < each; h++) {
-                float share = scores[h * n + t];
-#pragma omp simd
-                for (long i = 0; i < width; i++)
-                    sums[h * width + i] += share * value[i];
-            }
-        }
-        for (long i = 0; i < each * width; i++)
-            store(y, (b * heads + g * each) * width + i, sums[i], half);
-        free(scores);
+    struct past p = {keys, values, capacity, groups, width, half};
+    long size = half ? 2 : 4, n = rows * heads * width, bytes = groups * width * size;
+    float *queries = malloc(n * 8), *found = queries + n;
+    load(q, 0, n, half, queries);
+    for (long b = 0; b < rows; b++) {
+        long place = (b * capacity + lengths[b]) * bytes;
+        memcpy((char *)keys + place, (const char *)k + b * k_stride * size, bytes);
+        memcpy((char *)values + place, (const char *)v + b * v_stride * size, bytes);
     }
+    attention(&p, rows, 1, heads, window, scale, queries, heads * width, lengths, found, threads);
+    for (long i = 0; i < n; i++)
+        store(y, i, found[i], half);
+    free(queries);
+}
+
+/* --- blocks: some tokens through all blocks of a Llama or a Qwen3 (models/llama.py) */
+
+struct shape {
+    long width, heads, groups, head, hidden, window;
+    float eps, scale;
+    int half; /* activations before and after, keys and values, cosines and sines are bf16 */
+};
+
+struct block {
+    struct matrix q, kv, o, gate_up, down;
+    const float *attn_norm, *q_norm, *k_norm, *mlp_norm; /* q_norm, k_norm: or NULL */
+    void *keys, *values;
+    long capacity;
+};
+
+static void normalise(const float *x, const float *weight, float eps, long n, float *y)
+{
+    float r = 1 / sqrtf(dot_fp32(x, x, n) / n + eps);
+#pragma omp simd
+    for (long i = 0; i < n; i++)
+        y[i] = x[i] * r * weight[i];
+}
+
+static void turn(float *x, const float *cos, const float *sin, long n)
+{
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+        float a = x[i], b = x[n + i];
+        x[i] = a * cos[i] - b * sin[i];
+        x[n + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+/* The heads (n, width) of a token, normalised where there is a weight, and turned */
+static void prepare_heads(float *x, long n, long width, const float *weight, float eps,
+                          const float *cos, const float *sin)
+{
+    for (long h = 0; h < n; h++) {
+        if (weight)
+            normalise(x + h * width, weight, eps, width, x + h * width);
+        turn(x + h * width, cos, sin, width / 2);
+    }
+}
+
+/* h (rows, F) = silu(x w_gate^T) * (x w_up^T); a: both matrices, one above the other */
+static void swiglu(const struct matrix *a, struct input *in, float *h, int threads)
+{
+    long n = a->n_out / 2, n_parts = (n + PART - 1) / PART;
+    prepare(a, in);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long part = 0; part < n_parts; part++) {
+        long first = part * PART, many = n - first < PART ? n - first : PART;
+        float up[MOST_ROWS * PART];
+        for (long i = 0; i < many; i++)
+            output(a, in, first + i, h + first + i, n);
+        for (long i = 0; i < many; i++)
+            output(a, in, n + first + i, up + i, PART);
+        for (long m = 0; m < in->rows; m++) {
+            float *gate = h + m * n + first;
+#pragma omp simd
+            for (long i = 0; i < many; i++)
+                gate[i] = gate[i] / (1 + fast_exp(-gate[i])) * up[m * PART + i];
+        }
+    }
+}
+
+/* steps new tokens in each row, which have lengths[b] before them, MOST_ROWS tokens at most. x: (rows
+   * steps, width), the embeddings, in place what is ready for the head; cos, sin: (any, head / 2) of
+   positions. The residual stream is fp32 in between. */
+void blocks(const struct shape *s, const struct block *all, long n_blocks, const float *last_norm,
+            long rows, long steps, const int64_t *lengths, const void *cos, const void *sin, void *x,
+            int threads)
+{
+    long n = rows * steps, width = s->width, half_head = s->head / 2;
+    long q_width = s->heads * s->head, kv_width = s->groups * s->head;
+    long qkv_width = q_width + 2 * kv_width;
+    struct input h = room(n, width), y = room(n, q_width), wide_h = room(n, s->hidden);
+    float *stream = malloc(n * (2 * width + qkv_width + s->head) * 4);
+    float *added = stream + n * width;
+    float *qkv = added + n * width;
+    float *turns = qkv + n * qkv_width; /* (n, cosines and sines) */
+    load(x, 0, n * width, s->half, stream);
+    for (long m = 0; m < n; m++) {
+        long at = (lengths[m / steps] + m % steps) * half_head;
+        load(cos, at, half_head, s->half, turns + m * s->head);
+        load(sin, at, half_head, s->half, turns + m * s->head + half_head);
+    }
+    for (const struct block *b = all; b < all + n_blocks; b++) {
+        struct past past = {b->keys, b->values, b->capacity, s->groups, s->head, s->half};
+        for (long m = 0; m < n; m++)
+            normalise(stream + m * width, b->attn_norm, s->eps, width, h.x + m * width);
+        multiply(&b->q, 2, &h, qkv, threads);
+        for (long m = 0; m < n; m++) {
+            float *q = qkv + m * qkv_width, *k = q + q_width;
+            const float *c = turns + m * s->head;
+            prepare_heads(q, s->heads, s->head, b->q_norm, s->eps, c, c + half_head);
+            prepare_heads(k, s->groups, s->head, b->k_norm, s->eps, c, c + half_head);
+            long row = m / steps, place = row * b->capacity + lengths[row] + m % steps;
+            for (long i = 0; i < kv_width; i++) {
+                store(b->keys, place * kv_width + i, k[i], s->half);
+                store(b->values, place * kv_width + i, k[kv_width + i], s->half);
+            }
+        }
+        attention(&past, rows, steps, s->heads, s->window, s->scale, qkv, qkv_width, lengths, y.x,
+                  threads);
+        multiply(&b->o, 1, &y, added, threads);
+        for (long m = 0; m < n; m++) {
+            float *own = stream + m * width;
+#pragma omp simd
+            for (long i = 0; i < width; i++)
+                own[i] += added[m * width + i];
+            normalise(own, b->mlp_norm, s->eps, width, h.x + m * width);
+        }
+        swiglu(&b->gate_up, &h, wide_h.x, threads);
+        multiply(&b->down, 1, &wide_h, added, threads);
+#pragma omp simd
+        for (long i = 0; i < n * width; i++)
+            stream[i] += added[i];
+    }
+    for (long m = 0; m < n; m++) {
+        normalise(stream + m * width, last_norm, s->eps, width, h.x);
+        for (long i = 0; i < width; i++)
+            store(x, m * width + i, h.x[i], s->half);
+    }
+    free(stream);
+    free(h.memory);
+    free(y.memory);
+    free(wide_h.memory);
 }

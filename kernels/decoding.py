@@ -1,25 +1,31 @@
 """What decoding does for each token on a CPU, in C: products of a few rows with all weights of a
 model, and the small ops between them.
 
-    linear         y = x w^T             w in bf16, also stored transposed, or in int8
+    linear         y = x w^T             w in fp32 or bf16, also stored transposed, or in int8
     rms_norm, add_rms_norm               as in their own file
     rotate_halves  pairs (j, j + D / 2) of each head turned by the angles of its row
     attend_one     a token's attention to the keys and values of its row, where its own are put
+    Blocks         all blocks of a Llama or a Qwen3 in one call: norm, queries, keys and values in
+                   one product, turns, attention, product, sum and norm, SwiGLU, product, sum
 
 One row's products read each weight once and use it once, so the bytes of the weights over the rate
-at which memory is read are the least they can take. PyTorch's products in fp32 and in int4 come
-near that rate and stay; those in int8 and bf16 read at about half of it, and its norms and turns
-take longer than the arithmetic in them.
+at which memory is read are the least they can take. From pages of 2 MB a core reads half as fast
+again as from those of 4 kB, so the weights are put in such (in_large_pages). PyTorch's products in
+int8 and bf16 read at half of that rate, and between products Python and its small ops take longer
+than the arithmetic in them: 6 ms a token of llama-100m, of 23.
 
-int8 is multiplied with activations that are rounded to whole numbers with one step for a row, as
-large as sums in int32 leave room for (2^24 over the number of inputs, 15 bits at most; bf16 has 8),
-and summed exactly.
+int8 is multiplied with activations that are rounded to whole numbers with one step for a row, of 16
+bits (bf16 has 8) and summed exactly: as two numbers of 8 bits each where the processor sums
+products of bytes (VNNI), else as one, as large as sums in int32 leave room for (2^24 over the
+number of inputs).
 
-native.py compiles decoding.c once. Where there is no compiler, the PyTorch forms stay. These are
-for inference only: no gradients, and no torch.compile.
+native.py compiles decoding.c once. Where there is no compiler, the PyTorch forms stay, and for
+Blocks models/llama.py's own. These are for inference only: no gradients, and no torch.compile.
 
-Source: weights as llm.c and llama2.c multiply them, prefetches measured (docs/experiments.md).
+Source: weights as llm.c and llama2.c multiply them; what was tried is in docs/experiments.md.
 """
+
+import ctypes
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +34,47 @@ from . import native
 from .native import FLOAT, INT, LONG, POINTER
 
 ROWS = 4  # of a transposed matrix that are added at once
-DTYPES = torch.float32, torch.bfloat16  # of activations
-# Rows up to which one product after the other is faster than PyTorch's product of matrices
+DTYPES = torch.float32, torch.bfloat16  # of activations and of weights that are no codes
+# Rows up to which one product after the other is faster than PyTorch's product of matrices; no
+# more than decoding.c's MOST_ROWS
 FEW_ROWS = 8
-MOST_INPUTS = 1 << 14  # beyond, int8's activations would have fewer than 10 bits
+MOST_INPUTS = 1 << 14  # beyond, int8's activations may have fewer than 10 bits
 MOST = 1 << 18  # activations, up to which the small ops are worth it
+MATRICES = "q", "kv", "o", "gate_up", "down"  # of a block
+NORMS = "attn_norm", "q_norm", "k_norm", "mlp_norm"
+INT8 = 2  # decoding.c's number for what is in none of DTYPES
+
+
+class Matrix(ctypes.Structure):
+    """decoding.c's struct matrix."""
+
+    _fields_ = [("w", POINTER), ("scales", POINTER), ("n_out", LONG), ("n_in", LONG)]
+    _fields_ += [("kind", INT), ("transposed", INT)]
+
+
+class Shape(ctypes.Structure):
+    """decoding.c's struct shape."""
+
+    _fields_ = [(name, LONG) for name in ("width", "heads", "groups", "head", "hidden", "window")]
+    _fields_ += [("eps", FLOAT), ("scale", FLOAT), ("half", INT)]
+
+
+class Block(ctypes.Structure):
+    """decoding.c's struct block."""
+
+    _fields_ = [(name, Matrix) for name in MATRICES]
+    _fields_ += [(name, POINTER) for name in NORMS]
+    _fields_ += [("keys", POINTER), ("values", POINTER), ("capacity", LONG)]
+
 
 SIGNATURES = dict(
-    linear=[INT, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER, INT],
-    linear_transposed=[INT, LONG, LONG, LONG, POINTER, POINTER, POINTER, INT],
+    in_large_pages=[POINTER, LONG],
+    linear=[INT, LONG, POINTER, POINTER, POINTER, INT],
     rms_norm=[INT, LONG, LONG, POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER],
     rotate_halves=[INT, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER],
     attend=[INT, LONG, LONG, LONG, LONG, LONG, LONG, FLOAT, POINTER, POINTER, LONG, POINTER, LONG]
     + [POINTER, POINTER, POINTER, POINTER, INT],
+    blocks=[POINTER, POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, POINTER, POINTER, INT],
 )
 
 
@@ -130,42 +164,38 @@ class Decoding:
             decoding=self,
         )
 
+    def in_large_pages(self, tensors):
+        """Have tensors on a CPU stand in large pages of memory, from which they are read faster,
+        where the system has such."""
+        for tensor in tensors:
+            if tensor.device.type == "cpu":
+                self.c.in_large_pages(tensor.data_ptr(), tensor.nbytes)
+
     def linear(self, x, w, transposed=False):
         """As linear_reference."""
         if not isinstance(w, torch.Tensor):
             return w.linear(x)
-        half = torch.bfloat16
         few = x.numel() <= FEW_ROWS * x.size(-1) and takes(x)
-        if not (few and x.dtype == w.dtype == half and w.is_contiguous()):
+        matrix = matrix_of(w, transposed) if few and x.dtype == w.dtype else None
+        if matrix is None:
             return linear_reference(x, w, transposed)
-        if not transposed:
-            return self.product(x, w, None)
-        n_in, n_out = w.shape
-        if n_in % ROWS:
-            return linear_reference(x, w, transposed)
-        y = x.new_empty(*x.shape[:-1], n_out)
-        sizes = x.numel() // n_in, n_out, n_in
-        args = x.data_ptr(), w.data_ptr(), y.data_ptr(), torch.get_num_threads()
-        self.c.linear_transposed(True, *sizes, *args)
-        return y
+        return self.product(x, matrix)
 
     def linear_int8(self, x, codes, scales):
         """x (..., C), codes (n_out, C) int8, scales (n_out,) bf16 -> (..., n_out); None where it is
         not for this."""
         few = x.numel() <= FEW_ROWS * x.size(-1) and x.size(-1) <= MOST_INPUTS
-        return self.product(x, codes, scales) if few and takes(x) else None
+        if not (few and takes(x)):
+            return None
+        return self.product(x, Matrix(codes.data_ptr(), scales.data_ptr(), *codes.shape, INT8, 0))
 
-    def product(self, x, w, scales):
-        n_out, n_in = w.shape
-        y = x.new_empty(*x.shape[:-1], n_out)
+    def product(self, x, matrix):
+        y = x.new_empty(*x.shape[:-1], matrix.n_out)
         self.c.linear(
             x.dtype == torch.bfloat16,
-            x.numel() // n_in,
-            n_out,
-            n_in,
+            x.numel() // matrix.n_in,
+            ctypes.addressof(matrix),
             x.data_ptr(),
-            w.data_ptr(),
-            None if scales is None else scales.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -206,6 +236,16 @@ class Decoding:
         )
         return y
 
+    def blocks(self, layers, *about):
+        """The Blocks of layers; None where one of their matrices is not for it."""
+        matrices = [
+            [matrix_of(getattr(layer, f"w_{name}"), name == "down") for name in MATRICES]
+            for layer in layers
+        ]
+        if any(None in of_layer for of_layer in matrices):
+            return None
+        return Blocks(self.c, layers, matrices, *about)
+
     def attend_one(self, q, k, v, keys, values, lengths, window, scale):
         """As attend_one_reference."""
         width = q.size(3)
@@ -233,6 +273,87 @@ def takes(x, contiguous=True):
         and not torch.is_grad_enabled()
         and (not contiguous or x.is_contiguous())
     )
+
+
+def matrix_of(w, transposed):
+    """The Matrix of a tensor, or of what stands for one; None for what decoding.c does not have."""
+    if not isinstance(w, torch.Tensor):
+        if w.kind != "int8" or w.n_inputs > MOST_INPUTS:
+            return None
+        return Matrix(w.codes.data_ptr(), w.scales.data_ptr(), *w.codes.shape, INT8, 0)
+    if w.dtype not in DTYPES or not w.is_contiguous() or w.device.type != "cpu":
+        return None
+    n_out, n_in = w.shape[::-1] if transposed else w.shape
+    if transposed and n_in % ROWS:
+        return None
+    if w.dtype == torch.bfloat16 and w.size(1) % 2:  # which are multiplied in pairs
+        return None
+    return Matrix(w.data_ptr(), None, n_out, n_in, DTYPES.index(w.dtype), transposed)
+
+
+class Blocks:
+    """All blocks of a Llama or a Qwen3 (models/llama.py) for a few new tokens, by one call.
+
+    layers: its Layers; matrices: a Matrix of each of their MATRICES; last_norm: (C,), the weight of
+    the norm behind them; cos, sin: (positions, 1, D / 2). heads, groups: of queries, of keys and
+    values.
+    """
+
+    def __init__(self, c, layers, matrices, last_norm, cos, sin, heads, groups, eps):
+        self.c = c
+        self.dtype = cos.dtype
+        self.positions = len(cos)
+        head = 2 * cos.size(-1)
+        # Also what has to live as long as its address is used
+        self.layers = layers
+        self.turns = cos, sin
+        self.norms = [last_norm.float()]
+        self.blocks = (Block * len(layers))()
+        for layer, of_layer, block in zip(layers, matrices, self.blocks):
+            for name, matrix in zip(MATRICES, of_layer):
+                setattr(block, name, matrix)
+            for name in NORMS:
+                weight = getattr(layer, name)
+                if weight is not None:
+                    self.norms.append(weight.float())
+                    setattr(block, name, self.norms[-1].data_ptr())
+        hidden = self.blocks[0].down.n_in
+        self.shape = Shape(len(last_norm), heads, groups, head, hidden)
+        self.shape.eps = eps
+        self.shape.scale = head**-0.5
+        self.shape.half = self.dtype == torch.bfloat16
+
+    def takes(self, x, lengths):
+        """Whether it is for x (B, S, C), the new tokens of rows that have so many before."""
+        few = x.size(0) * x.size(1) <= FEW_ROWS and takes(x)
+        return few and x.dtype == self.dtype and max(lengths) + x.size(1) <= self.positions
+
+    def __call__(self, x, lengths, kv, window):
+        """What is ready for the head: (B, S, C), in place of x. kv: (keys, values) of each layer,
+        with room for S tokens more than `lengths` in each row, which are put there; window: tokens
+        before one that it may see."""
+        for block, (keys, values) in zip(self.blocks, kv):
+            block.keys = keys.data_ptr()
+            block.values = values.data_ptr()
+            block.capacity = keys.size(1)
+        self.shape.window = window
+        rows, steps, _ = x.shape
+        cos, sin = self.turns
+        before = (ctypes.c_int64 * rows)(*lengths)
+        self.c.blocks(
+            ctypes.addressof(self.shape),
+            ctypes.addressof(self.blocks),
+            len(self.blocks),
+            self.norms[0].data_ptr(),
+            rows,
+            steps,
+            ctypes.addressof(before),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            x.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return x
 
 
 def build(folder, say=lambda message: None):

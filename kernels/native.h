@@ -7,12 +7,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+static inline float as_float(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 static inline float wide(uint16_t bits)
 {
-    uint32_t all = (uint32_t)bits << 16;
-    float x;
-    memcpy(&x, &all, 4);
-    return x;
+    return as_float((uint32_t)bits << 16);
 }
 
 static inline uint16_t narrow(float x) /* to the nearest, ties to even */

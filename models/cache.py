@@ -30,6 +30,7 @@ class KVCache:
         self.device = device
         self.layers = layers  # the model's, which need not take its banks apart for every token
         self.attend_one = attend_one  # an op for one new token in each row, or None
+        self.blocks = None  # all layers for a few new tokens as one call, or None
         self.kv = {}  # layer -> keys and values, (B or more, capacity, H, D) each
         self.last = {}  # name -> (B, 1, ...): of each row's last token
         self.new = {}  # name -> (B, S, ...): the same of the tokens that are being computed
@@ -82,6 +83,7 @@ class KVCache:
         own = self.rows
         if not own:  # weights may have changed since this one was made
             self.layers = other.layers
+            self.blocks = other.blocks
         self.lengths = self.lengths + other.lengths
         self.texts = self.texts + other.texts
         for name, x in other.last.items():
@@ -165,9 +167,15 @@ class KVCache:
         )
         return y.transpose(1, 2)
 
+    def rooms(self, n_layers, shape, dtype):
+        """Every layer's keys and values with room for the new tokens; shape: (H, D)."""
+        like = torch.empty(0, 0, *shape, dtype=dtype, device=self.device)
+        end = max(self.lengths) + self.n_new
+        return [self.room(layer, like, end) for layer in range(n_layers)]
+
     def room(self, layer, k, end):
         """A layer's keys and values with room up to index `end` in all rows; like k otherwise."""
-        keys, values = self.kv.get(layer, (k[:0, :0], k[:0, :0]))
+        keys, values = self.kv.get(layer) or (k[:0, :0], k[:0, :0])
         rows = grown(keys.size(0), max(self.rows, self.expected))
         capacity = grown(keys.size(1), end, CAPACITY)
         if keys.shape[:2] != (rows, capacity):

@@ -375,6 +375,10 @@ class Model(nn.Module):
         cache: what was before in each row, instead of cu_seqlens.
         """
         c = self.c
+        x = embedding(inputs, self.embed)  # (B, T, C)
+        if cache and cache.blocks and cache.blocks.takes(x, cache.lengths):
+            kv = cache.rooms(c.n_layer, (c.kv_heads, c.head_dim), self.dtype)
+            return cache.blocks(x, cache.lengths, kv, stage.max_doc_len - 1)
         if cache is None:
             cos = self.cos[: inputs.size(1)]
             sin = self.sin[: inputs.size(1)]
@@ -383,7 +387,7 @@ class Model(nn.Module):
             sin = self.sin[cache.positions()]
         batch = Batch(inputs, stage, cos, sin, cu_seqlens, cache)
 
-        x = self.drop(embedding(inputs, self.embed), batch, 0)  # (B, T, C)
+        x = self.drop(x, batch, 0)
         for layer in cache.layers if cache else self.layers():
             x = keep_less(self.recompute, self.block, layer, x, batch)
         return self.ops.rms_norm(x, self.final_norm.to(x.dtype), c.norm_eps)
@@ -499,7 +503,13 @@ class Model(nn.Module):
 
     def new_cache(self, rows):
         """An empty cache for decode()."""
-        return KVCache(rows, self.embed.device, self.layers(), self.ops.attend_one)
+        c = self.c
+        layers = self.layers()
+        cache = KVCache(rows, self.embed.device, layers, self.ops.attend_one)
+        if self.ops.decoding:
+            about = self.final_norm, self.cos, self.sin, c.n_head, c.kv_heads, c.norm_eps
+            cache.blocks = self.ops.decoding.blocks(layers, *about)
+        return cache
 
     def decode(self, inputs, counts, cache, stage, every=False):
         """The new tokens of each row, and what follows them: (B, n_vocab) fp32.

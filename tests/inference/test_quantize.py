@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_model
+from helpers import compiled_decoding, tiny_model
 
 from base import InputError
 from inference.quantize import GROUP, Quantized, quantize
-from kernels import decoding
 from models import llama
 
 
@@ -101,11 +100,23 @@ def test_a_quantized_model_says_nearly_the_same(tied, kind, worst):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    library = decoding.build(tmp_path_factory.mktemp("cache"))
-    if library is None:
-        pytest.skip("no C compiler")
-    return library
+def compiled():
+    return compiled_decoding()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_codes_in_one_piece_are_the_same(compiled, kind):
+    _, model = model_of()
+    _, other = model_of()
+    model.ops = compiled.ops(model.ops)
+    quantize(model, kind)
+    quantize(other, kind)
+    pieces = set()
+    for ours, theirs in zip(model.layers(), other.layers()):
+        for x, y in zip(ours[2:5] + ours[8:], theirs[2:5] + theirs[8:]):
+            assert torch.equal(x.codes, y.codes) and torch.equal(x.packed, y.packed)
+            pieces.add(x.packed.untyped_storage().data_ptr())
+    assert len(pieces) == 1
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])

@@ -43,14 +43,21 @@ def check(found, eager, exact):
 @pytest.mark.parametrize("rows", [1, 3, 9])
 @pytest.mark.parametrize("n_out, n_in", [(1, 4), (7, 36), (130, 96), (64, 770)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_in_bf16(compiled, rows, n_out, n_in, transposed):
-    x = draw(rows, n_in, dtype=HALF)
-    w = draw(n_out, n_in, dtype=HALF, seed=1)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(compiled, rows, n_out, n_in, transposed, dtype):
+    x = draw(rows, n_in, dtype=dtype)
+    w = draw(n_out, n_in, dtype=dtype, seed=1)
     exact = x.double() @ w.double().t()
     eager = x @ w.t()
     if transposed:
         w = w.t().contiguous()
     check(compiled.linear(x[:, None], w, transposed)[:, 0], eager, exact)
+
+
+def test_large_pages_change_no_value(compiled):
+    large, small = torch.arange(3 << 20), torch.arange(5)
+    compiled.in_large_pages([large, small, large[:0]])
+    assert torch.equal(large, torch.arange(3 << 20)) and torch.equal(small, torch.arange(5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
