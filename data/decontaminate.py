@@ -45,19 +45,44 @@ def contaminated(texts, hashes, n=13):
     """Which texts of a batch have an n-gram, or a whole short item, in common with those behind
     `hashes`: (n_texts,) bool. hashes: of ngram_hashes with the same n."""
     found = np.zeros(len(texts), dtype=bool)
-    if not len(hashes):
-        return found
+    found[hits(texts, hashes, lengths_of(hashes), n)[0]] = True
+    return found
+
+
+def hits(texts, hashes, lengths, n=13):
+    """What texts of a batch have in common with those behind `hashes`, each once: (texts (m,)
+    int64, places (m,) int64 in hashes, own (m,) bool: whether ngram_hashes has it of the text,
+    and not only of a part of it).
+
+    hashes: of ngram_hashes with the same n, or a memory map of them; lengths: of lengths_of.
+    """
     words, counts = word_hashes(texts)
-    lengths = np.unique(hashes & LENGTH).tolist()
+    found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))]
     for length in lengths:
         if length == ALL:
-            items = _marked(whole(words, counts), ALL)
-            found |= _short(counts) & _among(items, hashes)
-            continue
-        grams, n_grams = ngrams(words, counts, length)
-        hit = np.flatnonzero(_among(_marked(grams, length), hashes))
-        found[np.searchsorted(np.cumsum(n_grams), hit, side="right")] = True
-    return found
+            owners = np.flatnonzero(_short(counts))
+            values = whole(words, counts)[owners]
+        else:
+            values, n_grams = ngrams(words, counts, length)
+            owners = np.repeat(np.arange(len(texts)), n_grams)
+        values = _marked(values, length)
+        order = np.argsort(values)  # so that neighbours are looked for one after the other
+        values = values[order]
+        at = np.minimum(np.searchsorted(hashes, values), len(hashes) - 1)
+        hit = hashes[at] == values
+        pairs = np.unique(owners[order[hit]] * len(hashes) + at[hit])
+        owners, at = np.divmod(pairs, len(hashes))
+        own = (length in (ALL, n)) | (counts[owners] == length)
+        found.append((owners, at, own))
+    return tuple(np.concatenate(parts) for parts in zip(*found))
+
+
+def lengths_of(hashes):
+    """Of how many words those behind `hashes` are: list of int."""
+    found = set()
+    for at in range(0, len(hashes), 1 << 20):
+        found.update(np.unique(hashes[at : at + (1 << 20)] & LENGTH).tolist())
+    return sorted(found)
 
 
 def _short(counts):
@@ -66,9 +91,3 @@ def _short(counts):
 
 def _marked(hashes, length):
     return (hashes & ~LENGTH) | np.uint64(length)
-
-
-def _among(values, hashes):
-    """Which values (n,) are among the sorted hashes (G,): (n,) bool."""
-    at = np.searchsorted(hashes, values)
-    return hashes[np.minimum(at, len(hashes) - 1)] == values

@@ -541,7 +541,7 @@ def set_paths(settings):
 
 def decontaminate(todo, read_folder, dedup_folder, folder, crew):
     """Training documents that share a run of words with a text that models are judged by go."""
-    from .decontaminate import ngram_hashes
+    from .decontaminate import lengths_of, ngram_hashes
 
     pieces = Pieces(read_folder)
     fate = read_arrays(dedup_folder / "fate.npz")["fate"]
@@ -557,30 +557,35 @@ def decontaminate(todo, read_folder, dedup_folder, folder, crew):
     for i, begin, end in zip(pieces.numbers, pieces.starts, pieces.starts[1:]):
         if (fate[begin:end] == TRAIN).any():
             tasks.append((read_folder, folder, i, fate[begin:end] == TRAIN, n))
-    commonplaces = 0
     if todo.decontaminate.validation:
         texts = (line["text"] for _, line in pieces.documents(np.flatnonzero(fate == VAL)))
         one_in = 1 + int(pieces.bytes[fate == VAL].sum() / 6) // MOST_HASHES  # 6 bytes a word
-        hashes = ngram_hashes(texts, n, one_in)
-        np.save(folder / "set.npy", hashes)
-        documents = np.zeros(len(hashes), dtype=np.int32)
-        counts = crew.map(count_in_piece, tasks)
-        for at, count in progress(counts, "looking for commonplaces", " pieces", len(tasks)):
-            documents[at] += count
-        common = documents > todo.decontaminate.common
-        commonplaces = int(common.sum())
-        sets[VALIDATION] = hashes[~common]
+        sets[VALIDATION] = ngram_hashes(texts, n, one_in)
 
     (folder / "sets").mkdir(exist_ok=True)
+    lengths = {name: lengths_of(hashes) for name, hashes in sets.items()}
     for k, hashes in enumerate(sets.values()):
         np.save(folder / "sets" / f"{k}.npy", hashes)
+    having = np.zeros(len(sets.get(VALIDATION, [])), dtype=np.int32)  # training documents
+    sets = [*sets]  # processes map the files
+    hashes = None
+    tasks = [(*task, [*lengths.values()]) for task in tasks] if sets else []
+    found = crew.map(find_in_piece, tasks)
+    for at, count in progress(found, "decontaminating", " pieces", len(tasks)):
+        if VALIDATION in sets:
+            having[at] += count
+    common = having > todo.decontaminate.common
     counts = {name: 0 for name in sets}
-    hits = crew.map(find_in_piece, [(*task, len(sets)) for task in tasks] if sets else [])
-    for task, found in zip(tasks, progress(hits, "decontaminating", " pieces", len(tasks))):
+    for task in tasks:
         begin = pieces.starts[pieces.numbers.index(task[2])]
-        for name, hit in zip(sets, found):
-            counts[name] += int(hit.sum())
-        fate[begin : begin + len(found[0])][np.any(found, axis=0)] = CONTAMINATED
+        arrays = read_arrays(hits_path(folder, task[2]))
+        for k, name in enumerate(sets):
+            these = arrays[f"documents{k}"]
+            if name == VALIDATION:
+                these = these[~common[arrays[f"places{k}"]]]
+            these = np.unique(these)
+            counts[name] += len(these)
+            fate[begin + these] = CONTAMINATED
     write_arrays(folder / "fate.npz", fate=fate)
     left = {name: int((fate == value).sum()) for value, name in ((TRAIN, "train"), (VAL, "val"))}
     if not left["val"] or not left["train"]:
@@ -589,46 +594,40 @@ def decontaminate(todo, read_folder, dedup_folder, folder, crew):
             f"nothing is left for {split} of {sum(left.values()):,} documents; expected a "
             "--val-fraction with which both have some, or more text"
         )
-    return dict(n=n, sets=counts, commonplaces=commonplaces, counts=count_fates(pieces, fate))
+    return dict(n=n, sets=counts, commonplaces=int(common.sum()), counts=count_fates(pieces, fate))
 
 
-def train_texts(read_folder, i, train):
-    """Texts of the training documents of a piece."""
-    lines = read_lines(read_folder / f"{numbered(i)}.jsonl.zst")
-    return [line["text"] for line, its in zip(lines, train) if its]
+def hits_path(folder, i):
+    return folder / f"{numbered(i)}-hits.npz"
 
 
-def count_in_piece(read_folder, folder, i, train, n):
-    """How many training documents have each of the set's n-grams: (places in it, documents)."""
-    from .decontaminate import ngram_hashes
+def find_in_piece(read_folder, folder, i, train, n, lengths):
+    """Write what training documents of a piece have in common with each set; returns (places in
+    the last one, how many documents have each)."""
+    from .decontaminate import hits
+    from .words import batches
 
-    path = folder / f"{numbered(i)}-common.npz"
+    path = hits_path(folder, i)
+    last = len(lengths) - 1
     if not path.exists():
-        hashes = np.load(folder / "set.npy", mmap_mode="r")
-        found = [np.zeros(0, dtype=np.int64)]
-        for text in train_texts(read_folder, i, train):
-            grams = ngram_hashes([text], n)
-            at = np.minimum(np.searchsorted(hashes, grams), len(hashes) - 1)
-            found.append(at[hashes[at] == grams] if len(hashes) else at[:0])
-        at, documents = np.unique(np.concatenate(found), return_counts=True)
-        write_arrays(path, at=at, documents=documents)
+        lines = read_lines(read_folder / f"{numbered(i)}.jsonl.zst")
+        texts = [line["text"] for line, its in zip(lines, train) if its]
+        numbers = np.flatnonzero(train)  # of the texts in the piece
+        files = [folder / "sets" / f"{k}.npy" for k in range(len(lengths))]
+        sets = [np.load(file, mmap_mode="r") for file in files]
+        found = [[] for _ in sets]
+        for batch in batches(texts):
+            for own, hashes, its in zip(found, sets, lengths):
+                documents, *rest = hits(batch, hashes, its, n)
+                own.append((numbers[documents], *rest))
+            numbers = numbers[len(batch) :]
+        arrays = {}
+        for k, parts in enumerate(found):
+            for name, values in zip(("documents", "places", "own"), zip(*parts)):
+                arrays[f"{name}{k}"] = np.concatenate(values)
+        write_arrays(path, **arrays)
     arrays = read_arrays(path)
-    return arrays["at"], arrays["documents"]
-
-
-def find_in_piece(read_folder, folder, i, train, n, n_sets):
-    """[(documents,) bool for each set]; kept in the folder for when a build goes on."""
-    from .decontaminate import contaminated
-
-    path = folder / f"{numbered(i)}.npz"
-    if not path.exists():
-        texts = train_texts(read_folder, i, train)
-        hits = np.zeros((n_sets, len(train)), dtype=bool)
-        for k in range(n_sets):
-            hashes = np.load(folder / "sets" / f"{k}.npy", mmap_mode="r")
-            hits[k, np.flatnonzero(train)] = contaminated(texts, hashes, n)
-        write_arrays(path, hits=hits)
-    return list(read_arrays(path)["hits"])
+    return np.unique(arrays[f"places{last}"][arrays[f"own{last}"]], return_counts=True)
 
 
 # --------------------------------------------------------------------------------------------------
