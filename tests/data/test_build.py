@@ -16,7 +16,7 @@ import pytest
 from near_duplicates import edited_documents
 
 from base import InputError
-from data import DataConfig, dedup, open_data, pieces, read_shard, reading, recipe, stages
+from data import DataConfig, dedup, open_data, pieces, read_shard, reading, recipe, stages, words
 from data.__main__ import main
 from data.pieces import read_lines
 
@@ -336,7 +336,7 @@ def test_weights_and_epochs(tmp_path, three, capsys):
     assert "[mix] total 1,000,000:" in err and "max_epochs of 2; lower the total" in err
 
 
-def test_what_is_for_validation_is_no_longer_trained_on(tmp_path):
+def test_what_is_for_validation_is_no_longer_trained_on(tmp_path, monkeypatch):
     """A source of its own for validation, an evaluation set, and copies of both among the rest."""
     texts = [prose(i) for i in range(60)]
     exam = [prose(1000), prose(1001)]
@@ -360,6 +360,8 @@ def test_what_is_for_validation_is_no_longer_trained_on(tmp_path):
         sets = {exam = "exam.jsonl"}
         """
     )
+    batches = words.batches
+    monkeypatch.setattr(words, "batches", lambda texts: batches(texts, 2000))  # several in a piece
     out = tmp_path / "out"
     assert run(recipe, "--out", out, "--processes", 1) == 0
     stages = manifest_of(out)["stages"]
@@ -369,6 +371,8 @@ def test_what_is_for_validation_is_no_longer_trained_on(tmp_path):
     }  # fmt: skip
     assert stages["decontaminate"]["sets"] == {"exam": 1, "validation": 0}
     assert manifest_of(out)["splits"]["val"]["documents"] == 2
+    kept = [line["id"] for p in sorted((out / "text").iterdir()) for line in read_lines(p)]
+    assert kept == [*(str(i) for i in range(60) if i != 5), "0", "1"]
 
 
 def test_a_commonplace_is_no_contamination(tmp_path):

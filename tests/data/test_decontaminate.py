@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from near_duplicates import real_texts
 
-from data.decontaminate import contaminated, ngram_hashes
+from data.decontaminate import contaminated, hits, lengths_of, ngram_hashes
 
 QUESTION = (
     "A train leaves the station at 9 and arrives at 12 after 270 miles; how fast was it going?"
@@ -61,6 +61,25 @@ def test_short_items():
     ]
     found = contaminated(texts, hashes)
     assert found.tolist() == [True, True, False, False, True, False, False]
+
+
+def test_hits_are_those_of_each_text_alone():
+    """Each once, and `own` where the text by itself has the same hash."""
+    nine = "nine words are enough to be looked for anywhere"
+    originals = real_texts()
+    tests = [next(originals) for _ in range(5)] + [nine, "three short words"]
+    hashes = ngram_hashes(tests)
+    texts = [f"{tests[1]} {tests[1]} {nine}", next(originals), "", nine, "Three short words!", nine]
+    texts += tests[3:]
+    documents, places, own = hits(texts, hashes, lengths_of(hashes))
+    pairs = list(zip(documents.tolist(), places.tolist()))
+    assert len(set(pairs)) == len(pairs)
+    expected = []
+    for i, text in enumerate(texts):
+        expected += [(i, at) for at in np.flatnonzero(np.isin(hashes, ngram_hashes([text])))]
+    assert sorted(pair for pair, its in zip(pairs, own) if its) == expected
+    others = [pair for pair, its in zip(pairs, own) if not its]
+    assert others == [(0, np.flatnonzero(np.isin(hashes, ngram_hashes([nine])))[0])]
 
 
 def test_fewer_hashes_of_a_large_split():
