@@ -1,6 +1,6 @@
 """Conversations to learn from: files into tokens with what counts of them, and packed rows.
 
-A row holds whole conversations, one after the other and padded at its end; attention sees one of
+A row holds whole conversations, as many as fit, and is padded at its end; attention sees one of
 them. Only what the assistant says counts in the loss. A conversation beyond the row loses its
 beginning. Running text can stand beside them: all of it counts, and it is cut into rows.
 """
@@ -22,7 +22,7 @@ from base.files import aside, one_at_a_time, sha256_of
 from .chat import START, read_conversations, read_pairs, render, render_pair
 from .dataset import Dataset
 from .encodings import NotText, examine
-from .loader import document_starts, pack, split_pieces
+from .loader import best_fit, document_starts, pack, split_pieces
 from .shards import ShardWriter, read_shard
 from .sources import hub
 from .tokenizers import SPECIALS, Tokenizer, make_tokenizer
@@ -292,17 +292,12 @@ class Conversations:
         ]
 
     def packed(self, order):
-        """Rows of whole conversations in this order: lists of their numbers."""
-        sizes = self.lengths.reshape(-1, self.parts).sum(1)
-        rows = []
-        room = 0
-        for i in order:
-            if sizes[i] > room or self.parts * (len(rows[-1]) + 1) > self.max_docs:
-                rows.append([])
-                room = self.row_len
-            rows[-1].append(int(i))
-            room -= sizes[i]
-        return rows
+        """Rows of whole conversations, as best_fit() makes them of this order: lists of their
+        numbers."""
+        order = np.asarray(order)
+        sizes = self.lengths.reshape(-1, self.parts).sum(1)[order]
+        rows = best_fit(sizes.tolist(), self.row_len, self.max_docs // self.parts)
+        return [order[row].tolist() for row in rows]
 
     def batch(self, rows):
         """A MicroBatch of rows, lists of numbers or None for padding."""

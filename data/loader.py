@@ -100,6 +100,36 @@ def spread_borders(lengths, row_len, slots, max_len):
     return borders
 
 
+def best_fit(sizes, row_len, most):
+    """Rows of items of these sizes, each of row_len in all and `most` items at most: lists of their
+    numbers.
+
+    The largest item comes first, and each goes where it leaves the least room, or begins a row
+    where there is none (best fit decreasing). Rows are in the order of their largest items, so that
+    items in a random order make rows in a random order.
+    """
+    rows = []
+    there = {}  # room -> numbers of the rows that have it
+    rooms = 0  # a bit for each of these
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fitting = rooms >> sizes[i]
+        if fitting:
+            room = sizes[i] + (fitting & -fitting).bit_length() - 1
+            row = there[room].pop()
+            if not there[room]:
+                rooms ^= 1 << room
+        else:
+            room = row_len
+            row = len(rows)
+            rows.append([])
+        rows[row].append(i)
+        room -= sizes[i]
+        if room > 0 and len(rows[row]) < most:
+            there.setdefault(room, []).append(row)
+            rooms |= 1 << room
+    return sorted(rows)
+
+
 def pack(rows, row_len, max_docs, max_len, slots=None):
     """Rows (each a list of (tokens, start, length) segments, or None for padding) -> MicroBatch.
 

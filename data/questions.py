@@ -19,7 +19,7 @@ from base import InputError, to_json, write_text
 from .chat import check_turns, object_of, of_lines, prompt_of, read_messages
 from .conversations import WHOLE, digests_of, is_held_out, locate, prepared, with_chat_tokens
 from .dataset import Dataset
-from .loader import IGNORE, pack
+from .loader import IGNORE, best_fit, pack
 from .shapes import question_of_line
 from .shards import ShardWriter, read_shard
 from .tokenizers import make_tokenizer
@@ -245,17 +245,10 @@ class AnswerBatch(NamedTuple):
 
 
 def rows_of(answers, row_len):
-    """Rows of whole answers in their order, each a list of Answers."""
-    rows = []
-    room = 0
-    for answer in answers:
-        length = len(answer.tokens) - 1  # the last one is only a target
-        if length > room or len(rows[-1]) == documents_in(row_len):
-            rows.append([])
-            room = row_len
-        rows[-1].append(answer)
-        room -= length
-    return rows
+    """Rows of whole answers, each a list of Answers."""
+    lengths = [len(answer.tokens) - 1 for answer in answers]  # the last one is only a target
+    rows = best_fit(lengths, row_len, documents_in(row_len))
+    return [[answers[i] for i in row] for row in rows]
 
 
 def documents_in(row_len):

@@ -41,6 +41,10 @@ class Ops(types.SimpleNamespace):
         """Whether products are in FP8."""
         return "fp8" in self.forms.values()
 
+    def __deepcopy__(self, memo):
+        """Functions, which a copy of a model has in common with it."""
+        return self
+
     def replace(self, **functions):
         """A copy with other functions."""
         return Ops(**(vars(self) | functions))

@@ -30,6 +30,7 @@ from optim.muon import Muon
 
 from .cache import KVCache
 from .parts import (
+    counted,
     draw,
     dropout,
     keep_less,
@@ -37,6 +38,8 @@ from .parts import (
     loss_by_chunks,
     memory_of_logits,
     memory_of_scores,
+    only,
+    spread,
 )
 
 SMALL = "attn_norms", "mlp_norms", "final_norm", "q_norms", "k_norms"  # parameters
@@ -369,10 +372,11 @@ class Model(nn.Module):
     # ----------------------------------------------------------------------------------------------
     # Forward
 
-    def hidden(self, inputs, cu_seqlens, stage, cache=None):
+    def hidden(self, inputs, cu_seqlens, stage, cache=None, kept=None):
         """inputs: (B, T) int64; stage: a Stage -> (B, T, C) ready for the head.
 
-        cache: what was before in each row, instead of cu_seqlens.
+        cache: what was before in each row, instead of cu_seqlens; kept: (n,) int64, numbers of the
+        tokens that are asked for -> (n, C).
         """
         c = self.c
         x = embedding(inputs, self.embed)  # (B, T, C)
@@ -389,7 +393,8 @@ class Model(nn.Module):
 
         x = self.drop(x, batch, 0)
         for layer in cache.layers if cache else self.layers():
-            x = keep_less(self.recompute, self.block, layer, x, batch)
+            last = layer.number == c.n_layer - 1
+            x = keep_less(self.recompute, self.block, layer, x, batch, kept if last else None)
         return self.ops.rms_norm(x, self.final_norm.to(x.dtype), c.norm_eps)
 
     def layers(self):
@@ -423,12 +428,15 @@ class Model(nn.Module):
             )
         return layers
 
-    def block(self, layer, x, batch):
-        """One block on the residual stream: (B, T, C) -> (B, T, C)."""
+    def block(self, layer, x, batch, kept=None):
+        """One block on the residual stream: (B, T, C) -> (B, T, C); kept: as for hidden()."""
         ops = self.ops
         eps = self.c.norm_eps
         h = ops.rms_norm(x, layer.attn_norm, eps)
-        y = self.drop(self.attention(layer, h, batch), batch, 2 * layer.number + 1)
+        y = self.attention(layer, h, batch)
+        if kept is not None:  # behind attention, tokens do not know of each other
+            x, y = only(kept, x.flatten(0, 1), y.flatten(0, 1))
+        y = self.drop(y, batch, 2 * layer.number + 1)
         h, x = ops.add_rms_norm(x, y, layer.mlp_norm, eps)  # x + y, and that normalised
         return x + self.drop(self.mlp(layer, h), batch, 2 * layer.number + 2)
 
@@ -483,17 +491,27 @@ class Model(nn.Module):
 
     def forward(self, inputs, targets, cu_seqlens, stage, target_weights=None):
         """Summed cross-entropy (fp32 scalar) over the targets that are not padding."""
-        x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)  # (B T, C)
+        x, targets, _ = self.hidden_of(inputs, targets, cu_seqlens, stage)
         loss = functools.partial(self.ops.linear_cross_entropy, cap=None)
-        return loss_by_chunks(self.recompute, loss, self.head, x, targets.flatten())
+        return loss_by_chunks(self.recompute, loss, self.head, x, targets)
+
+    def hidden_of(self, inputs, targets, cu_seqlens, stage):
+        """(x, (n, C) ready for the head; targets, (n,); numbers of these tokens or None): of those
+        that count."""
+        targets = targets.flatten()
+        kept = None if self.c.dropout else counted(targets)  # whose places in a batch matter
+        x = self.hidden(inputs, cu_seqlens, stage, kept=kept)
+        (targets,) = only(kept, targets)
+        return x.view(len(targets), -1), targets, kept
 
     def log_probs(self, inputs, targets, cu_seqlens, stage, n_vocab=None):
         """(B, T) log probabilities of the targets, 0 where one is IGNORE; n_vocab: among so many
         tokens, as logits() has them; None: and what pads them, as in training."""
-        x = self.hidden(inputs, cu_seqlens, stage).flatten(0, 1)
+        x, targets, kept = self.hidden_of(inputs, targets, cu_seqlens, stage)
         of_rows = functools.partial(linear_log_prob, ignore_index=IGNORE)
         head = self.head[:n_vocab]
-        return log_probs_by_chunks(of_rows, head, x, targets.flatten()).view_as(inputs)
+        found = log_probs_by_chunks(of_rows, head, x, targets)
+        return spread(kept, found, inputs.numel()).view_as(inputs)
 
     def logits(self, inputs, cu_seqlens, stage, last_only=False):
         """(B, T, n_vocab) fp32, (B, 1, n_vocab) of the last tokens only."""

@@ -17,6 +17,7 @@ GATE_INPUTS = 12  # gates look at this many dimensions of a token
 # Logits that exist at one time in validation: 0.8 GB in bf16, where a row of 65,536 tokens with
 # GPT-2's vocabulary would have 6.6 GB
 VAL_LOGITS = 8192 * 50304
+MOST_COUNTED = 0.9  # of the targets, beyond which it is not worth leaving the others out
 RECOMPUTED_TOKENS = 4096  # whose logits exist at one time where memory is short
 
 
@@ -138,11 +139,35 @@ def keep_less(recompute, function, *args):
     return function(*args)
 
 
+def counted(targets):
+    """(n,) int64: numbers of the targets, (N,) or (N, k), that are not IGNORE; None where nearly
+    all are to be computed anyway, as in pre-training.
+
+    Where only what an assistant says counts, that is a third of the tokens; the others need no
+    logits. On a GPU the host would have to wait for their number, and a compiled graph has one.
+    """
+    if targets.is_cuda or torch.compiler.is_compiling():
+        return None
+    kept = (targets != IGNORE).view(len(targets), -1).any(1).nonzero()[:, 0]
+    return kept if 0 < len(kept) < MOST_COUNTED * len(targets) else None
+
+
+def only(kept, *rows):
+    """Those of the rows, (N, ...) each; all of them for None."""
+    return rows if kept is None else [x.index_select(0, kept) for x in rows]
+
+
+def spread(kept, values, n):
+    """(n,) zeros with the values at `kept`; the values themselves for None."""
+    return values if kept is None else values.new_zeros(n).index_copy(0, kept, values)
+
+
 def loss_by_chunks(recompute, loss, w, *rows):
     """Sum of loss(x, w, ...) over chunks of the rows, of which only one's logits exist at a time.
 
-    w: (V, C), the head; rows: (N, ...) each, what the loss has of each token.
+    w: (V, C), the head; rows: (N, ...) each, what the loss has of each token, its targets second.
     """
+    rows = only(counted(rows[1]), *rows)
     chunk = len(rows[0])
     if not torch.is_grad_enabled():
         chunk = VAL_LOGITS // len(w)
@@ -155,10 +180,12 @@ def loss_by_chunks(recompute, loss, w, *rows):
 
 
 def log_probs_by_chunks(log_probs, w, *rows):
-    """(N,) what log_probs(x, w, ...) says of each row, of which only a chunk's logits exist at a
-    time; w, rows: as above."""
-    chunks = zip(*(r.split(VAL_LOGITS // len(w)) for r in rows))
-    return torch.cat([log_probs(x, w, *rest) for x, *rest in chunks])
+    """(N,) what log_probs(x, w, ...) says of each row, 0 where its target is IGNORE; only a
+    chunk's logits exist at a time; w, rows: as above."""
+    kept = counted(rows[1])
+    chunks = zip(*(r.split(VAL_LOGITS // len(w)) for r in only(kept, *rows)))
+    found = torch.cat([log_probs(x, w, *rest) for x, *rest in chunks])
+    return spread(kept, found, len(rows[1]))
 
 
 def memory_of_logits(form, tokens, columns, size, recompute):

@@ -29,6 +29,7 @@ def verb(monkeypatch, tmp_path):
     monkeypatch.delenv(last_resort.DEBUG, raising=False)
     monkeypatch.setattr(streams, "mend", lambda: None)  # pytest has streams of its own
     monkeypatch.setattr(door, "do_not_spin", lambda: None)
+    monkeypatch.setattr(door, "use_large_pages", lambda: None)
 
     def make(error):
         def main(argv):
@@ -239,10 +240,11 @@ def test_threads_that_wait_are_told_to_sleep_before_torch_is_there(given, found,
 import os, sys
 def main(argv):
     print(os.environ.get("GOMP_SPINCOUNT", ""), "torch" in sys.modules)
+    print(os.environ["THP_MEM_ALLOC_ENABLE"])
 """
-    env = dict.fromkeys(("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"))
+    env = dict.fromkeys(("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"))
     done = start(tmp_path, program, env={**env, **given})
-    assert done.communicate(timeout=60) == (f"{found} False\n", "")
+    assert done.communicate(timeout=60) == (f"{found} False\n1\n", "")
 
 
 @pytest.mark.parametrize("path", ["{}", ":{}", "{}:"])

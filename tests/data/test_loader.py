@@ -26,6 +26,7 @@ from data.loader import (
     Prefetcher,
     TrainLoader,
     ValLoader,
+    best_fit,
     default_max_docs,
     document_starts,
     slots_of_pass,
@@ -983,3 +984,34 @@ def test_prefetched_training_is_training(setup):
     prefetcher = Prefetcher((list(one.micro_batches(step, 0, 2)) for step in range(1, 6)), "cpu")
     with within(10):
         assert flat(prefetcher) == flat(list(two.micro_batches(step, 0, 2)) for step in range(1, 6))
+
+
+# --- Rows of whole items
+
+
+@settings(FAST, max_examples=30)
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(40, 60), st.integers(1, 9))
+def test_best_fit_puts_every_item_where_the_least_room_is_left(sizes, row_len, most):
+    rows = best_fit(sizes, row_len, most)
+    assert sorted(sum(rows, [])) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in row) <= row_len and len(row) <= most for row in rows)
+    # By hand, looking at every row
+    found = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        rooms = [row_len - sum(sizes[j] for j in row) - sizes[i] for row in found]
+        fits = [r for r, row in zip(rooms, found) if r >= 0 and len(row) < most]
+        if not fits:
+            found.append([i])
+            continue
+        there = [r for r, row in enumerate(found) if rooms[r] == min(fits) and len(row) < most]
+        # Of several, the one that came to have that room last: any of them leaves as much
+        taken = next(r for r in there if i in next(row for row in rows if row[0] == found[r][0]))
+        found[taken].append(i)
+    assert rows == sorted(found)
+
+
+def test_best_fit_leaves_little_room():
+    sizes = np.random.default_rng(0).integers(20, 100, size=4000).tolist()
+    rows = best_fit(sizes, 256, 16)
+    assert sum(sizes) > 0.98 * 256 * len(rows)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)

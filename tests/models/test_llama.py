@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from base import InputError
 from data.loader import IGNORE
 from kernels import choose_ops
-from models import llama
+from models import llama, parts
 from models.parts import dropout
 from optim import OptimConfig
 
@@ -277,6 +277,35 @@ def loss_and_gradients(model, forward, inputs, targets, stage):
     loss = forward(inputs, targets, rows_as_documents(inputs), stage)
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.numel())]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_does_not_count_is_left_out_behind_the_last_attention(recompute, monkeypatch):
+    """Loss, gradients and log probabilities stay as they are, with fewer tokens in the last MLP and
+    the head; not where nearly all count."""
+    model = in_float64(small(qk_norm=True))
+    model.recompute = recompute
+    inputs = text()
+    stage = model.c.stage(0.0, 20)
+    seen = []
+    mlp = model.mlp
+    monkeypatch.setattr(model, "mlp", lambda layer, h: seen.append(h.numel()) or mlp(layer, h))
+    for ignored, left in ((slice(0, 14), 18), (slice(3, 4), 60)):
+        targets = text(seed=1)
+        targets[:, ignored] = IGNORE
+        said = []
+        for most in 0.9, 0.0:
+            monkeypatch.setattr(parts, "MOST_COUNTED", most)
+            seen.clear()
+            said.append(loss_and_gradients(model, model, inputs, targets, stage))
+            width = model.c.n_embd
+            assert seen[:2] == [60 * width, (left if most else 60) * width]
+            with torch.no_grad():
+                of_each = model.log_probs(inputs, targets, rows_as_documents(inputs), stage, 131)
+            said[-1].append(of_each)
+            assert (of_each[:, ignored] == 0).all() and of_each.shape == inputs.shape
+        for ours, other in zip(*said):
+            torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
 
 
 def test_compiled_it_is_one_graph_and_recomputed_the_same():

@@ -147,3 +147,23 @@ def test_yarns_scale_is_the_records():
     """0.100, 0.117, 0.128 at windows 384, 896, 1408."""
     scales = [parts.yarn_scale((384, 896, 1408)[:n]) for n in (0, 1, 2, 3)]
     assert [0.1 * s for s in scales] == pytest.approx([0.1, 0.1, 0.117, 0.128], abs=5e-4)
+
+
+# --- Targets that count
+
+
+def test_only_what_counts_is_computed():
+    """Of targets with several columns, each row with one that counts; all where nearly all do."""
+    targets = torch.full((20,), IGNORE)
+    assert parts.counted(targets) is None  # nothing to compute
+    targets[[3, 7]] = 5
+    kept = parts.counted(targets)
+    assert kept.tolist() == [3, 7]
+    assert parts.counted(torch.stack([torch.full((20,), IGNORE), targets], 1)).tolist() == [3, 7]
+    x = torch.arange(40.0).view(20, 2)
+    assert [n.tolist() for n in parts.only(kept, x, targets)] == [[[6, 7], [14, 15]], [5, 5]]
+    back = parts.spread(kept, torch.tensor([1.5, 2.5]), 20)
+    assert back[[3, 7]].tolist() == [1.5, 2.5] and back.count_nonzero() == 2
+    targets[:19] = 5
+    assert parts.counted(targets) is None
+    assert parts.only(None, x)[0] is x and parts.spread(None, x, 20) is x

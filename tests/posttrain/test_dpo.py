@@ -52,7 +52,8 @@ def test_the_chosen_answers_become_likelier(kind, base, tmp_path):
 
 
 def test_it_begins_at_ln_2_with_a_reference_that_stays(base, tmp_path):
-    teach(dpo, base, tmp_path, "--steps", "1", "--stage-lr", "1e-9")
+    long = "--row-len 256 --val-row-len 256 --max-doc-len 256 --batch-tokens 512".split()
+    teach(dpo, base, tmp_path, "--steps", "1", "--stage-lr", "1e-9", *long)  # rows of many pairs
     result = result_of(tmp_path)
     assert result["val_loss"] == pytest.approx(0.693147, abs=1e-4)
     reference = load_file(tmp_path / "taught" / "reference.safetensors")
