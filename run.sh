@@ -85,6 +85,9 @@ pip_install() {
         -c "$here/requirements.txt" -r "$1" >&2
 }
 
+compile_c="from base.places import cache_folder
+from kernels import native; native.build_all(cache_folder(), print)"
+
 # require NAME: install requirements-NAME.txt (the core's for "core") once for each state of it.
 require() {
     local file=$here/requirements-$1.txt
@@ -104,7 +107,11 @@ require() {
     export STOPWATCH_INSTALLED=1  # which base/clock.py leaves out of what a start takes
     pip_install "$file" \
         || fail "${file##*/} did not install; the lines above say why. Mend that and start again"
-    [[ $1 == core ]] && try_flash_attention
+    if [[ $1 == core ]]; then
+        try_flash_attention
+        # C files; else they are compiled when they are first used
+        PYTHONPATH=$here "$venv/bin/python" -c "$compile_c" >&2 || true
+    fi
     echo "$wanted" > "$stamp" || fail "$stamp cannot be written; make room and start again"
 }
 

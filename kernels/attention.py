@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 
 
-def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockwise"):
+def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockwise", attend=None):
     """q: (B, T, H, D), B rows of T packed tokens -> (B, T, H, D); k, v: the same, or with fewer
     heads that divide H, each for as many of q, one after the other; all of one dtype.
 
@@ -48,6 +48,7 @@ def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockw
     max_seqlen: the longest document, or a bound of it.
     window: tokens before the query that it may see.
     backend: one of BACKENDS; choose_backend finds the fastest. Raises ValueError for another.
+    attend: what computes sdpa's blocks instead, with the same arguments.
     """
     if backend not in BACKENDS:
         raise ValueError(
@@ -57,6 +58,8 @@ def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockw
     window = min(window, longest - 1)
     if q.size(2) != k.size(2):
         k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
+    if backend == "sdpa":
+        return blockwise_attention(q, k, v, cu_seqlens, window, scale, attend or sdpa_attend)
     if backend in OF_ROWS:
         return OF_ROWS[backend](q, k, v, cu_seqlens, window, scale)
     # (B T, H, D), a view also of a slice of a projection
@@ -308,7 +311,7 @@ def _softmax_attend(q, k, v, mask, scale):
     return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
-def _sdpa_attend(q, k, v, mask, scale):
+def sdpa_attend(q, k, v, mask, scale):
     """The same by torch's fused kernels."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale)
@@ -321,7 +324,7 @@ OF_TOKENS = dict(
 )
 OF_ROWS = dict(
     flex=flex,
-    sdpa=functools.partial(blockwise_attention, attend=_sdpa_attend),
+    sdpa=functools.partial(blockwise_attention, attend=sdpa_attend),
     blockwise=blockwise_attention,
 )
 BACKENDS = (*OF_TOKENS, *OF_ROWS)  # in the order of preference

@@ -1,9 +1,10 @@
 """Which form of each op a machine gets.
 
 On a CPU all are plain PyTorch, which torch.compile fuses: the references, or what an op declares
-for CPUs. On a GPU a Triton op should be taken where it beats what torch.compile makes of its
-reference; each op's file says on which chips that was measured. Products in FP8 are faster on
-Hopper: gpt2-small's step on an H200 takes 1.12 times as long without.
+for CPUs; or, without torch.compile, loops in C (fused.py). On a GPU a Triton op should be taken
+where it beats what torch.compile makes of its reference; each op's file says on which chips that
+was measured. Products in FP8 are faster on Hopper: gpt2-small's step on an H200 takes 1.12 times as
+long without.
 """
 
 import functools
@@ -13,7 +14,9 @@ import torch
 
 from .attention import attention, choose_backend
 from .decoding import linear_reference, rotate_halves_reference
+from .embedding import embedding
 from .launch import chip
+from .linear_log_prob import linear_log_prob
 from .op import OPS
 from .polar_express import polar_express, polar_express_by_kernels
 
@@ -23,17 +26,21 @@ class Ops(types.SimpleNamespace):
 
     rms_norm, add_rms_norm, qk_norm_rope, relu2_mlp, swiglu, linear_cross_entropy, symmetric_matmul
                     as in the ops' files, in the form that was chosen
+    embedding, linear_log_prob
+                    in PyTorch or in C
     attention       with its backend bound
     polar_express   in the form that goes with symmetric_matmul's
     linear, rotate_halves
                     as in decoding.py, which also has the forms for decoding on a CPU
     attend_one      None, or in decoding as there; decoding: None, or where those forms come from
+    fused           None, or where the forms in C come from
     new_mlp         () -> what one layer calls as mlp(x, w_up, w_down): relu2_mlp, or in FP8 an
                     nn.Module with scales of its own
     """
 
     def named(self):
-        """{"attention": backend, op: "triton", "pytorch" or "fp8", ...} for logs and estimates."""
+        """{"attention": backend, op: "triton", "c", "pytorch" or "fp8", ...} for logs and
+        estimates."""
         return dict(attention=self.attention.keywords["backend"], **self.forms)
 
     @property
@@ -58,6 +65,7 @@ def choose_ops(
     fp8="off",
     say=lambda message: None,
     shapes=(),
+    fused=None,
 ):
     """The Ops for a device.
 
@@ -66,6 +74,7 @@ def choose_ops(
     place of the form that `kernels` gives them. Without gradients, they multiply in dtype.
 
     shapes: what attention will be asked for, Shapes of attention.py, which are tried.
+    fused: a Fused of fused.py, whose forms auto takes on a CPU.
 
     Every form is tried on small inputs first. One that fails or differs from its reference is
     replaced, which say(message) is told, if auto chose it. If it was asked for, that is a
@@ -90,6 +99,14 @@ def choose_ops(
     functions = {name: op.reference for name, op in OPS.items()}
     if auto and device.type == "cpu":
         functions |= {name: op.on_cpu for name, op in OPS.items() if op.on_cpu}
+    in_c = fused is not None and auto and device.type == "cpu"
+    for name, form in (fused.forms() if in_c else {}).items():
+        error = probe(name, form, device, dtype, head_dim)
+        if error is None:
+            forms[name] = "c"
+            functions[name] = form
+        else:
+            say(f"{name} by PyTorch, which is slower, since its loop in C {error}")
     for name in wanted:
         error = probe(name, OPS[name].triton, device, dtype, head_dim)
         if error is None:
@@ -115,12 +132,15 @@ def choose_ops(
     backend = choose_backend(device, dtype, head_dim, shapes=shapes, say=say)
     return Ops(
         forms=forms,
-        attention=functools.partial(attention, backend=backend),
+        attention=functools.partial(fused.attention if in_c else attention, backend=backend),
+        embedding=fused.embedding if in_c else embedding,
+        linear_log_prob=fused.linear_log_prob if in_c else linear_log_prob,
         polar_express=polar_express_by_kernels if by_kernels else polar_express,
         linear=linear_reference,
         rotate_halves=rotate_halves_reference,
         attend_one=None,
         decoding=None,
+        fused=fused if in_c else None,
         **functions,
     )
 

@@ -51,16 +51,18 @@ static inline void store(void *to, long at, float x, int half)
         ((float *)to)[at] = x;
 }
 
-/* e^x to 1e-6 of it: 2^n times a polynomial of what is left. Unlike libm's it can be one of many in
-   a vector. */
+/* e^x to 2 units in the last place: 2^n times a polynomial of what is left; 0 below e^-87. Unlike
+   libm's it can be one of many in a vector. */
 static inline float fast_exp(float x)
 {
-    float t = (x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x) * 1.44269504f;
-    float n = floorf(t + 0.5f);
-    float r = (t - n) * 0.69314718f;
-    float p = 1 + r * (1 + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r / 720)))));
+    float t = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = floorf(t * 1.44269504f + 0.5f);
+    float r = (t - n * 0.693359375f) + n * 2.12194440e-4f; /* n ln 2 in two parts */
+    float p = 1 / 120.0f + r * (1 / 720.0f + r / 5040);
+    p = 0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * p));
+    p = 1 + r * (1 + r * p);
     uint32_t power = (uint32_t)((int32_t)n + 127) << 23;
     float two_n;
     memcpy(&two_n, &power, 4);
-    return p * two_n;
+    return x < -87.0f ? 0 : p * two_n;
 }

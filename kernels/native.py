@@ -18,7 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 COMPILERS = "cc", "gcc", "clang"
-OPTIONS = ["-O3", "-shared", "-fPIC", "-fno-math-errno"]
+# Nobody asks for floating-point errors: without these floorf() and sqrtf() are calls
+OPTIONS = ["-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
+NATIVE = ["-march=native", "-fopenmp"]
+WIDEST = ["-mprefer-vector-width=512"]  # x86 only: a softmax in 0.7 of the time of 256 bits
 LONG, POINTER, FLOAT, INT = ctypes.c_long, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 
 
@@ -27,24 +30,30 @@ def build(name, folder, say=lambda message: None):
     where that is not possible, which say(message) is told."""
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     source = HERE / f"{name}.c"
-    text = source.read_bytes() + (HERE / "native.h").read_bytes()
+    text = b"".join(f.read_bytes() for f in (source, HERE / "native.h", Path(__file__)))
     # A folder may be shared by machines that have other processors
     key = hashlib.sha256(text + processor().encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}-{key}.so"
     if not path.exists():
         if compiler is None:
-            say(f"{name} by PyTorch, which is slower, since there is no C compiler")
+            say(f"without kernels/{name}.c, which is slower: there is no C compiler")
             return None
         say(f"compiling kernels/{name}.c (once) ...")
         failed = compile_to(path, source, compiler)
         if failed:
-            say(f"{name} by PyTorch, which is slower: {failed}")
+            say(f"without kernels/{name}.c, which is slower: {failed}")
             return None
     try:
         return ctypes.CDLL(str(path))
     except OSError as e:
-        say(f"{name} by PyTorch, which is slower: {e}")
+        say(f"without kernels/{name}.c, which is slower: {e}")
         return None
+
+
+def build_all(folder, say=lambda message: None):
+    """Compile every C file, ahead of its first use."""
+    for path in sorted(HERE.glob("*.c")):
+        build(path.stem, folder, say)
 
 
 def declare(library, signatures):
@@ -62,7 +71,7 @@ def compile_to(path, source, compiler):
     plain = [compiler, *OPTIONS, str(source), "-o", str(temp), "-lm"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for options in (["-march=native", "-fopenmp"], ["-march=native"], []):
+        for options in (NATIVE + WIDEST, NATIVE, NATIVE[:1], []):
             done = subprocess.run(
                 plain + options, capture_output=True, text=True, errors="replace", timeout=120
             )

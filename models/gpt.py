@@ -18,7 +18,7 @@ from torch import nn
 
 from base import InputError
 from data.loader import IGNORE
-from kernels import choose_ops, embedding, linear_log_prob
+from kernels import choose_ops
 from kernels.fp8_mlp import FP8MLPs
 from kernels.sampled_softmax import sample_vocabulary
 from optim.adam import Adam
@@ -585,9 +585,9 @@ class Model(nn.Module):
         """(B, T, C) twice: tokens, with which the residual stream begins, and n-grams, None where
         they are part of that."""
         c = self.c
-        x = embedding(batch.inputs, self.lm_head if batch.stage.tied else self.embed)
+        x = self.ops.embedding(batch.inputs, self.lm_head if batch.stage.tied else self.embed)
         if batch.stage.by_buffers and c.becomes_untied:
-            x = torch.where(self.head_is_embed, embedding(batch.inputs, self.lm_head), x)
+            x = torch.where(self.head_is_embed, self.ops.embedding(batch.inputs, self.lm_head), x)
         if c.smear_first:
             x = self.smeared(x, batch)
         # Tokens, and the n-grams that end at them; normalised, so that every layer and the smear
@@ -618,7 +618,7 @@ class Model(nn.Module):
             return {}
         first_rows = V * torch.arange(n, device=inputs.device)
         rows = first_rows[:, None, None] + inputs  # (n, B, T)
-        values = embedding(rows, self.value_embeds.view(n * V, C)).unbind(0)
+        values = self.ops.embedding(rows, self.value_embeds.view(n * V, C)).unbind(0)
         return dict(zip(self.c.value_embed_layers, values))
 
     def embed_ngrams(self, batch):
@@ -630,7 +630,7 @@ class Model(nn.Module):
             before = self.one_before(before, batch, torch.zeros_like(before), f"token {i}")
             # An odd factor, so that rows of a power of two still depend on all tokens
             key = key * (self.n_vocab | 1) + before
-            x = embedding(key % len(table), table)
+            x = self.ops.embedding(key % len(table), table)
             if len(self.signs):  # those that share a row get it with other signs
                 x = x * F.embedding(key // len(table) % len(self.signs), self.signs)
             total = total + x
@@ -698,7 +698,7 @@ class Model(nn.Module):
             tokens, targets, sampled = sample_vocabulary(
                 targets, len(w), stage.n_sampled, inputs.sum(), IGNORE
             )
-            w = embedding(tokens, w)
+            w = self.ops.embedding(tokens, w)
         if others:
             loss = functools.partial(self.mixed_loss, sampled=sampled)
             rows = x, targets[:, 0], *(n.flatten(0, 1) for n in others)
@@ -736,7 +736,7 @@ class Model(nn.Module):
     def mixed_log_probs(self, x, w, targets, told, there, probs, sampled=None):
         """(N,) log probabilities of the same mixture, 0 where a target is IGNORE."""
         cap = self.c.softcap or None
-        own = linear_log_prob(x, w, targets, cap=cap, sampled=sampled, ignore_index=IGNORE)
+        own = self.ops.linear_log_prob(x, w, targets, cap=cap, sampled=sampled, ignore_index=IGNORE)
         log_prob = copies.mixture(own, self.mix(x, told), there, probs)
         return log_prob.where(targets != IGNORE, 0.0)
 
@@ -752,7 +752,7 @@ class Model(nn.Module):
             of_rows = self.mixed_log_probs
         else:
             cap = self.c.softcap or None
-            of_rows = functools.partial(linear_log_prob, cap=cap, ignore_index=IGNORE)
+            of_rows = functools.partial(self.ops.linear_log_prob, cap=cap, ignore_index=IGNORE)
         return log_probs_by_chunks(of_rows, self.lm_head[:n_vocab], *rows).view_as(inputs)
 
     @property

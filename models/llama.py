@@ -23,7 +23,7 @@ from torch import nn
 from base import InputError
 from base.options import FRACTION, POSITIVE, RATE, Options, option
 from data.loader import IGNORE
-from kernels import choose_ops, embedding, fp8_linear, linear_log_prob
+from kernels import choose_ops, fp8_linear
 from optim.adam import Adam
 from optim.adamw import adamw_rules
 from optim.muon import Muon
@@ -379,7 +379,7 @@ class Model(nn.Module):
         tokens that are asked for -> (n, C).
         """
         c = self.c
-        x = embedding(inputs, self.embed)  # (B, T, C)
+        x = self.ops.embedding(inputs, self.embed)  # (B, T, C)
         if cache and cache.blocks and cache.blocks.takes(x, cache.lengths):
             kv = cache.rooms(c.n_layer, (c.kv_heads, c.head_dim), self.dtype)
             return cache.blocks(x, cache.lengths, kv, stage.max_doc_len - 1)
@@ -508,7 +508,7 @@ class Model(nn.Module):
         """(B, T) log probabilities of the targets, 0 where one is IGNORE; n_vocab: among so many
         tokens, as logits() has them; None: and what pads them, as in training."""
         x, targets, kept = self.hidden_of(inputs, targets, cu_seqlens, stage)
-        of_rows = functools.partial(linear_log_prob, ignore_index=IGNORE)
+        of_rows = functools.partial(self.ops.linear_log_prob, ignore_index=IGNORE)
         head = self.head[:n_vocab]
         found = log_probs_by_chunks(of_rows, head, x, targets)
         return spread(kept, found, inputs.numel()).view_as(inputs)

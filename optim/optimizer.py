@@ -21,9 +21,10 @@ class Optimizer:
     ones should come first and long updates last, so that they hide the others' gathers.
     """
 
-    def __init__(self, model, rules, world, compile=False, skips=False, clip=0.0):
+    def __init__(self, model, rules, world, compile=False, skips=False, clip=0.0, fused=None):
         """world: a World; skips: whether a run goes on after steps that do not count; clip: the
-        longest gradient over all parameters that an update sees, 0 for any."""
+        longest gradient over all parameters that an update sees, 0 for any; fused: what has
+        pointwise functions in C, under their names, or None."""
         self.params = dict(model.named_parameters())
         assert rules.keys() == self.params.keys(), "the rules must name every parameter"
         # Parts of a model that are switched off have no elements
@@ -32,6 +33,7 @@ class Optimizer:
         self.compile = compile
         self.skips = skips
         self.clip = clip
+        self.fused = fused
         self.compiled = {}  # function -> the same, compiled
         self.rooms = {}  # parameter name -> its elements and zeros, where ranks do not divide it
         for name, rule in self.rules.items():
@@ -51,13 +53,13 @@ class Optimizer:
         return found
 
     def fast(self, f):
-        """A pointwise function, compiled where the run compiles.
+        """A pointwise function, compiled where the run compiles, or in C.
 
         On a CPU one compiled function on flat tensors serves every parameter; on a GPU there is one
         for each size, since Inductor vectorises loads where it knows the size.
         """
         if not self.compile:
-            return f
+            return getattr(self.fused, f.__name__, f)
         if f not in self.compiled:
             dynamic = not next(iter(self.params.values())).is_cuda
             self.compiled[f] = torch.compile(f, fullgraph=True, dynamic=dynamic)

@@ -13,7 +13,7 @@ import torch
 
 from base import InputError, RankError, last_resort, to_json
 from base.options import seconds
-from kernels import choose_ops
+from kernels import choose_ops, fused
 from kernels.attention import Shape
 from models import load_template
 from optim import Optimizer, gradient_report, rules_of
@@ -101,7 +101,7 @@ def set_up(config, stages, world, data, log):
     )
     skips = config.guard.max_skips > 0  # whether bad steps may pass
     rules = rules_of(model, config.optim)
-    optimizer = Optimizer(model, rules, world, compiled, skips, config.optim.clip)
+    optimizer = Optimizer(model, rules, world, compiled, skips, config.optim.clip, ops.fused)
     if hasattr(model, "grad_rooms"):
         model.grad_rooms = optimizer.padding_rows()
 
@@ -158,9 +158,20 @@ def choose_kernels(config, stages, world, data, dtype, log):
     shapes = ()
     if world.device.type == "cuda":  # elsewhere there is nothing to choose among
         shapes = attention_shapes(config, stages, world, data)
+    loops = None
+    if world.device.type == "cpu" and config.run.kernels == ("auto",):
+        folder = config.run.cache_dir
+        loops = machine.first_rank_first(world, lambda: fused.build(folder, log.say))
     try:
         ops = choose_ops(
-            world.device, dtype, head_dim, config.run.kernels, config.precision.fp8, say, shapes
+            world.device,
+            dtype,
+            head_dim,
+            config.run.kernels,
+            config.precision.fp8,
+            say,
+            shapes,
+            loops,
         )
     except ValueError as e:
         raise InputError(e) from None

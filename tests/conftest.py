@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
-from processes import Nursery  # noqa: E402
+from processes import Nursery, compiled_once  # noqa: E402
 
 import train_gpt  # noqa: E402
 from runtime import setting_up  # noqa: E402
@@ -48,12 +48,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def no_probe():
-    """The machine's speed, which takes half a second to measure, at the start of every run."""
+    """The machine's speed, which takes half a second to measure, at the start of every run, and
+    other things that take long."""
     speed = dict(matmul=dict(float32=1e12, bfloat16=1e12), copy=1e10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setting_up, "machine_probe", lambda device: speed)
         # And steps that are tried before a run begins
         patch.setattr(train_gpt, "expected_training", lambda setup: setup.expected_seconds)
+        patch.setattr(setting_up, "fused", compiled_once())
         yield
 
 

@@ -29,7 +29,7 @@ from data import ShardWriter
 from data.loader import IGNORE
 from data.shards import read_shard
 from inference.engine import Engine
-from kernels import launch
+from kernels import fused, launch
 from kernels.fp8_mlp import FP8MLPs
 from models import gpt
 from optim import Optimizer
@@ -78,6 +78,7 @@ def users(text, tmp_path_factory):
     imported."""
     tmp = tmp_path_factory.mktemp("users")
     c = tiny(text, tmp, target=5.5, steps=30, eval_every=5)
+    fused.build(c.run.cache_dir)  # as run.sh does when it installs
     return tmp / "run", run_trainer(*options(c), launcher=["-X", "importtime"])
 
 

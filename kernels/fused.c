@@ -1,0 +1,560 @@
+/* Ops of a training step on a CPU, each in one pass over what it reads. fused.py says what they
+   compute and calls them.
+
+   Rows are shared out as PARTS parts, whatever the number of threads: sums over rows are added up
+   part by part, so that threads change no bit. */
+
+#include "native.h"
+
+#define PARTS 16
+
+#define FOR_EACH_PART(rows)                                                                        \
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")             \
+    for (long part = 0; part < PARTS; part++)                                                      \
+        for (long first = (rows) * part / PARTS, last = (rows) * (part + 1) / PARTS, once = 1;     \
+             once; once = 0)
+
+static inline void store_row(void *to, long first, long n, const float *from, int half)
+{
+    uint16_t *b = (uint16_t *)to + first;
+    if (half) {
+#pragma omp simd
+        for (long i = 0; i < n; i++)
+            b[i] = narrow(from[i]);
+    } else
+        memcpy((float *)to + first, from, 4 * n);
+}
+
+/* one over the root of the mean square */
+static inline float inverse_rms(const float *x, long n, float eps)
+{
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++)
+        sum += x[i] * x[i];
+    return 1 / sqrtf(sum / n + eps);
+}
+
+/* --- RMSNorm of x (rows, n), or of s = x + residual, which is written; y = s r weight */
+
+void rms_norm(int half, long rows, long n, const void *x, const void *residual,
+              const float *weight, float eps, void *s, void *y, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(n * 8), *other = own + n;
+        for (long m = first; m < last; m++) {
+            load(x, m * n, n, half, own);
+            if (residual) {
+                load(residual, m * n, n, half, other);
+#pragma omp simd
+                for (long i = 0; i < n; i++)
+                    own[i] = rounded(own[i] + other[i], half);
+                store_row(s, m * n, n, own, half);
+            }
+            float r = inverse_rms(own, n, eps);
+            if (weight) {
+#pragma omp simd
+                for (long i = 0; i < n; i++)
+                    own[i] = rounded(own[i] * r, half) * weight[i];
+            } else {
+#pragma omp simd
+                for (long i = 0; i < n; i++)
+                    own[i] *= r;
+            }
+            store_row(y, m * n, n, own, half);
+        }
+        free(own);
+    }
+}
+
+/* x: what was normed; ds: gradient of the sum or NULL; dw: (PARTS, n) zeros where there is a weight */
+void rms_norm_backward(int half, long rows, long n, const void *dy, const void *ds, const void *x,
+                       const float *weight, float eps, void *dx, float *dw, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(n * 12), *g = own + n, *more = g + n;
+        float *dw_part = weight ? dw + part * n : NULL;
+        for (long m = first; m < last; m++) {
+            load(x, m * n, n, half, own);
+            load(dy, m * n, n, half, g);
+            float r = inverse_rms(own, n, eps);
+            if (weight)
+                for (long i = 0; i < n; i++) {
+                    dw_part[i] += g[i] * own[i] * r;
+                    g[i] *= weight[i];
+                }
+            float along = 0;
+#pragma omp simd reduction(+ : along)
+            for (long i = 0; i < n; i++)
+                along += g[i] * own[i];
+            along *= r * r / n;
+#pragma omp simd
+            for (long i = 0; i < n; i++)
+                g[i] = r * (g[i] - own[i] * along);
+            if (ds) {
+                load(ds, m * n, n, half, more);
+#pragma omp simd
+                for (long i = 0; i < n; i++)
+                    g[i] += more[i];
+            }
+            store_row(dx, m * n, n, g, half);
+        }
+        free(own);
+    }
+}
+
+/* --- RMSNorm and rotation of queries and keys: qkv (B, T, heads + 2 kv_heads, D) in one stretch */
+
+static inline void norm_rotate(const void *x, long from, void *y, long to, long D, int half,
+                               const float *c, const float *s, float eps, float *own, float *turned)
+{
+    long n = D / 2;
+    load(x, from, D, half, own);
+    float r = inverse_rms(own, D, eps);
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+        float a = own[i] * r, b = own[n + i] * r;
+        turned[i] = a * c[i] + b * s[i];
+        turned[n + i] = b * c[i] - a * s[i];
+    }
+    store_row(y, to, D, turned, half);
+}
+
+void qk_norm_rope(int half, long rows, long T, long heads, long kv_heads, long D, const void *qkv,
+                  const void *cos, const void *sin, float eps, void *q, void *k, int threads)
+{
+    long all = heads + 2 * kv_heads;
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(D * 12), *turned = own + D, *c = turned + D, *s = c + D / 2;
+        for (long m = first; m < last; m++) {
+            load(cos, m % T * (D / 2), D / 2, half, c);
+            load(sin, m % T * (D / 2), D / 2, half, s);
+            for (long h = 0; h < heads + kv_heads; h++) {
+                void *y = h < heads ? q : k;
+                long to = h < heads ? (m * heads + h) * D : (m * kv_heads + h - heads) * D;
+                norm_rotate(qkv, (m * all + h) * D, y, to, D, half, c, s, eps, own, turned);
+            }
+        }
+        free(own);
+    }
+}
+
+/* Gradients of q, k and v at strides (of row in the batch, position, head) each; dqkv as qkv */
+void qk_norm_rope_backward(int half, long rows, long T, long heads, long kv_heads, long D,
+                           const void *qkv, const void *cos, const void *sin, float eps,
+                           const void *gq, const void *gk, const void *gv, const int64_t *strides,
+                           void *dqkv, int threads)
+{
+    long all = heads + 2 * kv_heads, n = D / 2;
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(D * 16), *g = own + D, *turned = g + D, *c = turned + D, *s = c + n;
+        for (long m = first; m < last; m++) {
+            load(cos, m % T * n, n, half, c);
+            load(sin, m % T * n, n, half, s);
+            for (long h = 0; h < all; h++) {
+                int kind = h < heads ? 0 : h < heads + kv_heads ? 1 : 2;
+                long head = kind == 0 ? h : kind == 1 ? h - heads : h - heads - kv_heads;
+                const void *from = kind == 0 ? gq : kind == 1 ? gk : gv;
+                const int64_t *stride = strides + 3 * kind;
+                long at = m / T * stride[0] + m % T * stride[1] + head * stride[2];
+                long to = (m * all + h) * D;
+                load(from, at, D, half, g);
+                if (kind == 2) {
+                    store_row(dqkv, to, D, g, half);
+                    continue;
+                }
+                load(qkv, to, D, half, own);
+                float r = inverse_rms(own, D, eps), along = 0;
+#pragma omp simd reduction(+ : along)
+                for (long i = 0; i < n; i++) {
+                    turned[i] = g[i] * c[i] - g[n + i] * s[i];
+                    turned[n + i] = g[i] * s[i] + g[n + i] * c[i];
+                    along += turned[i] * own[i] + turned[n + i] * own[n + i];
+                }
+                along *= r * r / D;
+#pragma omp simd
+                for (long i = 0; i < D; i++)
+                    turned[i] = r * (turned[i] - own[i] * along);
+                store_row(dqkv, to, D, turned, half);
+            }
+        }
+        free(own);
+    }
+}
+
+/* --- rows of logits (rows, V), overwritten */
+
+/* z = exp(logits + bias, less its largest), of row m; returns their sum */
+static float exps_of(const void *logits, long m, long V, int half, const float *bias, float *z,
+                     float *largest)
+{
+    load(logits, m * V, V, half, z);
+    float most = -INFINITY, sum = 0;
+    if (bias) {
+#pragma omp simd
+        for (long i = 0; i < V; i++)
+            z[i] += bias[i];
+    }
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < V; i++)
+        most = z[i] > most ? z[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < V; i++) {
+        z[i] = fast_exp(z[i] - most);
+        sum += z[i];
+    }
+    *largest = most;
+    return sum;
+}
+
+static inline float number_at(const void *from, long at, int half)
+{
+    return half ? wide(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
+
+/* Losses (rows), and with wanted each one's gradient in logits' place; targets of -1 do not count */
+void cross_entropy(int half, long rows, long V, void *logits, const float *bias,
+                   const int64_t *targets, int wanted, float *losses, int threads)
+{
+    long size = half ? 2 : 4;
+    FOR_EACH_PART(rows)
+    {
+        float *z = malloc(V * 4), most;
+        for (long m = first; m < last; m++) {
+            long t = targets[m];
+            losses[m] = 0;
+            if (t < 0) {
+                if (wanted)
+                    memset((char *)logits + m * V * size, 0, V * size);
+                continue;
+            }
+            float target = number_at(logits, m * V + t, half) + (bias ? bias[t] : 0);
+            float total = exps_of(logits, m, V, half, bias, z, &most);
+            losses[m] = most + logf(total) - target;
+            if (!wanted)
+                continue;
+            float share = 1 / total;
+#pragma omp simd
+            for (long i = 0; i < V; i++)
+                z[i] *= share;
+            z[t] -= 1;
+            store_row(logits, m * V, V, z, half);
+        }
+        free(z);
+    }
+}
+
+/* --- attention: scores (N, H, S, L) become weights; mask (N, S, L) is one stretch in each row */
+
+void attention_weights(int half, long N, long H, long S, long L, void *scores, const char *mask,
+                       float scale, int threads)
+{
+    long size = half ? 2 : 4;
+    FOR_EACH_PART(N * H * S)
+    {
+        float *z = malloc(L * 4);
+        for (long m = first; m < last; m++) {
+            const char *seen = mask + (m / (H * S) * S + m % S) * L;
+            const char *begin = memchr(seen, 1, L);
+            long from = begin ? begin - seen : L;
+            const char *end = memchr(seen + from, 0, L - from);
+            long n = (end ? end - seen : L) - from;
+            char *row = (char *)scores + m * L * size;
+            float most = -INFINITY, sum = 0;
+            load(row, from, n, half, z);
+#pragma omp simd reduction(max : most)
+            for (long i = 0; i < n; i++)
+                most = z[i] > most ? z[i] : most;
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < n; i++) {
+                z[i] = fast_exp((z[i] - most) * scale);
+                sum += z[i];
+            }
+            float share = 1 / sum;
+#pragma omp simd
+            for (long i = 0; i < n; i++)
+                z[i] *= share;
+            memset(row, 0, from * size);
+            store_row(row, from, n, z, half);
+            memset(row + (from + n) * size, 0, (L - from - n) * size);
+        }
+        free(z);
+    }
+}
+
+/* d (rows, L), gradients of weights, become those of scores: w (d - sum of w d) scale */
+void attention_gradient(int half, long rows, long L, const void *weights, void *d, float scale,
+                        int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *w = malloc(L * 8), *g = w + L;
+        for (long m = first; m < last; m++) {
+            load(weights, m * L, L, half, w);
+            load(d, m * L, L, half, g);
+            float along = 0;
+#pragma omp simd reduction(+ : along)
+            for (long i = 0; i < L; i++)
+                along += w[i] * g[i];
+#pragma omp simd
+            for (long i = 0; i < L; i++)
+                g[i] = w[i] * (g[i] - along) * scale;
+            store_row(d, m * L, L, g, half);
+        }
+        free(w);
+    }
+}
+
+/* --- rows of a table: (rows, C) sums of those of dy (n, C) that have a row's index */
+
+void embedding_gradient(int half, long n, long C, long rows, const int64_t *index, const void *dy,
+                        void *sums, int threads)
+{
+    int64_t *start = calloc(rows + 2, 8), *order = malloc(n * 8);
+    for (long i = 0; i < n; i++)
+        start[index[i] + 2]++;
+    for (long r = 0; r < rows; r++)
+        start[r + 2] += start[r + 1];
+    for (long i = 0; i < n; i++)
+        order[start[index[i] + 1]++] = i;
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(C * 8), *sum = own + C;
+        for (long r = first; r < last; r++) {
+            memset(sum, 0, C * 4);
+            for (long i = start[r]; i < start[r + 1]; i++) {
+                load(dy, order[i] * C, C, half, own);
+#pragma omp simd
+                for (long j = 0; j < C; j++)
+                    sum[j] += own[j];
+            }
+            store_row(sums, r * C, C, sum, half);
+        }
+        free(own);
+    }
+    free(start);
+    free(order);
+}
+
+/* --- activations of MLPs */
+
+/* x (n) -> relu(x)^2 in its place */
+void relu2(int half, long n, void *x, int threads)
+{
+    FOR_EACH_PART(n)
+    {
+        uint16_t *b = x;
+        float *f = x;
+        if (half) {
+#pragma omp simd
+            for (long i = first; i < last; i++) {
+                float v = wide(b[i]);
+                v = v > 0 ? v : v != v ? v : 0;
+                b[i] = narrow(v * v);
+            }
+        } else {
+#pragma omp simd
+            for (long i = first; i < last; i++) {
+                float v = f[i] > 0 ? f[i] : f[i] != f[i] ? f[i] : 0;
+                f[i] = v * v;
+            }
+        }
+    }
+}
+
+/* dpost (n) -> 2 root(post) dpost in its place */
+void relu2_backward(int half, long n, void *dpost, const void *post, int threads)
+{
+    FOR_EACH_PART(n)
+    {
+        uint16_t *d = dpost;
+        const uint16_t *p = post;
+        float *df = dpost;
+        const float *pf = post;
+        if (half) {
+#pragma omp simd
+            for (long i = first; i < last; i++)
+                d[i] = narrow(wide(d[i]) * 2 * wide(narrow(sqrtf(wide(p[i])))));
+        } else {
+#pragma omp simd
+            for (long i = first; i < last; i++)
+                df[i] *= 2 * sqrtf(pf[i]);
+        }
+    }
+}
+
+/* x (rows, 2 n), gates first -> y (rows, n) */
+void swiglu(int half, long rows, long n, const void *x, void *y, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *g = malloc(n * 8), *u = g + n;
+        for (long m = first; m < last; m++) {
+            load(x, m * 2 * n, n, half, g);
+            load(x, m * 2 * n + n, n, half, u);
+#pragma omp simd
+            for (long i = 0; i < n; i++)
+                g[i] = rounded(g[i] / (1 + fast_exp(-g[i])), half) * u[i];
+            store_row(y, m * n, n, g, half);
+        }
+        free(g);
+    }
+}
+
+void swiglu_backward(int half, long rows, long n, const void *dy, const void *x, void *dx,
+                     int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *g = malloc(n * 12), *u = g + n, *d = u + n;
+        for (long m = first; m < last; m++) {
+            load(x, m * 2 * n, n, half, g);
+            load(x, m * 2 * n + n, n, half, u);
+            load(dy, m * n, n, half, d);
+#pragma omp simd
+            for (long i = 0; i < n; i++) {
+                float s = 1 / (1 + fast_exp(-g[i]));
+                float a = rounded(g[i] * s, half);
+                g[i] = d[i] * u[i] * (s * (1 + g[i] * (1 - s)));
+                u[i] = d[i] * a;
+            }
+            store_row(dx, m * 2 * n, n, g, half);
+            store_row(dx, m * 2 * n + n, n, u, half);
+        }
+        free(g);
+    }
+}
+
+/* --- optimizers: p, grad in half or fp32; master: fp32, p itself where p is fp32 */
+
+/* cautious: only where the step goes towards zero as well */
+static inline float decayed(float master, float step, float shrink, int cautious)
+{
+    return cautious && !(step * master > 0) ? master : master * (1 - shrink);
+}
+
+static inline void put(int half, void *p, float *master, long i, float x)
+{
+    master[i] = x;
+    if (half)
+        ((uint16_t *)p)[i] = narrow(x);
+}
+
+static inline void adam_part(int half, long first, long last, void *p, float *master,
+                             const void *grad, float *m, float *v, float lr, float beta1,
+                             float beta2, float eps, float correction1, float correction2,
+                             float shrink, int cautious)
+{
+    const uint16_t *gh = grad;
+    const float *gf = grad;
+#pragma omp simd
+    for (long i = first; i < last; i++) {
+        float g = half ? wide(gh[i]) : gf[i];
+        m[i] = beta1 * m[i] + (1 - beta1) * g;
+        v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+        float step = lr * (m[i] / correction1) / (sqrtf(v[i] / correction2) + eps);
+        put(half, p, master, i, decayed(master[i], step, shrink, cautious) - step);
+    }
+}
+
+void adam(int half, long n, void *p, float *master, const void *grad, float *m, float *v, float lr,
+          float beta1, float beta2, float eps, float correction1, float correction2, float shrink,
+          int cautious, int threads)
+{
+    FOR_EACH_PART(n)
+    {
+        if (half)
+            adam_part(1, first, last, p, master, grad, m, v, lr, beta1, beta2, eps, correction1,
+                      correction2, shrink, cautious);
+        else
+            adam_part(0, first, last, p, master, grad, m, v, lr, beta1, beta2, eps, correction1,
+                      correction2, shrink, cautious);
+    }
+}
+
+/* Step along update: master - lr scale update, with decay. update in half where of_half. */
+static inline void descend_row(int half, int of_half, long at, long n, void *p, float *master,
+                               const void *update, float lr, const float *scale, float shrink)
+{
+    const uint16_t *uh = (const uint16_t *)update + at;
+    const float *uf = (const float *)update + at;
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+        float u = of_half ? wide(uh[i]) : uf[i];
+        float step = u * (scale ? lr * scale[i] : lr);
+        put(half, p, master, at + i, decayed(master[at + i], u, shrink, 1) - step);
+    }
+}
+
+/* Matrices (k, rows, cols). scale: of each row (by_row) or column of each, or NULL; factor: of each
+   matrix's lr and shrink, or NULL */
+void descend(int half, int of_half, long k, long rows, long cols, void *p, float *master,
+             const void *update, float lr, float shrink, const float *scale, int by_row,
+             const float *factor, int threads)
+{
+    FOR_EACH_PART(k * rows)
+    {
+        for (long m = first; m < last; m++) {
+            float f = factor ? factor[m / rows] : 1;
+            float own_lr = lr * f * (scale && by_row ? scale[m] : 1);
+            const float *by_col = scale && !by_row ? scale + m / rows * cols : NULL;
+            if (half && of_half)
+                descend_row(1, 1, m * cols, cols, p, master, update, own_lr, by_col, shrink * f);
+            else
+                descend_row(half, of_half, m * cols, cols, p, master, update, own_lr, by_col,
+                            shrink * f);
+        }
+    }
+}
+
+/* A table's gradient (rows, cols): v (rows) averages each row's mean square; scale (rows), of the
+   step */
+void row_scale(int half, long rows, long cols, const void *grad, float *v, float lr, float beta2,
+               float eps, float correction2, float *scale, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *g = malloc(cols * 4);
+        for (long m = first; m < last; m++) {
+            float square = 0;
+            load(grad, m * cols, cols, half, g);
+#pragma omp simd reduction(+ : square)
+            for (long i = 0; i < cols; i++)
+                square += g[i] * g[i];
+            v[m] = beta2 * v[m] + (1 - beta2) * (square / cols);
+            scale[m] = lr / (sqrtf(v[m] / correction2) + eps);
+        }
+        free(g);
+    }
+}
+
+/* m <- momentum m + (1 - momentum) g; ahead, like grad: the same once more */
+void nesterov(int half, long n, const void *grad, float *m, float momentum, void *ahead,
+              int threads)
+{
+    FOR_EACH_PART(n)
+    {
+        const uint16_t *gh = grad;
+        const float *gf = grad;
+        uint16_t *ah = ahead;
+        float *af = ahead;
+        if (half) {
+#pragma omp simd
+            for (long i = first; i < last; i++) {
+                float g = wide(gh[i]);
+                m[i] = momentum * m[i] + (1 - momentum) * g;
+                ah[i] = narrow((1 - momentum) * g + momentum * m[i]);
+            }
+        } else {
+#pragma omp simd
+            for (long i = first; i < last; i++) {
+                m[i] = momentum * m[i] + (1 - momentum) * gf[i];
+                af[i] = (1 - momentum) * gf[i] + momentum * m[i];
+            }
+        }
+    }
+}

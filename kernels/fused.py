@@ -1,0 +1,404 @@
+"""What a training step does between its products on a CPU, in C: each op in one pass.
+
+    rms_norm, add_rms_norm, qk_norm_rope, swiglu, relu2_mlp, linear_cross_entropy,
+    linear_log_prob, embedding      as in their own files, with gradients
+    adam_update, adamw_update, row_scale, nesterov, descend
+                                    as in optim/, which asks for its functions by their names
+
+Outside of torch.compile PyTorch passes over its operands again for every operation, and for norms
+of bf16 numbers also to widen and to narrow them: of a step of laptop, whose products would take 40
+ms, these took 180 (docs/experiments.md). Rows here are read once, and all that is between is in
+registers or in the first cache; statistics and sums are in fp32, rounded once.
+
+native.py compiles fused.c once. Where there is no compiler, and for what is not for it (other
+dtypes and devices, softcaps, torch.compile), the PyTorch forms stay.
+
+Bytes: as in the ops' own files for one kernel each.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import native
+from .attention import attention, sdpa_attend
+from .cross_entropy import check
+from .linear_log_prob import linear_log_prob
+from .native import FLOAT, INT, LONG, POINTER
+from .op import OPS
+from .sampled_softmax import stands_for
+
+PARTS = 16  # of the rows, as in C
+DTYPES = torch.float32, torch.bfloat16
+LOGITS = 1 << 23  # that exist at one time without gradients
+
+SIGNATURES = dict(
+    rms_norm=[INT, LONG, LONG, POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER, INT],
+    rms_norm_backward=[INT, LONG, LONG, *[POINTER] * 4, FLOAT, POINTER, POINTER, INT],
+    qk_norm_rope=[INT, *[LONG] * 5, *[POINTER] * 3, FLOAT, POINTER, POINTER, INT],
+    qk_norm_rope_backward=[INT, *[LONG] * 5, *[POINTER] * 3, FLOAT, *[POINTER] * 5, INT],
+    cross_entropy=[INT, LONG, LONG, POINTER, POINTER, POINTER, INT, POINTER, INT],
+    attention_weights=[INT, *[LONG] * 4, POINTER, POINTER, FLOAT, INT],
+    attention_gradient=[INT, LONG, LONG, POINTER, POINTER, FLOAT, INT],
+    embedding_gradient=[INT, LONG, LONG, LONG, POINTER, POINTER, POINTER, INT],
+    relu2=[INT, LONG, POINTER, INT],
+    relu2_backward=[INT, LONG, POINTER, POINTER, INT],
+    swiglu=[INT, LONG, LONG, POINTER, POINTER, INT],
+    swiglu_backward=[INT, LONG, LONG, POINTER, POINTER, POINTER, INT],
+    adam=[INT, LONG, *[POINTER] * 5, *[FLOAT] * 7, INT, INT],
+    descend=[INT, INT, LONG, LONG, LONG, *[POINTER] * 3, FLOAT, FLOAT, POINTER, INT, POINTER, INT],
+    row_scale=[INT, LONG, LONG, POINTER, POINTER, *[FLOAT] * 4, POINTER, INT],
+    nesterov=[INT, LONG, POINTER, POINTER, FLOAT, POINTER, INT],
+)
+
+
+def build(folder, say=lambda message: None):
+    """The Fused of this machine; None where that is not possible. As native.build()."""
+    library = native.build("fused", folder, say)
+    return None if library is None else Fused(library)
+
+
+class Fused:
+    """The compiled library. Methods take what the PyTorch forms take."""
+
+    def __init__(self, library):
+        self.c = native.declare(library, SIGNATURES)
+
+    def __deepcopy__(self, memo):
+        return self  # copies of a model share it: it has no state
+
+    def call(self, name, x, *args):
+        """A function of the library on numbers of x's dtype. Tensors are passed by address; they
+        have to be there until it returns."""
+        given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+        function = getattr(self.c, name)
+        function(x.dtype == torch.bfloat16, *given, torch.get_num_threads())
+
+    # ----------------------------------------------------------------------------------------------
+    # Of the forward pass, with gradients
+
+    def rms_norm(self, x, weight=None, eps=1e-6):
+        if not takes(x):
+            return OPS["rms_norm"].reference(x, weight, eps)
+        return Norm.apply(self, x, None, weight, eps)[0]
+
+    def add_rms_norm(self, x, residual, weight=None, eps=1e-6):
+        if not takes(x, residual):
+            return OPS["add_rms_norm"].reference(x, residual, weight, eps)
+        return Norm.apply(self, x, residual, weight, eps)
+
+    def qk_norm_rope(self, qkv, cos, sin, n_head=None, eps=1e-6):
+        T = qkv.size(1)
+        tables = takes(qkv, cos, sin) and cos.is_contiguous() and sin.is_contiguous()
+        if not tables or min(len(cos), len(sin)) < T or qkv.size(3) % 2:
+            return OPS["qk_norm_rope"].reference(qkv, cos, sin, n_head, eps)
+        heads = qkv.size(2) // 3 if n_head is None else n_head
+        return QKNormRope.apply(self, qkv, cos, sin, heads, eps)
+
+    def swiglu(self, x):
+        if not takes(x):
+            return OPS["swiglu"].reference(x)
+        return SwiGLU.apply(self, x)
+
+    def relu2_mlp(self, x, w_up, w_down):
+        if not takes(x, w_up, w_down):
+            return OPS["relu2_mlp"].reference(x, w_up, w_down)
+        return ReLU2MLP.apply(self, x, w_up, w_down)
+
+    def linear_cross_entropy(
+        self, h, w, targets, *, cap, target_weights=None, sampled=None, ignore_index=-100, **rest
+    ):
+        one = targets.dim() == 1 or targets.size(1) == 1
+        if not (takes(h, w) and cap is None and one):
+            return OPS["linear_cross_entropy"].on_cpu(
+                h,
+                w,
+                targets,
+                cap=cap,
+                target_weights=target_weights,
+                sampled=sampled,
+                ignore_index=ignore_index,
+                **rest,
+            )
+        check(h, targets, target_weights, 1.0)
+        loss = self.losses(h, w, targets.flatten(), sampled, ignore_index).sum()
+        return loss if target_weights is None else target_weights[0] * loss
+
+    def linear_log_prob(self, h, w, targets, *, cap=None, sampled=None, ignore_index=-100):
+        if not (takes(h, w) and cap is None):
+            return linear_log_prob(
+                h, w, targets, cap=cap, sampled=sampled, ignore_index=ignore_index
+            )
+        check(h, targets, None, 1.0)
+        return -self.losses(h, w, targets, sampled, ignore_index)
+
+    def losses(self, h, w, targets, sampled, ignore_index):
+        """(N,) fp32, 0 where a target is ignore_index. Raises IndexError as PyTorch's losses do."""
+        columns = targets.where(targets != ignore_index, -1)
+        low, high = columns.aminmax()
+        if low < -1 or high >= len(w):
+            raise IndexError(f"targets from {low} to {high}: expected 0 to {len(w) - 1}")
+        return LinearCrossEntropy.apply(self, h, w, columns, sampled)
+
+    def attention(self, q, k, v, **about):
+        """As attention.py has it."""
+        return attention(q, k, v, **about, attend=self.attend)
+
+    def attend(self, q, k, v, mask, scale):
+        """Where gradients are wanted; without, PyTorch's has no scores in memory and is as fast."""
+        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        if not (takes(q, k, v) and wanted):
+            return sdpa_attend(q, k, v, mask, scale)
+        return Attend.apply(self, q, k, v, mask, scale)
+
+    def embedding(self, index, table):
+        if not (takes(table) and table.requires_grad and torch.is_grad_enabled()):
+            return F.embedding(index, table)
+        return Embedding.apply(self, index, table)
+
+    def forms(self):
+        """{name of an op: its form here}"""
+        names = "rms_norm add_rms_norm qk_norm_rope swiglu relu2_mlp linear_cross_entropy".split()
+        return {name: getattr(self, name) for name in names}
+
+    # ----------------------------------------------------------------------------------------------
+    # Of the optimizers: in place, without a guard, which a CPU looks at before
+
+    def adam_update(
+        self, p, companion, grad, m, v, lr, beta1, beta2, eps, *corrections, shrink=None, ok=None
+    ):
+        numbers = lr, beta1, beta2, eps, *corrections
+        self.adam(p, companion, grad, m, v, *numbers, shrink or 0.0, cautious=True)
+
+    def adamw_update(
+        self, p, companion, grad, m, v, lr, beta1, beta2, eps, *corrections_and_kept, ok=None
+    ):
+        *corrections, kept = corrections_and_kept
+        numbers = lr, beta1, beta2, eps, *corrections
+        self.adam(p, companion, grad, m, v, *numbers, 1 - kept, cautious=False)
+
+    def adam(self, p, companion, grad, m, v, *numbers, cautious):
+        master = p if companion is None else companion
+        grad = grad.contiguous()
+        self.call("adam", p, p.numel(), p, master, grad, m, v, *numbers, cautious)
+
+    def row_scale(self, grad, v, lr, beta2, eps, correction2, ok=None):
+        scale = torch.empty_like(v)
+        numbers = lr, beta2, eps, correction2
+        self.call("row_scale", grad, *grad.shape, grad.contiguous(), v, *numbers, scale)
+        return scale
+
+    def nesterov(self, grad, m, momentum, ok=None):
+        ahead = torch.empty_like(grad)
+        self.call("nesterov", grad, grad.numel(), grad, m, momentum, ahead)
+        return ahead
+
+    def descend(self, p, companion, update, lr, shrink=None, scale=None, ok=None, factor=None):
+        master = p if companion is None else companion
+        *k, rows, cols = p.shape if p.dim() > 1 else (1, p.numel())
+        update = update.contiguous()
+        by_row = scale is not None and scale.size(-1) == 1
+        self.call(
+            "descend",
+            p,
+            update.dtype == torch.bfloat16,
+            *(torch.Size(k).numel(), rows, cols),
+            *(p, master, update, lr, shrink or 0.0),
+            *(scale, by_row, factor),
+        )
+
+
+def takes(*tensors):
+    """Whether these are numbers of one dtype on a CPU, and nobody is compiling."""
+    x = tensors[0]
+    return (
+        x.dtype in DTYPES
+        and all(t.dtype == x.dtype and t.device.type == "cpu" for t in tensors)
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+class Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, x, residual, weight, eps):
+        x = x.contiguous()
+        n = x.size(-1)
+        y = torch.empty_like(x)
+        s = x
+        if residual is not None:
+            residual = residual.contiguous()
+            s = torch.empty_like(x)
+        wide = None if weight is None else weight.to(x.dtype).float()
+        fused.call("rms_norm", x, x.numel() // n, n, x, residual, wide, eps, s, y)
+        ctx.save_for_backward(s, weight)
+        ctx.rest = fused, eps, residual is not None
+        if residual is None:
+            return y, None
+        return y, s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, ds):
+        s, weight = ctx.saved_tensors
+        fused, eps, added = ctx.rest
+        n = s.size(-1)
+        dx = torch.empty_like(s)
+        wide = dw = None
+        if weight is not None:
+            wide = weight.to(s.dtype).float()
+            dw = torch.zeros(PARTS, n)
+        ds = None if ds is None or not added else ds.contiguous()
+        dy = dy.contiguous()
+        fused.call("rms_norm_backward", s, s.numel() // n, n, dy, ds, s, wide, eps, dx, dw)
+        if dw is not None:
+            dw = dw.sum(0).to(weight.dtype)
+        return None, dx, dx if added else None, dw, None
+
+
+class QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, qkv, cos, sin, heads, eps):
+        qkv = qkv.contiguous()
+        B, T, n, D = qkv.shape
+        others = (n - heads) // 2
+        q = qkv.new_empty(B, T, heads, D)
+        k = qkv.new_empty(B, T, others, D)
+        sizes = B * T, T, heads, others, D
+        fused.call("qk_norm_rope", qkv, *sizes, qkv, cos, sin, eps, q, k)
+        ctx.save_for_backward(qkv, cos, sin)
+        ctx.rest = fused, sizes, eps
+        return q, k, qkv[:, :, heads + others :]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        qkv, cos, sin = ctx.saved_tensors
+        fused, sizes, eps = ctx.rest
+        grads = [g if g.stride(3) == 1 else g.contiguous() for g in grads]
+        strides = torch.tensor([s for g in grads for s in g.stride()[:3]])
+        dqkv = torch.empty_like(qkv)
+        given = qkv, cos, sin, eps, *grads, strides, dqkv
+        fused.call("qk_norm_rope_backward", qkv, *sizes, *given)
+        return None, dqkv, *[None] * 4
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, x):
+        x = x.contiguous()
+        n = x.size(-1) // 2
+        y = x.new_empty(*x.shape[:-1], n)
+        fused.call("swiglu", x, y.numel() // n, n, x, y)
+        ctx.save_for_backward(x)
+        ctx.fused = fused
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        n = x.size(-1) // 2
+        dx = torch.empty_like(x)
+        ctx.fused.call("swiglu_backward", x, dy.numel() // n, n, dy.contiguous(), x, dx)
+        return None, dx
+
+
+class ReLU2MLP(torch.autograd.Function):
+    """As relu2_mlp, keeping only what is behind the activation."""
+
+    @staticmethod
+    def forward(ctx, fused, x, w_up, w_down):
+        post = F.linear(x, w_up)
+        fused.call("relu2", post, post.numel(), post)
+        ctx.save_for_backward(x, w_up, w_down, post)
+        ctx.fused = fused
+        return post @ w_down
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, w_up, w_down, post = ctx.saved_tensors
+        d = F.linear(dy, w_down)
+        ctx.fused.call("relu2_backward", d, d.numel(), d, post)
+        rows = [t.flatten(0, -2) for t in (x, dy, post, d)]
+        dw_up = rows[3].t() @ rows[0]
+        dw_down = rows[2].t() @ rows[1]
+        return None, d @ w_up, dw_up, dw_down
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """-> a loss for each row, whose gradient is g if wanted; that of the logits takes their place
+    in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, fused, h, w, targets, sampled):
+        wanted = any(ctx.needs_input_grad)
+        bias = None if sampled is None else stands_for(sampled, len(w)).float()
+        losses = torch.empty(len(h))
+        rows = len(h) if wanted else max(1, LOGITS // len(w))
+        for some, of, to in zip(h.split(rows), targets.split(rows), losses.split(rows)):
+            logits = F.linear(some, w)
+            given = len(some), len(w), logits, bias, of, wanted, to
+            fused.call("cross_entropy", h, *given)
+        if wanted:
+            ctx.save_for_backward(h, w, logits)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        h, w, dlogits = ctx.saved_tensors
+        g = g[:, None].to(h.dtype)  # (N, 1)
+        return None, g * (dlogits @ w), dlogits.t() @ (g * h), None, None
+
+
+class Attend(torch.autograd.Function):
+    """q: (N, S, H, D), k, v: (N, L, H, D), mask: (N, S, L) -> (N, S, H, D).
+
+    Scores are rounded to the inputs' dtype, as in blockwise's."""
+
+    @staticmethod
+    def forward(ctx, fused, q, k, v, mask, scale):
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (N, H, S or L, D)
+        weights = q @ k.transpose(2, 3)
+        fused.call("attention_weights", q, *weights.shape, weights, mask.contiguous(), scale)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.rest = fused, scale
+        return (weights @ v).transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        q, k, v, weights = ctx.saved_tensors
+        fused, scale = ctx.rest
+        dy = dy.transpose(1, 2).contiguous()
+        dv = weights.transpose(2, 3) @ dy
+        d = dy @ v.transpose(2, 3)
+        L = d.size(3)
+        fused.call("attention_gradient", q, d.numel() // L, L, weights, d, scale)
+        dq = d @ k
+        dk = d.transpose(2, 3) @ q
+        return None, *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None
+
+
+class Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, index, table):
+        ctx.save_for_backward(index)
+        ctx.rest = fused, len(table)
+        return F.embedding(index, table)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        fused, rows = ctx.rest
+        return None, None, gradient_of_rows(fused, ctx.saved_tensors[0], dy, rows)
+
+
+def gradient_of_rows(fused, index, dy, rows):
+    C = dy.size(-1)
+    sums = dy.new_empty(rows, C)
+    index = index.contiguous()
+    dy = dy.contiguous()
+    fused.call("embedding_gradient", dy, index.numel(), C, rows, index, dy, sums)
+    return sums
