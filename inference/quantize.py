@@ -6,11 +6,11 @@ group narrowed where that brings the weights nearer; embedding and head, of whic
 more, stay int8.
 
 A Quantized stands where a model has a matrix: F.linear, @ and F.embedding take it. Few rows go
-through PyTorch's CPU ops, which read the codes themselves (names that may change: where one is
-missing, or refuses a shape, the matrix is dequantised as it is for many rows, which is slow), and
-int8 through kernels/decoding.py where the model has its ops, which reads them faster. Only
-the template says which matrices those are (Model.quantizable); other templates have all their large
-parameters rounded to the same values, so that the loss is what it would be, and no speed.
+through kernels/decoding.py where the model has its ops, which reads the codes themselves, else
+through PyTorch's CPU ops (names that may change: where one is missing, or refuses a shape, the
+matrix is dequantised as it is for many rows). Only the template says which matrices those are
+(Model.quantizable); other templates have all their large parameters rounded to the same values, so
+that the loss is what it would be, and no speed.
 
 Small parameters, norms and gates, keep their precision. Scales and zeros are bf16.
 """
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from base import InputError
+from kernels.decoding import matrix_of_codes
 
 KINDS = ("int8", "int4")
 GROUP = 32  # inputs that share a scale, of int4
@@ -73,20 +74,11 @@ def replace_matrices(model, kind, quantizable):
 
 def in_one_piece(matrices, decoding):
     """Put the codes of matrices into one piece of memory, which is read faster than many."""
-    for kind in KINDS:
-        alike = [x for x in matrices if x.kind == kind and x.device.type == "cpu"]
-        codes = [x.packed for x in alike if x.packed is not None]
-        if not codes or len(codes) < len(alike):
-            continue
-        memory = torch.empty(sum(x.nbytes for x in codes), dtype=torch.uint8)
-        decoding.in_large_pages([memory])
-        parts = memory.split([x.nbytes for x in codes])
-        for matrix, part in zip(alike, parts):
-            own = part.view(matrix.packed.dtype).view(matrix.packed.shape)
-            own.copy_(matrix.packed)
-            if matrix.packed is matrix.codes:
-                matrix.codes = own
-            matrix.packed = own
+    alike = [x for x in matrices if x.matrix]
+    memory = torch.empty(sum(x.codes.nbytes for x in alike), dtype=torch.uint8)
+    decoding.in_large_pages([memory])
+    for x, part in zip(alike, memory.split([x.codes.nbytes for x in alike])):
+        x.put_codes(part.view(x.codes.dtype).view(x.codes.shape).copy_(x.codes))
 
 
 def round_in_place(model, kind):
@@ -117,15 +109,27 @@ class Quantized:
             kind = "int8"  # of a width that has no whole groups
         self.kind = kind
         self.shape = w.shape
-        if kind == "int8":
-            self.codes, self.scales = int8_codes(matrix)
-            self.packed = self.codes
-        else:
-            codes, self.scales = int4_codes(matrix)
-            self.codes = codes[:, ::2] | (codes[:, 1::2] << 4)  # two to a byte
-            self.packed = packed_int4(codes) if self.device.type == "cpu" else None
+        # (out,), or of int4 (out, 2, in / 32): scales and zeros
+        codes, self.scales = int8_codes(matrix) if kind == "int8" else int4_codes(matrix)
+        two_each = codes if kind == "int8" else codes[:, ::2] | (codes[:, 1::2] << 4)
+        self.put_codes(two_each.contiguous())
         self.bits = 8 * self.codes.nbytes + 8 * self.scales.nbytes
-        self.has_op = self.device.type == "cpu" and self.works()
+        # Of PyTorch's op
+        self.has_op = False
+        if self.matrix is None and self.device.type == "cpu":
+            if kind == "int8":
+                self.packed = self.codes
+            else:
+                self.packed = packed_int4(codes)
+                self.op_scales = self.scales.permute(2, 0, 1).contiguous()
+            self.has_op = self.works()
+
+    def put_codes(self, codes):
+        """Have the codes here; matrix: decoding.c's, or None where that is not used."""
+        self.codes = codes
+        self.matrix = None
+        if self.decoding:
+            self.matrix = matrix_of_codes(self.kind, codes, self.scales)
 
     def works(self):
         """Whether PyTorch has an op for it that takes these shapes."""
@@ -162,8 +166,9 @@ class Quantized:
             raise TypeError("of a quantized matrix only the first rows can be taken, of int8")
         first = object.__new__(Quantized)
         first.__dict__.update(self.__dict__)
-        first.codes = first.packed = self.codes[rows]
         first.scales = self.scales[rows]
+        first.put_codes(self.codes[rows])
+        first.packed = first.codes
         first.shape = torch.Size([len(first.codes), self.shape[1]])
         return first
 
@@ -171,13 +176,15 @@ class Quantized:
 
     def dequantized(self, rows=None):
         """(out, in) in the dtype it had, or only some rows of it."""
+        if self.matrix and rows is None:
+            return self.decoding.dequantized(self.matrix, self.dtype)
         codes = self.codes if rows is None else self.codes[rows]
         scales = self.scales if rows is None else self.scales[rows]
         if self.kind == "int8":
             return codes.to(self.dtype) * scales[..., None].to(self.dtype)
         n, half = codes.shape
         pairs = torch.stack([codes & 15, codes >> 4], dim=2).view(n, -1, GROUP)
-        scale, zero = scales.transpose(0, 1).float().unbind(2)  # (out, groups) each
+        scale, zero = scales.float().unbind(1)  # (out, groups) each
         return (
             ((pairs.float() - 8) * scale[..., None] + zero[..., None])
             .view(n, 2 * half)
@@ -188,12 +195,12 @@ class Quantized:
         """(M, in) bf16 -> (M, out), by an op that reads the codes."""
         if self.kind == "int8":
             return torch.ops.aten._weight_int8pack_mm(x, self.packed, self.scales)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.scales)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.op_scales)
 
     def linear(self, x):
         """(..., in) -> (..., out)."""
-        if self.decoding and self.kind == "int8":
-            y = self.decoding.linear_int8(x, self.codes, self.scales)
+        if self.matrix:
+            y = self.decoding.linear_codes(x, self.matrix)
             if y is not None:
                 return y
         rows = x.reshape(-1, x.size(-1))
@@ -224,7 +231,7 @@ def int8_codes(w):
 
 
 def int4_codes(w):
-    """(out, in) uint8 from 0 to 15, and (in / 32, out, 2) bf16 scales and zeros."""
+    """(out, in) uint8 from 0 to 15, and (out, 2, in / 32) bf16 scales and zeros."""
     groups = w.view(len(w), -1, GROUP)
     low, high = groups.amin(2), groups.amax(2)
     best = None
@@ -244,8 +251,7 @@ def int4_codes(w):
         best[2] = torch.where(nearer, scale, best[2])
         best[3] = torch.where(nearer, zero, best[3])
     _, codes, scale, zero = best
-    both = torch.stack([scale, zero], dim=2).transpose(0, 1).contiguous()
-    return codes.view_as(w).to(torch.uint8), both
+    return codes.view_as(w).to(torch.uint8), torch.stack([scale, zero], dim=1)
 
 
 def packed_int4(codes):

@@ -5,6 +5,9 @@
 
 #include "native.h"
 
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -20,6 +23,7 @@
 #define AHEAD 4096 /* bytes: those of the next outputs */
 #define LINE 64
 #define ROWS 4    /* of what lies transposed, that are added at once */
+#define GROUP 32  /* inputs of int4 that share a scale */
 #define FEW 4096  /* keys of queries, of which one thread makes short work */
 #define TOGETHER 4   /* values that are added at once */
 #define MOST_ROWS 16 /* of activations, where there has to be a limit */
@@ -50,11 +54,12 @@ static inline void read_ahead(const void *row, long n_bytes)
 
 /* --- products: y (rows, n_out) = x (rows, n_in) w^T */
 
-enum { FP32, BF16, INT8 }; /* kinds of weights */
+enum { FP32, BF16, INT8, INT4 }; /* kinds of weights */
 
 struct matrix {
-    const void *w;          /* (n_out, n_in), or (n_in, n_out) where it is stored transposed */
-    const uint16_t *scales; /* of int8: (n_out,) bf16 */
+    const void *w; /* (n_out, n_in), or (n_in, n_out) where it is stored transposed */
+    /* bf16, of int8: (n_out,); of int4: (n_out, 2, n_in / GROUP) of scales and zeros */
+    const uint16_t *scales;
     long n_out, n_in;
     int kind, transposed;
 };
@@ -65,11 +70,12 @@ struct input {
     float *x; /* (rows, n) */
     /* For bf16, in the place of what follows */
     float *halves; /* (rows, 2, n / 2): even inputs, then odd ones */
-    /* For int8 */
+    /* For int8 and int4 */
     int16_t *whole;     /* (rows, n): x in steps */
-    int8_t *high, *low; /* (rows, n): 256 high + low is whole */
+    int8_t *high, *low; /* (rows, n): 256 high + low is whole; for int4 even inputs, then odd ones */
     float *steps;       /* (rows,) */
-    int64_t *sums;      /* (rows,): of high and low */
+    int64_t *sums;      /* (rows,): of whole */
+    float *group_sums;  /* (rows, n / GROUP), for int4 */
     void *memory;
 };
 
@@ -77,13 +83,14 @@ static struct input room(long rows, long n)
 {
     struct input in = {.rows = rows, .n = n};
     long some = (rows * n + LINE - 1) / LINE * LINE;
-    char *memory = in.memory = aligned_alloc(LINE, 8 * some + (rows * 16 + LINE) / LINE * LINE);
+    char *memory = in.memory = aligned_alloc(LINE, 9 * some + (rows * 16 + LINE) / LINE * LINE);
     in.x = (float *)memory;
     in.halves = (float *)(memory + 4 * some);
     in.whole = (int16_t *)in.halves;
     in.high = (int8_t *)memory + 6 * some;
     in.low = (int8_t *)memory + 7 * some;
-    in.sums = (int64_t *)(memory + 8 * some);
+    in.group_sums = (float *)(memory + 8 * some);
+    in.sums = (int64_t *)(memory + 9 * some);
     in.steps = (float *)(in.sums + rows);
     return in;
 }
@@ -150,11 +157,64 @@ static inline float dot_int8(const struct input *in, long m, const int8_t *w)
 }
 #endif
 
-/* x in whole numbers, for int8: as large ones as a sum of n products in int32 leaves room for */
-static void to_whole_numbers(struct input *in)
+#ifdef __AVX512VNNI__
+static inline __m128 four_wide(const uint16_t *x)
+{
+    __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)x));
+    return _mm_castsi128_ps(_mm_slli_epi32(bits, 16));
+}
+#endif
+
+/* A row of int4: the sum over groups of scale * (codes - 8) * x + zero * x; byte j has the codes of
+   inputs 2 j (below) and 2 j + 1 */
+static inline float dot_int4(const struct input *in, long m, const uint8_t *w,
+                             const uint16_t *scales)
+{
+    long n = in->n, n_groups = n / GROUP, g = 0;
+    const uint16_t *zeros = scales + n_groups;
+    const float *sums = in->group_sums + m * n_groups;
+    float y = 0;
+#ifdef __AVX512VNNI__
+    /* Four groups are 64 bytes, and as vectors of 16 have four sums each */
+    const int8_t *high = in->high + m * n, *low = in->low + m * n;
+    const __m512i below = _mm512_set1_epi8(15);
+    const __m512i four_each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    __m512 of_codes = _mm512_setzero_ps();
+    __m128 of_rest = _mm_setzero_ps();
+    for (; g + 4 <= n_groups; g += 4) {
+        long at = g * GROUP / 2;
+        __m512i codes = _mm512_loadu_si512(w + at);
+        __m512i even = _mm512_and_si512(codes, below);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), below);
+        __m512i of_high = _mm512_setzero_si512(), of_low = of_high;
+        of_high = _mm512_dpbusd_epi32(of_high, even, _mm512_loadu_si512(high + at));
+        of_high = _mm512_dpbusd_epi32(of_high, odd, _mm512_loadu_si512(high + n / 2 + at));
+        of_low = _mm512_dpbusd_epi32(of_low, even, _mm512_loadu_si512(low + at));
+        of_low = _mm512_dpbusd_epi32(of_low, odd, _mm512_loadu_si512(low + n / 2 + at));
+        __m512i all = _mm512_add_epi32(_mm512_slli_epi32(of_high, 8), of_low);
+        __m128 scale = four_wide(scales + g);
+        __m512 scale_each = _mm512_permutexvar_ps(four_each, _mm512_castps128_ps512(scale));
+        of_codes = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), scale_each, of_codes);
+        __m128 rest = _mm_fnmadd_ps(_mm_set1_ps(8), scale, four_wide(zeros + g));
+        of_rest = _mm_fmadd_ps(_mm_loadu_ps(sums + g), rest, of_rest);
+    }
+    y = _mm512_reduce_add_ps(_mm512_add_ps(of_codes, _mm512_zextps128_ps512(of_rest)));
+#endif
+    for (; g < n_groups; g++) {
+        const int16_t *x = in->whole + m * n + g * GROUP;
+        const uint8_t *codes = w + g * GROUP / 2;
+        int32_t sum = 0;
+        for (int j = 0; j < GROUP / 2; j++)
+            sum += x[2 * j] * (codes[j] & 15) + x[2 * j + 1] * (codes[j] >> 4);
+        y += (float)sum * wide(scales[g]) + sums[g] * (wide(zeros[g]) - 8 * wide(scales[g]));
+    }
+    return y;
+}
+
+/* x in whole numbers up to `most` */
+static void to_whole_numbers(struct input *in, float most)
 {
     long n = in->n;
-    float most = (float)LARGEST(n);
     for (long m = 0; m < in->rows; m++) {
         const float *x = in->x + m * n;
         int16_t *whole = in->whole + m * n;
@@ -172,17 +232,53 @@ static void to_whole_numbers(struct input *in)
             whole[i] = (int16_t)(int32_t)(t + (t < 0 ? -0.5f : 0.5f));
         }
         in->steps[m] = largest / most + bad;
-#ifdef IN_BYTES
+    }
+}
+
+static inline void to_bytes(int16_t whole, int8_t *high, int8_t *low)
+{
+    int16_t above = (int16_t)(whole + 128) >> 8;
+    *high = (int8_t)above;
+    *low = (int8_t)(whole - 256 * above);
+}
+
+/* What products with this matrix take instead of x */
+static void prepare(const struct matrix *a, struct input *in)
+{
+    long n = in->n, half = n / 2;
+    if (a->kind == INT8)
+        to_whole_numbers(in, (float)LARGEST(n));
+    if (a->kind == INT4)
+        to_whole_numbers(in, 32639);
+    for (long m = 0; m < in->rows; m++) {
+        const int16_t *whole = in->whole + m * n;
         int8_t *high = in->high + m * n, *low = in->low + m * n;
-        int32_t sum = 0;
-        for (long i = 0; i < n; i++) {
-            int16_t above = (int16_t)(whole[i] + 128) >> 8;
-            high[i] = (int8_t)above;
-            low[i] = (int8_t)(whole[i] - 256 * above);
-            sum += whole[i];
+        if (a->kind == INT8) {
+            int32_t sum = 0;
+            for (long i = 0; i < n; i++) {
+                to_bytes(whole[i], high + i, low + i);
+                sum += whole[i];
+            }
+            in->sums[m] = sum;
+        } else if (a->kind == INT4) {
+            for (long i = 0; i < half; i++) {
+                to_bytes(whole[2 * i], high + i, low + i);
+                to_bytes(whole[2 * i + 1], high + half + i, low + half + i);
+            }
+            for (long g = 0; g < n / GROUP; g++) {
+                int32_t sum = 0;
+                for (int i = 0; i < GROUP; i++)
+                    sum += whole[g * GROUP + i];
+                in->group_sums[m * (n / GROUP) + g] = (float)sum;
+            }
+        } else if (a->kind == BF16 && !a->transposed) {
+            const float *x = in->x + m * n;
+            float *even = in->halves + m * n, *odd = even + half;
+            for (long i = 0; i < half; i++) {
+                even[i] = x[2 * i];
+                odd[i] = x[2 * i + 1];
+            }
         }
-        in->sums[m] = sum;
-#endif
     }
 }
 
@@ -191,7 +287,12 @@ static inline void output(const struct matrix *a, const struct input *in, long o
                           long stride)
 {
     long n = a->n_in;
-    if (a->kind == INT8) {
+    if (a->kind == INT4) {
+        const uint8_t *w = (const uint8_t *)a->w + o * n / 2;
+        read_ahead(w, n / 2);
+        for (long m = 0; m < in->rows; m++)
+            y[m * stride] = dot_int4(in, m, w, a->scales + o * 2 * (n / GROUP)) * in->steps[m];
+    } else if (a->kind == INT8) {
         const int8_t *w = (const int8_t *)a->w + o * n;
         float scale = wide(a->scales[o]);
         read_ahead(w, n);
@@ -268,20 +369,6 @@ static void transposed_outputs(const struct matrix *a, const struct input *in, l
     free(halves);
 }
 
-/* What products with this matrix take instead of x */
-static void prepare(const struct matrix *a, struct input *in)
-{
-    long n = in->n, half = n / 2;
-    if (a->kind == INT8)
-        to_whole_numbers(in);
-    if (a->kind == BF16 && !a->transposed)
-        for (long m = 0; m < in->rows; m++)
-            for (long i = 0; i < half; i++) {
-                in->halves[m * n + i] = in->x[m * n + 2 * i];
-                in->halves[m * n + half + i] = in->x[m * n + 2 * i + 1];
-            }
-}
-
 /* y (rows, n_out); of several matrices, whose outputs stand one after the other in each row. Each
    thread has some of the outputs. */
 static void multiply(const struct matrix *a, int n_matrices, struct input *in, float *y, int threads)
@@ -318,6 +405,31 @@ void linear(int half, long rows, const struct matrix *a, const void *x, void *y,
         store(y, i, found[i], half);
     free(found);
     free(in.memory);
+}
+
+/* A matrix of codes as numbers, y (n_out, n_in) */
+void dequantize(int half, const struct matrix *a, void *y, int threads)
+{
+    long n_in = a->n_in, n_groups = n_in / GROUP;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long o = 0; o < a->n_out; o++) {
+        if (a->kind == INT8) {
+            const int8_t *w = (const int8_t *)a->w + o * n_in;
+            float scale = wide(a->scales[o]);
+            for (long k = 0; k < n_in; k++)
+                store(y, o * n_in + k, w[k] * scale, half);
+            continue;
+        }
+        const uint8_t *w = (const uint8_t *)a->w + o * n_in / 2;
+        for (long g = 0; g < n_groups; g++) {
+            float scale = wide(a->scales[o * 2 * n_groups + g]);
+            float zero = wide(a->scales[(o * 2 + 1) * n_groups + g]);
+            for (long k = g * GROUP / 2; k < (g + 1) * GROUP / 2; k++) {
+                store(y, o * n_in + 2 * k, ((w[k] & 15) - 8) * scale + zero, half);
+                store(y, o * n_in + 2 * k + 1, ((w[k] >> 4) - 8) * scale + zero, half);
+            }
+        }
+    }
 }
 
 /* --- between products */

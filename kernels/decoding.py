@@ -42,7 +42,7 @@ MOST_INPUTS = 1 << 14  # beyond, int8's activations may have fewer than 10 bits
 MOST = 1 << 18  # activations, up to which the small ops are worth it
 MATRICES = "q", "kv", "o", "gate_up", "down"  # of a block
 NORMS = "attn_norm", "q_norm", "k_norm", "mlp_norm"
-INT8 = 2  # decoding.c's number for what is in none of DTYPES
+CODES = dict(int8=2, int4=3)  # decoding.c's numbers of kinds that are in none of DTYPES
 
 
 class Matrix(ctypes.Structure):
@@ -70,6 +70,7 @@ class Block(ctypes.Structure):
 SIGNATURES = dict(
     in_large_pages=[POINTER, LONG],
     linear=[INT, LONG, POINTER, POINTER, POINTER, INT],
+    dequantize=[INT, POINTER, POINTER, INT],
     rms_norm=[INT, LONG, LONG, POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER],
     rotate_halves=[INT, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER],
     attend=[INT, LONG, LONG, LONG, LONG, LONG, LONG, FLOAT, POINTER, POINTER, LONG, POINTER, LONG]
@@ -181,13 +182,18 @@ class Decoding:
             return linear_reference(x, w, transposed)
         return self.product(x, matrix)
 
-    def linear_int8(self, x, codes, scales):
-        """x (..., C), codes (n_out, C) int8, scales (n_out,) bf16 -> (..., n_out); None where it is
-        not for this."""
-        few = x.numel() <= FEW_ROWS * x.size(-1) and x.size(-1) <= MOST_INPUTS
-        if not (few and takes(x)):
-            return None
-        return self.product(x, Matrix(codes.data_ptr(), scales.data_ptr(), *codes.shape, INT8, 0))
+    def linear_codes(self, x, matrix):
+        """x (..., C), a Matrix of codes -> (..., n_out); None where it is not for this."""
+        few = x.numel() <= FEW_ROWS * x.size(-1)
+        return self.product(x, matrix) if few and takes(x) else None
+
+    def dequantized(self, matrix, dtype):
+        """(n_out, n_in) of a Matrix of codes, in fp32 or bf16."""
+        y = torch.empty(matrix.n_out, matrix.n_in, dtype=dtype)
+        half = dtype == torch.bfloat16
+        threads = torch.get_num_threads()
+        self.c.dequantize(half, ctypes.addressof(matrix), y.data_ptr(), threads)
+        return y
 
     def product(self, x, matrix):
         y = x.new_empty(*x.shape[:-1], matrix.n_out)
@@ -278,9 +284,7 @@ def takes(x, contiguous=True):
 def matrix_of(w, transposed):
     """The Matrix of a tensor, or of what stands for one; None for what decoding.c does not have."""
     if not isinstance(w, torch.Tensor):
-        if w.kind != "int8" or w.n_inputs > MOST_INPUTS:
-            return None
-        return Matrix(w.codes.data_ptr(), w.scales.data_ptr(), *w.codes.shape, INT8, 0)
+        return w.matrix
     if w.dtype not in DTYPES or not w.is_contiguous() or w.device.type != "cpu":
         return None
     n_out, n_in = w.shape[::-1] if transposed else w.shape
@@ -289,6 +293,18 @@ def matrix_of(w, transposed):
     if w.dtype == torch.bfloat16 and w.size(1) % 2:  # which are multiplied in pairs
         return None
     return Matrix(w.data_ptr(), None, n_out, n_in, DTYPES.index(w.dtype), transposed)
+
+
+def matrix_of_codes(kind, codes, scales):
+    """The Matrix of (n_out, n_in) int8 with (n_out,) scales, or of (n_out, n_in / 2) uint8 with two
+    codes of int4 each, the even input's in the lower bits, and (n_out, 2, n_in / 32) scales and
+    zeros; scales in bf16. None for what decoding.c does not have."""
+    n_out, n_in = codes.shape
+    if kind == "int4":
+        n_in *= 2
+    if n_in > MOST_INPUTS or codes.device.type != "cpu":
+        return None
+    return Matrix(codes.data_ptr(), scales.data_ptr(), n_out, n_in, CODES[kind], False)
 
 
 class Blocks:

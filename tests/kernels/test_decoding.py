@@ -67,7 +67,7 @@ def test_products_in_int8(compiled, dtype, n_out, n_in):
     codes = draw(n_out, n_in, seed=1).mul(60).clamp(-128, 127).to(torch.int8)
     scales = draw(n_out, seed=2).abs().to(HALF)
     exact = x.double() @ (codes.double() * scales.double()[:, None]).t()
-    found = compiled.linear_int8(x, codes, scales)
+    found = compiled.linear_codes(x, decoding.matrix_of_codes("int8", codes, scales))
     error = (found.double() - exact).abs().max() / exact.abs().max()
     assert error < (1e-3 if dtype == torch.float32 else 5e-3)
 
@@ -76,10 +76,38 @@ def test_the_largest_int8_products_do_not_overflow(compiled):
     for n_in in 64, 768, decoding.MOST_INPUTS:
         x = torch.full((1, n_in), 3.0)
         codes = torch.full((2, n_in), -128, dtype=torch.int8)
-        found = compiled.linear_int8(x, codes, torch.ones(2, dtype=HALF))
+        ones = torch.ones(2, dtype=HALF)
+        found = compiled.linear_codes(x, decoding.matrix_of_codes("int8", codes, ones))
         torch.testing.assert_close(found, torch.full((1, 2), -384.0 * n_in), rtol=2e-3, atol=0)
-    wide = torch.zeros(1, decoding.MOST_INPUTS + 1)
-    assert compiled.linear_int8(wide, codes, codes) is None
+    wide = torch.zeros(1, decoding.MOST_INPUTS + 1, dtype=torch.int8)
+    assert decoding.matrix_of_codes("int8", wide, ones) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_out, n_in", [(1, 32), (7, 96), (5, 768), (3, 2080)])
+def test_codes_of_int4(compiled, dtype, n_out, n_in):
+    """Products of few rows, and all of it as numbers."""
+    codes = torch.randint(16, (n_out, n_in), generator=torch.Generator().manual_seed(0))
+    scales = draw(n_out, 2, n_in // 32, seed=2).to(HALF)  # and zeros
+    scale, zero = scales.double().repeat_interleave(32, dim=2).unbind(1)
+    w = (codes - 8) * scale + zero
+    two_each = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+    matrix = decoding.matrix_of_codes("int4", two_each, scales)
+    assert torch.equal(compiled.dequantized(matrix, dtype), w.to(dtype))
+    x = draw(3, n_in, dtype=dtype)
+    exact = x.double() @ w.t()
+    found = compiled.linear_codes(x, matrix)
+    error = (found.double() - exact).abs().max() / exact.abs().max()
+    assert found.dtype == dtype and error < (2e-4 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_int8_as_numbers(compiled, dtype):
+    codes = torch.randint(-128, 128, (7, 45), generator=torch.Generator().manual_seed(0))
+    codes, scales = codes.to(torch.int8), draw(7, dtype=HALF)
+    matrix = decoding.matrix_of_codes("int8", codes, scales)
+    expected = codes.to(dtype) * scales.to(dtype)[:, None]
+    assert torch.equal(compiled.dequantized(matrix, dtype), expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -87,7 +115,8 @@ def test_what_is_not_finite_stays_so(compiled, bad):
     x = draw(1, 64)
     x[0, 40] = bad
     codes = torch.ones(3, 64, dtype=torch.int8)
-    assert not compiled.linear_int8(x, codes, torch.ones(3, dtype=HALF)).isfinite().any()
+    of_codes = decoding.matrix_of_codes("int8", codes, torch.ones(3, dtype=HALF))
+    assert not compiled.linear_codes(x, of_codes).isfinite().any()
     half = x.to(HALF)
     assert not compiled.linear(half, torch.ones(3, 64, dtype=HALF)).isfinite().any()
     assert compiled.ops(REFERENCE).rms_norm(half).isnan()[0, 40]
@@ -159,7 +188,8 @@ def test_gradients_and_many_rows_are_left_to_pytorch(compiled):
     assert x.grad is not None
     many = draw(decoding.FEW_ROWS + 1, 16)
     codes = torch.ones(3, 16, dtype=torch.int8)
-    assert compiled.linear_int8(many, codes, torch.ones(3, dtype=HALF)) is None
+    matrix = decoding.matrix_of_codes("int8", codes, torch.ones(3, dtype=HALF))
+    assert compiled.linear_codes(many, matrix) is None
     assert ops.rms_norm(draw(2, 16).double()).dtype == torch.float64
 
 

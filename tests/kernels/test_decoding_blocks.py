@@ -104,7 +104,7 @@ def test_as_exact_as_the_models_blocks(compiled, lengths, fields, window, dtype)
         for ours, pytorch, wanted in checks:
             assert ours.dtype == dtype and ours.shape == wanted.shape
             error, eager_error = ((t.double() - wanted).abs().max() for t in (ours, pytorch))
-            assert error <= 2 * eager_error + torch.finfo(dtype).eps * wanted.abs().max()
+            assert error <= 2 * eager_error + 4 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
 @torch.no_grad()
