@@ -291,18 +291,10 @@ class Pieces:
             whole[rank[begin : begin + len(part)]] = part
         return whole
 
-    def file(self, piece):
-        return self.folder / f"{numbered(self.numbers[piece])}.jsonl.zst"
-
     def documents(self, wanted):
         """Yield (number, line) of documents with these numbers, in the order of numbers."""
         wanted = np.unique(wanted)
-        for piece in np.unique(self.owner[wanted]):
-            begin = self.starts[piece]
-            inside = set((wanted[self.owner[wanted] == piece] - begin).tolist())
-            for j, line in enumerate(read_lines(self.file(piece))):
-                if j in inside:
-                    yield int(begin + j), line
+        yield from zip(wanted.tolist(), lines_at(self.folder, self.whereabouts(wanted)))
 
     @functools.cached_property
     def firsts(self):
@@ -319,16 +311,15 @@ class Pieces:
         return np.stack([pieces, self.places[documents], documents - first], axis=1)
 
 
-def texts_at(folder, whereabouts):
-    """The texts of documents by their Pieces.whereabouts() (n, 3), which ascend."""
-    texts = []
+def lines_at(folder, whereabouts):
+    """Yield the lines of documents by their Pieces.whereabouts() (n, 3), which ascend; parts
+    without any are not read."""
     part = None
     for piece, at, line in whereabouts.tolist():
         if part != (piece, at):
             part = (piece, at)
             lines = read_part(folder / f"{numbered(piece)}.jsonl.zst", at)
-        texts.append(json.loads(lines[line])["text"])
-    return texts
+        yield json.loads(lines[line])
 
 
 def unit_hash(keys, salt):
@@ -432,7 +423,7 @@ def compare_some(read_folder, whereabouts, pairs, config):
     from . import dedup
 
     def read(wanted):
-        return texts_at(read_folder, whereabouts[wanted])
+        return [line["text"] for line in lines_at(read_folder, whereabouts[wanted])]
 
     return dedup.similarities(read, *pairs, config)
 

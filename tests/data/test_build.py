@@ -209,7 +209,9 @@ def test_texts_are_compared_by_all_processes(tmp_path, monkeypatch):
 
     cleaned = [line["text"] for path in sorted(read.glob("*.zst")) for line in read_lines(path)]
     there = stages.Pieces(read)
-    assert stages.texts_at(read, there.whereabouts(np.arange(250))) == cleaned
+    wanted = np.array([0, 1, 2, 50, 119, 120, 121, 122, 249])
+    found = [(i, line["text"]) for i, line in there.documents(wanted)]
+    assert found == [(i, cleaned[i]) for i in wanted.tolist()]
     order = np.roll(np.arange(250), 250 - 122)  # those for validation first
     by_rank = [cleaned[i] for i in order]
     config = dedup.MinHash()
