@@ -235,7 +235,9 @@ def make_tokens(todo, stages, files, checksums, crew):
     tokens = stages.run(
         "tokenizer",
         [clear.key, given, todo.tokenizer_bytes],
-        lambda folder: work.choose_tokenizer(todo, tokenizer, texts.folder, clear.folder, folder),
+        lambda folder: crew.alone(
+            work.choose_tokenizer, todo, tokenizer, texts.folder, clear.folder, folder
+        ),
     )
     encoded = stages.run(
         "encode",

@@ -138,8 +138,7 @@ class Workers:
             return
 
         if self.pool is None:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.processes, context, initializer=end_with_parent)
+            self.pool = self.started(self.processes)
         waiting = []
         for args in itertools.chain(head, arguments):
             waiting.append(self.pool.submit(function, *args))
@@ -147,6 +146,19 @@ class Workers:
                 yield waiting.pop(0).result()
         while waiting:
             yield waiting.pop(0).result()
+
+    def alone(self, function, *args):
+        """function(*args), for what takes much memory: in a process that ends afterwards, without
+        the others, which keep tables. With one process, in this one."""
+        if self.processes == 1:
+            return function(*args)
+        self.close()
+        with self.started(1) as pool:
+            return pool.submit(function, *args).result()
+
+    def started(self, processes):
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(processes, context, initializer=end_with_parent)
 
     def close(self):
         if self.pool is not None:

@@ -224,6 +224,15 @@ def test_texts_are_compared_by_all_processes(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found[order], order[first])
 
 
+def test_what_takes_much_memory_is_alone():
+    with pieces.workers(2) as crew:
+        list(crew.map(abs, [(1,), (2,)]))
+        assert crew.pool is not None
+        assert crew.alone(os.getpid) != os.getpid() and crew.pool is None
+    with pieces.workers(1) as crew:
+        assert crew.alone(os.getpid) == os.getpid()
+
+
 def test_pairs_for_a_process_are_few_and_not_much_text(monkeypatch):
     monkeypatch.setattr(stages, "COMPARED", 100)
     monkeypatch.setattr(dedup, "TEXTS_AT_ONCE", 3)
