@@ -38,7 +38,9 @@ class Counts:
     """How often tokens followed contexts of 0, 1, ..., n - 1 tokens. Without a text: never."""
 
     def __init__(self, n, tables=None, device=None):
-        """tables: what tables() gave."""
+        """tables: what tables() gave; device: the CPU if None, whatever new tensors' is: on meta
+        these would have PyTorch import torch.compile, a second."""
+        device = device or "cpu"
         self.n = n
         self.known = tables is not None
         self.own = False  # whether it is the text that is trained on
