@@ -18,7 +18,7 @@ usage() {
     cat <<'END'
 Train a GPT to a target loss against the clock, on this machine, and use what was trained.
 
-  ./run.sh [OPTIONS]          train this machine's track: gpt2-small on GPUs, else laptop
+  ./run.sh [OPTIONS]          train this machine's track: gpt2-small on GPUs, else laptop-counts
   ./run.sh --track NAME       train another one: see tracks/
   ./run.sh --text FILE        train on your own text, a file or a folder
   ./run.sh VERB [OPTIONS]     one of these; each has --help

@@ -250,7 +250,7 @@ def parse_args(argv, beneath=None):
     elif first["text"] or is_built(first["data"]):
         track = "own-text"
     else:
-        track = "gpt2-small" if torch.cuda.is_available() else "laptop"
+        track = "gpt2-small" if torch.cuda.is_available() else "laptop-counts"
     fields = run or (beneath or {}) | load_track(track)  # {option: value}
     template = first["template"] or fields.get("template", Goal.template)
     # Another template than the track's has no use for options that it does not know
@@ -285,8 +285,8 @@ def parse_args(argv, beneath=None):
 
 DESCRIPTION = """\
 Train a GPT to a target loss against the clock. Without --track: gpt2-small where there is a CUDA
-GPU, else laptop; own-text with --text. Brackets hold the track's values; lists have an entry for
-each of the equally long stages of training, or one for all. The result is one line of JSON on
+GPU, else laptop-counts; own-text with --text. Brackets hold the track's values; lists have an entry
+for each of the equally long stages of training, or one for all. The result is one line of JSON on
 stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input, 143 or 130 stopped by
 SIGTERM or Ctrl-C, with the work saved, 1 what nobody expected, of which --debug shows all."""
 

@@ -29,7 +29,7 @@ from .sampled_softmax import stands_for
 
 PARTS = 16  # of the rows, as in C
 DTYPES = torch.float32, torch.bfloat16
-LOGITS = 1 << 23  # that exist at one time without gradients
+LOGITS = 1 << 22  # that exist at one time without gradients: as many fit the caches
 
 SIGNATURES = dict(
     rms_norm=[INT, LONG, LONG, POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER, INT],
@@ -137,7 +137,8 @@ class Fused:
         low, high = columns.aminmax()
         if low < -1 or high >= len(w):
             raise IndexError(f"targets from {low} to {high}: expected 0 to {len(w) - 1}")
-        return LinearCrossEntropy.apply(self, h, w, columns, sampled)
+        wanted = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+        return LinearCrossEntropy.apply(self, h, w, columns, sampled, wanted)
 
     def attention(self, q, k, v, **about):
         """As attention.py has it."""
@@ -331,13 +332,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     in the forward pass."""
 
     @staticmethod
-    def forward(ctx, fused, h, w, targets, sampled):
-        wanted = any(ctx.needs_input_grad)
+    def forward(ctx, fused, h, w, targets, sampled, wanted):
         bias = None if sampled is None else stands_for(sampled, len(w)).float()
         losses = torch.empty(len(h))
         rows = len(h) if wanted else max(1, LOGITS // len(w))
+        buffer = h.new_empty(min(rows, len(h)), len(w))
         for some, of, to in zip(h.split(rows), targets.split(rows), losses.split(rows)):
-            logits = F.linear(some, w)
+            logits = torch.mm(some, w.t(), out=buffer[: len(some)])
             given = len(some), len(w), logits, bias, of, wanted, to
             fused.call("cross_entropy", h, *given)
         if wanted:
@@ -349,7 +350,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         h, w, dlogits = ctx.saved_tensors
         g = g[:, None].to(h.dtype)  # (N, 1)
-        return None, g * (dlogits @ w), dlogits.t() @ (g * h), None, None
+        return None, g * (dlogits @ w), dlogits.t() @ (g * h), None, None, None
 
 
 class Attend(torch.autograd.Function):
