@@ -341,6 +341,7 @@ class ChatSft(Nanochat):
 
     __module__ = Nanochat.__module__  # whose functions it asks for in its interpreter
     needs = (*Nanochat.needs, "scripts/chat_sft.py", "tasks/smoltalk.py")
+    compiles = True  # model and optimizer, as it comes; not where PyTorch's compiler fails
 
     def measure(self, there, steps):
         with tempfile.TemporaryDirectory(prefix="teaching-") as folder:
@@ -371,8 +372,19 @@ class ChatSft(Nanochat):
             options |= {"device-batch-size": BATCH // ROW_LEN, "total-batch-size": BATCH}
             options |= {"eval-every": -1, "chatcore-every": -1}
             flags = [f"--{name}={value}" for name, value in options.items()]
-            self.run("chat_sft", "-P", driver, "train", spec, *flags)
-            return self.numbers()
+            command = "chat_sft", "-P", driver, "train", spec, *flags
+            if self.compiles:
+                try:
+                    self.run(*command)
+                    return self.numbers() | dict(versions=dict(compiled=True))
+                except InputError as e:
+                    if "inductor" not in str(e):
+                        raise
+                    say(f"{e}; once more without the compiler")
+                    self.compiles = False
+            self.env["TORCHDYNAMO_DISABLE"] = "1"
+            self.run(*command)
+            return self.numbers() | dict(versions=dict(compiled=False))
 
     def numbers(self):
         """What its log says, a step a line."""

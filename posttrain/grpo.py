@@ -20,7 +20,9 @@ from base import InputError, whole_file
 from data.questions import Answer, answer_batch, rows_of
 from inference.engine import Engine, Request
 from inference.sampling import Sampling
+from kernels import decoding
 from records.metrics import Evaluation, measure
+from runtime import machine
 from runtime.policy import advantages, token_weights
 from runtime.saved import fill
 from runtime.setting_up import is_compiled, val_stage, weights_after
@@ -74,7 +76,8 @@ def learn(reward, setup, session):
     stage = val_stage(setup, 1)
     tokenizer = setup.data.dataset.tokenizer
     row_len = config.data.row_len
-    engine = Engine(model, stage, tokenizer, row_len, policy.places, PROMPT_TOKENS)
+    answering = as_it_answers(setup, session)
+    engine = Engine(answering, stage, tokenizer, row_len, policy.places, PROMPT_TOKENS)
     session.start()
     if session.at.validated < 0 or session.missed_validation():
         validate(setup, session, engine, reward)  # how good it is before it begins, too
@@ -122,6 +125,23 @@ def learn(reward, setup, session):
             session.save()
     session.end()
     reward.close()
+
+
+def as_it_answers(setup, session):
+    """The model as the engine has it: with the same parameters and buffers and, on a CPU, with the
+    ops of kernels/decoding.py, where its own are in C as well."""
+    model = setup.model
+    ops = getattr(model, "ops", None)
+    if getattr(ops, "fused", None) is None:
+        return model
+    folder = setup.config.run.cache_dir
+    compile_once = functools.partial(decoding.build, folder, session.log.say)
+    compiled = machine.first_rank_first(setup.world, compile_once)
+    if compiled is None:
+        return model
+    answering = copy.copy(model)
+    answering.ops = compiled.ops(ops)
+    return answering
 
 
 def roll_out(setup, step, engine, reward):

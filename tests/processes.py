@@ -4,6 +4,7 @@ torch, which takes long."""
 import contextlib
 import ctypes
 import getpass
+import importlib
 import io
 import json
 import math
@@ -158,12 +159,12 @@ def remains(run_dir):
     return [p.name for p in run_dir.rglob("*") if p.suffix in (".aside", ".old", ".trash", ".tmp")]
 
 
-def compiled_once():
-    """In place of kernels/fused.py: its library without the two seconds that it takes where a
-    run's cache is empty."""
-    from kernels import fused
-
-    library = fused.build(Path(tempfile.gettempdir(), f"stopwatch_{getpass.getuser()}"))
+def compiled_once(module="fused"):
+    """In place of kernels/fused.py, or decoding.py: its library without the two seconds that it
+    takes where a run's cache is empty."""
+    library = importlib.import_module(f"kernels.{module}").build(
+        Path(tempfile.gettempdir(), f"stopwatch_{getpass.getuser()}")
+    )
     return types.SimpleNamespace(build=lambda folder, say: library)
 
 

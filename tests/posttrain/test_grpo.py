@@ -5,10 +5,12 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from helpers import ROOT, kill_verb, same_weights, tiny, write_text
+from processes import compiled_once
 from safetensors.torch import load_file
 
 import train_gpt as tg
@@ -18,6 +20,7 @@ from data.questions import rows_of as rows_of_answers
 from inference.engine import Engine, Request
 from inference.sampling import Sampling
 from posttrain import grpo
+from runtime.machine import World
 from runtime.policy import PolicyConfig, PolicyLoss
 from runtime.saved import load_run
 
@@ -82,11 +85,20 @@ def taught(base):
     return load_run(base / "start")
 
 
-def test_engine_and_trainer_agree_on_what_was_drawn(base, taught):
+@pytest.fixture(autouse=True, scope="module")
+def decoding_compiled_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "decoding", compiled_once("decoding"))
+        yield
+
+
+@pytest.mark.parametrize("in_c", [False, True])
+def test_engine_and_trainer_agree_on_what_was_drawn(in_c, base, taught):
     """The log probabilities of answers, greedy ones and drawn ones, those that ended and those that
-    were cut, in packed rows."""
+    were cut, in packed rows; by the ops of training, and by those that a run decodes with."""
     questions = [q for q in load_prompts(base, taught) for _ in range(3)]
-    engine = Engine(taught.model, taught.stage, taught.tokenizer, 96, places=5, part=64)
+    model = answering_model(taught) if in_c else taught.model
+    engine = Engine(model, taught.stage, taught.tokenizer, 96, places=5, part=64)
     end = taught.tokenizer.specials["<|im_end|>"]
     often = Sampling(logit_bias=((end, 4.0),))
     requests = [
@@ -106,6 +118,26 @@ def test_engine_and_trainer_agree_on_what_was_drawn(base, taught):
     own = batch.targets != -100
     assert own.sum() == sum(len(c.written) for c in written)
     torch.testing.assert_close(said[own], batch.old[own], atol=1e-4, rtol=0)
+
+
+def answering_model(taught):
+    """As grpo has it; its parameters are those of the model, whatever becomes of them."""
+    fused = compiled_once().build(None, None)
+    if fused is None:
+        pytest.skip("there is no C compiler")
+    model = taught.model
+    plain = model.ops
+    run = types.SimpleNamespace(cache_dir=None)
+    setup = types.SimpleNamespace(model=model, config=types.SimpleNamespace(run=run), world=World())
+    session = types.SimpleNamespace(log=types.SimpleNamespace(say=None))
+    assert grpo.as_it_answers(setup, session) is model  # in PyTorch alone
+    model.ops = plain.replace(fused=fused)
+    found = grpo.as_it_answers(setup, session)
+    model.ops = plain
+    assert found is not model and found.ops.decoding is not None and plain.decoding is None
+    for name, p in model.named_parameters():
+        assert found.get_parameter(name) is p
+    return found
 
 
 def load_prompts(base, taught):
