@@ -249,7 +249,7 @@ class Engine:
     def decode(self, rows, cache, **how):
         """Lists of new token ids -> logits (B, n_vocab) of what follows them, on the CPU."""
         logits = self.decoder.decode(*padded(rows, self.device), cache, self.stage, **how)
-        if not logits.isfinite().all():
+        if not logits.sum().isfinite():  # a tenth of what it takes to ask each
             raise InputError("the model's logits are not finite: its weights are of no use")
         return logits.cpu()
 

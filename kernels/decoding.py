@@ -35,9 +35,10 @@ from .native import FLOAT, INT, LONG, POINTER
 
 ROWS = 4  # of a transposed matrix that are added at once
 DTYPES = torch.float32, torch.bfloat16  # of activations and of weights that are no codes
-# Rows up to which one product after the other is faster than PyTorch's product of matrices; no
-# more than decoding.c's MOST_ROWS
+# Rows up to which one product after the other is faster than PyTorch's product of matrices, and of
+# codes than making numbers of them first; no more than decoding.c's MOST_ROWS
 FEW_ROWS = 8
+FEW_ROWS_OF_CODES = 32
 MOST_INPUTS = 1 << 14  # beyond, int8's activations may have fewer than 10 bits
 MOST = 1 << 18  # activations, up to which the small ops are worth it
 MATRICES = "q", "kv", "o", "gate_up", "down"  # of a block
@@ -184,7 +185,7 @@ class Decoding:
 
     def linear_codes(self, x, matrix):
         """x (..., C), a Matrix of codes -> (..., n_out); None where it is not for this."""
-        few = x.numel() <= FEW_ROWS * x.size(-1)
+        few = x.numel() <= FEW_ROWS_OF_CODES * x.size(-1)
         return self.product(x, matrix) if few and takes(x) else None
 
     def dequantized(self, matrix, dtype):
@@ -341,8 +342,14 @@ class Blocks:
 
     def takes(self, x, lengths):
         """Whether it is for x (B, S, C), the new tokens of rows that have so many before."""
-        few = x.size(0) * x.size(1) <= FEW_ROWS and takes(x)
-        return few and x.dtype == self.dtype and max(lengths) + x.size(1) <= self.positions
+        of_codes = self.blocks[0].q.kind in CODES.values()
+        few = x.size(0) * x.size(1) <= (FEW_ROWS_OF_CODES if of_codes else FEW_ROWS)
+        return (
+            few
+            and takes(x)
+            and x.dtype == self.dtype
+            and max(lengths) + x.size(1) <= self.positions
+        )
 
     def __call__(self, x, lengths, kv, window):
         """What is ready for the head: (B, S, C), in place of x. kv: (keys, values) of each layer,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from base import InputError
 from inference import sampling
-from inference.sampling import Sampling, process
+from inference.sampling import Sampling, process, top_p
 
 V = 50
 
@@ -141,6 +141,16 @@ def test_temperature_zero_is_the_likeliest():
     logits += torch.arange(V) / 1e4  # no ties
     ours = process(logits, Sampling(temperature=0.0), tokens, tokens)
     assert sampling.draw(ours, [None] * len(ours)) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("n_vocab, spread", [(501, 3.0), (4000, 1.0), (4000, 3.0), (20000, 1.0)])
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 0.999, 1.0])
+def test_top_p_of_large_vocabularies(n_vocab, spread, p):
+    """Where it looks among the likeliest first."""
+    from transformers.generation.logits_process import TopPLogitsWarper
+
+    logits = spread * torch.randn(3, n_vocab, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(top_p(logits, p), TopPLogitsWarper(p)(None, logits))
 
 
 @pytest.mark.parametrize("options", [{}, dict(temperature=1.7), dict(top_p=0.8), dict(min_p=0.2)])

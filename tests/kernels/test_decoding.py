@@ -40,7 +40,7 @@ def check(found, eager, exact):
     assert error <= 2 * eager_error + torch.finfo(found.dtype).eps
 
 
-@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("rows", [1, 3, 6, 9])
 @pytest.mark.parametrize("n_out, n_in", [(1, 4), (7, 36), (130, 96), (64, 770)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,8 +62,9 @@ def test_large_pages_change_no_value(compiled):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_out, n_in", [(1, 4), (7, 36), (64, 4864)])
-def test_products_in_int8(compiled, dtype, n_out, n_in):
-    x = draw(5, n_in, dtype=dtype)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_products_in_int8(compiled, dtype, n_out, n_in, rows):
+    x = draw(rows, n_in, dtype=dtype)
     codes = draw(n_out, n_in, seed=1).mul(60).clamp(-128, 127).to(torch.int8)
     scales = draw(n_out, seed=2).abs().to(HALF)
     exact = x.double() @ (codes.double() * scales.double()[:, None]).t()
@@ -186,7 +187,7 @@ def test_gradients_and_many_rows_are_left_to_pytorch(compiled):
     with torch.enable_grad():
         ops.rms_norm(x).sum().backward()
     assert x.grad is not None
-    many = draw(decoding.FEW_ROWS + 1, 16)
+    many = draw(decoding.FEW_ROWS_OF_CODES + 1, 16)
     codes = torch.ones(3, 16, dtype=torch.int8)
     matrix = decoding.matrix_of_codes("int8", codes, torch.ones(3, dtype=HALF))
     assert compiled.linear_codes(many, matrix) is None
