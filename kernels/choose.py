@@ -26,7 +26,7 @@ class Ops(types.SimpleNamespace):
 
     rms_norm, add_rms_norm, qk_norm_rope, relu2_mlp, swiglu, linear_cross_entropy, symmetric_matmul
                     as in the ops' files, in the form that was chosen
-    embedding, linear_log_prob
+    embedding, linear_log_prob, rotate_halves
                     in PyTorch or in C
     attention       with its backend bound
     polar_express   in the form that goes with symmetric_matmul's
@@ -137,7 +137,7 @@ def choose_ops(
         linear_log_prob=fused.linear_log_prob if in_c else linear_log_prob,
         polar_express=polar_express_by_kernels if by_kernels else polar_express,
         linear=linear_reference,
-        rotate_halves=rotate_halves_reference,
+        rotate_halves=fused.rotate_halves if in_c else rotate_halves_reference,
         attend_one=None,
         decoding=None,
         fused=fused if in_c else None,

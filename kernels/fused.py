@@ -1,6 +1,6 @@
 """What a training step does between its products on a CPU, in C: each op in one pass.
 
-    rms_norm, add_rms_norm, qk_norm_rope, swiglu, relu2_mlp, linear_cross_entropy,
+    rms_norm, add_rms_norm, qk_norm_rope, rotate_halves, swiglu, relu2_mlp, linear_cross_entropy,
     linear_log_prob, embedding      as in their own files, with gradients
     adam_update, adamw_update, row_scale, nesterov, descend
                                     as in optim/, which asks for its functions by their names
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from . import native
 from .attention import attention, sdpa_attend
 from .cross_entropy import check
+from .decoding import rotate_halves_reference
 from .linear_log_prob import linear_log_prob
 from .native import FLOAT, INT, LONG, POINTER
 from .op import OPS
@@ -36,6 +37,7 @@ SIGNATURES = dict(
     rms_norm_backward=[INT, LONG, LONG, *[POINTER] * 4, FLOAT, POINTER, POINTER, INT],
     qk_norm_rope=[INT, *[LONG] * 5, *[POINTER] * 3, FLOAT, POINTER, POINTER, INT],
     qk_norm_rope_backward=[INT, *[LONG] * 5, *[POINTER] * 3, FLOAT, *[POINTER] * 5, INT],
+    rotate_halves=[INT, *[LONG] * 4, *[POINTER] * 4, FLOAT, POINTER, INT],
     cross_entropy=[INT, LONG, LONG, POINTER, POINTER, POINTER, INT, POINTER, INT],
     attention_weights=[INT, *[LONG] * 4, POINTER, POINTER, FLOAT, INT],
     attention_gradient=[INT, LONG, LONG, POINTER, POINTER, FLOAT, INT],
@@ -93,6 +95,14 @@ class Fused:
             return OPS["qk_norm_rope"].reference(qkv, cos, sin, n_head, eps)
         heads = qkv.size(2) // 3 if n_head is None else n_head
         return QKNormRope.apply(self, qkv, cos, sin, heads, eps)
+
+    def rotate_halves(self, x, cos, sin):
+        """As decoding.py has it; of rows that all begin at position 0."""
+        tables = cos.shape == sin.shape == (x.size(1), 1, x.size(-1) // 2)
+        in_one = cos.is_contiguous() and sin.is_contiguous()
+        if not (x.dim() == 4 and tables and in_one and takes(x, cos, sin)):
+            return rotate_halves_reference(x, cos, sin)
+        return RotateHalves.apply(self, x, cos, sin)
 
     def swiglu(self, x):
         if not takes(x):
@@ -281,6 +291,30 @@ class QKNormRope(torch.autograd.Function):
         given = qkv, cos, sin, eps, *grads, strides, dqkv
         fused.call("qk_norm_rope_backward", qkv, *sizes, *given)
         return None, dqkv, *[None] * 4
+
+
+class RotateHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        ctx.fused = fused
+        return turned(fused, x, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return None, turned(ctx.fused, dy, *ctx.saved_tensors, -1.0), None, None
+
+
+def turned(fused, x, cos, sin, sign):
+    """x: (B, T, H, D), turned by its positions' angles or, with a sign of -1, against them."""
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    B, T, H, D = x.shape
+    y = x.new_empty(x.shape)
+    strides = torch.tensor(x.stride()[:3])
+    fused.call("rotate_halves", x, B * T, T, H, D, x, strides, cos, sin, sign, y)
+    return y
 
 
 class SwiGLU(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from kernels import choose_ops, fused, native
 from kernels.attention import attention
+from kernels.decoding import rotate_halves_reference
 from kernels.embedding import embedding
 from kernels.linear_log_prob import linear_log_prob
 from kernels.op import OPS
@@ -68,6 +69,29 @@ def test_norms(c, dtype, shape, weighted):
     weights = [draw(shape[-1], dtype=dtype, seed=2)] if weighted else []
     same(c.rms_norm, OPS["rms_norm"].reference, [x, *weights])
     same(c.add_rms_norm, OPS["add_rms_norm"].reference, [x, more, *weights])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 14), (3, 17, 2, 64)])
+def test_rotation_by_halves(c, dtype, shape):
+    """Of a slice of a projection as well, whose heads are not one stretch."""
+    B, T, H, D = shape
+    angles = draw(T, 1, D // 2, seed=3)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
+
+    def reference(x):
+        return rotate_halves_reference(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    x = draw(*shape, dtype=dtype)
+    same(lambda x: c.rotate_halves(x, cos, sin), reference, [x])
+    both = draw(B, T, 2, H, D, dtype=dtype)
+    same(lambda x: c.rotate_halves(x[:, :, 1], cos, sin), lambda x: reference(x[:, :, 1]), [both])
+    if dtype == HALF:  # rounded where PyTorch rounds
+        assert torch.equal(c.rotate_halves(x, cos, sin), reference(x))
+    # Of positions of their own, as in decoding, it leaves them to PyTorch
+    each = cos.expand(B, T, 1, D // 2)
+    assert torch.equal(c.rotate_halves(x, each, each), rotate_halves_reference(x, each, each))
 
 
 def test_norm_of_what_is_not_contiguous(c):
