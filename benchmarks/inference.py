@@ -10,6 +10,8 @@ machine reads memory are the floor; `of floor` is floor / time. Prefill is compa
 large matrix products in its dtype. Ours are the model's own steps with the likeliest token each
 time, transformers is its generate(), llama.cpp what it says of itself. Those of the same numbers,
 and a reading of memory, take turns in one process with the same threads; each number is a median.
+On a busy machine, --cpu-time with --threads 1 counts the seconds that the process had instead of
+those that passed.
 """
 
 import statistics
@@ -17,6 +19,7 @@ import time
 
 import torch
 
+from base import InputError
 from benchmarks import llama_cpp as rival
 from benchmarks.options import COUNT
 from benchmarks.report import document, number, say, table
@@ -43,6 +46,7 @@ def add_arguments(parser):
     parser.option("--kinds", str, ALL, "KIND", "of weights", nargs="+", choices=ALL)
     parser.flag("--llama-cpp", "llama.cpp beside float32 and int8, by the package xllamacpp")
     parser.flag("--no-transformers", "without transformers")
+    parser.flag("--cpu-time", "by the process's own seconds, for one thread on a busy machine")
     parser.flag("--quick", "llama-20m, batch 1, one context, few tokens")
     parser.flag("--profile", "print what a decoded token's time goes into, for each variant")
 
@@ -57,6 +61,7 @@ def run(
     kinds=ALL,
     llama_cpp=False,
     no_transformers=False,
+    cpu_time=False,
     quick=False,
     profile=False,
     save=lambda result: None,
@@ -65,6 +70,9 @@ def run(
         track, batch, context, tokens, repeats = "llama-20m", (1,), (64,), 16, 3
     if threads:
         torch.set_num_threads(threads)
+    if cpu_time and torch.get_num_threads() > 1:
+        raise InputError("--cpu-time: expected --threads 1, of several the seconds add up")
+    clock = time.process_time if cpu_time else time.perf_counter
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     instructions = {"PyTorch": torch.backends.cpu.get_cpu_capability()}
     if llama_cpp:
@@ -72,6 +80,7 @@ def run(
     result = dict(
         track=track,
         threads=torch.get_num_threads(),
+        seconds="of the process" if cpu_time else "that passed",
         instructions=instructions,
         matmul=machine_probe(device)["matmul"],
         rows=[],
@@ -82,7 +91,7 @@ def run(
         variants = beside_each_other(kind, track, max_len, device, llama_cpp, not no_transformers)
         for rows in batch:
             for n in context:
-                for variant, measured in measure(variants, rows, n, tokens, repeats, device):
+                for variant, measured in measure(variants, rows, n, tokens, repeats, device, clock):
                     rate = result["matmul"].get(variant.matmul)
                     if rate:
                         flops = measured["prefill_tokens_per_s"] * variant.flops_per_token
@@ -119,10 +128,10 @@ class Reading:
         if decoding:
             decoding.in_large_pages([self.x])
 
-    def rate(self):
-        start = time.perf_counter()
+    def rate(self, clock):
+        start = clock()
         self.x.sum().item()
-        return READ_BYTES / (time.perf_counter() - start)
+        return READ_BYTES / (clock() - start)
 
 
 class Variant:
@@ -142,16 +151,16 @@ class Variant:
     def cache_bytes(self, n):
         """Of the keys and values of a row with n tokens."""
 
-    def timed(self, rows, context, tokens):
-        """(seconds of prefill, of a decoded token); None where it cannot do that."""
-        start = time.perf_counter()
+    def timed(self, rows, context, tokens, clock):
+        """(seconds of prefill, of a decoded token) by a clock; None where it cannot do that."""
+        start = clock()
         state = self.prefill(rows, context)
-        prefill = time.perf_counter() - start
+        prefill = clock() - start
         times = []
         for _ in range(tokens):
-            start = time.perf_counter()
+            start = clock()
             state = self.decode(state)
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         return prefill, statistics.median(times)
 
 
@@ -225,11 +234,11 @@ class Transformers(Variant):
         return self.ours.cache_bytes(n)
 
     @torch.inference_mode()
-    def timed(self, rows, context, tokens):
+    def timed(self, rows, context, tokens, clock):
         inputs = torch.randint(self.ours.n_vocab, (rows, context), device=self.ours.device)
         seconds = []
         for n in 1, tokens + 1:
-            start = time.perf_counter()
+            start = clock()
             self.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -238,7 +247,7 @@ class Transformers(Variant):
                 do_sample=False,
                 pad_token_id=0,
             )
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         return seconds[0], (seconds[1] - seconds[0]) / tokens
 
 
@@ -248,7 +257,7 @@ def vocabulary(fields):
     return int(name.partition(":")[2]) if ":" in name else 50257
 
 
-def measure(variants, rows, context, tokens, repeats, device):
+def measure(variants, rows, context, tokens, repeats, device, clock):
     """(variant, medians of its prefill and decode and how near the floor decoding is) of each that
     can do so many rows."""
     reading = Reading(device, variants[0].model.ops.decoding)
@@ -256,8 +265,8 @@ def measure(variants, rows, context, tokens, repeats, device):
     found = [[] for _ in variants]
     for _ in range(repeats + 1):  # the first one warms up
         for times, variant in zip(found, variants):
-            times.append(variant.timed(rows, context, tokens))
-            rates.append(reading.rate())
+            times.append(variant.timed(rows, context, tokens, clock))
+            rates.append(reading.rate(clock))
     read_rate = statistics.median(rates)
     for times, variant in zip(found, variants):
         if times[0] is None:
@@ -299,7 +308,7 @@ def render(result):
     uses = "; ".join(f"{who}: {what}" for who, what in result["instructions"].items())
     rates = [r["read_bytes_per_s"] / 1e9 for r in result["rows"]]
     about = (
-        f"{result['track']}, {result['threads']} threads; {uses}; memory read at {min(rates):.1f} "
-        f"to {max(rates):.1f} GB/s"
+        f"{result['track']}, {result['threads']} threads, seconds {result['seconds']}; {uses}; "
+        f"memory read at {min(rates):.1f} to {max(rates):.1f} GB/s"
     )
     return document(about, table(head, rows))

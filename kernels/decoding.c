@@ -25,6 +25,7 @@
 #define ROWS 4    /* of what lies transposed, that are added at once */
 #define GROUP 32  /* inputs of int4 that share a scale */
 #define FEW 4096  /* keys of queries, of which one thread makes short work */
+#define MANY 65536 /* activations, with which one thread alone is slower */
 #define TOGETHER 4   /* values that are added at once */
 #define MOST_ROWS 32 /* of activations, where there has to be a limit */
 #define PART 16      /* outputs of SwiGLU that are computed together */
@@ -532,12 +533,18 @@ void dequantize(int half, const struct matrix *a, void *y, int threads)
 
 /* --- between products */
 
+static inline int worth_threads(long n, int threads)
+{
+    return threads > 1 && n >= MANY;
+}
+
 /* s = x + residual, where there is one; y = s / rms(s), times weight */
 void rms_norm(int half, long rows, long n, const void *x, const void *residual, const void *weight,
-              float eps, void *s, void *y)
+              float eps, void *s, void *y, int threads)
 {
-    float *own = malloc(n * 8), *other = own + n;
+#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(rows * n, threads))
     for (long m = 0; m < rows; m++) {
+        float *own = malloc(n * 8), *other = own + n;
         load(x, m * n, n, half, own);
         if (residual) {
             load(residual, m * n, n, half, other);
@@ -554,18 +561,36 @@ void rms_norm(int half, long rows, long n, const void *x, const void *residual, 
             float normal = rounded(own[i] * r, half);
             store(y, m * n + i, weight ? normal * other[i] : normal, half);
         }
+        free(own);
     }
-    free(own);
+}
+
+/* x (rows, 2 n), of gates and of what they let through -> y (rows, n) */
+void swiglu(int half, long rows, long n, const void *x, void *y, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(rows * n, threads))
+    for (long m = 0; m < rows; m++) {
+        float *gate = malloc(n * 8), *up = gate + n;
+        load(x, m * 2 * n, 2 * n, half, gate);
+#pragma omp simd
+        for (long i = 0; i < n; i++)
+            gate[i] = rounded(gate[i] / (1 + fast_exp(-gate[i])), half) * up[i];
+        for (long i = 0; i < n; i++)
+            store(y, m * n + i, gate[i], half);
+        free(gate);
+    }
 }
 
 /* x (rows, heads, width), the last two in one stretch and rows `stride` apart, turned by its row's
    angles (rows, width / 2) */
 void rotate_halves(int half, long rows, long heads, long width, long stride, const void *x,
-                   const void *cos, const void *sin, void *y)
+                   const void *cos, const void *sin, void *y, int threads)
 {
     long n = width / 2;
-    float *own = malloc(width * 8), *c = own + width, *s = c + n;
+#pragma omp parallel for schedule(static) num_threads(threads) \
+    if (worth_threads(rows * heads * width, threads))
     for (long m = 0; m < rows; m++) {
+        float *own = malloc(width * 8), *c = own + width, *s = c + n;
         load(cos, m * n, n, half, c);
         load(sin, m * n, n, half, s);
         for (long h = 0; h < heads; h++) {
@@ -576,8 +601,8 @@ void rotate_halves(int half, long rows, long heads, long width, long stride, con
                 store(y, to + n + i, own[n + i] * c[i] + own[i] * s[i], half);
             }
         }
+        free(own);
     }
-    free(own);
 }
 
 /* --- attention */
@@ -742,7 +767,7 @@ static void prepare_heads(float *x, long n, long width, const float *weight, flo
 }
 
 /* h (rows, F) = silu(x w_gate^T) * (x w_up^T); a: both matrices, one above the other */
-static void swiglu(const struct matrix *a, struct input *in, float *h, int threads)
+static void gate_up(const struct matrix *a, struct input *in, float *h, int threads)
 {
     long n = a->n_out / 2, n_parts = (n + PART - 1) / PART;
     prepare(a, in);
@@ -810,7 +835,7 @@ void blocks(const struct shape *s, const struct block *all, long n_blocks, const
                 own[i] += added[m * width + i];
             normalise(own, b->mlp_norm, s->eps, width, h.x + m * width);
         }
-        swiglu(&b->gate_up, &h, wide_h.x, threads);
+        gate_up(&b->gate_up, &h, wide_h.x, threads);
         multiply(&b->down, 1, &wide_h, added, threads);
 #pragma omp simd
         for (long i = 0; i < n * width; i++)

@@ -3,6 +3,7 @@ model, and the small ops between them.
 
     linear         y = x w^T             w in fp32 or bf16, also stored transposed, or in int8
     rms_norm, add_rms_norm               as in their own file
+    swiglu         as in its own file
     rotate_halves  pairs (j, j + D / 2) of each head turned by the angles of its row
     attend_one     a token's attention to the keys and values of its row, where its own are put
     Blocks         all blocks of a Llama or a Qwen3 in one call: norm, queries, keys and values in
@@ -40,7 +41,7 @@ DTYPES = torch.float32, torch.bfloat16  # of activations and of weights that are
 FEW_ROWS = 8
 FEW_ROWS_OF_CODES = 32
 MOST_INPUTS = 1 << 14  # beyond, int8's activations may have fewer than 10 bits
-MOST = 1 << 18  # activations, up to which the small ops are worth it
+MOST = 1 << 22  # activations, up to which the small ops were tried
 MATRICES = "q", "kv", "o", "gate_up", "down"  # of a block
 NORMS = "attn_norm", "q_norm", "k_norm", "mlp_norm"
 CODES = dict(int8=2, int4=3)  # decoding.c's numbers of kinds that are in none of DTYPES
@@ -72,8 +73,9 @@ SIGNATURES = dict(
     in_large_pages=[POINTER, LONG],
     linear=[INT, LONG, POINTER, POINTER, POINTER, INT],
     dequantize=[INT, POINTER, POINTER, INT],
-    rms_norm=[INT, LONG, LONG, POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER],
-    rotate_halves=[INT, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER],
+    rms_norm=[INT, LONG, LONG, POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER, INT],
+    swiglu=[INT, LONG, LONG, POINTER, POINTER, INT],
+    rotate_halves=[INT, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER, INT],
     attend=[INT, LONG, LONG, LONG, LONG, LONG, LONG, FLOAT, POINTER, POINTER, LONG, POINTER, LONG]
     + [POINTER, POINTER, POINTER, POINTER, INT],
     blocks=[POINTER, POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, POINTER, POINTER, INT],
@@ -157,8 +159,12 @@ class Decoding:
                 return ops.add_rms_norm(x, residual, weight, eps)
             return self.rms_norm(x, residual, weight, eps)
 
+        def swiglu(x):
+            return self.swiglu(x) if takes(x) else ops.swiglu(x)
+
         return ops.replace(
             linear=self.linear,
+            swiglu=swiglu,
             rms_norm=rms_norm,
             add_rms_norm=add_rms_norm,
             rotate_halves=self.rotate_halves,
@@ -225,21 +231,34 @@ class Decoding:
             eps,
             s.data_ptr(),
             y.data_ptr(),
+            torch.get_num_threads(),
         )
         return y, s
 
+    def swiglu(self, x):
+        """(..., 2 F) -> (..., F), as in swiglu.py."""
+        n = x.size(-1) // 2
+        y = x.new_empty(*x.shape[:-1], n)
+        sizes = x.numel() // (2 * n), n
+        addresses = x.data_ptr(), y.data_ptr()
+        self.c.swiglu(x.dtype == torch.bfloat16, *sizes, *addresses, torch.get_num_threads())
+        return y
+
     def rotate_halves(self, x, cos, sin):
-        """As rotate_halves_reference; of one new token in each row."""
-        one_each = x.dim() == 4 and x.size(1) == 1 and cos.shape[:2] == x.shape[:2]
+        """As rotate_halves_reference; of tokens that have angles of their own, (B, S, 1, D / 2)."""
+        one_each = x.dim() == 4 and cos.shape[:2] == x.shape[:2]
+        # Tokens stand at equal distances
         in_rows = x.stride()[2:] == (x.size(-1), 1)
+        in_rows = in_rows and (x.size(0) == 1 or x.stride(0) == x.size(1) * x.stride(1))
         angles = cos.is_contiguous() and sin.is_contiguous() and cos.dtype == x.dtype
         if not (one_each and in_rows and angles and takes(x, contiguous=False)):
             return rotate_halves_reference(x, cos, sin)
         y = torch.empty(x.shape, dtype=x.dtype)
         self.c.rotate_halves(
             x.dtype == torch.bfloat16,
-            *(x.size(0), x.size(2), x.size(3), x.stride(0)),
+            *(x.size(0) * x.size(1), x.size(2), x.size(3), x.stride(1)),
             *(t.data_ptr() for t in (x, cos, sin, y)),
+            torch.get_num_threads(),
         )
         return y
 

@@ -157,11 +157,13 @@ class KVCache:
         # Only what a query may see is read; one query in each of such rows sees all of that
         begin = max(0, n * shortest - window)
         one = alike and q.size(1) == 1
+        whole = alike and not shortest and end <= window + 1  # a text from its beginning
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             keys[: self.rows, begin:end].transpose(1, 2),
             values[: self.rows, begin:end].transpose(1, 2),
-            attn_mask=None if one else self.mask(n, window, begin, end),
+            attn_mask=None if one or whole else self.mask(n, window, begin, end),
+            is_causal=whole and not one,
             scale=scale,
             enable_gqa=q.size(2) != k.size(2),
         )

@@ -142,13 +142,28 @@ def test_norms(compiled, dtype, n):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_turns(compiled, dtype):
-    kv = draw(3, 1, 2, 5, 16, dtype=dtype)
-    cos, sin = (draw(3, 1, 1, 8, dtype=dtype, seed=i) for i in (1, 2))
+@pytest.mark.parametrize("shape", [(3, 1, 10), (2, 4, 96), (1, 90, 1600)])
+def test_gates(compiled, dtype, shape):
+    ops = compiled.ops(REFERENCE)
+    x = 3 * draw(*shape, dtype=dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    check(ops.swiglu(x), REFERENCE.swiglu(x), gate * gate.sigmoid() * up)
+    rows = x.transpose(0, 1)  # which are not for it, unless there is one of either
+    torch.testing.assert_close(ops.swiglu(rows), REFERENCE.swiglu(rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, S", [(3, 1), (1, 7), (2, 6), (1, 300)])
+def test_turns(compiled, dtype, B, S):
+    kv = draw(B, S, 2, 5, 16, dtype=dtype)
+    cos, sin = (draw(B, S, 1, 8, dtype=dtype, seed=i) for i in (1, 2))
     for x in kv[:, :, 1], kv[:, :, 0].contiguous():
         exact = decoding.rotate_halves_reference(x.double(), cos.double(), sin.double())
         eager = decoding.rotate_halves_reference(x, cos, sin)
         check(compiled.rotate_halves(x, cos, sin), eager, exact)
+    apart = kv[:, :, 0].transpose(0, 1)
+    turned = compiled.rotate_halves(apart, cos.transpose(0, 1), sin.transpose(0, 1))
+    torch.testing.assert_close(turned.transpose(0, 1), eager, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
