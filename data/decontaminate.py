@@ -58,7 +58,7 @@ def hits(texts, hashes, lengths, n=13):
     """
     words, counts = word_hashes(texts)
     found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))]
-    for length in lengths:
+    for length, few in lengths.items():
         if length == ALL:
             owners = np.flatnonzero(_short(counts))
             values = whole(words, counts)[owners]
@@ -66,23 +66,38 @@ def hits(texts, hashes, lengths, n=13):
             values, n_grams = ngrams(words, counts, length)
             owners = np.repeat(np.arange(len(texts)), n_grams)
         values = _marked(values, length)
-        order = np.argsort(values)  # so that neighbours are looked for one after the other
-        values = values[order]
-        at = np.minimum(np.searchsorted(hashes, values), len(hashes) - 1)
-        hit = hashes[at] == values
-        pairs = np.unique(owners[order[hit]] * len(hashes) + at[hit])
+        if few is None:
+            order = np.argsort(values)  # so that neighbours are looked for one after the other
+            values = values[order]
+            owners = owners[order]
+        among = hashes if few is None else hashes[few]
+        at = np.minimum(np.searchsorted(among, values), len(among) - 1)
+        hit = among[at] == values
+        at = at[hit] if few is None else few[at[hit]]
+        pairs = np.unique(owners[hit] * len(hashes) + at)
         owners, at = np.divmod(pairs, len(hashes))
         own = (length in (ALL, n)) | (counts[owners] == length)
         found.append((owners, at, own))
     return tuple(np.concatenate(parts) for parts in zip(*found))
 
 
+FEW = 1 << 16
+
+
 def lengths_of(hashes):
-    """Of how many words those behind `hashes` are: list of int."""
-    found = set()
-    for at in range(0, len(hashes), 1 << 20):
-        found.update(np.unique(hashes[at : at + (1 << 20)] & LENGTH).tolist())
-    return sorted(found)
+    """Of how many words those behind `hashes` are: {words: where these are in hashes (m,) int64,
+    None where they are more than FEW}."""
+    chunks = [slice(at, at + (1 << 20)) for at in range(0, len(hashes), 1 << 20)]
+    counts = np.zeros(int(LENGTH) + 1, dtype=np.int64)
+    for chunk in chunks:
+        counts += np.bincount((hashes[chunk] & LENGTH).astype(np.int64), minlength=len(counts))
+    found = {}
+    for length in np.flatnonzero(counts).tolist():
+        found[length] = None
+        if counts[length] <= FEW:
+            its = [c.start + np.flatnonzero((hashes[c] & LENGTH) == length) for c in chunks]
+            found[length] = np.concatenate(its)
+    return found
 
 
 def _short(counts):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from near_duplicates import real_texts
 
+from data import decontaminate
 from data.decontaminate import contaminated, hits, lengths_of, ngram_hashes
 
 QUESTION = (
@@ -63,8 +64,10 @@ def test_short_items():
     assert found.tolist() == [True, True, False, False, True, False, False]
 
 
-def test_hits_are_those_of_each_text_alone():
+@pytest.mark.parametrize("few", [0, 2, 1 << 16])
+def test_hits_are_those_of_each_text_alone(few, monkeypatch):
     """Each once, and `own` where the text by itself has the same hash."""
+    monkeypatch.setattr(decontaminate, "FEW", few)
     nine = "nine words are enough to be looked for anywhere"
     originals = real_texts()
     tests = [next(originals) for _ in range(5)] + [nine, "three short words"]
