@@ -89,7 +89,7 @@ class RunConfig(Options):
         ("auto",), "auto, reference (PyTorch only), all, or names of ops to run by Triton"
     )
     compile: bool | None = option(
-        None, "torch.compile; None: where it is expected to save more time than it takes"
+        None, "torch.compile; None: on a GPU. On a CPU loops in C are as fast without the wait"
     )
     checkpoint_every: str = option(
         "10m",

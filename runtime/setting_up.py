@@ -6,13 +6,11 @@ each has `rows`, of the global batch, and `model`, the template's own stage.
 
 import dataclasses
 import functools
-import time
 import typing
 
 import torch
 
 from base import InputError, RankError, last_resort, to_json
-from base.options import seconds
 from kernels import choose_ops, fused
 from kernels.attention import Shape
 from models import load_template
@@ -87,17 +85,8 @@ def set_up(config, stages, world, data, log):
     peak = environment["probe"]["matmul"][environment["dtype"]] * world.size
 
     # The optimizer and the guard; what of all this is compiled
-    flops = sum(n_tokens(config, s) * model.flops_per_token(s.model) for s in stages.values())
-    products = flops / peak  # seconds that they take
-    if config.run.time:  # of which there will be as many as fit
-        products = seconds(config.run.time) / compiling.OVERHEAD
     compiled = compiling.choose(
-        config.run.compile,
-        graph_options(config),
-        products,
-        world,
-        log.say,
-        for_record=config.goal.target is not None,
+        config.run.compile, world, log.say, for_record=config.goal.target is not None
     )
     skips = config.guard.max_skips > 0  # whether bad steps may pass
     rules = rules_of(model, config.optim)
@@ -124,6 +113,7 @@ def set_up(config, stages, world, data, log):
             forward = PolicyLoss(model, config.policy, compiled)
     elif compiled:
         forward = torch.compile(model, fullgraph=True, dynamic=False)
+    flops = sum(n_tokens(config, s) * model.flops_per_token(s.model) for s in stages.values())
     return Setup(
         config=config,
         world=world,
@@ -137,7 +127,7 @@ def set_up(config, stages, world, data, log):
         stages=stages,
         micro_rows=micro_rows,
         pass_seconds={},
-        expected_seconds=compiling.expected_training(flops / peak, compiled, device),
+        expected_seconds=compiling.expected_training(flops / peak, device),
         val=val,
         quick_val=quick_val,
         environment=environment,
@@ -215,17 +205,6 @@ def first_steps(stages):
     return found
 
 
-def graph_options(config):
-    """{option: value} of what compiled code may depend on."""
-    options = {}
-    parts = config.data, config.model, config.schedule, config.optim, config.precision
-    for part in *parts, config.teaching, config.policy:
-        options |= dataclasses.asdict(part)
-    for name in "text", "val_text", "conversations", "mix", "encoding", "vocabulary", "shuffle":
-        del options[name]
-    return options
-
-
 def warm_up(setup):
     """Compile everything on batches of padding, whose loss and gradients are zero."""
     config = setup.config
@@ -261,9 +240,7 @@ def padding_by_stage(setup):
 def warm_up_or_go_without(setup, log):
     """warm_up(). Returns the Setup; where the compiler does not work, one that does without."""
     try:
-        begin = time.perf_counter()
         warm_up(setup)
-        compiling.remember(graph_options(setup.config), time.perf_counter() - begin)
         return setup
     except Exception as e:
         if not machine.compiler_failed(e):

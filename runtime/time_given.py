@@ -6,7 +6,6 @@ import time
 from base import InputError
 from base.options import seconds
 
-from . import compiling
 from .environment import best_seconds
 from .machine import share_text
 from .setting_up import backward, is_compiled, val_stage
@@ -45,8 +44,7 @@ def expected_training(setup):
                 setup.optimizer.step(0.0, 0.0, ok)
 
         taken[stage] = least_seconds(try_step)
-    total = SLOWER * sum(taken[stage] for stage in setup.stages.values())
-    return total * (1 - compiling.SAVED) if compiled else total
+    return SLOWER * sum(taken[stage] for stage in setup.stages.values())
 
 
 def least_seconds(work):

@@ -58,7 +58,7 @@ def test_no_compiler_is_an_error_for_a_record_on_a_gpu(monkeypatch):
     said = []
 
     def choose(wanted, world, for_record):
-        return compiling.choose(wanted, {}, 1.0, world, said.append, for_record)
+        return compiling.choose(wanted, world, said.append, for_record)
 
     with pytest.raises(InputError, match=r"g\+\+.* --no-compile trains all the same"):
         choose(None, CUDA, True)
