@@ -37,13 +37,23 @@ LONG = (
 ).split()
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if takes_half(item) and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.slow)
     place = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     if why := lacks_for_compiling():
         for item in items:
             if item.get_closest_marker("compiles"):
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+def takes_half(item):
+    """Kernels in fp16, in which nothing is trained: in the interpreter a fifth of the suite."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(value is torch.float16 for value in values)
 
 
 @pytest.fixture(autouse=True, scope="session")

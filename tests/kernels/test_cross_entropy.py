@@ -755,6 +755,7 @@ def test_linear_backward_twice(fp8, fn):
 
 @pytest.mark.compiles
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
+@pytest.mark.slow
 def test_compiled_on_a_cpu():
     """As the trainer has it: several targets, a sample, bf16. One exp for a logit, unlike the
     reference's two."""
