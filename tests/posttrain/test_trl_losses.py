@@ -74,16 +74,17 @@ def both(pairs):
             *tensors, there = val.batch([row])
             sums, lengths = PairLoss(reference, config).answers(*tensors, len(there), stage)
             found.append(sums[lengths[:, 0] > 0])
-        val.reference = torch.cat(found)
+        places = torch.tensor(sum(rows, [])).argsort()  # of the pairs in their order
+        val.reference = torch.cat(found)[places]
         ours = {}
         for kind in ("dpo", "kto", "simpo", "orpo"):
             config = TeachingConfig(preference=kind, beta=BETA, gamma=GAMMA)
             batch = val.batch(rows)  # all in one pass
             losses, _, there = PairLoss(model, config).losses(*batch, stage)
-            ours[kind] = losses[there]
+            ours[kind] = losses[there][places]
         config = TeachingConfig(preference="dpo", beta=BETA, sft_weight=SFT_WEIGHT)
         losses, _, there = PairLoss(model, config).losses(*batch, stage)
-        ours["dpo and sft"] = losses[there]
+        ours["dpo and sft"] = losses[there][places]
 
         # Rows of one answer each: the chosen ones, then the rejected ones
         ids, masks = [], []
