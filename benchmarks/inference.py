@@ -24,7 +24,7 @@ from benchmarks import llama_cpp as rival
 from benchmarks.options import COUNT
 from benchmarks.report import document, number, say, table
 from inference.options import use_decoding
-from inference.quantize import KINDS, quantize
+from inference.quantize import KINDS
 from models import load_template
 from runtime.environment import machine_probe
 from tracks import load_track
@@ -177,12 +177,12 @@ class Ours(Variant):
         with torch.device(device):
             self.model = template.Model(c, self.n_vocab, max_len, DTYPES[dtype])
         self.model.init_weights(0)
-        use_decoding(self.model, say)
         matrices = self.model.flops_per_token(c.stage(1.0, 1)) / 6
         self.flops_per_token = 2 * matrices
         self.weight_bytes = matrices * self.model.embed.element_size()
-        if kind in KINDS:
-            self.weight_bytes = matrices * quantize(self.model, kind) / 8
+        bits = use_decoding(self.model, say, kind if kind in KINDS else None)
+        if bits is not None:
+            self.weight_bytes = matrices * bits / 8
         self.stage = c.stage(1.0, max_len)
         self.device = device
 

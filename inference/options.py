@@ -107,24 +107,28 @@ def open_run(args, **about):
     """(what the run left, an Engine with its model). about: the engine. Raises InputError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = load_run(args.run or newest_run(), device, args.template, args.step)
-    use_decoding(saved.model, say)
+    bits = use_decoding(saved.model, say, args.quantize)
     if args.quantize:
-        bits = quantize(saved.model, args.quantize)
         say(f"{args.quantize}: {bits:.2f} bits a weight over all parameters")
     about["prompt_lookup"] = args.prompt_lookup
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
 
 
-def use_decoding(model, say):
-    """Have a model that is worth it decode by kernels/decoding.py, on a CPU. Whether it is depends
-    on the model alone: with the same seed it is to say the same again."""
+def use_decoding(model, say, kind=None):
+    """Have a model that is worth it decode by kernels/decoding.py, on a CPU, with its weights
+    quantized to a kind first. Whether it is worth it depends on the model alone: with the same seed
+    it is to say the same again. Returns bits per weight of a kind, or None."""
     parameters = list(model.parameters())
     n = sum(p.numel() for p in parameters)
+    compiled = None
     if parameters[0].device.type == "cpu" and n >= WORTH_COMPILING:
         compiled = decoding.build(cache_folder(), say)
-        if compiled is not None:
-            model.ops = compiled.ops(model.ops)
-            compiled.in_large_pages(parameters)
+    if compiled is not None:
+        model.ops = compiled.ops(model.ops)
+    bits = quantize(model, kind) if kind else None
+    if compiled is not None:
+        compiled.in_large_pages(model.parameters())
+    return bits
 
 
 def is_taught(saved):
