@@ -171,3 +171,14 @@ def test_five_hundred_greedy_tokens_are_those_without_a_cache(compiled, kind, dt
         chosen = without[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
         assert same.float().mean() > 0.98
         assert (without[:-1].amax(1) - chosen).max() < 0.05 * without.std()
+
+
+@torch.no_grad()
+def test_an_empty_cache_takes_the_blocks_of_what_joins_it(compiled):
+    """Weights may have changed since it was made."""
+    model, stage = model_of(HALF)
+    model.ops = compiled.ops(model.ops)
+    cache, reading = model.new_cache(0), model.new_cache(1)
+    model.decode(tokens_of(1, 5), [5], reading, stage)
+    cache.join(reading)
+    assert cache.blocks is reading.blocks
