@@ -26,7 +26,7 @@ import pytest  # noqa: E402
 from processes import Nursery, compiled_once  # noqa: E402
 
 import train_gpt  # noqa: E402
-from runtime import setting_up  # noqa: E402
+from runtime import machine, setting_up  # noqa: E402
 from runtime.machine import lacks_for_compiling  # noqa: E402
 
 # Files of ten seconds and more, the longest first: none is left to one worker at the end
@@ -66,6 +66,8 @@ def no_probe():
         # And steps that are tried before a run begins
         patch.setattr(train_gpt, "expected_training", lambda setup: setup.expected_seconds)
         patch.setattr(setting_up, "fused", compiled_once())
+        # Of a process with tests of 8 GB in it, which it would never give back
+        patch.setattr(machine, "keep_freed_memory", lambda: None)
         yield
 
 
