@@ -51,15 +51,22 @@ class Calls(TorchDispatchMode):
         return out
 
 
-def ops_of_hopper():
+def ops_of_hopper(fp8=False):
     """As choose_ops() gives them on an H100 in bf16, but for the probes, which need one."""
     taken = {op.name for op in OPS.values() if 90 in op.faster_on}
     ops = choose_ops("cpu", kernels=("reference",))
     functions = {name: OPS[name].triton for name in taken}
     ops = ops.replace(**functions, attention=functools.partial(attention, backend="flash_attn_4"))
     ops.forms |= dict.fromkeys(taken, "triton")
-    mlp = ops.relu2_mlp
-    return ops.replace(new_mlp=lambda: mlp, polar_express=polar_express_by_kernels)
+    ops = ops.replace(polar_express=polar_express_by_kernels)
+    if not fp8:
+        mlp = ops.relu2_mlp
+        return ops.replace(new_mlp=lambda: mlp)
+    ops.forms |= dict(relu2_mlp="fp8", linear_cross_entropy="fp8")
+    return ops.replace(
+        new_mlp=OPS["relu2_mlp"].new_fp8,
+        linear_cross_entropy=OPS["linear_cross_entropy"].new_fp8(),
+    )
 
 
 def batch(rows, row_len, max_doc_len):
@@ -164,4 +171,5 @@ def main():
     print(json.dumps(dict(passes=found, steps=steps)))
 
 
-main()
+if __name__ == "__main__":
+    main()
