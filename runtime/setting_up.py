@@ -11,6 +11,7 @@ import typing
 import torch
 
 from base import InputError, RankError, last_resort, to_json
+from base.places import cache_folder
 from kernels import choose_ops, fused
 from kernels.attention import Shape
 from models import load_template
@@ -150,8 +151,8 @@ def choose_kernels(config, stages, world, data, dtype, log):
         shapes = attention_shapes(config, stages, world, data)
     loops = None
     if world.device.type == "cpu" and config.run.kernels == ("auto",):
-        folder = config.run.cache_dir
-        loops = machine.first_rank_first(world, lambda: fused.build(folder, log.say))
+        # Where run.sh has put it when it installed
+        loops = machine.first_rank_first(world, lambda: fused.build(cache_folder(), log.say))
     try:
         ops = choose_ops(
             world.device,

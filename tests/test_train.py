@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import train_gpt as tg
 from base import InputError
+from base.places import cache_folder
 from data import ShardWriter
 from data.loader import IGNORE
 from data.shards import read_shard
@@ -78,7 +79,7 @@ def users(text, tmp_path_factory):
     imported."""
     tmp = tmp_path_factory.mktemp("users")
     c = tiny(text, tmp, target=5.5, steps=30, eval_every=5)
-    fused.build(c.run.cache_dir)  # as run.sh does when it installs
+    fused.build(cache_folder())  # as run.sh does when it installs
     return tmp / "run", run_trainer(*options(c), launcher=["-X", "importtime"])
 
 
