@@ -24,6 +24,7 @@ def place(folder):
 sys.path.sort(key=place)  # before anything is imported that Python has not loaded by itself
 
 import importlib  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 
 from base import clock as clock  # noqa: E402  start-up is counted from its import
@@ -37,6 +38,8 @@ MODULES |= {verb: f"inference.{verb}" for verb in ("sample", "chat", "serve")}
 # They compute by PyTorch alone, on GPUs as well, and need not load Triton and take in all kernels
 # for it, which takes a tenth of the time that their imports take
 WITHOUT_TRITON = "sample", "chat", "serve", "eval"
+# The same where there is no GPU that its kernels could run on, unless kernels are asked for
+ON_GPUS = "train", "sft", "dpo", "orpo", "grpo", "teach-demo"
 
 
 def main(argv):
@@ -45,7 +48,7 @@ def main(argv):
     if "--debug" in argv:
         argv.remove("--debug")
         os.environ[last_resort.DEBUG] = "1"
-    if verb in WITHOUT_TRITON:
+    if not wants_triton(verb, argv):
         sys.modules["triton"] = None  # importing it is an ImportError now
     streams.mend()
     do_not_spin()
@@ -68,6 +71,14 @@ def main(argv):
         last_resort.say(f"error: stdout cannot be written: {last_resort.explain(lost)}")
         status = status or 1
     return status
+
+
+def wants_triton(verb, argv):
+    """Whether a verb may run Triton's kernels on this machine."""
+    if verb in WITHOUT_TRITON:
+        return False
+    asked = "--kernels" in argv or "TRITON_INTERPRET" in os.environ
+    return verb not in ON_GPUS or asked or shutil.which("nvidia-smi") is not None
 
 
 def run(module, argv):

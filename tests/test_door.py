@@ -391,3 +391,20 @@ def test_errors_of_input_stay_what_they_are(verb, capsys):
     verb(InputError("no such text"))
     assert door.main(["verb"]) == 1
     assert "InputError: no such text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "verb, argv, gpu, wanted",
+    [
+        ("sample", [], True, False),
+        ("train", [], True, True),
+        ("train", [], False, False),
+        ("train", ["--kernels", "rms_norm"], False, True),
+        ("sft", ["--data", "x"], False, False),
+        ("benchmarks", [], False, True),
+    ],
+)
+def test_triton_is_loaded_where_it_may_run(verb, argv, gpu, wanted, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(door.shutil, "which", lambda name: "/bin/nvidia-smi" if gpu else None)
+    assert door.wants_triton(verb, argv) is wanted
