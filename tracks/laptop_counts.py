@@ -8,4 +8,4 @@ would do, and the network goes on from there to a lower target.
 
 from tracks.laptop import TRACK
 
-TRACK = TRACK | dict(target=1.4, counts=3, steps=28, eval_every=4)
+TRACK = TRACK | dict(target=1.45, counts=3, steps=28, eval_every=4, sample_tokens=64)
