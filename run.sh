@@ -161,6 +161,7 @@ case $verb in
         | export | import | records | benchmarks)
         require core
         [[ $verb == benchmarks ]] && require records  # its statistics and pictures
+        [[ "$verb ${1:-}" == "benchmarks serving" ]] && require serve
         [[ " $verb $* " == " plan "*" --chart "* ]] && require records
         [[ $verb == eval && ${1:-} == --harness ]] && require harness
         case $verb in  # without .jsonl they are given parquet, from a file or from the Hub
