@@ -39,7 +39,9 @@ MODULES |= {verb: f"inference.{verb}" for verb in ("sample", "chat", "serve")}
 # for it, which takes a tenth of the time that their imports take
 WITHOUT_TRITON = "sample", "chat", "serve", "eval"
 # The same where there is no GPU that its kernels could run on, unless kernels are asked for
-ON_GPUS = "train", "sft", "dpo", "orpo", "grpo", "teach-demo"
+TRAINS = "train", "sft", "dpo", "orpo", "grpo", "teach-demo"
+
+DRIVER = "/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"  # the last one under WSL
 
 
 def main(argv):
@@ -78,7 +80,12 @@ def wants_triton(verb, argv):
     if verb in WITHOUT_TRITON:
         return False
     asked = "--kernels" in argv or "TRITON_INTERPRET" in os.environ
-    return verb not in ON_GPUS or asked or shutil.which("nvidia-smi") is not None
+    return verb not in TRAINS or asked or may_have_gpu()
+
+
+def may_have_gpu():
+    """Whether there is a sign of NVIDIA's driver, which containers may have without nvidia-smi."""
+    return any(map(os.path.exists, DRIVER)) or shutil.which("nvidia-smi") is not None
 
 
 def run(module, argv):

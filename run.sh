@@ -110,7 +110,7 @@ require() {
     if [[ $1 == core ]]; then
         try_flash_attention
         # C files; else they are compiled when they are first used
-        PYTHONPATH=$here "$venv/bin/python" -c "$compile_c" >&2 || true
+        PYTHONPATH=$here PYTHONSAFEPATH=1 "$venv/bin/python" -c "$compile_c" >&2 || true
     fi
     echo "$wanted" > "$stamp" || fail "$stamp cannot be written; make room and start again"
 }

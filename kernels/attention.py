@@ -58,10 +58,11 @@ def attention(q, k, v, *, cu_seqlens, max_seqlen, window, scale, backend="blockw
     window = min(window, longest - 1)
     if q.size(2) != k.size(2):
         k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
-    if backend == "sdpa":
-        return blockwise_attention(q, k, v, cu_seqlens, window, scale, attend or sdpa_attend)
     if backend in OF_ROWS:
-        return OF_ROWS[backend](q, k, v, cu_seqlens, window, scale)
+        form = OF_ROWS[backend]
+        if backend == "sdpa" and attend:
+            form = functools.partial(blockwise_attention, attend=attend)
+        return form(q, k, v, cu_seqlens, window, scale)
     # (B T, H, D), a view also of a slice of a projection
     q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
     # -1 is no limit, for which FlashAttention has plain causal kernels, which are faster

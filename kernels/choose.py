@@ -30,8 +30,7 @@ class Ops(types.SimpleNamespace):
                     in PyTorch or in C
     attention       with its backend bound
     polar_express   in the form that goes with symmetric_matmul's
-    linear, rotate_halves
-                    as in decoding.py, which also has the forms for decoding on a CPU
+    linear          as in decoding.py, which also has the forms for decoding on a CPU
     attend_one      None, or in decoding as there; decoding: None, or where those forms come from
     fused           None, or where the forms in C come from
     new_mlp         () -> what one layer calls as mlp(x, w_up, w_down): relu2_mlp, or in FP8 an

@@ -538,45 +538,28 @@ static inline int worth_threads(long n, int threads)
     return threads > 1 && n >= MANY;
 }
 
-/* s = x + residual, where there is one; y = s / rms(s), times weight */
+/* weight: like x */
 void rms_norm(int half, long rows, long n, const void *x, const void *residual, const void *weight,
               float eps, void *s, void *y, int threads)
 {
+    float *wide_weight = weight ? malloc(n * 4) : NULL;
+    if (weight)
+        load(weight, 0, n, half, wide_weight);
 #pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(rows * n, threads))
     for (long m = 0; m < rows; m++) {
-        float *own = malloc(n * 8), *other = own + n;
-        load(x, m * n, n, half, own);
-        if (residual) {
-            load(residual, m * n, n, half, other);
-            for (long i = 0; i < n; i++)
-                own[i] = rounded(own[i] + other[i], half);
-            for (long i = 0; i < n; i++)
-                store(s, m * n + i, own[i], half);
-        }
-        float squares = dot_fp32(own, own, n);
-        float r = 1 / sqrtf(squares / n + eps);
-        if (weight)
-            load(weight, 0, n, half, other);
-        for (long i = 0; i < n; i++) {
-            float normal = rounded(own[i] * r, half);
-            store(y, m * n + i, weight ? normal * other[i] : normal, half);
-        }
+        float *own = malloc(n * 8);
+        rms_norm_row(half, m, n, x, residual, wide_weight, eps, s, y, own);
         free(own);
     }
+    free(wide_weight);
 }
 
-/* x (rows, 2 n), of gates and of what they let through -> y (rows, n) */
 void swiglu(int half, long rows, long n, const void *x, void *y, int threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads) if (worth_threads(rows * n, threads))
     for (long m = 0; m < rows; m++) {
-        float *gate = malloc(n * 8), *up = gate + n;
-        load(x, m * 2 * n, 2 * n, half, gate);
-#pragma omp simd
-        for (long i = 0; i < n; i++)
-            gate[i] = rounded(gate[i] / (1 + fast_exp(-gate[i])), half) * up[i];
-        for (long i = 0; i < n; i++)
-            store(y, m * n + i, gate[i], half);
+        float *gate = malloc(n * 8);
+        swiglu_row(half, m, n, x, y, gate);
         free(gate);
     }
 }
@@ -641,15 +624,7 @@ static inline __attribute__((always_inline)) void attend_group(
     }
     for (long h = 0; h < each; h++) {
         float *own = scores + h * n;
-        float largest = own[0], sum = 0;
-#pragma omp simd reduction(max : largest)
-        for (long t = 1; t < n; t++)
-            largest = own[t] > largest ? own[t] : largest;
-#pragma omp simd reduction(+ : sum)
-        for (long t = 0; t < n; t++) {
-            own[t] = fast_exp(own[t] - largest);
-            sum += own[t];
-        }
+        float largest, sum = exps(own, n, 1, &largest);
         for (long t = 0; t < n; t++)
             own[t] /= sum;
     }
@@ -739,7 +714,7 @@ struct block {
 
 static void normalise(const float *x, const float *weight, float eps, long n, float *y)
 {
-    float r = 1 / sqrtf(dot_fp32(x, x, n) / n + eps);
+    float r = inverse_rms(x, n, eps);
 #pragma omp simd
     for (long i = 0; i < n; i++)
         y[i] = x[i] * r * weight[i];

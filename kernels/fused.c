@@ -14,27 +14,6 @@
         for (long first = (rows) * part / PARTS, last = (rows) * (part + 1) / PARTS, once = 1;     \
              once; once = 0)
 
-static inline void store_row(void *to, long first, long n, const float *from, int half)
-{
-    uint16_t *b = (uint16_t *)to + first;
-    if (half) {
-#pragma omp simd
-        for (long i = 0; i < n; i++)
-            b[i] = narrow(from[i]);
-    } else
-        memcpy((float *)to + first, from, 4 * n);
-}
-
-/* one over the root of the mean square */
-static inline float inverse_rms(const float *x, long n, float eps)
-{
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; i++)
-        sum += x[i] * x[i];
-    return 1 / sqrtf(sum / n + eps);
-}
-
 /* --- RMSNorm of x (rows, n), or of s = x + residual, which is written; y = s r weight */
 
 void rms_norm(int half, long rows, long n, const void *x, const void *residual,
@@ -42,28 +21,9 @@ void rms_norm(int half, long rows, long n, const void *x, const void *residual,
 {
     FOR_EACH_PART(rows)
     {
-        float *own = malloc(n * 8), *other = own + n;
-        for (long m = first; m < last; m++) {
-            load(x, m * n, n, half, own);
-            if (residual) {
-                load(residual, m * n, n, half, other);
-#pragma omp simd
-                for (long i = 0; i < n; i++)
-                    own[i] = rounded(own[i] + other[i], half);
-                store_row(s, m * n, n, own, half);
-            }
-            float r = inverse_rms(own, n, eps);
-            if (weight) {
-#pragma omp simd
-                for (long i = 0; i < n; i++)
-                    own[i] = rounded(own[i] * r, half) * weight[i];
-            } else {
-#pragma omp simd
-                for (long i = 0; i < n; i++)
-                    own[i] *= r;
-            }
-            store_row(y, m * n, n, own, half);
-        }
+        float *own = malloc(n * 8);
+        for (long m = first; m < last; m++)
+            rms_norm_row(half, m, n, x, residual, weight, eps, s, y, own);
         free(own);
     }
 }
@@ -222,22 +182,12 @@ static float exps_of(const void *logits, long m, long V, int half, const float *
                      float *largest)
 {
     load(logits, m * V, V, half, z);
-    float most = -INFINITY, sum = 0;
     if (bias) {
 #pragma omp simd
         for (long i = 0; i < V; i++)
             z[i] += bias[i];
     }
-#pragma omp simd reduction(max : most)
-    for (long i = 0; i < V; i++)
-        most = z[i] > most ? z[i] : most;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < V; i++) {
-        z[i] = fast_exp(z[i] - most);
-        sum += z[i];
-    }
-    *largest = most;
-    return sum;
+    return exps(z, V, 1, largest);
 }
 
 static inline float number_at(const void *from, long at, int half)
@@ -293,17 +243,9 @@ void attention_weights(int half, long N, long H, long S, long L, void *scores, c
             const char *end = memchr(seen + from, 0, L - from);
             long n = (end ? end - seen : L) - from;
             char *row = (char *)scores + m * L * size;
-            float most = -INFINITY, sum = 0;
+            float most;
             load(row, from, n, half, z);
-#pragma omp simd reduction(max : most)
-            for (long i = 0; i < n; i++)
-                most = z[i] > most ? z[i] : most;
-#pragma omp simd reduction(+ : sum)
-            for (long i = 0; i < n; i++) {
-                z[i] = fast_exp((z[i] - most) * scale);
-                sum += z[i];
-            }
-            float share = 1 / sum;
+            float share = 1 / exps(z, n, scale, &most);
 #pragma omp simd
             for (long i = 0; i < n; i++)
                 z[i] *= share;
@@ -421,16 +363,10 @@ void swiglu(int half, long rows, long n, const void *x, void *y, int threads)
 {
     FOR_EACH_PART(rows)
     {
-        float *g = malloc(n * 8), *u = g + n;
-        for (long m = first; m < last; m++) {
-            load(x, m * 2 * n, n, half, g);
-            load(x, m * 2 * n + n, n, half, u);
-#pragma omp simd
-            for (long i = 0; i < n; i++)
-                g[i] = rounded(g[i] / (1 + fast_exp(-g[i])), half) * u[i];
-            store_row(y, m * n, n, g, half);
-        }
-        free(g);
+        float *gate = malloc(n * 8);
+        for (long m = first; m < last; m++)
+            swiglu_row(half, m, n, x, y, gate);
+        free(gate);
     }
 }
 

@@ -6,8 +6,8 @@
                                     as in optim/, which asks for its functions by their names
 
 Outside of torch.compile PyTorch passes over its operands again for every operation, and for norms
-of bf16 numbers also to widen and to narrow them: of a step of laptop, whose products would take 40
-ms, these took 180 (docs/experiments.md). Rows here are read once, and all that is between is in
+of bf16 numbers also to widen and to narrow them: of a step of laptop only a fifth was products
+(docs/experiments.md). Rows here are read once, and all that is between is in
 registers or in the first cache; statistics and sums are in fp32, rounded once.
 
 native.py compiles fused.c once. Where there is no compiler, and for what is not for it (other

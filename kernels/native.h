@@ -66,3 +66,79 @@ static inline float fast_exp(float x)
     memcpy(&two_n, &power, 4);
     return x < -87.0f ? 0 : p * two_n;
 }
+
+/* --- rows */
+
+static inline void store_row(void *to, long first, long n, const float *from, int half)
+{
+    uint16_t *b = (uint16_t *)to + first;
+    if (half) {
+#pragma omp simd
+        for (long i = 0; i < n; i++)
+            b[i] = narrow(from[i]);
+    } else
+        memcpy((float *)to + first, from, 4 * n);
+}
+
+/* one over the root of the mean square */
+static inline float inverse_rms(const float *x, long n, float eps)
+{
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++)
+        sum += x[i] * x[i];
+    return 1 / sqrtf(sum / n + eps);
+}
+
+/* z = exp(scale (z - its largest)); returns their sum */
+static inline float exps(float *z, long n, float scale, float *largest)
+{
+    float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < n; i++)
+        most = z[i] > most ? z[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) {
+        z[i] = fast_exp((z[i] - most) * scale);
+        sum += z[i];
+    }
+    *largest = most;
+    return sum;
+}
+
+/* s = x + residual, where there is one; y = s / rms(s), times weight; of row m. own: (2 n) */
+static inline void rms_norm_row(int half, long m, long n, const void *x, const void *residual,
+                                const float *weight, float eps, void *s, void *y, float *own)
+{
+    float *other = own + n;
+    load(x, m * n, n, half, own);
+    if (residual) {
+        load(residual, m * n, n, half, other);
+#pragma omp simd
+        for (long i = 0; i < n; i++)
+            own[i] = rounded(own[i] + other[i], half);
+        store_row(s, m * n, n, own, half);
+    }
+    float r = inverse_rms(own, n, eps);
+    if (weight) {
+#pragma omp simd
+        for (long i = 0; i < n; i++)
+            own[i] = rounded(own[i] * r, half) * weight[i];
+    } else {
+#pragma omp simd
+        for (long i = 0; i < n; i++)
+            own[i] *= r;
+    }
+    store_row(y, m * n, n, own, half);
+}
+
+/* x (rows, 2 n), of gates and of what they let through -> y (rows, n), of row m. gate: (2 n) */
+static inline void swiglu_row(int half, long m, long n, const void *x, void *y, float *gate)
+{
+    float *up = gate + n;
+    load(x, m * 2 * n, 2 * n, half, gate);
+#pragma omp simd
+    for (long i = 0; i < n; i++)
+        gate[i] = rounded(gate[i] / (1 + fast_exp(-gate[i])), half) * up[i];
+    store_row(y, m * n, n, gate, half);
+}

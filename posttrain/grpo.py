@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from base import InputError, whole_file
+from base.places import cache_folder
 from data.questions import Answer, answer_batch, rows_of
 from inference.engine import Engine, Request
 from inference.sampling import Sampling
@@ -134,8 +135,8 @@ def as_it_answers(setup, session):
     ops = getattr(model, "ops", None)
     if getattr(ops, "fused", None) is None:
         return model
-    folder = setup.config.run.cache_dir
-    compile_once = functools.partial(decoding.build, folder, session.log.say)
+    # Where run.sh has put it when it installed
+    compile_once = functools.partial(decoding.build, cache_folder(), session.log.say)
     compiled = machine.first_rank_first(setup.world, compile_once)
     if compiled is None:
         return model

@@ -38,11 +38,14 @@ def announce(log, setup):
 
     goal = config.goal
     kernels = environment["kernels"]
-    triton = [name for name, how in kernels.items() if how == "triton"]
+    by = {how: [name for name in kernels if kernels[name] == how] for how in ("triton", "c")}
+    loops = f"Triton for {', '.join(by['triton']) or 'nothing'}"
+    if by["c"]:
+        loops = f"C for {', '.join(by['c'])}"
     params = sum(p.numel() for p in setup.model.parameters())
     log.say(
         f"{goal.track}: {params / 1e6:.1f}M parameters, {environment['dtype']}, attention "
-        f"{kernels['attention']}, Triton for {', '.join(triton) or 'nothing'}, "
+        f"{kernels['attention']}, {loops}, "
         f"{environment['world_size']} x {environment['device']}, {setup.peak / 1e12:.2f} TFLOP/s "
         "in matrix products"
     )

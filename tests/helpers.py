@@ -1,6 +1,5 @@
 """Small configurations, corpora and runs that several tests share."""
 
-import getpass
 import json
 import os
 import random
@@ -8,21 +7,19 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import library
 from safetensors.torch import load_file
 
 import train_gpt as tg
-from kernels import decoding
 from models import gpt
 from runtime.options import flat
 
 ROOT = Path(tg.__file__).parent
-COMPILED = Path(tempfile.gettempdir(), f"stopwatch_native_{getpass.getuser()}")
 WORDS = (
     "the a cat dog sees likes chases finds and but then why who red small old tree house river moon"
 ).split()
@@ -37,10 +34,10 @@ REMEMBERED = {
 
 def compiled_decoding():
     """kernels/decoding.py's library, compiled once for all tests; skips where it cannot be."""
-    library = decoding.build(COMPILED)
-    if library is None:
+    found = library("decoding")
+    if found is None:
         pytest.skip("no C compiler")
-    return library
+    return found
 
 
 def write_text(path, n_words=20000, seed=0):

@@ -159,13 +159,17 @@ def remains(run_dir):
     return [p.name for p in run_dir.rglob("*") if p.suffix in (".aside", ".old", ".trash", ".tmp")]
 
 
+def library(module):
+    """kernels/fused.py's or decoding.py's, compiled once for all tests; None where it cannot be."""
+    folder = Path(tempfile.gettempdir(), f"stopwatch_{getpass.getuser()}")
+    return importlib.import_module(f"kernels.{module}").build(folder)
+
+
 def compiled_once(module="fused"):
-    """In place of kernels/fused.py, or decoding.py: its library without the two seconds that it
-    takes where a run's cache is empty."""
-    library = importlib.import_module(f"kernels.{module}").build(
-        Path(tempfile.gettempdir(), f"stopwatch_{getpass.getuser()}")
-    )
-    return types.SimpleNamespace(build=lambda folder, say: library)
+    """In place of that module: its library without the two seconds that it takes where a run's
+    cache is empty."""
+    found = library(module)
+    return types.SimpleNamespace(build=lambda folder, say: found)
 
 
 def serve():

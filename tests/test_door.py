@@ -406,5 +406,16 @@ def test_errors_of_input_stay_what_they_are(verb, capsys):
 )
 def test_triton_is_loaded_where_it_may_run(verb, argv, gpu, wanted, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(door.shutil, "which", lambda name: "/bin/nvidia-smi" if gpu else None)
+    monkeypatch.setattr(door, "may_have_gpu", lambda: gpu)
     assert door.wants_triton(verb, argv) is wanted
+
+
+def test_a_container_without_nvidia_smi_may_have_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(door.shutil, "which", lambda name: None)
+    monkeypatch.setattr(door, "DRIVER", (str(tmp_path / "nvidiactl"),))
+    assert not door.may_have_gpu()
+    (tmp_path / "nvidiactl").write_text("")
+    assert door.may_have_gpu()
+    monkeypatch.setattr(door, "DRIVER", ())
+    monkeypatch.setattr(door.shutil, "which", lambda name: "/bin/nvidia-smi")
+    assert door.may_have_gpu()
