@@ -36,11 +36,11 @@ from base.places import cache_folder
 
 from . import clean, emit, filters, reading, recipe, report
 from . import stages as work
-from .pieces import progress, read_json, say, workers, write_json
+from .pieces import progress, read_json, release_memory, say, workers, write_json
 from .sources import MANIFEST
 from .tokenizers import make_tokenizer, n_cores, on_disk
 
-LAYOUT = 1  # change it when a stage comes to write something else for the same recipe
+LAYOUT = 2  # change it when a stage comes to write something else for the same recipe
 
 
 def main(argv):
@@ -296,6 +296,7 @@ class Stages:
         if not (folder / "done.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "done.json", function(folder))
+            release_memory()
         self.seconds[name] = round(time.perf_counter() - began, 3)
         return Stage(name, key, folder, read_json(folder / "done.json"))
 

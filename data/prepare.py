@@ -33,7 +33,7 @@ from .tokenizers import END_OF_TEXT, Tokenizer, make_tokenizer, on_disk
 VAL_FRACTION = 0.1
 LEAST_VAL, MOST_VAL = 0.05, 0.15  # the fractions that whole files may make of it
 BPE_BYTES = 200_000_000  # a BPE vocabulary settles long before this much text
-LAYOUT = 6  # change it when what is written below changes, so old caches are not read
+LAYOUT = 7  # change it when what is written below changes, so old caches are not read
 MARK = END_OF_TEXT.encode()
 
 

@@ -258,7 +258,7 @@ def test_vocabulary_is_learned_from_train_alone_but_has_every_character(tmp_path
     cache = tmp_path / "cache"
     assert prepare_text(path, "chars", cache)[2].n_vocab == len(set("the cat sat\nzq§")) + 1
     tokens = prepare_text(path, "bpe:400", cache)[2].tokens
-    assert b"cat" in tokens and b"zq" not in tokens and b"\xc2\xa7" not in tokens
+    assert b" cat" in tokens and b"zq" not in tokens and b"\xc2\xa7" not in tokens
 
 
 def test_a_vocabulary_is_learned_from_so_much_text_and_no_more(tmp_path, monkeypatch):
@@ -267,7 +267,7 @@ def test_a_vocabulary_is_learned_from_so_much_text_and_no_more(tmp_path, monkeyp
     monkeypatch.setattr(prepare, "read_blocks", partial(read_blocks, block=100))
     path = put(tmp_path / "a.txt", "the cat sat\n" * 300 + "zqzq zqzq\n" * 300)
     tokens = prepare_text(path, "bpe:400", tmp_path / "cache")[2].tokens
-    assert b"cat" in tokens and b"zq" not in tokens
+    assert b" cat" in tokens and b"zq" not in tokens
     assert b"z" in tokens and prepare_text(path, "chars", tmp_path / "cache")[2].n_vocab == 11
 
 
