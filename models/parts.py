@@ -18,6 +18,7 @@ GATE_INPUTS = 12  # gates look at this many dimensions of a token
 # GPT-2's vocabulary would have 6.6 GB
 VAL_LOGITS = 8192 * 50304
 MOST_COUNTED = 0.9  # of the targets, beyond which it is not worth leaving the others out
+COUNTED_TOGETHER = 256  # their number is rounded up to: oneDNN compiles a product for each number
 RECOMPUTED_TOKENS = 4096  # whose logits exist at one time where memory is short
 
 
@@ -140,16 +141,23 @@ def keep_less(recompute, function, *args):
 
 
 def counted(targets):
-    """(n,) int64: numbers of the targets, (N,) or (N, k), that are not IGNORE; None where nearly
-    all are to be computed anyway, as in pre-training.
+    """(n,) int64: numbers of the targets, (N,) or (N, k), that are not IGNORE, and of some that
+    are, so that n is one of few; None where nearly all are to be computed anyway, as in
+    pre-training.
 
     Where only what an assistant says counts, that is a third of the tokens; the others need no
     logits. On a GPU the host would have to wait for their number, and a compiled graph has one.
     """
     if targets.is_cuda or torch.compiler.is_compiling():
         return None
-    kept = (targets != IGNORE).view(len(targets), -1).any(1).nonzero()[:, 0]
-    return kept if 0 < len(kept) < MOST_COUNTED * len(targets) else None
+    counts = (targets != IGNORE).view(len(targets), -1).any(1)
+    kept = counts.nonzero()[:, 0]
+    if not 0 < len(kept) < MOST_COUNTED * len(targets):
+        return None
+    if len(kept) > COUNTED_TOGETHER:
+        others = (~counts).nonzero()[: -len(kept) % COUNTED_TOGETHER, 0]
+        kept = torch.cat([kept, others])
+    return kept
 
 
 def only(kept, *rows):

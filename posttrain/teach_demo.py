@@ -85,7 +85,7 @@ SFT = TAUGHT | dict(batch_tokens=8192, steps=250, eval_every=125, mix=(3, 1))
 # Short steps and the likelihood of the short answer keep it near to what it was: without them
 # sentences break up or do not end
 DPO = TAUGHT | dict(
-    batch_tokens=4096, steps=40, eval_every=10, beta=0.3, sft_weight=1.0, stage_lr=0.03
+    batch_tokens=4096, steps=60, eval_every=15, beta=0.5, sft_weight=1.0, stage_lr=0.03
 )
 GRPO = TAUGHT | dict(
     reward="number",

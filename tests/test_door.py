@@ -232,7 +232,7 @@ def test_ctrl_c_during_imports_and_after(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, found", [({}, "1000"), (dict(GOMP_SPINCOUNT="5"), "5"), (dict(OMP_WAIT_POLICY="x"), "")]
+    "given, found", [({}, "5000"), (dict(GOMP_SPINCOUNT="5"), "5"), (dict(OMP_WAIT_POLICY="x"), "")]
 )
 def test_threads_that_wait_are_told_to_sleep_before_torch_is_there(given, found, tmp_path):
     """Unless the user has told them something."""

@@ -335,7 +335,7 @@ def test_more_ids_than_uint16(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(many_tokens())
     text = tmp_path / "text.txt"
-    text.write_text(SAMPLE)
+    text.write_text("été, naïve, größer\n" * 20 + SAMPLE)
     folder, meta, tok = prepare_text(text, str(file), tmp_path / "cache")
     assert type(tok) is Tokenizer and tok.dtype == np.uint32 and tok.eot == 65792
     shards = [folder / name for name in meta["train_shards"]]
