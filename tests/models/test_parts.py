@@ -167,3 +167,14 @@ def test_only_what_counts_is_computed():
     targets[:19] = 5
     assert parts.counted(targets) is None
     assert parts.only(None, x)[0] is x and parts.spread(None, x, 20) is x
+
+
+def test_many_counted_targets_are_filled_up_with_others():
+    """So that their number is one of few; each is there once, and those that count all are."""
+    targets = torch.full((2000,), IGNORE)
+    counting = torch.arange(0, 2000, 3)  # 667
+    targets[counting] = 5
+    kept = parts.counted(targets)
+    assert len(kept) == len(kept.unique()) == 768
+    assert set(counting.tolist()) <= set(kept.tolist())
+    assert (targets[kept] == 5).sum() == 667
