@@ -13,6 +13,7 @@ from data import DataConfig, open_dataset, read_shard
 from data.encodings import NotText, examine, texts
 from data.sources.text import list_files
 from data.tokenizers import END_OF_TEXT
+from runtime.warm_start import other_tokens
 
 from .results import Measure
 
@@ -86,6 +87,9 @@ def open_corpus(saved):
             f"{dataset.name}: is no longer the text that {saved.folder} was trained on; name a "
             "text with --text"
         )
+    # A vocabulary that was learned anew, as another version of the learner does it
+    if other := other_tokens(saved.folder, dataset):
+        raise InputError(f"{dataset.name}: {other}; name a text with --text")
     return dataset
 
 

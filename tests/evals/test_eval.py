@@ -5,7 +5,11 @@ import shutil
 
 import pytest
 
+from base import InputError
+from data.tokenizers import make_tokenizer
 from evals import __main__ as program
+from evals import loss
+from runtime.saved import load_run
 
 
 def run(capsys, *argv):
@@ -95,3 +99,12 @@ def test_a_text_that_has_changed_since_is_not_taken_for_what_it_was(folder, caps
     path.write_text(json.dumps(result))
     status, _, err = run(capsys, "--run", folder)
     assert status == 2 and "no longer the text" in err
+
+
+def test_tokens_that_mean_something_else_by_now_are_not_measured(folder):
+    saved = load_run(folder)
+    loss.open_corpus(saved)
+    learned = make_tokenizer("bpe:300", lambda: ["the cat sees a dog"] * 9)
+    (folder / "tokenizer.json").write_text(learned.to_json())
+    with pytest.raises(InputError, match="others in the run; name a text with --text"):
+        loss.open_corpus(saved)
