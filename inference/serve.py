@@ -122,9 +122,11 @@ def make_server(args, given):
     # Here, so that --help and what is wrong with options do not wait for it
     from .protocol import Served
     from .server import Limits, Server
+    from .worker import one_thread
 
     tools = Tools(args.tools)
-    saved, engine = open_run(args, places=args.places)
+    thread = one_thread()
+    saved, engine = thread.submit(open_run, args, places=args.places).result()
     if tools and not is_taught(saved):
         raise InputError(f"--tools: {saved.folder} is a base model: expected a taught one")
     sampling = default_sampling(saved.tokenizer, **given)
@@ -150,7 +152,8 @@ def make_server(args, given):
     local = is_loopback(args.host)
     if not local and args.api_key is None:
         say(f"note: whoever reaches {args.host} may use this model; --api-key asks for a key")
-    return Server(engine, served, about, limits, args.api_key, tuple(args.allow_origin), local)
+    origins = tuple(args.allow_origin)
+    return Server(engine, served, about, limits, args.api_key, origins, local, thread)
 
 
 def knobs_of(sampling):

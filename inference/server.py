@@ -65,17 +65,19 @@ class Limits:
 class Server:
     """Routes, and what they share."""
 
-    def __init__(self, engine, served, about, limits, api_key=None, origins=(), local=True):
+    def __init__(
+        self, engine, served, about, limits, api_key=None, origins=(), local=True, thread=None
+    ):
         """served: a protocol.Served; about: what /v1/models says of the model besides its name;
         origins: of web pages from elsewhere that may call, "*" for all; local: whether it can be
-        reached from this machine only."""
+        reached from this machine only; thread: the Worker's."""
         self.served = served
         self.about = about
         self.limits = limits
         self.api_key = api_key
         self.origins = origins
         self.local = local
-        self.worker = Worker(engine, limits.queue, limits.seconds)
+        self.worker = Worker(engine, limits.queue, limits.seconds, thread)
         self.created = int(time.time())
 
         get = {

@@ -62,14 +62,15 @@ class Job:
 class Worker:
     """Steps an engine as long as there are jobs.
 
-    queue: completions that may wait for a place; seconds: that a job may take.
+    queue: completions that may wait for a place; seconds: that a job may take; thread: an executor
+    of one thread that steps it, see one_thread.
     """
 
-    def __init__(self, engine, queue, seconds):
+    def __init__(self, engine, queue, seconds, thread=None):
         self.engine = engine
         self.queue = queue
         self.seconds = seconds
-        self.thread = ThreadPoolExecutor(1)
+        self.thread = thread or one_thread()
         self.jobs = {}  # Completion -> Job
         self.wanted = asyncio.Event()
         self.scoring = 0  # calls that wait for the thread
@@ -203,6 +204,13 @@ class Worker:
 
     def close(self):
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+def one_thread():
+    """An executor for all that computes. A thread that starts PyTorch's loops has helpers of its
+    own, which wait for the next loop awake; where two threads have some, there are more of them
+    than processors, and OpenMP lets all fall asleep at once: int8 decodes half as fast then."""
+    return ThreadPoolExecutor(1)
 
 
 def busy(why):
