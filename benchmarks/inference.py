@@ -9,11 +9,14 @@ for all rows of the batch, and each row's keys and values. Those bytes over the 
 machine reads memory are the floor; `of floor` is floor / time. Prefill is compared with the rate of
 large matrix products in its dtype. Ours are the model's own steps with the likeliest token each
 time, transformers is its generate(), llama.cpp what it says of itself. Those of the same numbers,
-and a reading of memory, take turns in one process with the same threads; each number is a median.
+and a reading of memory, take turns with as many threads, each in a process of its own, since two
+sets of OpenMP's threads in one process slow each other down; each number is a median.
 On a busy machine, --cpu-time with --threads 1 counts the seconds that the process had instead of
 those that passed.
 """
 
+import contextlib
+import multiprocessing
 import statistics
 import time
 
@@ -88,50 +91,110 @@ def run(
     max_len = max(context) + tokens + PROFILED
     for kind in kinds:
         say(f"{kind} ...")
-        variants = beside_each_other(kind, track, max_len, device, llama_cpp, not no_transformers)
-        for rows in batch:
-            for n in context:
-                for variant, measured in measure(variants, rows, n, tokens, repeats, device, clock):
-                    rate = result["matmul"].get(variant.matmul)
-                    if rate:
-                        flops = measured["prefill_tokens_per_s"] * variant.flops_per_token
-                        measured["of_matmul"] = flops / rate
-                    about = dict(variant=variant.name, batch=rows, context=n)
-                    result["rows"].append(about | measured)
-                save(result)
-        if profile:
-            say(profiled(variants[0], min(context)))
-        del variants
+        shape = track, max_len, device, kind
+        makers = [Ours]
+        if kind in DTYPES and not no_transformers:
+            makers.append(Transformers)
+        if llama_cpp and kind in GGUF:
+            makers.append(rival_of)
+        with side_by_side(makers, shape) as variants:
+            for rows in batch:
+                for n in context:
+                    for variant, measured in measure(variants, rows, n, tokens, repeats, clock):
+                        rate = result["matmul"].get(variant.matmul)
+                        if rate:
+                            flops = measured["prefill_tokens_per_s"] * variant.flops_per_token
+                            measured["of_matmul"] = flops / rate
+                        about = dict(variant=variant.name, batch=rows, context=n)
+                        result["rows"].append(about | measured)
+                    save(result)
+            if profile:
+                say(variants[0].profiled(min(context)))
     return result
 
 
-def beside_each_other(kind, track, max_len, device, llama_cpp, transformers):
-    """Variants whose weights have as many bits."""
-    ours = Ours(track, max_len, device, kind if kind in DTYPES else "bfloat16", kind)
-    found = [ours]
-    if kind in DTYPES and transformers:
+@contextlib.contextmanager
+def side_by_side(makers, shape):
+    """Variants of a shape, each in a process of its own where there are several; one that needs a
+    package that is not here is left out."""
+    if len(makers) == 1:
+        yield [makers[0](*shape)]
+        return
+    variants = []
+    try:
+        for make in makers:
+            variants.append(Apart(make, shape))
+        yield [v for v in variants if v.there()]
+    finally:
+        for variant in variants:
+            variant.end()
+
+
+class Apart:
+    """A Variant in a process of its own."""
+
+    def __init__(self, make, shape):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        args = theirs, make, shape, torch.get_num_threads()
+        self.process = context.Process(target=answer, args=args, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def there(self):
+        """Whether it could be made; what it says of itself is known then. Raises InputError."""
+        said = self.pipe.recv()
+        if isinstance(said, ImportError):
+            say(f"without transformers: {said}")
+            return False
+        if isinstance(said, InputError):
+            raise said
+        vars(self).update(said)
+        return True
+
+    def call(self, name, *args):
+        self.pipe.send((name, *args))
+        return self.pipe.recv()
+
+    def read_rate(self, *args):
+        return self.call("read_rate", *args)
+
+    def cache_bytes(self, n):
+        return self.call("cache_bytes", n)
+
+    def timed(self, *args):
+        return self.call("timed", *args)
+
+    def profiled(self, context):
+        return self.call("profiled", context)
+
+    def end(self):
+        self.pipe.close()
+        self.process.join()
+
+
+def answer(pipe, make, shape, threads):
+    """Be a Variant for another process, until it closes its end of the pipe."""
+    torch.set_num_threads(threads)
+    try:
+        variant = make(*shape)
+    except (ImportError, InputError) as e:
+        pipe.send(e)
+        return
+    names = "name", "matmul", "flops_per_token", "weight_bytes"
+    pipe.send({name: getattr(variant, name) for name in names})
+    while True:
         try:
-            found.append(Transformers(ours))
-        except ImportError as e:
-            say(f"without transformers: {e}")
-    if llama_cpp and kind in GGUF:
-        exported = ours if kind in DTYPES else Ours(track, max_len, device, "float32", "float32")
-        found.append(rival.beside(exported, GGUF[kind], max_len, torch.get_num_threads()))
-    return found
+            name, *args = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(getattr(variant, name)(*args))
 
 
-class Reading:
-    """Of large tensors: bytes/s of memory, in large pages where `decoding` has the weights so."""
-
-    def __init__(self, device, decoding=None):
-        self.x = torch.ones(READ_BYTES // 4, device=device)
-        if decoding:
-            decoding.in_large_pages([self.x])
-
-    def rate(self, clock):
-        start = clock()
-        self.x.sum().item()
-        return READ_BYTES / (clock() - start)
+def rival_of(track, max_len, device, kind):
+    """llama.cpp on our weights."""
+    ours = Ours(track, max_len, device, kind if kind in DTYPES else "float32")
+    return rival.beside(ours, GGUF[kind], max_len, torch.get_num_threads())
 
 
 class Variant:
@@ -165,7 +228,8 @@ class Variant:
 
 
 class Ours(Variant):
-    def __init__(self, track, max_len, device, dtype, kind):
+    def __init__(self, track, max_len, device, kind):
+        dtype = kind if kind in DTYPES else "bfloat16"
         fields = load_track(track)
         template = load_template(fields["template"])
         known = template.Config.__dataclass_fields__
@@ -185,6 +249,17 @@ class Ours(Variant):
             self.weight_bytes = matrices * bits / 8
         self.stage = c.stage(1.0, max_len)
         self.device = device
+        self.large = None  # to be read
+
+    def read_rate(self, clock):
+        """Of a large tensor: bytes/s of memory, in large pages where the weights are in such."""
+        if self.large is None:
+            self.large = torch.ones(READ_BYTES // 4, device=self.device)
+            if self.model.ops.decoding:
+                self.model.ops.decoding.in_large_pages([self.large])
+        start = clock()
+        self.large.sum().item()
+        return READ_BYTES / (clock() - start)
 
     def cache_bytes(self, n):
         c = self.config
@@ -205,6 +280,14 @@ class Ours(Variant):
         logits, cache = state
         return self.step(logits.argmax(-1, keepdim=True), cache), cache
 
+    def profiled(self, context):
+        """A table of operations for some decoded tokens."""
+        state = self.prefill(1, context)
+        with torch.profiler.profile() as profile:
+            for _ in range(PROFILED):
+                state = self.decode(state)
+        return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=16)
+
     def step(self, inputs, cache):
         logits = self.model.decode(inputs, [inputs.size(1)] * len(inputs), cache, self.stage)
         if self.device.type == "cuda":
@@ -215,9 +298,10 @@ class Ours(Variant):
 class Transformers(Variant):
     """transformers' class for the same configuration, by its generate() with its cache."""
 
-    def __init__(self, ours):
+    def __init__(self, *shape):
         import transformers
 
+        ours = Ours(*shape)
         c = ours.config
         config = transformers.AutoConfig.for_model(
             **dict(c.hf_config(1.0), vocab_size=ours.n_vocab, max_position_embeddings=8192)
@@ -257,16 +341,15 @@ def vocabulary(fields):
     return int(name.partition(":")[2]) if ":" in name else 50257
 
 
-def measure(variants, rows, context, tokens, repeats, device, clock):
+def measure(variants, rows, context, tokens, repeats, clock):
     """(variant, medians of its prefill and decode and how near the floor decoding is) of each that
     can do so many rows."""
-    reading = Reading(device, variants[0].model.ops.decoding)
     rates = []
     found = [[] for _ in variants]
     for _ in range(repeats + 1):  # the first one warms up
         for times, variant in zip(found, variants):
             times.append(variant.timed(rows, context, tokens, clock))
-            rates.append(reading.rate(clock))
+            rates.append(variants[0].read_rate(clock))
     read_rate = statistics.median(rates)
     for times, variant in zip(found, variants):
         if times[0] is None:
@@ -282,15 +365,6 @@ def measure(variants, rows, context, tokens, repeats, device, clock):
             of_floor=n_bytes / read_rate / decode,
         )
         yield variant, measured
-
-
-def profiled(variant, context):
-    """A table of operations for some decoded tokens."""
-    state = variant.prefill(1, context)
-    with torch.profiler.profile() as profile:
-        for _ in range(PROFILED):
-            state = variant.decode(state)
-    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=16)
 
 
 def render(result):
