@@ -46,7 +46,7 @@ from data.config import DataConfig
 from data.sources import is_built
 from inference.show import show_samples
 from models import load_template, option_names, outline, template_names
-from optim import OptimConfig
+from optim import OptimConfig, TouchedRows
 from records.metrics import METRICS, VAL_LOSS
 from runtime import folders, machine, memory, resume, trackers, warm_start
 from runtime.announce import announce
@@ -394,10 +394,12 @@ def train_to_the_end(setup, session):
         validate(setup, session)
         session.save()  # the checkpoint of this step learns how good it is
 
+    touched = TouchedRows(optimizer, model)  # of token tables, known from the batches
+
     def micro_batches():
         for step in range(first, config.schedule.steps + 1):
             rows = setup.micro_rows[setup.stages[step]]
-            yield list(setup.data.train.micro_batches(step, world.rank, world.size, rows))
+            yield touched.batch(setup.data.train, step, rows)
 
     with contextlib.closing(Prefetcher(micro_batches(), world.device)) as batches:
         for step, batch in zip(session.steps(), batches):
@@ -419,7 +421,8 @@ def train_to_the_end(setup, session):
             lr = lr_at(config, step)
             momentum = momentum_at(config, step)
             votes = session.votes()
-            ok = guard.judge(step, loss, optimizer.gradients(momentum), votes)
+            gradients = optimizer.gradients(momentum, touched.rows(step))
+            ok = guard.judge(step, loss, gradients, votes)
             optimizer.step(lr, momentum, ok)
             model.after_step()
 

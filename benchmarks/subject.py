@@ -18,6 +18,7 @@ from base import InputError
 from base.clock import Parts
 from benchmarks.breakdown import MARK
 from models import load_template
+from optim import TouchedRows
 from records.source import pack_source
 from runtime import corpus
 from runtime.collectives import parameters_of
@@ -208,6 +209,8 @@ class Subject:
         on a profiler sees forward passes by name."""
         self.model.init_weights(self.c.seed)
         self.setup.optimizer.reset()
+        self.touched = TouchedRows(self.setup.optimizer, self.model)
+        self.taken = 0  # steps
         forward = self.setup.forward
 
         def named(*args, **more):
@@ -225,8 +228,7 @@ class Subject:
         """This rank's micro-batches for each of these stages, one after the other."""
         loader = self.setup.data.train
         for step, stage in enumerate(stages, start=1):
-            rows = self.setup.micro_rows[stage]
-            yield list(loader.micro_batches(step, self.world.rank, self.world.size, rows))
+            yield self.touched.batch(loader, step, self.setup.micro_rows[stage])
 
     def enter(self, step):
         """Make ready for the stage of this step of the schedule."""
@@ -248,7 +250,8 @@ class Subject:
         loss = tg.backward(setup, self.at, batch)
         momentum = tg.momentum_at(self.c.config, self.at)
         with record_function(f"{MARK}optimizer"):  # which begins with sums over ranks
-            gradients = setup.optimizer.gradients(momentum)
+            self.taken += 1
+            gradients = setup.optimizer.gradients(momentum, self.touched.rows(self.taken))
         with record_function(f"{MARK}guard"):
             ok = setup.guard.judge(number, loss, gradients)
         with record_function(f"{MARK}optimizer"):

@@ -255,14 +255,21 @@ class TrainLoader:
     def micro_batches(self, step, rank=0, world_size=1, micro_rows=None):
         """One rank's share of the batch as equally shaped MicroBatches, padded where rows do not
         divide evenly."""
+        yield from self.of_ranks(step, [rank], world_size, micro_rows)[0]
+
+    def of_ranks(self, step, ranks, world_size, micro_rows=None):
+        """Such lists of MicroBatches of several ranks, in going through the step's rows once."""
         rows = self.rows(step)
         self._open_ahead()
         if not micro_rows:
             micro_rows = -(-len(rows) // world_size)
         stride = micro_rows * world_size
         rows += [None] * (-len(rows) % stride)
-        for i in range(rank * micro_rows, len(rows), stride):
-            yield self._pack(rows[i : i + micro_rows], step)
+        found = []
+        for rank in ranks:
+            starts = range(rank * micro_rows, len(rows), stride)
+            found.append([self._pack(rows[i : i + micro_rows], step) for i in starts])
+        return found
 
     def padding(self, step, micro_rows):
         """A MicroBatch of padding alone, as of this step."""

@@ -68,6 +68,11 @@ row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
                                    in which they are updated
     successors(before, after)      {parameter: the parameter whose weights and moments it takes over
                                    when training passes from one stage to the next, or ends (None)}
+    touched_rows(inputs, cu_seqlens)
+                                   {table: (n,) int64 numbers of the rows, of all of it as (-1,
+                                   width), that a batch can give a gradient to}, by its tokens
+                                   alone, on their device: ranks then exchange only these rows
+                                   (optim/touched.py). Only if there are tables worth it
     before_step()                  what a step's forward passes need to have made; only if anything
     after_step()                   what the model keeps up to date besides parameters
     state()                        {name: tensor} of that, for checkpoints

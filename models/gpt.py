@@ -616,25 +616,48 @@ class Model(nn.Module):
         n, V, C = self.value_embeds.shape
         if not n:
             return {}
-        first_rows = V * torch.arange(n, device=inputs.device)
-        rows = first_rows[:, None, None] + inputs  # (n, B, T)
+        rows = self.value_rows(inputs)
         values = self.ops.embedding(rows, self.value_embeds.view(n * V, C)).unbind(0)
         return dict(zip(self.c.value_embed_layers, values))
+
+    def value_rows(self, inputs):
+        """(n, B, T): each token's row for each of n layers, in all their tables as one."""
+        n, V, _ = self.value_embeds.shape
+        first_rows = V * torch.arange(n, device=inputs.device)
+        return first_rows[:, None, None] + inputs
 
     def embed_ngrams(self, batch):
         """Sum of the embeddings of the 2-gram, 3-gram, ... that end at each token, within its
         document: (B, T, C)."""
-        key = before = batch.inputs
         total = 0
-        for i, table in enumerate(self.ngram_embeds.unbind(0)):
-            before = self.one_before(before, batch, torch.zeros_like(before), f"token {i}")
-            # An odd factor, so that rows of a power of two still depend on all tokens
-            key = key * (self.n_vocab | 1) + before
+        for key, table in zip(self.ngram_keys(batch), self.ngram_embeds.unbind(0)):
             x = self.ops.embedding(key % len(table), table)
             if len(self.signs):  # those that share a row get it with other signs
                 x = x * F.embedding(key // len(table) % len(self.signs), self.signs)
             total = total + x
         return total
+
+    def ngram_keys(self, batch):
+        """[(B, T) int64 of the 2-gram that ends at each token, of the 3-gram, ...]"""
+        keys = []
+        key = before = batch.inputs
+        for i in range(len(self.ngram_embeds)):
+            before = self.one_before(before, batch, torch.zeros_like(before), f"token {i}")
+            # An odd factor, so that rows of a power of two still depend on all tokens
+            key = key * (self.n_vocab | 1) + before
+            keys.append(key)
+        return keys
+
+    def touched_rows(self, inputs, cu_seqlens):
+        """{table: (n,) int64, of all its rows as one those that these tokens look up}, some of them
+        more than once; on the tokens' device, wherever the model is."""
+        starts = document_starts(inputs, cu_seqlens)
+        batch = Batch(inputs, None, starts, cu_seqlens)
+        found = dict(value_embeds=self.value_rows(inputs).flatten())
+        n_rows = self.ngram_embeds.size(1)
+        keys = self.ngram_keys(batch)
+        rows = [i * n_rows + key.flatten() % n_rows for i, key in enumerate(keys)]
+        return found | dict(ngram_embeds=torch.cat(rows)) if rows else found
 
     # What tokens know of those before them: in the same rows, or in decoding in a cache
 

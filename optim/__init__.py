@@ -13,6 +13,7 @@ from .muon import Muon, muon_update
 from .optimizer import Optimizer
 from .rows import RowAdam, row_update
 from .rule import Rule
+from .touched import TouchedRows
 
 __all__ = [
     "Adam",
@@ -23,6 +24,7 @@ __all__ = [
     "Optimizer",
     "RowAdam",
     "Rule",
+    "TouchedRows",
     "adam_update",
     "adamw_rules",
     "adamw_update",

@@ -91,15 +91,16 @@ class Optimizer:
             self.params[name].grad = None
 
     @torch.no_grad()
-    def gradients(self, momentum=None):
+    def gradients(self, momentum=None, touched=()):
         """{parameter: gradient summed over ranks, of the rows that this rank owns, or None}, the
         same names on all ranks: what the guard judges before step().
 
         Gradients that wait for a later turn are judged then; in a single process now, where nothing
         has to be summed. With the momentum of step(), what updates can do before anyone knows
-        whether they count is done while other sums are still on their way.
+        whether they count is done while other sums are still on their way. touched: {table: the
+        Touched of all steps since its last turn}; of others all rows are summed.
         """
-        self.reduce()
+        self.reduce(touched)
         found = dict.fromkeys(self.rules)
         if self.world.size == 1:
             return found | {name: self.params[name].grad for name in self.rules}
@@ -113,7 +114,7 @@ class Optimizer:
         return found
 
     @torch.no_grad()
-    def reduce(self):
+    def reduce(self, touched=()):
         """Start all sums over ranks that the next step needs: first inside each machine, then
         across machines. What is long to update comes first."""
         if self.reduced is not None:
@@ -125,7 +126,11 @@ class Optimizer:
         names.sort(key=lambda name: not self.rules[name].prepares)
         self.reduced = {}
         for name in names:
-            self.reduced[name] = self.shards[name].reduce(self.params[name].grad)
+            shard, grad = self.shards[name], self.params[name].grad
+            if name in touched:
+                self.reduced[name] = shard.reduce_rows(grad, touched[name].to(grad.device))
+            else:
+                self.reduced[name] = shard.reduce(grad)
         for name in names:
             self.reduced[name] = self.shards[name].reduce_across(*self.reduced[name])
 

@@ -7,12 +7,15 @@ inside each machine. All of it is started and waited for apart, so that it overl
 Rows that ranks do not divide get padding.
 """
 
+import typing
+
 import torch
 import torch.distributed as dist
 
 # PyTorch 2.13 renamed these
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_to_all = dist.all_to_all_single
 
 
 class Shard:
@@ -49,6 +52,17 @@ class Shard:
         part = torch.empty_like(grad[: self.n])
         return reduce_scatter(part, grad, group=self.world.node, async_op=True), part
 
+    def reduce_rows(self, grad, rows):
+        """The same as reduce() of a table, of which ranks exchange only what is not zero anyway.
+        rows: a Touched."""
+        width = grad.size(-1)
+        sent = grad.view(-1, width)[rows.mine]
+        got = grad.new_empty(len(rows.theirs), width)
+        node = self.world.node
+        work = all_to_all(got, sent, rows.receives, rows.sends, group=node, async_op=True)
+        part = grad.new_zeros(self.n, *self.whole.shape[1:])
+        return RowSum(work, sent, got, rows, part.view(-1, width)), part
+
     def reduce_across(self, work, part):
         """Start the sum over machines of what reduce() gave; returns the same pair."""
         if self.world.across is None or self.ranks == 1:
@@ -84,6 +98,23 @@ class Shard:
         out = part.new_empty(self.n * self.ranks, *part.shape[1:])
         all_gather(out, padded(part, self.n), group=self.world.node)
         return out[: len(self.whole)]
+
+
+class RowSum(typing.NamedTuple):
+    """Rows on their way to their owner."""
+
+    work: typing.Any
+    sent: torch.Tensor  # to be kept until then
+    got: torch.Tensor
+    rows: typing.Any  # a Touched
+    part: torch.Tensor  # (rows, width) of the owner, zeros
+
+    def wait(self):
+        """Add them up, rank by rank: within one no row comes twice, so each run sums alike."""
+        self.work.wait()
+        counts = self.rows.receives
+        for index, x in zip(self.rows.theirs.split(counts), self.got.split(counts)):
+            self.part.index_add_(0, index, x)
 
 
 def make_room(p, rows, world):

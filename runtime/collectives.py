@@ -44,8 +44,8 @@ class Links(NamedTuple):
 
 
 class Collective(NamedTuple):
-    kind: str  # reduce_scatter, all_gather or all_reduce
-    bytes: float  # of the whole
+    kind: str  # reduce_scatter, all_gather, all_reduce or all_to_all
+    bytes: float  # of the whole; in an all-to-all, that a rank sends, to itself as well
     group: str = "all"  # the ranks of a node, a rank and its like "across" nodes, or all
     every: int = 1  # steps between two of them
 
@@ -56,9 +56,10 @@ def shards(n, node):
     return node if n % node == 0 else n
 
 
-def collectives_of(parameters, n, node):
+def collectives_of(parameters, n, node, touched=()):
     """What n ranks, in nodes of so many, exchange in a step; parameters: those that have a
-    gradient in it."""
+    gradient in it; touched: {name: bytes of the rows that a rank sends}, of tables of which ranks
+    exchange only these (optim/touched.py)."""
     k = shards(n, node)
     found = []
     reported = 4  # the loss and three requests
@@ -70,7 +71,10 @@ def collectives_of(parameters, n, node):
             found.append(Collective("all_reduce", p.bytes, "all", p.every))
             continue
         part = p.bytes / p.units * -(-p.units // k)
-        found.append(Collective("reduce_scatter", k * part, "node", p.every))
+        if p.name in touched:
+            found.append(Collective("all_to_all", touched[p.name], "node", p.every))
+        else:
+            found.append(Collective("reduce_scatter", k * part, "node", p.every))
         found.append(Collective("all_gather", k * part, "node", p.every))
         if n > k:
             found.append(Collective("all_reduce", part, "across", p.every))

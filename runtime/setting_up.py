@@ -15,7 +15,7 @@ from base.places import cache_folder
 from kernels import choose_ops, fused
 from kernels.attention import Shape
 from models import load_template
-from optim import Optimizer, gradient_report, rules_of
+from optim import Optimizer, TouchedRows, gradient_report, rules_of
 
 from . import compiling, machine, memory
 from .environment import best_seconds, describe_environment, machine_probe
@@ -213,10 +213,13 @@ def warm_up(setup):
     limit = 2 * len(setup.micro_rows) + 16
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     turns = max(rule.every for rule in setup.optimizer.rules.values())
+    touched = TouchedRows(setup.optimizer, setup.model)
     for step, padding in padding_by_stage(setup):
         for _ in range(turns):  # the guard judges other gradients where some wait for their turn
             loss = backward(setup, step, [padding])  # compiles forward and backward
-            ok = setup.guard.judge(0, loss, setup.optimizer.gradients(0.0))
+            # With rows of tables exchanged as in training, for which ranks connect
+            rows = touched.note([[padding]] * setup.world.local_size)
+            ok = setup.guard.judge(0, loss, setup.optimizer.gradients(0.0, rows))
             setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
 
     # One validation for each of its graphs

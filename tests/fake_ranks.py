@@ -19,11 +19,18 @@ from runtime import launch
 class Call(typing.NamedTuple):
     """A collective as its caller made it."""
 
-    kind: str  # all_reduce, reduce_scatter, all_gather, broadcast or barrier
+    kind: str  # all_reduce, reduce_scatter, all_gather, all_to_all, broadcast or barrier
     group: str  # all, node or across
-    shape: tuple  # of the whole: what goes into a reduction, what comes out of a gather
+    # Of the whole: what goes into a reduction or an all-to-all, what comes out of a gather
+    shape: tuple
     dtype: torch.dtype
-    bytes: int  # of the whole
+    bytes: int
+
+    def of_all(self):
+        """What is the same on all ranks: into an all-to-all each puts as many rows as it has."""
+        if self.kind != "all_to_all":
+            return self
+        return self._replace(shape=self.shape[1:], bytes=None)
 
 
 class Tape:
@@ -34,6 +41,7 @@ class Tape:
         self.calls = []
         self.marks = []  # (name, number of calls before)
         self.sent = []  # tensors that were broadcast, by the first rank
+        self.rows = []  # of each all-to-all, (sent to each rank, received from each)
         self.first = first
         self.groups = 0  # that have been made
 
@@ -111,6 +119,17 @@ class FakeGroup(dist.ProcessGroup):
         self.write_down("reduce_scatter", whole)
         assert len(whole) == self.many * len(out)
         out.copy_(whole.chunk(self.many)[self.place] if len(out) else out)
+        return done(out)
+
+    def alltoall_base(self, out, x, receives, sends, opts=None):
+        assert len(receives) == len(sends) == self.many
+        assert (sum(receives), sum(sends)) == (len(out), len(x))
+        self.write_down("all_to_all", x)
+        tape.rows.append((list(sends), list(receives)))
+        own = x.split(sends)[self.place]
+        assert sends[self.place] == receives[self.place]
+        out.zero_()
+        out.split(receives)[self.place].copy_(own)
         return done(out)
 
     _allgather_base = all_gather_single  # their names until PyTorch 2.12

@@ -102,6 +102,7 @@ def test_what_is_listed_is_what_templates_have():
         "decode",
         "quantizable",
         "tables",
+        "touched_rows",
     }
     assert listed - optional == public(ngram_mlp) - set(OWN) - {"features"}
 

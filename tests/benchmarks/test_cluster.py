@@ -202,12 +202,38 @@ def test_several_nodes_send_the_same_inside_and_a_part_between():
 
 
 def test_stages_with_a_tied_head_exchange_less():
-    c = subject.change(GPT2_SMALL, tied=0.5, adam_every=1)
+    # A batch of one size touches as many rows
+    c = subject.change(GPT2_SMALL, tied=0.5, adam_every=1, batch_tokens=(131_072,))
     line = cluster.predict(c, subject.parameters(c, 50257), 8, RECORD, Links())
     tied, untied = line["stages"][0], line["stages"][-1]
     assert untied["bytes"] - tied["bytes"] == pytest.approx(2 * 7 / 8 * 50304 * 768 * 2)
     assert tied["terms"]["communication"] < untied["terms"]["communication"]
     assert line["bytes"] == pytest.approx((tied["bytes"] + untied["bytes"]) / 2, rel=1e-3)
+
+
+def test_tables_exchange_the_rows_that_a_text_touches():
+    """Fewer bytes in as many collectives, where parts are whole rows and rows are few."""
+    parameters = subject.parameters(GPT2_SMALL, 50257)
+    whole = {p.name: p.bytes for p in parameters}
+    tables = {"ngram_embeds", "value_embeds"}
+
+    def touched(rows, n):
+        return cluster.touched_bytes(GPT2_SMALL, parameters, rows, n, 8)
+
+    for rows, share in (8, 0.11), (24, 0.25):
+        found = touched(rows, 8)
+        assert found.keys() == tables
+        assert all(0.03 < found[name] / whole[name] < share for name in tables)
+        dense = cluster.collectives_of(GPT2_SMALL, parameters, 8, 8)
+        sparse = cluster.collectives_of(GPT2_SMALL, parameters, 8, 8, touched=found)
+        changed = [(a, b) for a, b in zip(dense, sparse, strict=True) if a != b]
+        assert [(a.kind, a.bytes) for a, _ in changed] == [
+            ("reduce_scatter", whole[p.name]) for p in parameters if p.name in tables
+        ]
+        assert {(b.kind, b.group, b.every) for _, b in changed} == {("all_to_all", "node", 2)}
+    assert touched(24, 1) == {}
+    assert touched(24, 7) == {}  # parts of a seventh are no whole rows
+    assert touched(24, 2).keys() < tables  # value embeddings are touched too much
 
 
 def test_the_tracks_table(capsys, tmp_path):

@@ -3,6 +3,7 @@ collectives are those of PyTorch's documentation at their worst."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from optim_helpers import (
 )
 
 from models import gpt
-from optim import Adam, LoRA, OptimConfig, RowAdam, shards
+from optim import Adam, LoRA, OptimConfig, RowAdam, TouchedRows, shards
 from optim import tensors as optimizer_tensors
 from runtime.machine import World
 
@@ -184,6 +185,21 @@ class Ranks:
         assert len(out) == len(x) * len(values)
         return self.start(x, out, torch.cat(values), async_op)
 
+    def all_to_all(self, out, x, receives, sends, group=None, async_op=False):
+        """Not by exchange(): each rank's x has another size."""
+        rank = self.thread.rank
+        group = group or tuple(range(self.size))
+        self.slots[rank] = "all_to_all", x.detach().clone().split(sends)
+        self.barrier.wait()
+        slots = list(self.slots)
+        if rank == 0:
+            self.calls.append(("all_to_all", len(group), x.numel()))
+        self.barrier.wait()
+        assert {slot[0] for slot in slots} == {"all_to_all"}
+        came = [slots[member][1][group.index(rank)] for member in group]
+        assert [len(part) for part in came] == receives
+        return self.start(x, out, torch.cat(came), async_op)
+
     def all_reduce(self, x, group=None, async_op=False):
         values, _ = self.exchange("all_reduce", x, group)
         return self.start(x, x, sum(values), async_op)
@@ -195,6 +211,7 @@ def ranks(request, monkeypatch):
     ranks = Ranks(*(request.param if isinstance(request.param, tuple) else [request.param]))
     monkeypatch.setattr(shards, "reduce_scatter", ranks.reduce_scatter)
     monkeypatch.setattr(shards, "all_gather", ranks.all_gather)
+    monkeypatch.setattr(shards, "all_to_all", ranks.all_to_all)
     monkeypatch.setattr(torch.distributed, "all_reduce", ranks.all_reduce)
     return ranks
 
@@ -570,3 +587,200 @@ def test_state_of_many_ranks_is_that_of_one_and_loads_on_any_number(ranks):
     assert_equal(weights(others[0][0]), weights(models[0]))
     for name, w in weights(others[2]).items():
         torch.testing.assert_close(w, weights(models[0])[name], atol=1e-5, rtol=1e-5)
+
+
+# --- Rows of tables
+
+TABLES = dict(
+    flat=Adam(0.05, every=2),
+    rows=RowAdam(0.03, every=2),
+    odd=Adam(0.05, every=2),
+    often=Adam(0.02),
+    dense=Adam(0.02, every=2),
+)
+WIDTH = 4
+
+
+class Tables(Parameters):
+    """Parameters whose rows a batch names itself: its inputs are rows, negative ones none."""
+
+    def __init__(self, ranks, dtype=torch.float32):
+        shapes = dict(flat=(6 * ranks, WIDTH), rows=(2, 13, WIDTH), odd=(6 * ranks + 1, WIDTH))
+        shapes |= dict(often=(6 * ranks, WIDTH), dense=(6 * ranks, WIDTH))
+        super().__init__(shapes, dtype)
+
+    def touched_rows(self, inputs, cu_seqlens):
+        found = {}
+        for name in ("flat", "rows", "odd", "often"):
+            found[name] = inputs[inputs >= 0]
+        return found | dict(unknown=inputs)
+
+
+class Batches:
+    """A loader: step -> rank -> rows of tables, in two micro-batches."""
+
+    def __init__(self, touched):
+        self.touched = touched
+
+    def of_ranks(self, step, ranks, world_size, micro_rows):
+        found = []
+        for rank in ranks:
+            rows = torch.tensor(self.touched[step][rank % len(self.touched[step])])
+            found.append([Inputs(part, None) for part in rows.chunk(2)])
+        return found
+
+
+class Inputs(NamedTuple):
+    inputs: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+
+
+# Rank by rank: none at all, one that all touch, twice the same, both ends and one of another owner
+TOUCHED = {
+    1: [[-1], [5, 5], [5], [5, 0]],
+    2: [[-1], [5], [23, 1], [5]],
+    3: [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]],
+    4: [[2], [-1], [-1], [-1]],
+    5: [[-1], [-1], [-1], [-1]],
+    6: [[-1], [-1], [-1], [-1]],
+    7: [list(range(20)), [1], [2], [3]],  # too many: then all rows go
+    8: [[4], [4], [4], [4]],
+}
+
+
+def rows_touched(step, rank):
+    rows = TOUCHED[step][rank % 4]
+    return [row for row in rows if row >= 0]
+
+
+def table_gradients(step, rank, model):
+    """Any numbers, of which sums round, in rows that are touched; everywhere in the others."""
+    g = torch.Generator().manual_seed(100 * step + rank)
+    found = {}
+    for name, p in model.named_parameters():
+        grad = torch.randn(p.shape, generator=g)
+        if name != "dense":
+            keep = torch.zeros(p.numel() // WIDTH, 1)
+            keep[rows_touched(step, rank)] = 1.0
+            grad = grad * keep.view(*p.shape[:-1], 1)
+        found[name] = grad
+    return found
+
+
+def train_tables(ranks, dtype, sparse, steps, begun=None, bad=()):
+    """(models, optimizers) of all ranks after these steps; begun: those of earlier ones; bad: steps
+    that do not count."""
+    models, optimizers = begun or (
+        [Tables(4, dtype) for _ in range(ranks.size)],
+        [],
+    )
+    if not begun:
+        for model, world in zip(models, ranks.worlds):
+            optimizers.append(optimizer_of(model, TABLES, world, skips=True))
+    touched = [TouchedRows(o, m) for o, m in zip(optimizers, models)]
+    for step in steps:
+
+        def on_rank(rank):
+            batch = touched[rank].batch(Batches(TOUCHED), step, None)
+            assert len(batch) == min(2, len(TOUCHED[step][rank % 4]))
+            accumulate(models[rank], table_gradients(step, rank, models[rank]))
+            rows = touched[rank].rows(step) if sparse else ()
+            optimizers[rank].gradients(0.9, rows)
+            ok = torch.tensor(step not in bad).as_subclass(OnGPU)
+            optimizers[rank].step(0.7, 0.9, ok)
+
+        ranks.run(on_rank)
+    return models, optimizers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks", [4, 2, (8, 4)], indirect=True, ids=str)
+def test_rows_that_are_touched_make_the_sums_of_all_rows(ranks, dtype):
+    """To the last bit, where sums go from rank to rank, in as many collectives and fewer bytes;
+    through steps that do not count, and beginning anew between two."""
+    dense, theirs = train_tables(ranks, dtype, False, range(1, 9), bad=(4, 5))
+    calls = list(ranks.calls)
+    ranks.calls.clear()
+    sparse = train_tables(ranks, dtype, True, range(1, 5), bad=(4, 5))
+    models, ours = train_tables(ranks, dtype, True, range(5, 9), sparse, bad=(4, 5))
+    for a, b, p, q in zip(dense, models, theirs, ours):
+        assert_equal(weights(b), weights(a))
+        assert_equal(clones(q), clones(p))
+
+    assert len(ranks.calls) == len(calls)
+    kinds = [what for what, _, _ in ranks.calls]
+    assert kinds.count("all_to_all") == 3 + 3 + 7  # flat, rows, often
+    before = sum(n for what, _, n in calls if what == "reduce_scatter")
+    after = sum(n for what, _, n in ranks.calls if what in ("reduce_scatter", "all_to_all"))
+    assert after < before
+
+
+def test_tables_have_touched_rows_only_where_parts_are_rows_that_are_few():
+    model = Tables(4)
+    world = world_of(1, 4)
+    touched = TouchedRows(optimizer_of(model, TABLES, world), model)
+    assert touched.tables.keys() == {"flat", "rows", "often"}
+    found = {}
+    for step in TOUCHED:
+        touched.batch(Batches(TOUCHED), step, None)
+        found[step] = touched.rows(step)
+        assert touched.rows(step) == {}
+    names = ["often", "flat rows often"] * 3 + ["", "often"]
+    assert [" ".join(rows) for rows in found.values()] == names
+    of_flat = found[2]["flat"]
+    assert of_flat.mine.tolist() == [5] and of_flat.sends == [1, 0, 0, 0]
+    # This rank owns rows 6 to 11, which nobody touches
+    assert of_flat.theirs.tolist() == [] and of_flat.receives == [0, 0, 0, 0]
+    of_rows = found[2]["rows"]  # 7 of them
+    assert of_rows.mine.tolist() == [5] and of_rows.theirs.tolist() == []
+    first = TouchedRows(optimizer_of(Tables(4), TABLES, world_of(0, 4)), model)
+    for step in (1, 2):
+        first.batch(Batches(TOUCHED), step, None)
+    of_flat = first.rows(2)["flat"]
+    assert of_flat.mine.tolist() == [] and of_flat.sends == [0, 0, 0, 0]
+    assert of_flat.theirs.tolist() == [5, 1, 5, 0, 5] and of_flat.receives == [0, 1, 2, 2]
+
+
+def test_touched_rows_of_less_than_a_turn_are_not_all():
+    """Where a gradient waits already, all rows of it go at the next turn."""
+    model = Tables(4)
+    optimizer = optimizer_of(model, TABLES, world_of(1, 4))
+    optimizer.step_count = 3
+    touched = TouchedRows(optimizer, model)
+    found = []
+    for step in (4, 5, 6):
+        touched.batch(Batches(TOUCHED), step, None)
+        found.append(" ".join(touched.rows(step)))
+    assert found == ["often", "often", "flat rows often"]
+
+
+@pytest.mark.parametrize("local", [1, 4])
+def test_batches_are_the_ranks_own_where_no_rows_are_touched(local):
+    """Alone, with a model that has no such tables, with a loader that makes one rank's batches."""
+
+    class Loader:
+        def micro_batches(self, step, rank, size, micro_rows):
+            yield step, rank, size, micro_rows
+
+    for model in Tables(4), Parameters():
+        world = world_of(3, 4, local)
+        rules = TABLES if isinstance(model, Tables) else RULES
+        touched = TouchedRows(optimizer_of(model, rules, world), model)
+        assert touched.batch(Loader(), 1, 2) == [(1, 3, 4, 2)] and touched.rows(1) == {}
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_a_bad_touched_row_is_seen_by_its_owner(ranks):
+    models = [Tables(4) for _ in range(4)]
+    optimizers = [optimizer_of(m, TABLES, w) for m, w in zip(models, ranks.worlds)]
+    touched = [TouchedRows(o, m) for o, m in zip(optimizers, models)]
+
+    def on_rank(rank):
+        touched[rank].batch(Batches(TOUCHED), 1, None)
+        give(models[rank], table_gradients(1, rank, models[rank]))
+        if rank == 3:
+            models[rank].often.grad[0, 1] = float("inf")
+        return optimizers[rank].gradients(0.9, touched[rank].rows(1))["often"]
+
+    parts = ranks.run(on_rank)
+    assert [bool(part.isfinite().all()) for part in parts] == [False, True, True, True]
