@@ -23,6 +23,8 @@ def place(folder):
 
 sys.path.sort(key=place)  # before anything is imported that Python has not loaded by itself
 
+import atexit  # noqa: E402
+import gc  # noqa: E402
 import importlib  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
@@ -95,9 +97,13 @@ def run(module, argv):
     interrupt = signal.getsignal(signal.SIGINT)
     if interrupt is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # What is imported stays, so looking for garbage among it is in vain, and takes 0.2 s
+    gc.disable()
     try:
         program = importlib.import_module(module)
     finally:
+        gc.enable()
+        gc.freeze()
         signal.signal(signal.SIGINT, interrupt)
     return program.main(argv)
 
@@ -134,5 +140,16 @@ def use_large_pages():
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def end_at_once(ended):
+    """End the process when all that waits for its end has been called, with the exit status in
+    `ended`: Python would forget one module after the other, 0.4 s with PyTorch among them."""
+    if ended and isinstance(ended[0], int):
+        streams.close()
+        os._exit(ended[0])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ended = []
+    atexit.register(end_at_once, ended)  # the first is called last
+    ended.append(main(sys.argv[1:]))
+    sys.exit(ended[0])

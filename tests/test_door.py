@@ -231,6 +231,25 @@ def test_ctrl_c_during_imports_and_after(tmp_path):
         assert started.returncode == (130 if before else -signal.SIGINT)
 
 
+def test_a_process_ends_at_once_but_what_waits_for_its_end_is_called(tmp_path):
+    program = """
+import atexit, gc, sys, threading, time
+class Slow:
+    def __del__(self):
+        print("taken to pieces")
+sys.slow = Slow()  # until Python forgets it
+def main(argv):
+    assert gc.isenabled()
+    atexit.register(lambda: print("at exit"))
+    threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+    print("main")
+    return 7
+"""
+    done = start(tmp_path, program)
+    assert done.communicate(timeout=60) == ("main\nthread\nat exit\n", "")
+    assert done.returncode == 7
+
+
 @pytest.mark.parametrize(
     "given, found", [({}, "5000"), (dict(GOMP_SPINCOUNT="5"), "5"), (dict(OMP_WAIT_POLICY="x"), "")]
 )

@@ -25,5 +25,6 @@ TRACK = TRACK | dict(
     normuon=False,
     row_moments=True,
     eval_every=10,
+    quick_val=8192,
     compile=False,
 )
