@@ -167,12 +167,12 @@ def count(text, starts, n):
     targets = text[1:]
     place = np.zeros_like(inputs)  # of the context, -1 where the document is not that long
     n_contexts = 1
+    n_tokens = text.max() + 1
     found = []
     for i in range(n):
         there = np.flatnonzero(place >= 0)
-        pair = place[there] * STRIDE + targets[there]
-        order = np.argsort(pair, kind="stable")
-        pair = pair[order]
+        pair = place[there] * n_tokens + targets[there]
+        pair, order = in_order(pair)
         there = there[order]
         new = np.append(True, pair[1:] != pair[:-1])
         # Once for each document; places of a pair are in the order of the text
@@ -181,8 +181,7 @@ def count(text, starts, n):
         begins = np.flatnonzero(new)
         count = np.add.reduceat(counts.astype(np.int32), begins)
         pair = pair[begins]
-        context = pair // STRIDE
-        follower = pair - context * STRIDE
+        context, follower = np.divmod(pair, n_tokens)
         sizes = np.bincount(context, minlength=n_contexts)
         first = np.append(0, np.cumsum(sizes))
         found.append([x.astype(np.int32) for x in (first, follower, count)])
@@ -194,11 +193,23 @@ def count(text, starts, n):
             place[there] = np.cumsum(new) - 1
             place = np.append(-1, place[:-1])
         else:
-            of_token = np.full(text.max() + 1, -1)
+            of_token = np.full(n_tokens, -1)
             of_token[follower] = np.arange(len(follower))
             place = of_token[inputs]
         place[inside < i] = -1
     return found
+
+
+def in_order(numbers):
+    """(numbers in order, which they were): (n,) int64 each, from numbers that are not negative;
+    equal ones stay in order. Where a number and its index fit into one together, these are sorted,
+    which takes a tenth of the time."""
+    bits = len(numbers).bit_length()
+    if numbers.max(initial=0) >> (63 - bits):
+        order = np.argsort(numbers, kind="stable")
+        return numbers[order], order
+    both = np.sort((numbers << bits) | np.arange(len(numbers)))
+    return both >> bits, both & ((1 << bits) - 1)
 
 
 def without_own(seen, hits, kinds, own, targets):

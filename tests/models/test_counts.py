@@ -186,6 +186,15 @@ def test_smoothed_probabilities_by_hand_and_in_all(text, table):
             assert found[token, i].item() == pytest.approx(p, rel=1e-6)
 
 
+@pytest.mark.parametrize("most", [9, 1 << 50, 1 << 62])
+def test_numbers_in_order_are_a_stable_sort(most):
+    numbers = np.random.default_rng(0).integers(0, most, 3000)
+    numbers[1000:2000] = numbers[:1000]
+    ordered, order = counts.in_order(numbers)
+    assert (order == np.argsort(numbers, kind="stable")).all()
+    assert (ordered == numbers[order]).all()
+
+
 def test_a_text_that_is_not_all_counted(shards, text):
     """Only its first tokens are, and leaving out more than was counted leaves nothing."""
     table = counts.Counts.of_text(shards, EOT, 2, most=20)

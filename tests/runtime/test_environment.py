@@ -3,6 +3,7 @@
 import math
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -48,6 +49,23 @@ def test_best_seconds(monkeypatch, seconds, calls):
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert best_seconds(CPU, work) == pytest.approx(seconds + 0.001) and len(took) == calls
+
+
+def test_packages_of_flash_attention(tmp_path, monkeypatch):
+    names = [("flash-attn-4", "4.0.0b1"), ("flash_attn", "2.8"), ("torch", "9")]
+    for name, version in names:
+        about = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "nowhere"), ""])
+    environment.flash_attention.cache_clear()
+    assert environment.flash_attention() == "flash-attn-4 4.0.0b1, flash_attn 2.8"
+    monkeypatch.setattr(sys, "path", [])
+    environment.flash_attention.cache_clear()
+    assert environment.flash_attention() is None
+    environment.flash_attention.cache_clear()
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
