@@ -4,8 +4,12 @@ one at a time.
     ./run.sh benchmarks ablate --track laptop --seeds 5 --json ablate.json --table ablate.md
     ./run.sh benchmarks ablate --track laptop --only softcap smear --steps 80
     ./run.sh benchmarks ablate --track llama-1m --only adamw --json adamw.json
+    ./run.sh benchmarks ablate --at parity --seeds 3 --json parts.json --table parts.md
 
-The last one compares the recipe as a whole with AdamW, which gets twice the steps.
+The third one compares the recipe as a whole with AdamW, which gets twice the steps. The last one
+takes the parts that gpt2-small has of the record, and two of our own that are no option, at the
+small shape and on the tokens of benchmarks parity --quick, with one thread; no checkout is needed.
+--step-tokens makes its steps shorter.
 
 Options other than those below are the trainer's own (./run.sh train --help): --steps N shortens
 the whole schedule, --seed N is the first seed. The recipe as it comes (base) and each variant of it
@@ -19,6 +23,7 @@ cut short; more --seeds or other pieces may be added later. Runs on other settin
 machine are refused, not mixed.
 """
 
+import contextlib
 import datetime
 import difflib
 import gc
@@ -159,6 +164,13 @@ PIECES = {
     "weight-decay": of("weight_decay", 0.0, 1.2),
     "adam-every": of("adam_every", 1, 2),
     "cooldown": of("cooldown", 0.0, 0.6),
+    "grow-gradients": of("grow_gradients", False, lambda c: len(c.batch_tokens) > 1),
+    "prefix-loss": of("prefix_loss", (0.0,), (0.25, 0.0)),
+    "extension-windows": Piece(dict(extension_windows=()), {}),
+    "head-betas": of("head_betas", (0.75, 0.95), (0.5, 0.95)),
+    "muon-head-pairs": of("muon_head_pairs", False, lambda c: c.n_head % 2 == 0),
+    "mlp-down-lr": of("mlp_down_lr", 1.0, 2.0),
+    "decay-by-shape": of("decay_by_shape", False, lambda c: c.weight_decay > 0),
     **switches(),
 }
 
@@ -178,11 +190,19 @@ RIVALS = {
 }
 
 
+class Code(NamedTuple):
+    """A piece that is no option: what it is without, while around(trainer) lasts."""
+
+    what: str
+    around: object  # a context manager
+
+
 class Variant(NamedTuple):
     label: str
     what: str
     fields: dict  # of the configuration, where it differs from the base
     config: subject.Settings
+    around: object = contextlib.nullcontext  # function of a trainer, entered for each run
 
 
 def apply(c, fields):
@@ -212,10 +232,14 @@ def variant(base, name):
     raise InputError(f"{name}: makes no difference to this configuration")
 
 
-def choose(base, only):
+def choose(base, only, preset=PIECES, code=None):
     """({name: Variant}, the base first, {name: why it is left out}). Names that were asked for
-    are not left out: an InputError says what is wrong with them."""
-    known = PIECES | RIVALS
+    are not left out: an InputError says what is wrong with them.
+
+    preset: names to take where none is asked for; code: {name: Code} of more pieces.
+    """
+    code = code or {}
+    known = PIECES | RIVALS | code
     for name in only:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -224,7 +248,11 @@ def choose(base, only):
             raise InputError(f"--only {name}: no such piece; {hint}expected of {expected}")
     chosen = {BASE: Variant(BASE, "the recipe as it comes", {}, base)}
     left_out = {}
-    for name in dict.fromkeys(only or PIECES):
+    for name in dict.fromkeys(only or preset):
+        if name in code:
+            what, around = code[name]
+            chosen[name] = Variant(f"without {name}", what, {}, base, around)
+            continue
         try:
             chosen[name] = variant(base, name)
         except InputError as e:
@@ -311,6 +339,11 @@ def summarise(runs, names, metric, target):
         if name != BASE:
             both = [(mine[seed], base[seed]) for seed in sorted(mine.keys() & base.keys())]
             row["difference"] = difference([(final(a, metric), final(b, metric)) for a, b in both])
+            row["by_seed"] = [final(a, metric) - final(b, metric) for a, b in both]
+            row["cpu_ratio"] = None
+            if all("cpu_ms_per_step" in r for pair in both for r in pair):
+                pairs = [(a["cpu_ms_per_step"], b["cpu_ms_per_step"]) for a, b in both]
+                row["cpu_ratio"] = spread(a / b for a, b in pairs)
             row["step_ratio"] = spread(a["ms_per_step"] / b["ms_per_step"] for a, b in both)
             if target is not None:
                 row["target_ratio"] = None
@@ -318,8 +351,31 @@ def summarise(runs, names, metric, target):
                 # a ratio over the seeds that made it would be one over the lucky ones
                 if len(both) == len(made) and all(None not in pair for pair in pairs):
                     row["target_ratio"] = ratio(pairs)
+        for key in "params", "flops_per_token":  # the same from every seed
+            row[key] = next((r.get(key) for r in mine.values()), None)
         summary[name] = row
+    pool(summary)
     return summary
+
+
+def pool(summary):
+    """Put beside each difference the half width of its 95% interval if all pieces' differences
+    scatter over the seeds alike: `pooled`, None where no piece has two seeds."""
+    from scipy import stats
+
+    rows = [row for row in summary.values() if row.get("difference")]
+    squares = freedom = 0
+    for row in rows:
+        values = row["by_seed"]
+        if len(values) > 1:
+            squares += statistics.variance(values) * (len(values) - 1)
+            freedom += len(values) - 1
+    for row in rows:
+        row["pooled"] = None
+        if freedom:
+            sd = math.sqrt(squares / freedom)
+            quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+            row["pooled"] = quantile * sd / math.sqrt(row["difference"]["n"])
 
 
 STATEMENT = """\
@@ -343,12 +399,19 @@ class Points(Log):
     def __init__(self, folder, steps):
         super().__init__(folder, steps)
         self.val = []
+        # CPU seconds between the ends of steps, without validations: the first step has none
+        self.cpu_seconds = []
+        self.since = None
 
     def step(self, step, total, kind, loss, seconds, kept=None, **more):
-        pass
+        now = time.process_time()
+        if self.since is not None:
+            self.cpu_seconds.append(now - self.since)
+        self.since = now
 
     def validation(self, step, total, metrics, seconds):
         self.val.append(dict(step=step, train_time=seconds, **metrics))
+        self.since = time.process_time()
 
     def save_weights(self, weights, name="model.safetensors"):
         return False
@@ -356,18 +419,22 @@ class Points(Log):
 
 class Bench:
     """Trainers by variant. Each is built once and kept, as far as a quarter of the free memory
-    goes: the others are built anew for each run, with compiled code from the cache."""
+    goes: the others are built anew for each run, with compiled code from the cache.
 
-    def __init__(self, variants, world, folder):
+    open_data: function of Settings that gives a trainer its data.
+    """
+
+    def __init__(self, variants, world, folder, open_data):
         self.variants = variants
         self.world = world
         self.folder = folder
+        self.open_data = open_data
         self.kept = {}
         self.bytes = 0
         self.budget = (free_memory(world.device) or 4e9) / 4
 
     def build(self, c, log):
-        trainer = subject.Subject(c, self.world, log)
+        trainer = subject.Subject(c, self.world, log, self.open_data(c))
         trainer.own_code()
         return trainer
 
@@ -403,10 +470,15 @@ class Bench:
         row = dict(variant=name, seed=seed, date=date)
         with Points(self.folder / f"{name}-{seed}", self.variants[name].config.steps) as log:
             try:
-                result = self.trainer(name, log).run(log, seed)
+                trainer = self.trainer(name, log)
+                with self.variants[name].around(trainer):
+                    result = trainer.run(log, seed)
                 row |= {key: result[key] for key in ("train_time_s", "steps", "tokens", "params")}
                 row["val"] = log.val
                 row["ms_per_step"] = 1e3 * row["train_time_s"] / row["steps"]
+                if log.cpu_seconds:
+                    row["cpu_ms_per_step"] = 1e3 * statistics.fmean(log.cpu_seconds)
+                row["flops_per_token"] = trainer.mean_flops()
             except (InputError, RuntimeError) as e:
                 if not isinstance(e, InputError) and not ran_out(e):
                     raise
@@ -414,14 +486,14 @@ class Bench:
         return row
 
 
-def settings_of(c, world):
+def settings_of(c, dataset, world):
     """What runs in one file must share, as it comes back from JSON."""
     settings = dict(c.fields)
     for name in APART:
         if name not in ("micro_tokens", "recompute"):
             settings.pop(name, None)
     settings |= dict(
-        fingerprint=subject.open_data(c, world).dataset.fingerprint,
+        fingerprint=dataset.fingerprint,
         source=subject.source_hash(),
         torch=torch.__version__,
         device=describe_environment(world.device)["device"],
@@ -456,7 +528,15 @@ def resume(previous, settings, variants):
     return [r for r in previous["runs"] if "error" not in r]
 
 
-def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result: None):
+def run(
+    only=(),
+    seeds=3,
+    at=None,
+    step_tokens=None,
+    trainer_options=(),
+    previous=None,
+    save=lambda result: None,
+):
     """dict(track, metric, target, ..., variants={name: dict(label, what, fields)}, runs=[...],
     summary={name: ...}); save is given the same after every run; previous: such a result, to go
     on from."""
@@ -464,7 +544,8 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
         raise InputError(
             "ablate runs in one process, on one device: expected to be started without torchrun"
         )
-    base = subject.parse(trainer_options)
+    if step_tokens and not at:
+        raise InputError("--step-tokens: only with --at parity; --batch-tokens is the trainer's")
     given = {option.split("=")[0] for option in trainer_options}
     for option in REFUSED:
         if option in given:
@@ -472,13 +553,35 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
                 f"{option} is not for ablate: leave it out; --seeds N repeats, --json FILE keeps "
                 "results"
             )
+    if not at:
+        place = Place(subject.parse(trainer_options), subject.open_data)
+        return compare(place, only, seeds, previous, save)
+    from .parity import parts
+
+    with parts.at_parity(trainer_options, step_tokens) as place:
+        return compare(place, only, seeds, previous, save)
+
+
+class Place(NamedTuple):
+    """Where pieces are measured."""
+
+    base: subject.Settings
+    open_data: object  # function of Settings: what a trainer of these learns from
+    preset: tuple = tuple(PIECES)  # what is measured unless --only says what
+    code: dict = {}  # {name: Code} of more pieces
+    about: dict = {}  # what the result says besides
+
+
+def compare(place, only, seeds, previous, save):
+    """What run() returns."""
+    base = place.base
     target = base.target
     metric = base.target_metric
     base = subject.change(base, target=None, checkpoint_every="off")
-    variants, left_out = choose(base, only)
+    variants, left_out = choose(base, only, place.preset, place.code)
     world = subject.alone()
     say("preparing the data ...")
-    settings = settings_of(base, world)
+    settings = settings_of(base, place.open_data(base).dataset, world)
     runs = resume(previous, settings, variants)
     for name, reason in left_out.items():
         say(f"left out: {name}, which {reason}")
@@ -505,6 +608,7 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
         passes=previous.get("passes"),
         left_out=left_out,
         runs=runs,
+        **place.about,
         statement=STATEMENT,
         # what the file has beyond what was asked for stays in it
         variants=previous["variants"] | described,
@@ -516,7 +620,7 @@ def run(only=(), seeds=3, trainer_options=(), previous=None, save=lambda result:
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ablate-") as folder:
-        bench = Bench(variants, world, Path(folder))
+        bench = Bench(variants, world, Path(folder), place.open_data)
         if todo:
             with Points(Path(folder, "passes"), 1) as log:
                 passes = result["passes"] or bench.passes(log)
@@ -553,6 +657,30 @@ def interval(x, form, sign=""):
     if x["low"] is None:
         return mean
     return f"{mean} [{x['low']:{sign}{form}}, {x['high']:{sign}{form}}]"
+
+
+def small_cells(name, row, v, base):
+    """A variant's line of the table at parity's shape, where a step's time is the CPU's."""
+    if name == BASE:
+        sd = "" if row["sd"] is None else f" (sd {row['sd']:.4f})"
+        cells = [v["label"], number(row["loss"], ".4f") + sd, "", "", ""]
+        cells += [number(row["params"], ","), number(row["flops_per_token"], ",.0f")]
+        return [*cells, v["what"]]
+    found = row["difference"]
+    more = [None if None in (row[k], base[k]) else row[k] - base[k] for k in EXACT]
+    changed = ", ".join(f"{key}={shown(x)}" for key, x in v["fields"].items())
+    return [
+        v["label"],
+        ", ".join(format(x, "+.4f") for x in row["by_seed"]),
+        interval(found, ".4f", "+"),
+        number(row.get("pooled"), ".4f"),
+        bracketed(row["cpu_ratio"], ".3f"),
+        *(number(x, "+,.0f") for x in more),
+        f"{v['what']} ({changed})" if changed else v["what"],
+    ]
+
+
+EXACT = "params", "flops_per_token"
 
 
 def cells_of(name, row, v, target):
@@ -606,7 +734,13 @@ def render(result):
 
     rows = []
     for name in sorted(summary, key=key):
-        rows.append(cells_of(name, summary[name], result["variants"][name], target))
+        row, v = summary[name], result["variants"][name]
+        if "shape" in result:
+            rows.append(small_cells(name, row, v, summary[BASE]))
+        else:
+            rows.append(cells_of(name, row, v, target))
+    if "shape" in result:
+        header = ["", "by seed", "mean", "±", "CPU ratio", "parameters", "FLOPs a token"]
     left_out = "; ".join(f"{name} {reason}" for name, reason in result["left_out"].items())
     failed = []
     for r in result["runs"]:
@@ -619,6 +753,7 @@ def render(result):
         f"{result['steps']} steps, {' and '.join(f'{n:,}' for n in tokens)} tokens in every run, "
         f"{metric} in {unit(metric)}{goal}; torch {where['torch']}, {where['threads']} CPU "
         "threads.",
+        result.get("shape"),
         table([*header, ""], rows),
         result["statement"],
         "**One seed has no interval: --seeds 3 or more.**" if len(seeds) < 2 else "",
@@ -634,3 +769,12 @@ def add_arguments(parser):
     parser.epilog = "\n".join(["pieces:", *lines, "rivals, with --only:", *rivals])
     parser.option("--only", str, (), "NAME", "these pieces instead of all", nargs="+")
     parser.option("--seeds", COUNT, 3, "N", "runs of every variant")
+    parser.option(
+        "--at",
+        str,
+        None,
+        "parity",
+        "gpt2-small's parts at the small shape of benchmarks parity",
+        choices=("parity",),
+    )
+    parser.option("--step-tokens", COUNT, None, "N", "there, in a step of the first stage [2048]")

@@ -267,3 +267,9 @@ class Subject:
     def flops(self, stage):
         """Of a token."""
         return self.model.flops_per_token(stage.model)
+
+    def mean_flops(self):
+        """Of a token, over the whole schedule."""
+        stages = schedule(self.c)
+        total = sum(stage.rows * self.flops(stage) for stage in stages)
+        return total / sum(stage.rows for stage in stages)

@@ -186,6 +186,13 @@ def shape_of(plan, rows, tokens):
     )
 
 
+def with_track(options):
+    """The trainer's options, of gpt2-small where they name no track."""
+    if any(str(o).split("=")[0] == "--track" for o in options):
+        return list(options)
+    return ["--track", "gpt2-small", *options]
+
+
 def resume(previous, settings):
     """The runs of an earlier result, of the same settings. Raises InputError for others."""
     if not previous:
@@ -231,19 +238,14 @@ def run(
     if plan.steps < 6:
         raise InputError(f"--steps {plan.steps}: expected 6 or more, for all stages")
     checkout = Checkout.read(modded, commit)
-    options = list(trainer_options)
-    if not any(str(o).split("=")[0] == "--track" for o in options):
-        options = ["--track", "gpt2-small", *options]
-    track = subject.parse(options)
+    track = subject.parse(with_track(trainer_options))
 
     with tempfile.TemporaryDirectory(prefix="parity-tokens-") as folder:
         say("tokens ...")
         tokens = task.Tokens(folder, Path(cache_folder()) / "data", SHRINK)
         shape = shape_of(plan, rows, tokens)
         c = task.scaled(track, shape)
-        stages = subject.schedule(c)
-        needed = sum(stage.rows for stage in stages) * c.row_len
-        passes = tokens.write(needed, min(s.model.max_doc_len for s in stages), shape.val_tokens)
+        needed, passes = tokens.write_for(c, shape.val_tokens)
         settings = dict(
             commit=checkout.commit,
             dc=dc,

@@ -82,6 +82,14 @@ class Tokens:
             raise InputError(f"{there} tokens to validate on, expected more than {val_tokens}")
         return passes
 
+    def write_for(self, c, val_tokens):
+        """What the runs of these Settings need; returns how many tokens those are, and how often
+        the text is gone through. Raises InputError as write() does."""
+        stages = subject.schedule(c)
+        needed = sum(stage.rows for stage in stages) * c.row_len
+        longest = min(stage.model.max_doc_len for stage in stages)
+        return needed, self.write(needed, longest, val_tokens)
+
     def dataset(self, *ignored):
         """In place of open_dataset()."""
         return Dataset(

@@ -702,8 +702,8 @@ def trained(monkeypatch, tmp_path, tokens):
         def __init__(self, *args):
             pass
 
-        def write(self, *args):
-            return 1
+        def write_for(self, c, val_tokens):
+            return 24_576, 1
 
     monkeypatch.setattr(parity.concurrent.futures, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(task, "Tokens", Tokens)
