@@ -31,7 +31,8 @@ class RunConfig(Options):
     quick_val: int = option(
         0,
         "with a target: tokens of a fixed part of the validation split that say when the target "
-        "is near enough to validate on all of it; 0: every validation is on all of it",
+        "is near enough to validate on all of it, after step 2, 4, 8, ... as well, before "
+        "--eval-every; 0: every validation is on all of it",
         COUNT,
     )
     train_eval: int = option(

@@ -141,11 +141,26 @@ class Session:
         return at.step > 0 and self.is_validation_step()
 
     def is_validation_step(self):
-        return self.is_last_step() or self.at.step % self.options.eval_every == 0
+        due = self.at.step % self.options.eval_every == 0
+        return due or self.is_last_step() or self.is_early_look()
+
+    def is_early_look(self):
+        """Whether a part of the split is looked at after step 2, 4, 8, ..., before validations
+        begin: an easy target is reached before the first of them."""
+        step = self.at.step
+        if not self.options.quick_val or self.goal.target is None:
+            return False
+        early = 1 < step < self.options.eval_every and step & (step - 1) == 0
+        return early and self.state.optimizer.is_settled()
 
     def is_last_step(self):
         """Whether the run is over after this step, whatever a validation says."""
         return self.at.step == self.steps_in_all or "end" in self.wanted
+
+    def a_look_may_do(self):
+        """Whether a part of the split may say that a validation of the whole is not due yet: one
+        whose loss has to be known, for patience, always is."""
+        return not self.is_last_step() and (not self.options.patience or self.is_early_look())
 
     def look(self, quick):
         """Take over the metrics of a part of the split; returns whether the target may have been

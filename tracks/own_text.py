@@ -12,7 +12,6 @@ OWN = dict(
     target=None,
     tokenizer="bpe",
     eval_every=25,
-    quick_val=0,
     train_eval=16384,
     patience=4,
     sample_prompts=(),

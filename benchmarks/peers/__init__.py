@@ -10,14 +10,13 @@ Checkouts are only read: each run works in a copy in a temporary folder. Nothing
 peer whose packages --python cannot import is left out, with a line that says what is missing.
 Options other than those below are our trainer's.
 
-A round trains a peer, then this trainer (track laptop, gpt2-small, or one for text) until its
+A round trains a peer, then this trainer (track own-text, laptop or gpt2-small) until its
 validation loss is the peer's, once with an empty cache folder (first start) and once with that one
 filled (again). docs/benchmarks.md says what each time and loss includes, and each file of
 benchmarks/peers/ what its peer is given.
 """
 
 import importlib
-import math
 import shutil
 import statistics
 import sys
@@ -105,7 +104,7 @@ def compare(peers, task, rounds, options, save):
             unit=task.unit,
             train=size_of(task.train, task.unit),
             val=theirs,
-            bits=bits_per_byte(task),
+            bits=task.scale if task.unit == "character" else None,
         ),
         metric=task.metric,
         target=task.target,
@@ -152,13 +151,6 @@ def compare(peers, task, rounds, options, save):
     if not any(there.get("rounds") for there in result["peers"].values()):
         fail("; ".join(f"{name}: {there['skipped']}" for name, there in result["peers"].items()))
     return result
-
-
-def bits_per_byte(task):
-    """What a loss in nats per character is multiplied with; None for other units."""
-    if task.unit != "character":
-        return None
-    return size_of(task.val, "character") / size_of(task.val, "byte") / math.log(2)
 
 
 def one_round(peer, task, options):

@@ -6,6 +6,7 @@ that file that need the peer's own packages, and so run in an interpreter of its
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -232,13 +233,14 @@ class Peer:
 
 
 class TextFile:
-    """The task on a text, a file of one's own: nats per character, on track shakespeare-char."""
+    """The task on a text, a file of one's own, in nats per character. Ours is the track own-text,
+    which has its own vocabulary and a target in bits per byte."""
 
     metric = "val_loss"
     unit = "character"
     device = "cpu"
     target = None
-    longer = 4  # our validation rows over our training rows, in its tracks
+    longer = 8  # our validation rows over our training rows, in its track
     tokens = 256  # of nanochat's tokenizer, without special ones
 
     def __init__(self, text, folder):
@@ -258,15 +260,15 @@ class TextFile:
         self.train = [train]
         self.val = [val]
 
-    def options_for(self, loss):
-        """Our trainer's: of the tracks on such text, the easiest whose target is no higher."""
-        from tracks import load_track
+    def options_for(self):
+        """Our trainer's: what it does with a text of one's own."""
+        return ["--text", self.path]
 
-        track = "shakespeare-char"
-        for easier in ("shakespeare-char-ngrams", "shakespeare-char-cpu"):
-            if load_track(easier)["target"] <= loss:
-                track = easier
-        return ["--track", track, "--text", self.path]
+    @property
+    def scale(self):
+        """What a loss is multiplied with to be in our target's metric: the bits per byte that a nat
+        per character is on the validation split."""
+        return size_of(self.val, "character") / size_of(self.val, "byte") / math.log(2)
 
     def our_validation(self):
         """(characters our trainer validates on, whether they are those of the peers)"""
@@ -305,8 +307,8 @@ def size_of(texts, unit):
 
 def our_options(task, loss, trainer_options):
     """What train_gpt.py is given to reach this loss; it draws no sample, as the peers do not."""
-    goal = ["--target", f"{loss:.6f}", "--sample-tokens", 0]
-    return [*trainer_options, *task.options_for(loss), *goal]
+    goal = ["--target", f"{loss * task.scale:.6f}", "--sample-tokens", 0]
+    return [*trainer_options, *task.options_for(), *goal]
 
 
 def ours(what, task, options, folder):
@@ -316,7 +318,7 @@ def ours(what, task, options, folder):
     run, ms = read_times(Path(folder) / "run")
     target = result["target"]
     return result | dict(
-        loss=result[result["target_metric"]],
+        loss=result[result["target_metric"]] / task.scale,
         time_to_loss_s=None if target is None else run.time_to(target),
         ms_per_step=ms,
         dtype=run.environment.get("dtype"),

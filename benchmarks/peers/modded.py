@@ -88,6 +88,7 @@ class FineWeb:
     name = "FineWeb"
     metric = "val_loss"
     unit = "token"
+    scale = 1.0
     target = None
 
     def __init__(self, trainer_options, folder):
@@ -120,7 +121,7 @@ class FineWeb:
             for i, path in enumerate(paths):
                 (there / f"fineweb_{kind}_{i:06d}.bin").symlink_to(Path(path).resolve())
 
-    def options_for(self, loss):
+    def options_for(self):
         return ["--track", "gpt2-small", "--gpus", self.gpus]
 
     def our_validation(self):

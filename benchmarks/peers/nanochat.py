@@ -212,6 +212,7 @@ class Laptop(TextFile):
     unit = "byte"
     longer = 8
     options = ["--track", "laptop"]
+    scale = 1.0
 
     def __init__(self, trainer_options, folder):
         """Prepares the corpus as our trainer does. Raises InputError; folder: to work in."""
@@ -234,7 +235,7 @@ class Laptop(TextFile):
             self.train += documents(path, data.dataset)
         self.val = documents(data.val.targets, data.dataset)
 
-    def options_for(self, loss):
+    def options_for(self):
         return self.options
 
     def our_validation(self):

@@ -715,8 +715,9 @@ class Looks(Toy):
     gap: what the whole's are higher.
     """
 
-    def __init__(self, folder, gap, **fields):
-        super().__init__(folder, eval_every=1, target_metric="val_loss", **fields)
+    def __init__(self, folder, gap, eval_every=1, **fields):
+        fields |= dict(eval_every=eval_every, quick_val=1, target_metric="val_loss")
+        super().__init__(folder, **fields)
         self.gap = gap
         self.looks = []  # steps
 
@@ -724,7 +725,7 @@ class Looks(Toy):
         step = session.at.step
         loss = self.val_losses.get(step, 9.0)
         with session.clock_stopped():
-            if not session.is_last_step():
+            if self.config.goal.target is not None and session.a_look_may_do():
                 self.looks.append(step)
                 quick = dict(val_loss=loss - self.gap, val_bpb=None)
                 if not session.look(quick):
@@ -750,6 +751,28 @@ def test_the_last_step_is_validated_on_the_whole_split(tmp_path):
     at = toy.run().at
     assert toy.validated == [10] and at.metrics["val_loss"] == 9.0
     assert toy.looks == list(range(1, 10))
+
+
+@pytest.mark.parametrize("adam_every, early", [(1, [2, 4]), (4, [4])])
+def test_an_easy_target_is_seen_before_the_first_validation(tmp_path, adam_every, early):
+    fields = dict(eval_every=8, target=3.0, adam_every=adam_every)
+    toy = Looks(tmp_path / "a", 0.0, **fields)
+    toy.run()
+    assert (toy.looks, toy.validated) == ([*early, 8], [10])
+    toy = Looks(tmp_path / "b", 0.0, val_losses={4: 2.9}, **fields)
+    assert (toy.run().at.step, toy.validated) == (4, [4])
+    toy = Toy(tmp_path / "c", eval_every=8, target=0.5, target_metric="val_loss")  # no part
+    toy.run()
+    assert toy.validated == [8, 10]
+    toy = Looks(tmp_path / "d", 0.0, **fields | dict(target=None))
+    toy.run()
+    assert toy.validated == [8, 10]
+
+
+def test_with_patience_every_validation_is_of_the_whole_split_but_for_early_looks(tmp_path):
+    toy = Looks(tmp_path, 0.0, eval_every=4, patience=1, target=1.0)
+    assert toy.run().at.step == 8  # no better than at 4
+    assert (toy.looks, toy.validated) == ([2], [4, 8])
 
 
 def test_a_look_is_no_validation_in_the_logs(tmp_path):

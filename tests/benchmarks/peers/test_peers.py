@@ -123,10 +123,10 @@ def test_nanogpt_and_ours_in_turns(around, capsys):
         assert (
             row["first"]["cold_start_s"] == 60 and row["again"]["cold_start_s"] == 5
         )  # caches empty, then filled
-        assert (
-            row["first"]["target"] == pytest.approx(loss, abs=1e-5)
-            and row["again"]["dtype"] == "bfloat16"
-        )
+        # In bits per byte, a byte being a character
+        assert row["first"]["target"] == pytest.approx(loss / math.log(2), abs=1e-5)
+        assert row["first"]["loss"] == pytest.approx(loss - 0.01 * math.log(2), abs=1e-5)
+        assert row["again"]["dtype"] == "bfloat16"
         # of its 40 steps the clock takes the 35 up to the checkpoint, less the first
         assert row["peer"]["steps"] == 35 and row["peer"]["train_time_s"] == pytest.approx(
             34 * 0.040
@@ -386,10 +386,9 @@ def test_laptop_is_the_tracks_shape():
         flags["eval-tokens"],
     )
     assert flags["device-batch-size"] * flags["max-seq-len"] == flags["total-batch-size"]
-    easier = subject.parse(["--track", "shakespeare-char-cpu", "--text", "x"])
-    for track, task in ((c, chat.Laptop), (easier, common.TextFile)):
+    own = subject.parse(["--text", "x"])
+    for track, task in ((c, chat.Laptop), (own, common.TextFile)):
         assert track.val_row_len == task.longer * track.row_len
-    assert easier.row_len == chat.SHAKESPEARE["max-seq-len"]
 
 
 def test_a_missing_package_skips_that_peer_only(quick, monkeypatch, capsys):
@@ -469,7 +468,7 @@ def test_a_loss_that_we_miss_has_no_ratio(quick, monkeypatch):
     assert result["peers"]["nanogpt"]["ratios"] == dict.fromkeys(
         ("training", "interpolated", "first", "again")
     )
-    assert "9.0000 (not reached)" in peers.render(result) and "validations – times" in peers.render(
+    assert "6.2383 (not reached)" in peers.render(result) and "validations – times" in peers.render(
         result
     )
 
@@ -649,17 +648,20 @@ def test_the_split_is_nanogpts(tmp_path):
 
 
 def test_our_trainer_takes_the_options(tmp_path):
-    text = write_text(tmp_path / "text.txt")
-    task = common.TextFile(text, tmp_path)
+    """Ours is in bits per byte: of a text of two bytes a character, a nat is 1 / (2 ln 2) bits."""
+    (tmp_path / "in.txt").write_text("é" * common.LEAST_TEXT, encoding="utf-8")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    task = common.TextFile(tmp_path / "in.txt", folder)
     c = subject.parse(common.our_options(task, 1.9, ["--n-head", "2", "--no-compile"]))
-    assert (c.track, c.text, c.target, c.target_metric, c.n_head) == (
-        "shakespeare-char-cpu",
-        str(text),
-        1.9,
-        "val_loss",
+    assert (c.track, c.text, c.target_metric, c.n_head, c.compile) == (
+        "own-text",
+        str(folder / "in.txt"),
+        "val_bpb",
         2,
+        False,
     )
-    assert c.tokenizer == "chars" and not c.compile
+    assert c.target == pytest.approx(1.9 / (2 * math.log(2)), abs=1e-6)
 
 
 def test_commit(tmp_path):
@@ -688,17 +690,3 @@ def test_a_peer_is_found_by_its_file():
     assert {"minimind", "modded", "nanochat", "nanogpt"} <= set(peers.names())
     for name in peers.names():
         assert peers.module_of(name).Checkout.name == name
-
-
-@pytest.mark.parametrize(
-    "loss, track",
-    [
-        (2.0, "shakespeare-char-cpu"),
-        (1.7, "shakespeare-char-ngrams"),
-        (1.5, "shakespeare-char"),
-        (1.1, "shakespeare-char"),
-    ],
-)
-def test_the_track_is_the_easiest_that_reaches_the_loss(tmp_path, loss, track):
-    task = common.TextFile(write_text(tmp_path / "text.txt"), tmp_path)
-    assert subject.parse(common.our_options(task, loss, [])).track == track
