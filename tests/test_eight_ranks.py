@@ -101,9 +101,9 @@ def train_as(rank, size, local, tmp_path, monkeypatch, first=None, **fields):
     return tape
 
 
-def touched_rows(config, size, local):
-    """For each step {table: [a set of rows for each rank]} of the first machine that were looked up
-    since its turn, by the tokens: what has a gradient."""
+def touched_rows(config, size, ranks):
+    """For each step {table: [a set of rows for each of these ranks]} that were looked up since its
+    turn, by the tokens: what has a gradient."""
     train = subject.open_data(subject.Settings(config)).train
     V = 320  # 257 tokens, padded
     every = config.optim.adam_every
@@ -111,33 +111,31 @@ def touched_rows(config, size, local):
     found = []
     for step in range(1, config.schedule.steps + 1):
         if step % every == 1:
-            seen = {
-                name: [set() for _ in range(local)] for name in ("ngram_embeds", "value_embeds")
-            }
+            seen = {name: [set() for _ in ranks] for name in ("ngram_embeds", "value_embeds")}
         found.append(seen)
         rows = -(-tg.stage_at(config, step).rows // size)
-        batches = train.of_ranks(step, range(local), size, memory.equal_passes(rows, most))
-        for rank, batch in enumerate(batches):
-            for micro in batch:
+        micro_rows = memory.equal_passes(rows, most)
+        for place, rank in enumerate(ranks):
+            for micro in train.micro_batches(step, rank, size, micro_rows):
                 starts = set(micro.cu_seqlens.tolist())
                 before = 0
                 for i, token in enumerate(micro.inputs.flatten().tolist()):
                     key = 257 * token + (0 if i in starts else before)
-                    seen["ngram_embeds"][rank].add(key % config.model.ngram_rows)
+                    seen["ngram_embeds"][place].add(key % config.model.ngram_rows)
                     layers = range(len(config.model.value_embed_layers))
-                    seen["value_embeds"][rank].update(V * layer + token for layer in layers)
+                    seen["value_embeds"][place].update(V * layer + token for layer in layers)
                     before = token
     return found
 
 
-def compare_bytes(tape, config, size, local, place=0):
-    """What each step exchanges is what the cluster model says: kinds, bytes and groups. place: the
-    rank's, on the first machine."""
+def compare_bytes(tape, config, size, local, rank=0):
+    """What each step exchanges is what the cluster model says: kinds, bytes and groups."""
     steps = tape.between("sums", "taken")
     assert len(steps) == config.schedule.steps
     c = subject.Settings(config)
     parameters = subject.parameters(c, 257)
-    rows = touched_rows(config, size, local)
+    first = rank - rank % local
+    rows = touched_rows(config, size, range(first, first + local))
     sparse = 0  # sums of touched rows alone
     for step, calls in enumerate(steps, 1):
         tied = tg.stage_at(config, step).model.tied
@@ -145,7 +143,7 @@ def compare_bytes(tape, config, size, local, place=0):
         for name, seen in rows[step - 1].items():
             whole = next(p.count for p in parameters if p.name == name) // config.model.n_embd
             if 3 * max(map(len, seen)) <= whole and whole % local == 0:
-                touched[name] = 2 * config.model.n_embd * len(seen[place])
+                touched[name] = 2 * config.model.n_embd * len(seen[rank - first])
         sparse += len(touched) * (step % config.optim.adam_every == 0)
         exchanged = cluster.collectives_of(c, parameters, size, local, tied, touched)
         *gradients, report = exchanged
@@ -212,8 +210,7 @@ def test_eight_ranks_call_the_same_collectives(first, monkeypatch, size, local, 
             assert (sends[0], receives[0]) == (from_there[rank], theirs[rank])
     stages = {tg.stage_at(recipe(folder), step) for step in range(1, SHAPE["steps"] + 1)}
     assert len(stages) >= 3
-    if rank < local:
-        compare_bytes(found, recipe(folder), size, local, rank)
+    compare_bytes(found, recipe(folder), size, local, rank)
 
 
 def test_eight_ranks_that_differ_are_told_apart(first, monkeypatch):
