@@ -27,9 +27,11 @@ from kernels.polar_express import polar_express_by_kernels  # noqa: E402
 from models import gpt  # noqa: E402
 from optim import Optimizer  # noqa: E402
 from optim.masters import join  # noqa: E402
+from optim.touched import Touched  # noqa: E402
 from runtime.machine import World  # noqa: E402
 from tracks import load_track  # noqa: E402
 
+ROWS = 128  # of a table that each rank sends, as many to each owner
 RANKS = (0, 1), (0, 8), (7, 8)  # (which, of how many); the last one's part of a bank is shorter
 
 
@@ -74,9 +76,17 @@ def batch(rows, row_len, max_doc_len):
     return [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in micro]
 
 
-def trained(config, world):
+def touched(n):
+    """{table: the Touched of one of n ranks}: they hold numbers, as what the host knows does."""
+    each = ROWS // n
+    mine = torch.arange(ROWS)
+    found = Touched(mine, [each] * n, torch.arange(each).repeat(n), [each] * n)
+    return dict(ngram_embeds=found, value_embeds=found)
+
+
+def trained(config, world, rows=()):
     """A step of each stage behind its forward and backward: [dict(step, ours, elsewhere,
-    exchanged)], of two steps where updates wait for a second one."""
+    exchanged)], of two steps where updates wait for a second one; rows: of touched()."""
     with torch.device("cuda"):
         model = gpt.Model(config.model, 50257, config.data.row_len, torch.bfloat16, ops_of_hopper())
     model.knows_tokens = True
@@ -101,7 +111,7 @@ def trained(config, world):
             inputs = batch(1, config.data.row_len, stage.model.max_doc_len)
             model(*inputs, stage=stage.model, target_weights=weights).backward()
             with Calls() as calls:
-                parts = optimizer.gradients(0.9)
+                parts = optimizer.gradients(0.9, rows)
                 ok = torch.stack([p.sum() for p in parts.values() if p is not None]).isfinite()
                 optimizer.step(1.0, 0.9, ok.all())
             ours += calls.ours
@@ -120,14 +130,14 @@ def trained(config, world):
     return found
 
 
-def on_rank(config, rank, size):
+def on_rank(config, rank, size, rows):
     """trained() as one of so many."""
     device = torch.device("cuda")
     if size == 1:
         return trained(config, World(device=device))
     dist.init_process_group("fake_ranks", rank=rank, world_size=size, store=dist.HashStore())
     try:
-        return trained(config, World(rank, size, device, size))
+        return trained(config, World(rank, size, device, size), rows)
     finally:
         dist.destroy_process_group()
 
@@ -137,6 +147,7 @@ def main():
     row_len, val_row_len = config.data.row_len, config.data.val_row_len
     found = []
     before = None  # the stage of the step before
+    rows = {n: touched(n) for _, n in RANKS}
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             model = gpt.Model(config.model, 50257, val_row_len, torch.bfloat16, ops_of_hopper())
@@ -167,8 +178,8 @@ def main():
         assert total.device.type == "cuda"
         found.append(dict(step="validation", ours=calls.ours, elsewhere=sorted(calls.elsewhere)))
         del model
-        steps = {f"{rank} of {n}": on_rank(config, rank, n) for rank, n in RANKS}
-    print(json.dumps(dict(passes=found, steps=steps)))
+        steps = {f"{rank} of {n}": on_rank(config, rank, n, rows[n]) for rank, n in RANKS}
+    print(json.dumps(dict(passes=found, steps=steps, rows=ROWS)))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def on_fake_cuda(script, tmp_path, timeout):
 def test_every_stage_takes_its_steps_on_fake_cuda_tensors(tmp_path):
     """With an H100's kernels: nothing of a step is computed on the CPU in between, every layer has
     its kernels, and each parameter in use gets a gradient of its shape. The optimizer's step as
-    well, alone and on ranks of eight, which exchange what the cluster model says."""
+    well, alone and on ranks of eight, which exchange what the cluster model says, of tables the
+    rows that are touched, and ask the device for no number."""
     result = on_fake_cuda("on_fake_cuda.py", tmp_path, timeout=600)
     *stages, validation = result["passes"]
     assert len(stages) >= 3
@@ -77,8 +78,9 @@ def test_every_stage_takes_its_steps_on_fake_cuda_tensors(tmp_path):
             expected = collections.Counter()
             ranks = int(where.split(" of ")[1])
             tied = tg.stage_at(config, of_stage["step"]).model.tied
+            touched = dict.fromkeys(("ngram_embeds", "value_embeds"), result["rows"] * 768 * 2)
             exchanged = cluster.collectives_of(
-                subject.Settings(config), parameters, ranks, ranks, tied
+                subject.Settings(config), parameters, ranks, ranks, tied, touched
             )
             for x in exchanged[:-1] if ranks > 1 else ():  # the last is the guard's report
                 expected[x.kind] += x.bytes * 2 / x.every
