@@ -79,6 +79,8 @@ class TouchedRows:
 
     def note(self, batches):
         """{table: Touched} of what is due after a step with these batches of each rank."""
+        if not self.tables:
+            return {}
         self.steps += 1
         for place, batch in enumerate(batches):
             for micro in batch:

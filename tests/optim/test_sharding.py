@@ -767,6 +767,9 @@ def test_batches_are_the_ranks_own_where_no_rows_are_touched(local):
         rules = TABLES if isinstance(model, Tables) else RULES
         touched = TouchedRows(optimizer_of(model, rules, world), model)
         assert touched.batch(Loader(), 1, 2) == [(1, 3, 4, 2)] and touched.rows(1) == {}
+        if local == 1 or model.__class__ is Parameters:
+            padding = Inputs(torch.tensor([0]), None)
+            assert touched.note([[padding]] * local) == {}  # as the warm-up asks
 
 
 @pytest.mark.parametrize("ranks", [4], indirect=True)
