@@ -179,6 +179,25 @@ def test_eight_ranks_copy_no_gradient_of_the_banks(monkeypatch, tmp_path):
     assert (True, False) in banks and not any(copy for _, copy in banks)
 
 
+def test_eight_ranks_connect_for_touched_rows_before_the_clock(monkeypatch, tmp_path):
+    """The warm-up exchanges what training will."""
+    monkeypatch.setattr(tg, "is_compiled", lambda setup: True)
+    start = Session.start
+    with as_rank(0, 8, 8, monkeypatch) as tape:
+
+        def marked_start(session):
+            tape.mark("starts")
+            return start(session)
+
+        monkeypatch.setattr(Session, "start", marked_start)
+        tg.train(recipe(tmp_path, steps=2, eval_every=2), join_world(0), Requests())
+        tape.mark("ended")
+    [(_, at), _] = tape.marks
+    kinds = [x.kind for x in tape.calls]
+    assert set(kinds[at:]) - {"broadcast", "barrier"} <= set(kinds[:at])
+    assert kinds[:at].count("all_to_all") >= 2 <= kinds[at:].count("all_to_all")
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """(size, local size) -> (the first rank's Tape, the folder of its run)."""
