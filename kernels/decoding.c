@@ -10,6 +10,11 @@
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define IN_TILES /* the processor multiplies 16 x 32 numbers of bf16 with 32 x 16 at once */
 #endif
 
 #if defined(__AVX512VNNI__) && defined(__GNUC__) && !defined(__clang__)
@@ -492,43 +497,232 @@ void linear(int half, long rows, const struct matrix *a, const void *x, void *y,
     free(in.memory);
 }
 
-/* A matrix of codes as numbers, y (n_out, n_in) */
-void dequantize(int half, const struct matrix *a, void *y, int threads)
+/* Row o of a matrix of codes as numbers, at `at` of y */
+static void dequantize_row(int half, const struct matrix *a, long o, void *y, long at)
 {
     long n_in = a->n_in, n_groups = n_in / GROUP;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long o = 0; o < a->n_out; o++) {
-        if (a->kind == INT8) {
-            const int8_t *w = (const int8_t *)a->w + o * n_in;
-            float scale = wide(a->scales[o]);
-            for (long k = 0; k < n_in; k++)
-                store(y, o * n_in + k, w[k] * scale, half);
-            continue;
+    if (a->kind == INT8) {
+        const int8_t *w = (const int8_t *)a->w + o * n_in;
+        float scale = wide(a->scales[o]);
+        for (long k = 0; k < n_in; k++)
+            store(y, at + k, w[k] * scale, half);
+        return;
+    }
+    const uint8_t *w = (const uint8_t *)a->w + o * n_in / 2;
+    for (long g = 0; g < n_groups; g++, at += GROUP) {
+        float scale = wide(a->scales[o * 2 * n_groups + g]);
+        float zero = wide(a->scales[(o * 2 + 1) * n_groups + g]);
+        const uint8_t *codes = w + g * GROUP / 2;
+        float even[GROUP / 2], odd[GROUP / 2];
+        for (int k = 0; k < GROUP / 2; k++) {
+            even[k] = ((codes[k] & 15) - 8) * scale + zero;
+            odd[k] = ((codes[k] >> 4) - 8) * scale + zero;
         }
-        const uint8_t *w = (const uint8_t *)a->w + o * n_in / 2;
-        for (long g = 0; g < n_groups; g++) {
-            float scale = wide(a->scales[o * 2 * n_groups + g]);
-            float zero = wide(a->scales[(o * 2 + 1) * n_groups + g]);
-            const uint8_t *codes = w + g * GROUP / 2;
-            float even[GROUP / 2], odd[GROUP / 2];
+        if (half) { /* two in one store */
+            uint32_t *pairs = (uint32_t *)((uint16_t *)y + at);
+            for (int k = 0; k < GROUP / 2; k++)
+                pairs[k] = narrow(even[k]) | (uint32_t)narrow(odd[k]) << 16;
+        } else {
+            float *to = (float *)y + at;
             for (int k = 0; k < GROUP / 2; k++) {
-                even[k] = ((codes[k] & 15) - 8) * scale + zero;
-                odd[k] = ((codes[k] >> 4) - 8) * scale + zero;
-            }
-            long at = o * n_in + g * GROUP;
-            if (half) { /* two in one store */
-                uint32_t *pairs = (uint32_t *)((uint16_t *)y + at);
-                for (int k = 0; k < GROUP / 2; k++)
-                    pairs[k] = narrow(even[k]) | (uint32_t)narrow(odd[k]) << 16;
-            } else {
-                float *to = (float *)y + at;
-                for (int k = 0; k < GROUP / 2; k++) {
-                    to[2 * k] = even[k];
-                    to[2 * k + 1] = odd[k];
-                }
+                to[2 * k] = even[k];
+                to[2 * k + 1] = odd[k];
             }
         }
     }
+}
+
+/* y (n_out, n_in) */
+void dequantize(int half, const struct matrix *a, void *y, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long o = 0; o < a->n_out; o++)
+        dequantize_row(half, a, o, y, o * a->n_in);
+}
+
+/* --- products of more rows, in tiles */
+
+#ifdef IN_TILES
+#define SIDE 16  /* rows of a tile, and its columns of 32 bits */
+#define DEEP 32  /* inputs that a tile has */
+#define BLOCK 32 /* outputs, and rows, whose sums are in tiles at one time */
+
+/* Tiles 0 to 3 are sums (outputs, rows), 4 and 5 weights, 6 and 7 activations */
+static void use_tiles(void)
+{
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } all = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        all.bytes[i] = 4 * SIDE;
+        all.rows[i] = SIDE;
+    }
+    _tile_loadconfig(&all);
+}
+
+static inline __m512i in_halves(__m512i a, __m512i b, int second)
+{
+    return second ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b);
+}
+
+static inline __m512i in_quarters(__m512i a, __m512i b, int odd)
+{
+    return odd ? _mm512_shuffle_i32x4(a, b, 0xdd) : _mm512_shuffle_i32x4(a, b, 0x88);
+}
+
+/* 16 x 16 numbers of 32 bits, columns for rows */
+static inline void turn_tile(__m512i *r)
+{
+    __m512i t[SIDE];
+    for (int i = 0; i < SIDE; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < SIDE; i += 4)
+        for (int k = 0; k < 4; k++)
+            r[i + k] = in_halves(t[i + k / 2], t[i + 2 + k / 2], k & 1);
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 4; k++)
+            t[4 * k + i] = in_quarters(r[8 * (k / 2) + i], r[8 * (k / 2) + 4 + i], k & 1);
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 4; k++)
+            r[4 * k + i] = in_quarters(t[4 * (k & 1) + i], t[4 * (k & 1) + 8 + i], k / 2);
+}
+
+/* Sums (16 outputs, 16 rows) -> y, of up to 16 rows, stride apart */
+static inline void put_sums(const float *sums, uint16_t *y, long stride, long rows)
+{
+    __m512i r[SIDE];
+    for (int i = 0; i < SIDE; i++)
+        r[i] = _mm512_load_si512(sums + SIDE * i);
+    turn_tile(r);
+    for (int i = 0; i < SIDE && i < rows; i++) {
+        __m256bh row = _mm512_cvtneps_pbh(_mm512_castsi512_ps(r[i]));
+        _mm256_storeu_si256((__m256i *)(y + i * stride), (__m256i)row);
+    }
+}
+
+/* x (rows, n) -> tiles (n / 32, blocks of 16 rows) of (16 pairs of inputs, 16 rows); rows that are
+   not there are 0 */
+static uint32_t *in_pairs(const uint16_t *x, long rows, long n, long blocks)
+{
+    uint32_t *tiles = aligned_alloc(LINE, 2 * blocks * SIDE * n);
+    for (long k = 0; k < n / DEEP; k++)
+        for (long b = 0; b < blocks; b++) {
+            __m512i r[SIDE];
+            for (int i = 0; i < SIDE; i++) {
+                long m = b * SIDE + i;
+                r[i] = m < rows ? _mm512_loadu_si512(x + m * n + k * DEEP) : _mm512_setzero_si512();
+            }
+            turn_tile(r);
+            uint32_t *tile = tiles + (k * blocks + b) * SIDE * SIDE;
+            for (int i = 0; i < SIDE; i++)
+                _mm512_store_si512(tile + SIDE * i, r[i]);
+        }
+    return tiles;
+}
+
+/* Outputs first, ..., first + 31 of weights that do not lie there as bf16: (32, n_in) of those */
+static void put_weights(const struct matrix *a, long first, uint16_t *to)
+{
+    if (a->kind != BF16) {
+        for (long o = 0; o < BLOCK; o++)
+            dequantize_row(1, a, first + o, to, o * a->n_in);
+        return;
+    }
+    /* Two rows of a transposed matrix are pairs of inputs, when they have been mixed */
+    const __m512i of_first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+    const __m512i of_second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    for (long k = 0; k < a->n_in; k += DEEP) {
+        __m512i r[2][SIDE];
+        for (int i = 0; i < SIDE; i++) {
+            const uint16_t *w = (const uint16_t *)a->w + (k + 2 * i) * a->n_out + first;
+            __builtin_prefetch(w + BLOCK, 0, 2);
+            __builtin_prefetch(w + BLOCK + a->n_out, 0, 2);
+            __m512i even = _mm512_loadu_si512(w), odd = _mm512_loadu_si512(w + a->n_out);
+            __m512i below = _mm512_unpacklo_epi16(even, odd);
+            __m512i above = _mm512_unpackhi_epi16(even, odd);
+            r[0][i] = _mm512_permutex2var_epi64(below, of_first, above);
+            r[1][i] = _mm512_permutex2var_epi64(below, of_second, above);
+        }
+        for (int h = 0; h < 2; h++) {
+            turn_tile(r[h]);
+            for (int i = 0; i < SIDE; i++)
+                _mm512_store_si512(to + (h * SIDE + i) * a->n_in + k, r[h][i]);
+        }
+    }
+}
+#endif
+
+/* Whether linear_in_tiles() can be called: Linux wants to be asked for room for tiles */
+int has_tiles(void)
+{
+#ifdef IN_TILES
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, of tiles */
+#else
+    return 0;
+#endif
+}
+
+/* x, y in bf16; n_out is 32 or more, n_in a multiple of 32. PyTorch's product puts weights in another
+   order first, which takes longer than all else where rows are few. */
+void linear_in_tiles(long rows, const struct matrix *a, const uint16_t *x, uint16_t *y, int threads)
+{
+#ifdef IN_TILES
+    long n = a->n_in, blocks = (rows + BLOCK - 1) / BLOCK * (BLOCK / SIDE);
+    int as_it_is = a->kind == BF16 && !a->transposed;
+    uint32_t *pairs = in_pairs(x, rows, n, blocks);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float sums[4][SIDE * SIDE] __attribute__((aligned(LINE)));
+        uint16_t *own = as_it_is ? NULL : aligned_alloc(LINE, 2 * BLOCK * n);
+        use_tiles();
+#pragma omp for schedule(static)
+        for (long at = 0; at < a->n_out; at += BLOCK) {
+            long first = at + BLOCK > a->n_out ? a->n_out - BLOCK : at;
+            const uint16_t *w = own;
+            if (as_it_is)
+                w = (const uint16_t *)a->w + first * n;
+            else
+                put_weights(a, first, own);
+            for (long b = 0; b < blocks; b += 2) {
+                const uint32_t *tile = pairs + b * SIDE * SIDE;
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+                for (long k = 0; k < n; k += DEEP, tile += blocks * SIDE * SIDE) {
+                    if (b == 0 && as_it_is)
+                        for (int i = 0; i < BLOCK; i++)
+                            __builtin_prefetch(w + (BLOCK + i) * n + k, 0, 2);
+                    _tile_loadd(4, w + k, 2 * n);
+                    _tile_loadd(6, tile, 4 * SIDE);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_loadd(7, tile + SIDE * SIDE, 4 * SIDE);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_loadd(5, w + SIDE * n + k, 2 * n);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                _tile_stored(0, sums[0], 4 * SIDE);
+                _tile_stored(1, sums[1], 4 * SIDE);
+                _tile_stored(2, sums[2], 4 * SIDE);
+                _tile_stored(3, sums[3], 4 * SIDE);
+                for (int i = 0; i < 4; i++) {
+                    long m = (b + i % 2) * SIDE;
+                    put_sums(sums[i], y + m * a->n_out + first + i / 2 * SIDE, a->n_out, rows - m);
+                }
+            }
+        }
+        _tile_release();
+        free(own);
+    }
+    free(pairs);
+#else
+    (void)rows, (void)a, (void)x, (void)y, (void)threads;
+#endif
 }
 
 /* --- between products */

@@ -20,6 +20,10 @@ bits (bf16 has 8) and summed exactly: as two numbers of 8 bits each where the pr
 products of bytes (VNNI), else as one, as large as sums in int32 leave room for (2^24 over the
 number of inputs).
 
+Products of 9 to 128 rows, of prompts and of many clients, are in tiles where the processor has such
+(Intel's AMX), of bf16 or of codes that become bf16 on the way: PyTorch's first puts the weights in
+another order, which takes as long as a product of 200 rows.
+
 native.py compiles decoding.c once. Where there is no compiler, the PyTorch forms stay, and for
 Blocks models/llama.py's own. These are for inference only: no gradients, and no torch.compile.
 
@@ -40,6 +44,9 @@ DTYPES = torch.float32, torch.bfloat16  # of activations and of weights that are
 # codes than making numbers of them first; no more than decoding.c's MOST_ROWS
 FEW_ROWS = 8
 FEW_ROWS_OF_CODES = 32
+# Rows up to which products in tiles (Intel's AMX) are faster than PyTorch's, and the size of tiles
+TILED_ROWS = 128
+TILE = 32
 MOST_INPUTS = 1 << 14  # beyond, int8's activations may have fewer than 10 bits
 MOST = 1 << 22  # activations, up to which the small ops were tried
 MATRICES = "q", "kv", "o", "gate_up", "down"  # of a block
@@ -73,6 +80,7 @@ SIGNATURES = dict(
     in_large_pages=[POINTER, LONG],
     linear=[INT, LONG, POINTER, POINTER, POINTER, INT],
     dequantize=[INT, POINTER, POINTER, INT],
+    linear_in_tiles=[LONG, POINTER, POINTER, POINTER, INT],
     rms_norm=[INT, LONG, LONG, POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER, INT],
     swiglu=[INT, LONG, LONG, POINTER, POINTER, INT],
     rotate_halves=[INT, LONG, LONG, LONG, LONG, POINTER, POINTER, POINTER, POINTER, INT],
@@ -145,6 +153,7 @@ class Decoding:
 
     def __init__(self, library):
         self.c = native.declare(library, SIGNATURES)
+        self.has_tiles = bool(library.has_tiles())
 
     def ops(self, ops):
         """The Ops with these forms in place of its own."""
@@ -183,16 +192,15 @@ class Decoding:
         """As linear_reference."""
         if not isinstance(w, torch.Tensor):
             return w.linear(x)
-        few = x.numel() <= FEW_ROWS * x.size(-1) and takes(x)
-        matrix = matrix_of(w, transposed) if few and x.dtype == w.dtype else None
-        if matrix is None:
-            return linear_reference(x, w, transposed)
-        return self.product(x, matrix)
+        matrix = matrix_of(w, transposed) if takes(x) and x.dtype == w.dtype else None
+        y = None
+        if matrix is not None:
+            y = self.product(x, matrix, FEW_ROWS)
+        return linear_reference(x, w, transposed) if y is None else y
 
     def linear_codes(self, x, matrix):
         """x (..., C), a Matrix of codes -> (..., n_out); None where it is not for this."""
-        few = x.numel() <= FEW_ROWS_OF_CODES * x.size(-1)
-        return self.product(x, matrix) if few and takes(x) else None
+        return self.product(x, matrix, FEW_ROWS_OF_CODES) if takes(x) else None
 
     def dequantized(self, matrix, dtype):
         """(n_out, n_in) of a Matrix of codes, in fp32 or bf16."""
@@ -202,17 +210,23 @@ class Decoding:
         self.c.dequantize(half, ctypes.addressof(matrix), y.data_ptr(), threads)
         return y
 
-    def product(self, x, matrix):
+    def product(self, x, matrix, few):
+        """x (..., n_in) -> (..., n_out), of up to so few rows one after the other, of more in
+        tiles; None where neither is for it."""
+        rows = x.numel() // matrix.n_in
+        half = x.dtype == torch.bfloat16
+        if rows > few and not (half and rows <= TILED_ROWS and self.fits_tiles(matrix)):
+            return None
         y = x.new_empty(*x.shape[:-1], matrix.n_out)
-        self.c.linear(
-            x.dtype == torch.bfloat16,
-            x.numel() // matrix.n_in,
-            ctypes.addressof(matrix),
-            x.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
+        about = rows, ctypes.addressof(matrix), x.data_ptr(), y.data_ptr(), torch.get_num_threads()
+        if rows <= few:
+            self.c.linear(half, *about)
+        else:
+            self.c.linear_in_tiles(*about)
         return y
+
+    def fits_tiles(self, matrix):
+        return self.has_tiles and matrix.n_in % TILE == 0 and matrix.n_out >= TILE
 
     def rms_norm(self, x, residual, weight, eps):
         """(y, s) of add_rms_norm, or of rms_norm where there is no residual."""

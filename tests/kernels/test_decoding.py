@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from inference import quantize
 from kernels import choose_ops, decoding, native
 
 HALF = torch.bfloat16
@@ -52,6 +53,52 @@ def test_products(compiled, rows, n_out, n_in, transposed, dtype):
     if transposed:
         w = w.t().contiguous()
     check(compiled.linear(x[:, None], w, transposed)[:, 0], eager, exact)
+
+
+@pytest.fixture
+def in_tiles(compiled, monkeypatch):
+    """The library where the processor has tiles, without products by rows or by PyTorch."""
+    if not compiled.has_tiles:
+        pytest.skip("needs AMX")
+    monkeypatch.setattr(compiled.c, "linear", None)
+    monkeypatch.setattr(decoding, "linear_reference", None)
+    return compiled
+
+
+@pytest.mark.parametrize("rows", [9, 16, 33, 100, 128])
+@pytest.mark.parametrize("n_out, n_in", [(32, 32), (50, 96), (130, 64), (1026, 736)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_in_tiles(in_tiles, rows, n_out, n_in, transposed, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = draw(rows, n_in, dtype=HALF)
+    w = draw(n_out, n_in, dtype=HALF, seed=1)
+    exact = x.double() @ w.double().t()
+    eager = x @ w.t()
+    if transposed:
+        w = w.t().contiguous()
+    check(in_tiles.linear(x[:, None], w, transposed)[:, 0], eager, exact)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [33, 100])
+def test_products_of_codes_in_tiles(in_tiles, kind, rows):
+    x = draw(rows, 96, dtype=HALF)
+    w = quantize.Quantized(draw(70, 96, dtype=HALF, seed=1), kind, decoding=in_tiles)
+    numbers = w.dequantized()
+    exact = x.double() @ numbers.double().t()
+    check(in_tiles.linear_codes(x, w.matrix), x @ numbers.t(), exact)
+
+
+@pytest.mark.parametrize(
+    "rows, n_out, n_in, dtype",
+    [(129, 64, 64, HALF), (9, 31, 64, HALF), (9, 64, 48, HALF), (9, 64, 64, torch.float32)],
+)
+def test_what_tiles_are_not_for_is_left_to_pytorch(compiled, rows, n_out, n_in, dtype, monkeypatch):
+    monkeypatch.setattr(compiled.c, "linear_in_tiles", None)
+    x = draw(rows, n_in, dtype=dtype)
+    w = draw(n_out, n_in, dtype=dtype, seed=1)
+    assert torch.equal(compiled.linear(x, w), x @ w.t())
 
 
 def test_large_pages_change_no_value(compiled):
