@@ -21,7 +21,7 @@ from base import InputError
 from models.cache import decoder_of
 
 from .completion import Completion, Request
-from .sampling import NEVER, draw, process
+from .sampling import NEVER, next_tokens
 
 __all__ = ["Completion", "Engine", "Request"]
 
@@ -279,8 +279,9 @@ class Engine:
         for sampling, rows in alike.items():
             of_rows = [completions[row] for row in rows]
             tokens = [c.tokens for c in of_rows]
-            processed = process(logits[rows], sampling, tokens, [c.written for c in of_rows])
-            drawn = draw(processed, [c.generator for c in of_rows])
+            written = [c.written for c in of_rows]
+            generators = [c.generator for c in of_rows]
+            drawn = next_tokens(logits[rows], sampling, tokens, written, generators)
             for row, token in zip(rows, drawn):
                 chosen[row] = token
         self.note(completions, chosen, logits)

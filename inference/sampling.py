@@ -61,20 +61,20 @@ def default_sampling(tokenizer, **given):
     return Sampling(**(default | given))
 
 
+def next_tokens(logits, sampling, tokens, written, generators):
+    """Token ids, one for each row of (B, V) logits; the rest as process() and draw() have it."""
+    if sampling.temperature < AS_GOOD_AS_ZERO:
+        return penalised(logits, sampling, tokens, written).argmax(-1).tolist()
+    return draw(process(logits, sampling, tokens, written), generators)
+
+
 def process(logits, sampling, tokens, written):
     """(B, V) logits whose softmax the next tokens are drawn from.
 
     tokens: what each row holds, prompt included; written: the same without the prompt.
     """
     s = sampling
-    if s.logit_bias:
-        logits = logit_bias(logits, s.logit_bias)
-    if s.repetition_penalty != 1:
-        logits = repetition_penalty(logits, tokens, s.repetition_penalty)
-    if s.no_repeat_ngram:
-        logits = no_repeat_ngram(logits, tokens, s.no_repeat_ngram)
-    if s.frequency_penalty or s.presence_penalty:
-        logits = count_penalties(logits, written, s.frequency_penalty, s.presence_penalty)
+    logits = penalised(logits, s, tokens, written)
     if s.temperature < AS_GOOD_AS_ZERO:
         return top_k(logits, 1)
     logits = logits / s.temperature
@@ -84,6 +84,20 @@ def process(logits, sampling, tokens, written):
         logits = top_p(logits, s.top_p)
     if s.min_p:
         logits = min_p(logits, s.min_p)
+    return logits
+
+
+def penalised(logits, sampling, tokens, written):
+    """What process() does first: bias, and what was said before."""
+    s = sampling
+    if s.logit_bias:
+        logits = logit_bias(logits, s.logit_bias)
+    if s.repetition_penalty != 1:
+        logits = repetition_penalty(logits, tokens, s.repetition_penalty)
+    if s.no_repeat_ngram:
+        logits = no_repeat_ngram(logits, tokens, s.no_repeat_ngram)
+    if s.frequency_penalty or s.presence_penalty:
+        logits = count_penalties(logits, written, s.frequency_penalty, s.presence_penalty)
     return logits
 
 

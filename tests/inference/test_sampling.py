@@ -141,6 +141,12 @@ def test_temperature_zero_is_the_likeliest():
     logits += torch.arange(V) / 1e4  # no ties
     ours = process(logits, Sampling(temperature=0.0), tokens, tokens)
     assert sampling.draw(ours, [None] * len(ours)) == logits.argmax(-1).tolist()
+    tokens = [[token] for token in logits.argmax(-1).tolist()]
+    options = Sampling(temperature=0.0, repetition_penalty=9.0, top_p=0.5, top_k=3)
+    generators = [None] * len(ours)
+    found = sampling.next_tokens(logits, options, tokens, tokens, generators)
+    assert found == sampling.draw(process(logits, options, tokens, tokens), generators)
+    assert found != logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("n_vocab, spread", [(501, 3.0), (4000, 1.0), (4000, 3.0), (20000, 1.0)])
