@@ -131,6 +131,11 @@ def scale_gradient():
     op.launch_scale(meta(VOCAB, WIDTH), meta(dtype=FP32), 1 / TOKENS)
 
 
+def clear():
+    op = importlib.import_module("kernels.clear")
+    op.launch_clear(meta(VOCAB, WIDTH), meta(dtype=torch.bool))
+
+
 # name -> (the oldest chip, functions that launch the kernels)
 CASES = {
     "rms_norm": (80, lambda: rms_norm(False, False)),
@@ -171,6 +176,7 @@ CASES = {
         lambda: cross_entropy(E5M2, targets=3, config=("resident", 4096, 8), sampled=16384),
     ),
     "cross_entropy: scaling by the upstream gradient": (80, scale_gradient),
+    "clear_unless: a gradient that waits": (80, clear),
 }
 
 

@@ -50,8 +50,11 @@ def quantize(x, scale, dtype=E4M3, transpose=False):
     """x: (M, N), any float; scale: 0-d fp32 on x's device -> q: (M, N) and q_t: (N, M), contiguous.
 
     dtype: float8_e4m3fn or float8_e5m2. q_t is empty unless transpose. There is no gradient. Raises
-    ValueError on a GPU without FP8 (before compute capability 8.9).
+    ValueError on a GPU without FP8 (before compute capability 8.9). Under torch.compile, without
+    the transposed copy, it is part of the kernel that makes x, which spares a pass over x.
     """
+    if torch.compiler.is_compiling() and not transpose:
+        return quantize_reference(x.detach(), scale, dtype)
     return _quantize(x.detach(), scale, dtype, transpose, False)[:2]
 
 

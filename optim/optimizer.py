@@ -3,6 +3,8 @@
 import torch
 import torch.distributed as dist
 
+from kernels.clear import clear_unless
+
 from .gradients import gradient_report
 from .masters import new_companion
 from .rule import Turn
@@ -174,7 +176,7 @@ class Optimizer:
         # What waits for its turn is part of a later sum, unless this step does not count
         if on_gpu and self.skips:
             for name in self.waiting():
-                self.params[name].grad.masked_fill_(~ok, 0)
+                clear_unless(self.params[name].grad, ok)
 
     def prepare(self, name, grad, momentum):
         """What the rule can do for the rows that this rank owns without writing anything."""

@@ -259,6 +259,7 @@ def choose_compile_cache(cache_dir):
     (kernels/), which have no state; kernels of ours that Triton compiles; and FlashAttention 4's,
     which keeps none unless told to. What the user has set stays.
     """
+    leave_products_unpadded()
     if not os.access(os.path.expanduser("~"), os.W_OK):
         os.environ.setdefault("TRITON_HOME", str(Path(cache_dir).absolute()))
     name = "TORCHINDUCTOR_CACHE_DIR"
@@ -280,6 +281,20 @@ def choose_compile_cache(cache_dir):
                 if read := sys.modules.get("torch._functorch.config"):  # which it was by then
                     read.autograd_cache_allow_custom_autograd_functions = allowed
                 return
+
+
+def leave_products_unpadded():
+    """Keep torch.compile from timing products with padded sides and without, unless the user wants
+    it to.
+
+    It does so where arithmetic may be what limits them. PyTorch 2.13 takes an H100's for a
+    thousandth of what it is, by the name that it looks up, so at a cold start each rank would time
+    all narrow products, of MUDD and of gates; and ranks and starts might find different answers,
+    and with them other last bits.
+    """
+    padding = os.environ.setdefault("TORCHINDUCTOR_SHAPE_PADDING", "0") == "1"
+    if read := sys.modules.get("torch._inductor.config"):  # which it was by then
+        read.shape_padding = padding
 
 
 def temporary_folder():

@@ -1,8 +1,18 @@
-"""What Inductor makes of gpt2-small's forward and backward for an H100, where there is none:
-python on_fake_hopper.py LIBRARY [STEP], of fake_cuda.cpp. The trainer's model, at its full shape
-and in FP8, is compiled on CUDA tensors that hold no numbers; Inductor believes in an H100, and its
-Triton kernels are assembled for sm_90a. Nothing is run. Prints JSON: for each graph what its code
-calls, for each kernel what ptxas gave it, and the products that Inductor would have timed first."""
+"""What Inductor makes of gpt2-small for an H100, where there is none:
+python on_fake_hopper.py LIBRARY WHAT [FOLDER], of fake_cuda.cpp. WHAT is one of
+
+    STEP              forward and backward of that step, with the rows of one of eight GPUs
+    validation        forward of a row of the validation split
+    step-RANK-of-N    what a step does behind backward, on one rank of so many: reports for the
+                      guard and updates
+    stages            all stages in turn, each followed by validation, twice; traced, and no code is
+                      generated
+
+The trainer's model, at its full shape and in FP8, is compiled on CUDA tensors that hold no numbers;
+Inductor believes in an H100, and its Triton kernels are assembled for sm_90a. Nothing is run.
+Prints JSON: for each graph what its code calls and which kernels move most bytes, for each kernel
+what ptxas gave it, and the products that Inductor would have timed first. The code itself goes to
+FOLDER, if one is named."""
 
 import collections
 import copy
@@ -26,6 +36,8 @@ from torch._inductor import config as inductor
 from torch._inductor.fx_passes import joint_graph, pad_mm
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from torch._inductor.scheduler import Scheduler
+from torch._inductor.utils import is_view
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -33,6 +45,8 @@ from triton.runtime import driver
 
 import train_gpt as tg
 from models import gpt
+from optim import Optimizer, gradient_report
+from runtime import machine
 from tracks import load_track
 
 SHARED = 232448  # bytes that a block can have
@@ -183,33 +197,165 @@ def watch_kernels():
     CachingAutotuner._precompile_config = counted
 
 
+def watch_bytes():
+    """What each kernel and each call of another library reads and writes, as Inductor counts."""
+    codegen = Scheduler.codegen
+
+    def counted(self):
+        found["moved"] = moved = []
+        for node in self.nodes:
+            ops = set()
+            for part in node.get_nodes():
+                for origin in part.node.origins if part.node is not None else ():
+                    ops.add(str(origin.target))
+            sizes = node.get_read_write_buffers_sizes()
+            shapes = [str(out.node.layout) for out in node.get_outputs()]
+            moved.append(dict(bytes=sizes, extern=node.is_extern(), ops=sorted(ops), out=shapes))
+        return codegen(self)
+
+    Scheduler.codegen = counted
+
+
 def compile_graph(gm, inputs, **kwargs):
     """In place of Inductor's compile_fx_inner, which it calls; what comes back runs the graph as it
     was, so that fake tensors go on."""
     graph = copy.deepcopy(gm)
+    backward = bool(kwargs.get("is_backward"))
+    if found["traces_only"]:
+        found["graphs"].append(dict(backward=backward))
+        return make_boxed_func(graph.forward)
     before = len(found["kernels"])
     code = compile_fx.compile_fx_inner(gm, inputs, **kwargs).source_code
     calls = code[code.index("async_compile.wait") :]
+    moved = sorted(found.pop("moved"), key=lambda kernel: -kernel["bytes"])
     found["graphs"].append(
         dict(
-            backward=bool(kwargs.get("is_backward")),
+            backward=backward,
             kernels=len(re.findall(r"async_compile\.triton\(", code)),
             assembled=len({kernel["name"] for kernel in found["kernels"][before:]}),
             elsewhere=len(re.findall(r"async_compile\.cpp", code)),
             launches=len(re.findall(r"\btriton_\w+\.run\(", calls)),
             products=len(re.findall(r"extern_kernels\.\w+\(", calls)),
             ops=collections.Counter(re.findall(r"torch\.ops\.([\w.]+)\.\w+\(", calls)),
+            most_bytes=moved[:10],
+            bytes_of_kernels=sum(x["bytes"] for x in moved if not x["extern"]),
         )
     )
+    if sys.argv[3:]:
+        Path(sys.argv[3], f"{len(found['graphs'])}.py").write_text(code)
+        Path(sys.argv[3], f"{len(found['graphs'])}.json").write_text(json.dumps(moved, indent=1))
     print(found["graphs"][-1], file=sys.stderr, flush=True)
     return make_boxed_func(graph.forward)
+
+
+# --- what is compiled
+
+
+def train(config, model, forward, step):
+    """A step's forward and backward passes, of the rows that one of eight GPUs has."""
+    rows, stage = tg.stage_at(config, step)
+    weights = config.model.target_weights(config.schedule.progress(step))
+    if weights is not None:
+        weights = torch.empty(len(weights), device="cuda")
+    inputs = on_fake_cuda.batch(rows // 8, config.data.row_len, stage.max_doc_len)
+    model.before_step()  # FP8 copies of weights
+    forward(*inputs, stage=stage, target_weights=weights).backward()
+
+
+def validate(config, model, forward, step):
+    stage = config.model.val_stage(tg.stage_at(config, step).model, config.data.val_row_len)
+    inputs = on_fake_cuda.batch(1, config.data.val_row_len, config.data.val_row_len)
+    with torch.no_grad():
+        forward(*inputs, stage)
+
+
+def go_through_stages(config, model, forward):
+    """Writes down which graphs each stage brings, the first time and the second."""
+    found["stages"] = []
+    first = {}  # Stage -> its first step
+    for step, stage in tg.stages_of(config).items():
+        first.setdefault(stage.model, step)
+    for _ in range(2):
+        for step in first.values():
+            before = len(found["graphs"])
+            train(config, model, forward, step)
+            validate(config, model, forward, step)
+            backward = [graph["backward"] for graph in found["graphs"][before:]]
+            found["stages"].append(dict(step=step, backward=backward))
+
+
+def update(config, model, world):
+    """Two steps of the optimizer, and what the guard looks at before."""
+    optimizer = Optimizer(model, model.update_rules(config.optim), world, compile=True, skips=True)
+    model.grad_rooms = optimizer.padding_rows()
+    report = torch.compile(gradient_report, dynamic=False)  # as the trainer does
+
+    def judge():
+        for name, p in model.named_parameters():
+            if p.numel() and p.grad is None:
+                p.grad = with_room(p, model.grad_rooms.get(name, 0))
+        parts = [x for x in optimizer.gradients(0.9).values() if x is not None]
+        return report(parts).isfinite().all()
+
+    for _ in range(2):  # of which the second one has Adam's turn
+        ok = judge()
+        optimizer.step(1.0, 0.9, ok)
+
+    # Two more, for what is not compiled
+    eager = Eager()
+    optimizer.fast = eager.once
+    report = eager.once(gradient_report)
+    for _ in range(2):
+        with eager:
+            ok = judge()
+            optimizer.step(1.0, 0.9, ok)
+    found["eager"] = eager.calls
+    found["compiled"] = eager.compiled
+
+
+class Eager(TorchDispatchMode):
+    """Ops on the GPU, by name, outside of functions that are compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+        self.compiled = collections.Counter()
+        self.inside = False
+
+    def once(self, function):
+        def call(*args, **kwargs):
+            self.compiled[function.__name__] += 1
+            self.inside = True
+            result = function(*args, **kwargs)
+            self.inside = False
+            return result
+
+        return call
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) and out else out
+        if out is None:  # an op that writes to its first argument
+            first = args[0]
+        on_gpu = isinstance(first, torch.Tensor) and first.is_cuda
+        launches = function._schema.is_mutable or not is_view(function)
+        if on_gpu and not self.inside and launches:
+            self.calls[str(function)] += 1
+        return out
+
+
+def with_room(p, rows):
+    """A gradient as backward leaves it, with rows of zeros behind."""
+    return torch.empty(len(p) + rows, *p.shape[1:], dtype=p.dtype, device=p.device)[: len(p)]
 
 
 def main():
     pretend_to_pytorch()
     pretend_to_triton()
     keep_off_the_gpu()
+    machine.leave_products_unpadded()  # as the trainer does
     watch_kernels()
+    watch_bytes()
     inductor.compile_threads = 1  # in this process
     inductor.fx_graph_cache = False
     inductor.use_static_triton_launcher = False
@@ -217,21 +363,27 @@ def main():
     compile_fx.compile_fx = functools.partial(compile_fx.compile_fx, inner_compile=compile_graph)
 
     config = tg.configure(**load_track("gpt2-small"))
-    step = int(sys.argv[2]) if sys.argv[2:] else 1
-    stage = tg.stage_at(config, step)
-    row_len, val_row_len = config.data.row_len, config.data.val_row_len
+    n_stages = len(set(tg.stages_of(config).values()))
+    torch._dynamo.config.recompile_limit = 2 * n_stages + 16  # as the trainer does
+    what = sys.argv[2]
+    found["traces_only"] = what == "stages"
+    FakeTensorMode.avoid_device_init = True  # what torch.tensor() makes comes from the CPU
     ops = on_fake_cuda.ops_of_hopper(fp8=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
-            model = gpt.Model(config.model, 50257, val_row_len, torch.bfloat16, ops)
+            model = gpt.Model(config.model, 50257, config.data.val_row_len, torch.bfloat16, ops)
         model.knows_tokens = True
-        weights = config.model.target_weights(config.schedule.progress(step))
-        if weights is not None:
-            weights = torch.empty(len(weights), device="cuda")
-        inputs = on_fake_cuda.batch(1, row_len, stage.model.max_doc_len)
-        model.before_step()  # FP8 copies of weights
         forward = torch.compile(model, fullgraph=True, dynamic=False)  # as the trainer does
-        forward(*inputs, stage=stage.model, target_weights=weights).backward()
+        if what == "stages":
+            go_through_stages(config, model, forward)
+        elif what == "validation":
+            validate(config, model, forward, config.schedule.steps)
+        elif what.startswith("step-"):
+            _, rank, _, size = what.split("-")
+            work = functools.partial(update, config, model)
+            on_fake_cuda.on_rank(int(rank), int(size), work)
+        else:
+            train(config, model, forward, int(what))
     found["timed"] = list(found["timed"].values())
     found["targets"] = sorted(found["targets"])
     found["graph_breaks"] = sum(counters["graph_break"].values())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, DTYPES, draw
 
-from kernels.embedding import embedding, embedding_gradient
+from kernels.embedding import embedding, embedding_gradient, few_rows_gradient
 
 CPU = torch.device("cpu")
 
@@ -51,6 +51,29 @@ def test_rows_and_their_gradient(shape, rows, C, dtype):
     torch.testing.assert_close(
         grad.cpu().double(), expected, rtol=roundings * torch.finfo(dtype).eps, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "shape, rows, C",
+    [((7,), 50, 3), ((2, 24), 70, 8), ((3, 2, 5), 1, 1), ((0,), 4, 2), ((1,), 3, 4)],
+)
+def test_gradient_of_few_rows(shape, rows, C, dtype):
+    """With as many indices that occur twice, and more often, as chance has it; in fp32 the sums."""
+    index, dy = indices(*shape, rows=rows), draw(*shape, C, dtype=dtype, seed=1)
+    grad = few_rows_gradient(index.to(DEVICE), dy, rows).cpu()
+    assert grad.shape == (rows, C) and grad.dtype == dtype
+    expected = exact(index, dy.cpu(), rows)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(grad.double(), expected, rtol=eps, atol=1e-6)
+    assert not grad[[r for r in range(rows) if r not in index]].any()
+
+
+def test_few_rows_are_summed_in_fp32_too():
+    ones = torch.ones(3000, 5, dtype=torch.bfloat16)
+    grad = few_rows_gradient(torch.full((3000,), 2), ones, 10_000)
+    assert grad[2].tolist() == [torch.tensor(3000.0).bfloat16().item()] * 5
+    assert grad.count_nonzero() == 5
 
 
 @settings(deadline=None, max_examples=100, database=None)
@@ -143,6 +166,16 @@ def test_compiled_into_one_graph_it_is_the_same():
         value = f(table, index, dy)
         results.append((value.detach(), *torch.autograd.grad(value, table)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+def test_gradient_of_few_rows_compiled():
+    """By Inductor, whose kernels must not read what another place still has to write."""
+    index, dy = indices(3, 50, rows=20) * 17, draw(3, 50, 8).cpu()
+    compiled = torch.compile(few_rows_gradient, fullgraph=True, dynamic=False)
+    expected = exact(index, dy, 400)
+    torch.testing.assert_close(compiled(index, dy, 400).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_elsewhere_it_is_pytorchs(monkeypatch):

@@ -380,6 +380,20 @@ def test_a_cache_of_the_users_choice(tmp_path, monkeypatch, cache):
     assert cache() == str(tmp_path / "mine") and (tmp_path / "mine").is_dir()
 
 
+def test_no_product_is_timed_while_it_is_compiled(tmp_path, monkeypatch, cache):
+    from torch._inductor import config
+
+    name = "TORCHINDUCTOR_SHAPE_PADDING"
+    monkeypatch.setattr(config, "shape_padding", True)
+    monkeypatch.setenv(name, "")  # so that it is put back
+    monkeypatch.delenv(name)
+    machine.choose_compile_cache(tmp_path)
+    assert os.environ[name] == "0" and not config.shape_padding
+    monkeypatch.setenv(name, "1")  # by the user
+    machine.choose_compile_cache(tmp_path)
+    assert os.environ[name] == "1" and config.shape_padding
+
+
 def test_without_a_home_triton_keeps_its_kernels_in_the_cache(tmp_path, monkeypatch, cache):
     monkeypatch.setenv("TRITON_HOME", "")  # so that it is put back
     monkeypatch.delenv("TRITON_HOME")
