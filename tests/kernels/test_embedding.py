@@ -69,6 +69,20 @@ def test_gradient_of_few_rows(shape, rows, C, dtype):
     assert not grad[[r for r in range(rows) if r not in index]].any()
 
 
+def test_gradient_of_few_rows_in_any_order_of_writes(monkeypatch):
+    """On a GPU nobody knows which of several writes to a place comes last."""
+    put = torch.Tensor.index_put
+
+    def shuffled(x, indices, values, accumulate=False):
+        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(x.dim()))
+        return put(x, (indices[0][order],), values[order], accumulate)
+
+    monkeypatch.setattr(torch.Tensor, "index_put", shuffled)
+    index, dy = indices(200, rows=30), draw(200, 8).cpu()
+    grad = few_rows_gradient(index, dy, 400)
+    torch.testing.assert_close(grad.double(), exact(index, dy, 400), rtol=1e-5, atol=1e-5)
+
+
 def test_few_rows_are_summed_in_fp32_too():
     ones = torch.ones(3000, 5, dtype=torch.bfloat16)
     grad = few_rows_gradient(torch.full((3000,), 2), ones, 10_000)

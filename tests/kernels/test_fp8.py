@@ -78,6 +78,18 @@ def test_quantizing_is_the_clamped_cast_bit_by_bit(shape, to, dtype):
         assert torch.equal(bits(alone), bits(q)) and empty.shape == (0,)
 
 
+def test_compiled_it_is_quantised_to_the_same_bits():
+    """By plain PyTorch, for Inductor to fuse."""
+    x = draw(9, 33, scale=300.0)
+    x[0, :3] = torch.tensor([INF, -INF, float("nan")])
+    compiled = torch.compile(quantize, backend="aot_eager", fullgraph=True)
+    for to in E4M3, E5M2:
+        expected, _ = quantize(x, scalar(0.7), to)
+        q, empty = compiled(x, scalar(0.7), to)
+        assert torch.equal(bits(q), bits(expected))
+        assert empty.numel() == 0
+
+
 @pytest.mark.parametrize(
     "to, values, expected",
     [
