@@ -284,8 +284,9 @@ def go_through_stages(config, model, forward):
             found["stages"].append(dict(step=step, backward=backward))
 
 
-def update(config, model, world):
-    """Two steps of the optimizer, and what the guard looks at before."""
+def update(config, model, world, touched=()):
+    """Two steps of the optimizer, and what the guard looks at before; touched: rows of tables, as
+    for Optimizer.gradients()."""
     optimizer = Optimizer(model, model.update_rules(config.optim), world, compile=True, skips=True)
     model.grad_rooms = optimizer.padding_rows()
     report = torch.compile(gradient_report, dynamic=False)  # as the trainer does
@@ -294,7 +295,7 @@ def update(config, model, world):
         for name, p in model.named_parameters():
             if p.numel() and p.grad is None:
                 p.grad = with_room(p, model.grad_rooms.get(name, 0))
-        parts = [x for x in optimizer.gradients(0.9).values() if x is not None]
+        parts = [x for x in optimizer.gradients(0.9, touched).values() if x is not None]
         return report(parts).isfinite().all()
 
     for _ in range(2):  # of which the second one has Adam's turn
@@ -369,6 +370,10 @@ def main():
     found["traces_only"] = what == "stages"
     FakeTensorMode.avoid_device_init = True  # what torch.tensor() makes comes from the CPU
     ops = on_fake_cuda.ops_of_hopper(fp8=True)
+    if what.startswith("step-"):
+        _, rank, _, size = what.split("-")
+        rank, size = int(rank), int(size)
+        touched = on_fake_cuda.touched(size) if size > 1 else ()  # with numbers, unlike the rest
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             model = gpt.Model(config.model, 50257, config.data.val_row_len, torch.bfloat16, ops)
@@ -379,9 +384,8 @@ def main():
         elif what == "validation":
             validate(config, model, forward, config.schedule.steps)
         elif what.startswith("step-"):
-            _, rank, _, size = what.split("-")
-            work = functools.partial(update, config, model)
-            on_fake_cuda.on_rank(int(rank), int(size), work)
+            work = functools.partial(update, config, model, touched=touched)
+            on_fake_cuda.on_rank(rank, size, work)
         else:
             train(config, model, forward, int(what))
     found["timed"] = list(found["timed"].values())
