@@ -11,8 +11,8 @@ import typing
 
 import torch
 
-# A table pays where no rank touches more than one row in so many. On H100s, by counting, a byte takes
-# about twice as long as one that is reduce-scattered: it is copied out and added by kernels as well
+# A table pays where no rank touches more than one row in so many. On H100s, by counting, a byte
+# takes about twice as long as one that is reduce-scattered: kernels copy it out and add it up
 ONE_IN = 3
 
 
