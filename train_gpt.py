@@ -74,7 +74,7 @@ from runtime.setting_up import (
     weights_after,
 )
 from runtime.signals import Requests
-from runtime.time_given import expected_training, fit_to_time
+from runtime.time_given import expected_bpb, expected_training, fit_to_time
 from runtime.trackers import Tracker
 from tracks import load_track, track_names
 
@@ -577,6 +577,7 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
                         setup.stages = stages_of(config)
                     if options.time or (config.goal.target is None and not open_loop):
                         setup.expected_seconds = expected_training(setup)
+                        setup.expected_bpb = expected_bpb(setup)
                 setup.config = config  # of this seed
                 announce(log, setup)
                 if new and is_compiled(setup):

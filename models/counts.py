@@ -30,7 +30,7 @@ from . import copies
 
 DISCOUNT = 0.75
 PIECE = 4096  # tokens of a document that count as one
-MOST = 20_000_000  # tokens of a training text that are counted
+MOST = 4_000_000  # tokens of a training text that are counted, for which 0.5 GB are needed
 STRIDE = 1 << 24  # more than there are tokens in a vocabulary
 
 
@@ -44,6 +44,7 @@ class Counts:
         self.n = n
         self.known = tables is not None
         self.own = False  # whether it is the text that is trained on
+        self.in_part = False  # whether it is only the beginning of it
         self.lengths = []
         for i in range(n):
             found = NOTHING
@@ -54,12 +55,15 @@ class Counts:
     @classmethod
     def of_text(cls, shards, eot, n, device=None, most=MOST):
         """Counts of the first tokens of these shards."""
-        text = np.concatenate([read_shard(path)[: most + 1] for path in shards])[: most + 1]
+        text = np.concatenate([read_shard(path)[: most + 2] for path in shards])
+        in_part = len(text) > most + 1
+        text = text[: most + 1]
         tables = {}
         for i, found in enumerate(count(text.astype(np.int64), text == eot, n)):
             tables |= {f"{name}.{i}": torch.from_numpy(x) for name, x in zip(Length.STORED, found)}
         counts = cls(n, tables, device)
         counts.own = True
+        counts.in_part = in_part
         return counts
 
     def tables(self):
@@ -78,21 +82,36 @@ class Counts:
         """
         leave_out = leave_out and self.own
         # A target that does not count in the loss follows all the same
-        targets = torch.where(targets < 0, inputs.roll(-1, dims=1), targets)
+        there = targets >= 0
+        targets = torch.where(there, targets, inputs.roll(-1, dims=1))
         at = torch.arange(inputs.size(1), device=inputs.device)
         so_far = at - at.where(starts, 0).cummax(dim=1).values + 1  # tokens of the document
-        own = copies.contexts(inputs, starts, self.n) if leave_out else []
         place = torch.zeros_like(inputs)  # of the context, -1 where it never was
-        found = []
+        places = []
         for i, length in enumerate(self.lengths):
             next_place = length.find(place, targets)
-            counts = length.at(place, next_place)
-            if leave_out:
-                counts = without_own(*counts, own[i], targets)
-            found.append([x.where(place >= 0, 0) for x in counts])
+            places.append((place, next_place))
             # The context with one token more
             place = next_place.roll(1, dims=1) if i else length.find(place, inputs)
             place = place.where(so_far > i, -1)
+        if leave_out:
+            own = copies.contexts(inputs, starts, self.n)
+            counted = None  # all are
+            if self.in_part:  # a document in which something is new was not counted
+                new = (next_place < 0) & (so_far >= self.n) & there
+                document = starts.cumsum(dim=1) - 1
+                is_new = torch.zeros_like(document).scatter_reduce(1, document, new.long(), "amax")
+                counted = is_new.gather(1, document) == 0
+
+        found = []
+        for i, (place, next_place) in enumerate(places):
+            counts = self.lengths[i].at(place, next_place)
+            if leave_out:
+                left = without_own(*counts, own[i], targets)
+                if counted is not None:
+                    left = [torch.where(counted, x, y) for x, y in zip(left, counts)]
+                counts = left
+            found.append([x.where(place >= 0, 0) for x in counts])
         return [torch.stack(x, dim=-1) for x in zip(*found)]
 
     def of_all(self, tokens, n_vocab):

@@ -83,9 +83,11 @@ def plan(setup):
     tokens = sum(stage.rows for stage in setup.stages.values()) * setup.config.data.row_len
     seconds = setup.expected_seconds
     time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    loss = setup.expected_bpb
+    until = f", to about {loss:.2f} bits per byte" if loss else ""
     return (
         f"plan: {setup.config.schedule.steps} steps of training on {tokens:,} tokens, "
-        f"{tokens / there:.1f} times the {there:,} there are; about {time}"
+        f"{tokens / there:.1f} times the {there:,} there are; about {time}{until}"
     )
 
 

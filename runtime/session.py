@@ -180,7 +180,8 @@ class Session:
         missing = self.quick + (at.gap or 0.0) - target
         if not lower_is_better(name):
             missing = -missing
-        margin = FIRST_MARGIN if at.gap is None else MARGIN
+        known = at.gap is not None or self.is_early_look()  # which is a try
+        margin = MARGIN if known else FIRST_MARGIN
         return missing <= margin * abs(target)
 
     def is_over(self):

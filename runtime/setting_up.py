@@ -48,6 +48,7 @@ class Setup:
     environment: dict
     peak: float  # FLOP/s of all ranks in large matrix products, measured
     memory: str  # the estimate, in words
+    expected_bpb: float | None = None  # bits per byte at the end, where that can be told
 
 
 def set_up(config, stages, world, data, log):

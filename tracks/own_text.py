@@ -17,4 +17,4 @@ OWN = dict(
     sample_prompts=(),
 )
 
-TRACK = TRACK | OWN | dict(steps=400, max_epochs=3.0)
+TRACK = TRACK | OWN | dict(counts=4, adam_lr=0.007, steps=400, max_epochs=3.0)

@@ -205,6 +205,27 @@ def test_a_text_that_is_not_all_counted(shards, text):
         assert (x >= 0).all()
 
 
+def test_of_a_document_that_was_not_counted_nothing_is_left_out(tmp_path):
+    """It has something new, which one that was counted cannot have."""
+    first = [EOT, 5, 6, 7, 5, 6, 7]
+    second = [EOT, 5, 6, 7, 8, 5, 6]
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.write(np.array([*first, *second, EOT]))
+    inputs = torch.tensor([[*first, *second]])
+    targets = torch.tensor([[*first[1:], EOT, *second[1:], EOT]])
+    starts = inputs == EOT
+
+    def found(most, leave_out):
+        table = counts.Counts.of_text(writer.paths, EOT, 2, most=most)
+        assert table.in_part == (most == 7)
+        return torch.stack(table.of_targets(inputs, targets, starts, leave_out))[:, 0].split(7, 1)
+
+    both = found(7, True)
+    assert torch.equal(both[1], found(7, False)[1]) and not torch.equal(both[0], found(7, False)[0])
+    # What is left of a first document that is all there is
+    assert both[0].sum() == 0 and found(14, True)[0].sum() > 0
+
+
 def test_tables_make_the_same_counts(table, rows):
     again = counts.Counts(N, table.tables())
     again.own = True
@@ -256,6 +277,25 @@ def test_the_loss_is_that_of_the_distributions(model, rows):
     apart = model(inputs, targets, cu_seqlens, training)
     model.counts.own = False
     assert abs(apart.item() - loss.item()) > 1
+
+
+def test_the_heads_own_loss_has_a_share_in_the_gradient(model, rows):
+    inputs, targets, starts = rows
+    cu_seqlens = torch.cat([starts.flatten().nonzero()[:, 0], torch.tensor([34])]).int()
+    stage = model.c.val_stage(model.c.stage(0.0, 17), 17)
+    learned = [model.lm_head, model.mix_gates, model.embed]
+    found = torch.autograd.grad(model(inputs, targets, cu_seqlens, stage), learned)
+
+    x = model.hidden(inputs, cu_seqlens, stage)
+    own = torch.log_softmax((x @ model.lm_head.T).float(), -1)
+    own = own.gather(-1, targets[..., None]).sum()
+    mixture = model.log_probs(inputs, targets, cu_seqlens, stage).sum()
+    for a, b, c in zip(
+        found,
+        torch.autograd.grad(-mixture, learned),
+        torch.autograd.grad(-gpt.ALONE * own, learned, allow_unused=True),
+    ):
+        torch.testing.assert_close(a, b if c is None else b + c, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
