@@ -49,7 +49,7 @@ from .parts import (
 
 __all__ = ["Config", "Model"]  # what a template offers
 
-# A mixture's gradient reaches the head where others know little, so that it learns no more than they
+# A mixture's gradient reaches the head where others know little, so it learns no more than they
 # leave. So many times its own loss is added: 0.03 to 0.1 bits per byte less after 200 steps
 ALONE = 0.3
 SMALL = (  # parameters
