@@ -623,37 +623,6 @@ static uint32_t *in_pairs(const uint16_t *x, long rows, long n, long blocks)
         }
     return tiles;
 }
-
-/* Outputs first, ..., first + 31 of weights that do not lie there as bf16: (32, n_in) of those */
-static void put_weights(const struct matrix *a, long first, uint16_t *to)
-{
-    if (a->kind != BF16) {
-        for (long o = 0; o < BLOCK; o++)
-            dequantize_row(1, a, first + o, to, o * a->n_in);
-        return;
-    }
-    /* Two rows of a transposed matrix are pairs of inputs, when they have been mixed */
-    const __m512i of_first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
-    const __m512i of_second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
-    for (long k = 0; k < a->n_in; k += DEEP) {
-        __m512i r[2][SIDE];
-        for (int i = 0; i < SIDE; i++) {
-            const uint16_t *w = (const uint16_t *)a->w + (k + 2 * i) * a->n_out + first;
-            __builtin_prefetch(w + BLOCK, 0, 2);
-            __builtin_prefetch(w + BLOCK + a->n_out, 0, 2);
-            __m512i even = _mm512_loadu_si512(w), odd = _mm512_loadu_si512(w + a->n_out);
-            __m512i below = _mm512_unpacklo_epi16(even, odd);
-            __m512i above = _mm512_unpackhi_epi16(even, odd);
-            r[0][i] = _mm512_permutex2var_epi64(below, of_first, above);
-            r[1][i] = _mm512_permutex2var_epi64(below, of_second, above);
-        }
-        for (int h = 0; h < 2; h++) {
-            turn_tile(r[h]);
-            for (int i = 0; i < SIDE; i++)
-                _mm512_store_si512(to + (h * SIDE + i) * a->n_in + k, r[h][i]);
-        }
-    }
-}
 #endif
 
 /* Whether linear_in_tiles() can be called: Linux wants to be asked for room for tiles */
@@ -666,13 +635,14 @@ int has_tiles(void)
 #endif
 }
 
-/* x, y in bf16; n_out is 32 or more, n_in a multiple of 32. PyTorch's product puts weights in another
-   order first, which takes longer than all else where rows are few. */
+/* x, y in bf16; weights in bf16, not transposed, or codes; n_out is 32 or more, n_in a multiple of
+   32. PyTorch's product puts weights in another order first, which takes longer than all else where
+   rows are few; of transposed ones that is quick. */
 void linear_in_tiles(long rows, const struct matrix *a, const uint16_t *x, uint16_t *y, int threads)
 {
 #ifdef IN_TILES
     long n = a->n_in, blocks = (rows + BLOCK - 1) / BLOCK * (BLOCK / SIDE);
-    int as_it_is = a->kind == BF16 && !a->transposed;
+    int as_it_is = a->kind == BF16;
     uint32_t *pairs = in_pairs(x, rows, n, blocks);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -682,11 +652,9 @@ void linear_in_tiles(long rows, const struct matrix *a, const uint16_t *x, uint1
 #pragma omp for schedule(static)
         for (long at = 0; at < a->n_out; at += BLOCK) {
             long first = at + BLOCK > a->n_out ? a->n_out - BLOCK : at;
-            const uint16_t *w = own;
-            if (as_it_is)
-                w = (const uint16_t *)a->w + first * n;
-            else
-                put_weights(a, first, own);
+            const uint16_t *w = as_it_is ? (const uint16_t *)a->w + first * n : own;
+            for (long o = 0; o < BLOCK && !as_it_is; o++)
+                dequantize_row(1, a, first + o, own, o * n);
             for (long b = 0; b < blocks; b += 2) {
                 const uint32_t *tile = pairs + b * SIDE * SIDE;
                 _tile_zero(0);
@@ -694,8 +662,8 @@ void linear_in_tiles(long rows, const struct matrix *a, const uint16_t *x, uint1
                 _tile_zero(2);
                 _tile_zero(3);
                 for (long k = 0; k < n; k += DEEP, tile += blocks * SIDE * SIDE) {
-                    if (b == 0 && as_it_is)
-                        for (int i = 0; i < BLOCK; i++)
+                    if (as_it_is) /* the next outputs, some for each block of rows */
+                        for (long i = b * BLOCK / blocks; i < (b + 2) * BLOCK / blocks; i++)
                             __builtin_prefetch(w + (BLOCK + i) * n + k, 0, 2);
                     _tile_loadd(4, w + k, 2 * n);
                     _tile_loadd(6, tile, 4 * SIDE);
