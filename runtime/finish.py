@@ -36,7 +36,10 @@ def train_bpb(setup, step):
     row_len = config.data.val_row_len
     split = of_training_text(setup.data, config.run.train_eval, row_len, micro_rows)
     alone = setup.world._replace(rank=0, size=1)
-    return setup.measure(setup.forward, val_stage(setup, step), split, alone)["val_bpb"]
+    stage = val_stage(setup, step)
+    if "leave_out" in stage._fields:  # what was counted in a document does not predict it
+        stage = stage._replace(leave_out=setup.stages[step].model.leave_out)
+    return setup.measure(setup.forward, stage, split, alone)["val_bpb"]
 
 
 def cost_in_words(result):
