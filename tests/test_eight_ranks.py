@@ -269,7 +269,8 @@ sys.exit(door.main(["train", *{argv!r}]))
 """
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4, 8])
 def test_eight_ranks_that_exchange_touched_rows_train_as_with_all_rows(nursery, tmp_path, n):
     """Real processes; with touched rows they are stopped on their way, and resumed. Two ranks add
     up two numbers, in whatever order: their weights are the same to the last bit, in bf16. More

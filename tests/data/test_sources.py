@@ -54,7 +54,8 @@ def test_a_new_source_is_one_file(tmp_path, monkeypatch, capsys, counting, examp
         with pytest.raises(SystemExit):
             main(["--help"])
         assert "counting    sequences that count up" in capsys.readouterr().out
-    argv = f"--track laptop --data {name} --target-metric val_loss --target 9 {SMALL}".split()
+    goal = "--target-metric val_loss --target 9 --quick-val 0"
+    argv = f"--track laptop --data {name} {goal} {SMALL}".split()
     argv += ["--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run")]
     status = tg.main(argv)
     out, err = capsys.readouterr()
