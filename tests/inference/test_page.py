@@ -303,7 +303,9 @@ def test_text_goes_on_from_where_it_is(visit, small):  # noqa: F811
         first = page.locator(".answer .body").text_content()
         page.get_by_text("Go on from here").click()
         page.locator(".answer:not(.going) .token").first.wait_for()
-        assert page.input_value("#entry") == first
+        # A field of a page has line feeds alone
+        assert page.input_value("#entry") == first.replace("\r\n", "\n").replace("\r", "\n")
+        first = page.input_value("#entry")
         assert page.locator(".answer .body").text_content().startswith(first)
         picture(page, "text")
 
