@@ -144,6 +144,8 @@ def no_repeat_ngram(logits, tokens, n):
     for row, ids in zip(logits, tokens):
         end = ids[len(ids) - n + 1 :] if n > 1 else []  # n - 1 tokens
         again = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == end]
+        if not again:
+            continue
         ruled_out = row.clone()
         ruled_out[torch.tensor(again, dtype=torch.long)] = NEVER
         if ruled_out.max() > NEVER:
