@@ -451,7 +451,7 @@ def validate(setup, session):
     stage = val_stage(setup, session.at.step)
     with session.clock_stopped(), session.parts.part("validation_s"):
         # A part of the split says whether the target may have been reached
-        if setup.quick_val and session.a_look_may_do():
+        if setup.quick_val and session.may_look_first():
             quick = setup.measure(setup.forward, stage, setup.quick_val, setup.world)
             if not session.look(quick):
                 return

@@ -59,14 +59,8 @@ class _Embedding(torch.autograd.Function):
         return None, sum_rows(ctx.saved_tensors[0], dy, ctx.rows)
 
 
-class _FewRows(torch.autograd.Function):
+class _FewRows(_Embedding):
     """Of a table with many more rows than indices; see few_rows_gradient."""
-
-    @staticmethod
-    def forward(ctx, index, table):
-        ctx.save_for_backward(index)
-        ctx.rows = len(table)
-        return F.embedding(index, table)
 
     @staticmethod
     def backward(ctx, dy):

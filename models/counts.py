@@ -55,15 +55,20 @@ class Counts:
     @classmethod
     def of_text(cls, shards, eot, n, device=None, most=MOST):
         """Counts of the first tokens of these shards."""
-        text = np.concatenate([read_shard(path)[: most + 2] for path in shards])
-        in_part = len(text) > most + 1
-        text = text[: most + 1]
+        pieces = []
+        left = most + 2  # a token more than is counted says whether there are others
+        for path in shards:
+            pieces.append(read_shard(path)[:left])
+            left -= len(pieces[-1])
+            if not left:
+                break
+        text = np.concatenate(pieces)[: most + 1]
         tables = {}
         for i, found in enumerate(count(text.astype(np.int64), text == eot, n)):
             tables |= {f"{name}.{i}": torch.from_numpy(x) for name, x in zip(Length.STORED, found)}
         counts = cls(n, tables, device)
         counts.own = True
-        counts.in_part = in_part
+        counts.in_part = not left
         return counts
 
     def tables(self):

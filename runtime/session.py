@@ -157,7 +157,7 @@ class Session:
         """Whether the run is over after this step, whatever a validation says."""
         return self.at.step == self.steps_in_all or "end" in self.wanted
 
-    def a_look_may_do(self):
+    def may_look_first(self):
         """Whether a part of the split may say that a validation of the whole is not due yet: one
         whose loss has to be known, for patience, always is."""
         return not self.is_last_step() and (not self.options.patience or self.is_early_look())

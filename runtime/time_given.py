@@ -79,6 +79,7 @@ def expected_bpb(setup):
     if not tables or setup.val.n_bytes is None:
         return None
     setup.model.init_weights(setup.config.goal.seed)
+    setup.model.enter(setup.config.schedule.progress(1))
     part = part_of(setup.val, LOOKED_AT // setup.world.size, setup.data, setup.world)
     found = setup.measure(setup.eager, val_stage(setup, 1), part, setup.world)
     return TRAINED * found["val_bpb"]

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -35,6 +34,17 @@ PARTS = (
 
 
 @contextlib.contextmanager
+def replaced(owner, name, value):
+    """An attribute with another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
 def without_masters(trainer):
     """Tables and head are rounded to bf16 behind each update."""
     optimizer = trainer.setup.optimizer
@@ -47,7 +57,7 @@ def without_masters(trainer):
             own = optimizer.shards[name].own
             own.copy_(own.bfloat16())
 
-    with mock.patch.object(optimizer, "update", rounded):
+    with replaced(optimizer, "update", rounded):
         yield
 
 
@@ -58,7 +68,7 @@ def beyond_ends(trainer):
     def crossing(targets, starts, n):
         return later_targets(targets, torch.zeros_like(starts), n)
 
-    with mock.patch.object(gpt, "later_targets", crossing):
+    with replaced(gpt, "later_targets", crossing):
         yield
 
 

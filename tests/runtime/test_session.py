@@ -725,7 +725,7 @@ class Looks(Toy):
         step = session.at.step
         loss = self.val_losses.get(step, 9.0)
         with session.clock_stopped():
-            if self.config.goal.target is not None and session.a_look_may_do():
+            if self.config.goal.target is not None and session.may_look_first():
                 self.looks.append(step)
                 quick = dict(val_loss=loss - self.gap, val_bpb=None)
                 if not session.look(quick):
