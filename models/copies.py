@@ -68,33 +68,43 @@ def earlier(inputs, targets, starts, n):
     return torch.stack(seen, dim=-1), torch.stack(hits, dim=-1)
 
 
-def what_followed(tokens, n, n_vocab):
-    """(n_vocab, n) int64: how often each token followed the last 0, 1, ..., n - 1 tokens.
-
-    tokens: (T,) int64, a document so far. A column's sum is `seen`, its entries are `hits`.
-    """
-    T = len(tokens)
-    hits = torch.zeros(n_vocab, n, dtype=torch.int64, device=tokens.device)
-    same = torch.ones(T - 1, dtype=torch.bool, device=tokens.device)  # contexts that end at t
-    followed = tokens[1:]
-    for length in range(min(n, T)):
-        if length:
-            # One token more has to agree: that `length - 1` before t, with that before the last
-            same[: length - 1] = False
-            same[length - 1 :] &= tokens[: T - length] == tokens[T - length]
-        hits[:, length] = torch.bincount(followed[same], minlength=n_vocab)
-    return hits
-
-
 def predictions(seen, hits):
     """Counts (..., n) -> (told (..., 2 n + 1), there (..., n), probabilities (..., n)): what a gate
-    is told, how often each context was there, whether it was at all, and 1; which lengths have
-    something to say; and what they say."""
-    there = seen > 0
+    is told, which lengths have something to say, and what they say."""
+    return told(seen), seen > 0, hits.float() / seen.float().clamp(min=1)
+
+
+def told(seen):
+    """(..., n) -> (..., 2 n + 1) fp32: what a gate is told, how often each context was there,
+    whether it was at all, and 1."""
     counts = seen.float()
-    one = torch.ones_like(counts[..., :1])
-    told = torch.cat([counts.log1p(), there.float(), one], dim=-1)
-    return told, there, hits.float() / counts.clamp(min=1)
+    return torch.cat([counts.log1p(), (seen > 0).float(), torch.ones_like(counts[..., :1])], dim=-1)
+
+
+class Followers:
+    """What followed the last 0, 1, ..., n - 1 tokens of documents, of all tokens at once: the same
+    as predictions() has of one."""
+
+    def __init__(self, texts, n):
+        """texts: (B, T) int64, documents so far, padded on the left with -1."""
+        T = texts.size(1)
+        self.followed = texts[:, 1:].clamp(min=0)
+        same = [texts[:, :-1] >= 0]  # whether the context that ends there is the last one
+        for back in range(n - 1):  # one token more has to agree, so far back
+            agrees = torch.zeros_like(same[0])
+            if back < T:
+                last = texts[:, T - 1 - back, None]
+                agrees[:, back:] = (texts[:, : T - 1 - back] == last) & (last >= 0)
+            same.append(same[-1] & agrees)
+        self.same = torch.stack(same, dim=1)  # (B, n, T - 1)
+        self.seen = self.same.sum(-1)  # (B, n)
+        self.told = told(self.seen)
+        self.there = self.seen > 0
+
+    def add_to(self, sums, share):
+        """Add each length's probabilities, (B, n_vocab), times its share, (B, n)."""
+        of_one = share / self.seen.clamp(min=1)
+        sums.scatter_add_(1, self.followed, (self.same * of_one[..., None]).sum(1))
 
 
 def mixture(own, gates, there, others):
@@ -103,7 +113,12 @@ def mixture(own, gates, there, others):
     own: (...) log probabilities; gates: (..., n + 1), of the model and of each length, which count
     among those that are there; there, others: (..., n), which those are and their probabilities.
     """
-    none = F.pad(~there, (1, 0))  # the model itself always has something to say
-    share = gates.masked_fill(none, -torch.inf).log_softmax(-1).to(own.dtype)
+    share = log_shares(gates, there).to(own.dtype)
     others = others.to(own.dtype)
     return (share + torch.cat([own[..., None], others.log()], dim=-1)).logsumexp(-1)
+
+
+def log_shares(gates, there):
+    """Logs of the shares (..., n + 1) in a mixture: the model's own, then each length's."""
+    none = F.pad(~there, (1, 0))  # the model itself always has something to say
+    return gates.masked_fill(none, -torch.inf).log_softmax(-1)

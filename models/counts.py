@@ -23,6 +23,7 @@ Shapes: B rows, T tokens in a row, N lengths from 1 to N.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import read_shard
 
@@ -119,27 +120,6 @@ class Counts:
             found.append([x.where(place >= 0, 0) for x in counts])
         return [torch.stack(x, dim=-1) for x in zip(*found)]
 
-    def of_all(self, tokens, n_vocab):
-        """The same of every token as what follows: (n,), (n_vocab, n), (n,).
-
-        tokens: (T,) int64, a document so far.
-        """
-        hits = torch.zeros(n_vocab, self.n, dtype=torch.int64, device=tokens.device)
-        seen = torch.zeros(self.n, dtype=torch.int64, device=tokens.device)
-        kinds = torch.zeros_like(seen)
-        for i in range(min(self.n, len(tokens) + 1)):
-            place = torch.zeros_like(tokens[:1])
-            for length, token in zip(self.lengths, tokens[len(tokens) - i :]):
-                place = length.find(place, token[None])
-            if place.item() < 0:
-                break  # nor do longer ones
-            length = self.lengths[i]
-            begin, end = length.first[place.item() : place.item() + 2].tolist()
-            hits[length.follower[begin:end].long(), i] = length.count[begin:end].long()
-            seen[i] = length.seen[place.item()]
-            kinds[i] = end - begin
-        return seen, hits, kinds
-
 
 NOTHING = np.array([0, 0], np.int32), *[np.zeros(0, np.int32)] * 2  # one context, never seen
 
@@ -170,6 +150,14 @@ class Length:
             at = at.clamp(max=len(self.pair) - 1)
             there = there & (self.pair[at] == pair)
         return at.where(there, -1)
+
+    def followers(self, place, kinds):
+        """(row, follower, count), (M,) each, of all that followed contexts; place, kinds: (B,)
+        int64, of which the first `kinds` are wanted."""
+        row = torch.arange(len(place), device=place.device).repeat_interleave(kinds)
+        nth = torch.arange(len(row), device=place.device) - (kinds.cumsum(0) - kinds)[row]
+        at = self.first[place[row]] + nth
+        return row, self.follower[at].long(), self.count[at].float()
 
     def at(self, place, pair):
         """(seen, hits, kinds) of contexts and pairs; where one is -1, of another."""
@@ -276,6 +264,54 @@ def probabilities(seen, hits, kinds):
 def predictions(seen, hits, kinds):
     """As of copies: what a gate is told, these counts and 1, which lengths have something to say,
     and what they say."""
+    return told(seen, kinds), seen > 0, probabilities(seen, hits, kinds)
+
+
+def told(seen, kinds):
+    """(..., n) each -> (..., 2 n + 1) fp32."""
     one = torch.ones_like(seen[..., :1], dtype=torch.float32)
-    told = torch.cat([seen.float().log1p(), kinds.float().log1p(), one], dim=-1)
-    return told, seen > 0, probabilities(seen, hits, kinds)
+    return torch.cat([seen.float().log1p(), kinds.float().log1p(), one], dim=-1)
+
+
+class Followers:
+    """What followed the last 0, 1, ..., n - 1 tokens of documents in the training text, of all
+    tokens at once: the same as predictions() has of one."""
+
+    def __init__(self, counts, texts):
+        """texts: (B, T) int64, documents so far, padded on the left with -1."""
+        last = texts[:, -max(1, counts.n - 1) :]
+        place = torch.zeros_like(last)  # of the contexts that end there, -1 where one never was
+        seen = []
+        kinds = []
+        self.hits = []  # of each length: rows, tokens that followed there, and how often
+        for i, length in enumerate(counts.lengths):
+            here = place[:, -1]
+            there = here >= 0
+            here = here.clamp(min=0)
+            seen.append(length.seen[here].where(there, 0))
+            kinds.append(length.kinds[here].where(there, 0))
+            # Without a context the same followed in all rows
+            rows = slice(None) if i else slice(1)
+            self.hits.append(length.followers(here[rows], kinds[-1][rows]))
+            # The contexts with one token more: what follows a context is one itself
+            before = F.pad(place[:, :-1], (1, 0), value=-1) if i else place
+            place = length.find(before, last)
+        self.seen = torch.stack(seen, dim=-1)  # (B, n)
+        self.kinds = torch.stack(kinds, dim=-1)
+        self.told = told(self.seen, self.kinds)
+        self.there = self.seen > 0
+
+    def add_to(self, sums, share):
+        """Add each length's probabilities, (B, n_vocab), times its share, (B, n)."""
+        seen = self.seen.clamp(min=1)
+        left = DISCOUNT * self.kinds / seen  # what a length leaves to the one shorter
+        share = share.clone()
+        for i in reversed(range(1, share.size(1))):
+            share[:, i - 1] += share[:, i] * left[:, i]
+        of_one = share / seen
+        _, tokens, hits = self.hits[0]
+        alone = torch.zeros_like(sums[0]).index_put((tokens,), hits)
+        sums += of_one[:, :1] * alone
+        for i, (rows, tokens, hits) in enumerate(self.hits[1:], 1):
+            hits = (hits - DISCOUNT).clamp(min=0)
+            sums.index_put_((rows, tokens), of_one[rows, i] * hits, accumulate=True)

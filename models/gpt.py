@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from base import InputError
 from data.loader import IGNORE
@@ -52,6 +53,7 @@ __all__ = ["Config", "Model"]  # what a template offers
 # A mixture's gradient reaches the head where others know little, so it learns no more than they
 # leave. So many times its own loss is added: 0.03 to 0.1 bits per byte less after 200 steps
 ALONE = 0.3
+MIXED = 64  # tokens whose whole distributions are mixed at once
 SMALL = (  # parameters
     "lambdas",
     "residual_lambdas",
@@ -801,12 +803,15 @@ class Model(nn.Module):
         logits = self.head(x[:, first:])
         if not self.is_mixed:
             return logits
-        starts = document_starts(inputs, cu_seqlens)
-        for row, marks in enumerate(starts):
-            for t in range(first, inputs.size(1)):
-                begin = marks[: t + 1].nonzero()[-1]  # of the document
-                text = inputs[row, begin : t + 1]
-                logits[row, t - first] = self.mix_in(x[row, t], logits[row, t - first], text)
+        at = torch.arange(inputs.size(1), device=inputs.device)
+        begins = at.where(document_starts(inputs, cu_seqlens), 0).cummax(dim=1).values
+        for row, of_row in enumerate(begins.tolist()):
+            texts = [inputs[row, begin : t + 1] for t, begin in enumerate(of_row)][first:]
+            for i in range(0, len(texts), MIXED):  # so that texts and counts stay small
+                some = slice(i, i + MIXED)
+                logits[row, some] = self.mix_in(
+                    x[row, first:][some], logits[row, some], texts[some]
+                )
         return logits
 
     def new_cache(self, rows):
@@ -826,47 +831,41 @@ class Model(nn.Module):
         if not every:
             x = cache.of_last(x)  # (B, 1, C)
         logits = self.head(x)
-        if self.is_mixed:
-            for row, text in enumerate(cache.texts_with(inputs)):
-                n = counts[row] if every else 1  # places whose logits these are
-                for i in range(n):
-                    so_far = text[: len(text) - n + 1 + i]
-                    logits[row, i] = self.mix_in(x[row, i], logits[row, i], so_far)
+        texts = cache.texts_with(inputs) if self.is_mixed else []
         if every:
+            for row, text in enumerate(texts):
+                n = counts[row]  # of the text's tokens are new
+                so_far = [text[: len(text) - n + 1 + i] for i in range(n)]
+                logits[row, :n] = self.mix_in(x[row, :n], logits[row, :n], so_far)
             return logits
         cache.end()
-        return logits[:, 0]
+        return self.mix_in(x[:, 0], logits[:, 0], texts) if self.is_mixed else logits[:, 0]
 
     def head(self, x):
         """(..., C) -> logits (..., n_vocab), fp32."""
         logits = F.linear(x, self.lm_head[: self.n_vocab]).float()
         return softcap(logits, self.c.softcap)
 
-    def mix_in(self, x, logits, text):
-        """Log probabilities (n_vocab) of the head's distribution mixed with what followed before,
-        in the document and in the training text.
+    def mix_in(self, x, logits, texts):
+        """Log probabilities (N, n_vocab) of the head's distribution mixed with what followed
+        before, in the document and in the training text.
 
-        x: (C,), of the last token; text: (T,) int64, the document so far.
+        x: (N, C), of last tokens; logits: (N, n_vocab); texts: N documents so far, (T,) int64 each.
         """
-        V = self.n_vocab
-        found = []  # as others() has them, of every token: (V, ...)
+        texts = pad_sequence(texts, batch_first=True, padding_value=-1, padding_side="left")
+        found = []
         if self.c.copies:
-            hits = copies.what_followed(text, self.c.copies, V)
-            found.append(copies.predictions(hits.sum(0).expand_as(hits), hits))
+            found.append(copies.Followers(texts, self.c.copies))
         if self.c.counts:
-            seen, hits, kinds = self.counts.of_all(text, V)
-            found.append(counts.predictions(seen.expand_as(hits), hits, kinds.expand_as(hits)))
-        told, there, probs = (torch.cat(x, dim=-1) for x in zip(*found))
-        # How often contexts were there is the same for every token, and so are the gates
-        gates = self.mix(x, told[0])
-        there = there[0]
-        # Of most tokens nothing else is known: only the model's own share is theirs
-        nothing = torch.zeros_like(probs[:1])
-        own = logits.log_softmax(-1)
-        log_probs = own + copies.mixture(torch.zeros_like(own[:1]), gates, there, nothing)
-        some = (probs > 0).any(-1).nonzero()[:, 0]
-        log_probs[some] = copies.mixture(own[some], gates, there, probs[some])
-        return log_probs
+            found.append(counts.Followers(self.counts, texts))
+        told = torch.cat([f.told for f in found], dim=-1)
+        there = torch.cat([f.there for f in found], dim=-1)
+        shares = copies.log_shares(self.mix(x, told), there).to(logits.dtype)
+        others = torch.zeros_like(logits)
+        sizes = [f.there.size(1) for f in found]
+        for f, of_lengths in zip(found, shares[:, 1:].exp().split(sizes, dim=1)):
+            f.add_to(others, of_lengths)
+        return torch.logaddexp(logits.log_softmax(-1) + shares[:, :1], others.log())
 
     # ----------------------------------------------------------------------------------------------
     # What others need to know of the parameters

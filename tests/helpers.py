@@ -14,6 +14,7 @@ import pytest
 import torch
 from processes import library
 from safetensors.torch import load_file
+from torch import nn
 
 import train_gpt as tg
 from models import gpt
@@ -258,3 +259,18 @@ class Runner:
         stopped = int(re.search("stopped at step ([0-9]+) by a signal", done.err)[1])
         assert 0 <= stopped - step < {**self.fields, **fields}.get("adam_every", 1)
         return stopped
+
+
+def padded_left(texts):
+    """Texts (T,) int64 each -> (B, T) int64, as models/copies.py and counts.py want them."""
+    return nn.utils.rnn.pad_sequence(texts, True, -1, padding_side="left")
+
+
+def of_each_length(followers, rows, n_vocab):
+    """(rows, n_vocab, n): the probabilities of each length alone, of Followers."""
+    found = []
+    for share in torch.eye(followers.there.size(1)):
+        sums = torch.zeros(rows, n_vocab)
+        followers.add_to(sums, share.expand(rows, -1))
+        found.append(sums)
+    return torch.stack(found, dim=-1)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import tiny, train_losses, write_text
+from helpers import of_each_length, padded_left, tiny, train_losses, write_text
 
 import train_gpt as tg
 from base import InputError
@@ -87,19 +87,25 @@ def test_nothing_depends_on_what_comes_later(batch):
     assert torch.equal(first[0], seen[:, :half]) and torch.equal(first[1], hits[:, :half])
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 17])
-def test_what_followed_has_every_tokens_counts(length):
-    """The counts of a whole vocabulary are those of earlier() with each token as the target."""
+def test_what_followed_has_every_tokens_counts():
+    """Those of a whole vocabulary are those of earlier() with each token as the target, whatever
+    stands beside them."""
     n, n_vocab = 4, 3
-    tokens = torch.randint(n_vocab, (length,), generator=torch.Generator().manual_seed(1))
-    found = copies.what_followed(tokens, n, n_vocab)
-    starts = torch.zeros(1, length, dtype=torch.bool)
-    starts[0, 0] = True
-    for token in range(n_vocab):
-        targets = torch.cat([tokens[1:], torch.tensor([token])])
-        seen, hits = copies.earlier(tokens[None], targets[None], starts, n)
-        assert found[token].tolist() == hits[0, -1].tolist()
-        assert found.sum(0).tolist() == seen[0, -1].tolist()
+    g = torch.Generator().manual_seed(1)
+    texts = [torch.randint(n_vocab, (length,), generator=g) for length in (1, 2, 3, 17, 9)]
+    followers = copies.Followers(padded_left(texts), n)
+    found = of_each_length(followers, len(texts), n_vocab)
+    assert found[3:].sum() > 6
+    for row, tokens in enumerate(texts):
+        starts = torch.zeros(1, len(tokens), dtype=torch.bool)
+        starts[0, 0] = True
+        for token in range(n_vocab):
+            targets = torch.cat([tokens[1:], torch.tensor([token])])
+            counted = copies.earlier(tokens[None], targets[None], starts, n)
+            told, there, probs = (x[0, -1] for x in copies.predictions(*counted))
+            assert torch.equal(found[row, token], probs), (row, token)
+            assert torch.equal(followers.told[row], told)
+            assert torch.equal(followers.there[row], there)
 
 
 def mixed(own, gates, seen, hits):
@@ -112,8 +118,9 @@ def test_the_mixture_is_a_distribution():
     g = torch.Generator().manual_seed(2)
     n, n_vocab = 3, 5
     tokens = torch.randint(n_vocab, (12,), generator=g)
-    hits = copies.what_followed(tokens, n, n_vocab)
-    seen = hits.sum(0).expand_as(hits)
+    followers = copies.Followers(tokens[None], n)
+    seen = followers.seen.expand(n_vocab, n)
+    hits = of_each_length(followers, 1, n_vocab)[0] * seen
     own = torch.randn(n_vocab, generator=g, dtype=torch.float64).log_softmax(-1)
     gates = torch.randn(n + 1, generator=g, dtype=torch.float64).expand(n_vocab, -1)
     log_prob = mixed(own, gates, seen, hits)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import tiny, train_losses, write_text
+from helpers import of_each_length, padded_left, tiny, train_losses, write_text
 
 import train_gpt as tg
 from base import InputError
@@ -127,19 +127,22 @@ def test_long_documents_count_by_pieces(monkeypatch, text, shards):
 
 
 def test_what_follows_has_every_tokens_counts(text, table):
-    """of_all() is of_targets() with each token as the target."""
-    for length in 1, 2, 3, 9:
-        tokens = torch.tensor(text[:length])
-        seen, hits, kinds = table.of_all(tokens, 5)
+    """Those of a whole vocabulary are of_targets() with each token as the target, whatever stands
+    beside them."""
+    texts = [torch.tensor(text[:length]) for length in (1, 2, 3, 9)]
+    texts.append(torch.tensor([EOT, 4, 4, 4]))  # contexts that were never there
+    followers = counts.Followers(table, padded_left(texts))
+    found = of_each_length(followers, len(texts), 5)
+    for row, tokens in enumerate(texts):
         starts = tokens[None] == EOT
         for token in range(5):
             targets = torch.cat([tokens[1:], torch.tensor([token])])
-            wanted = table.of_targets(tokens[None], targets[None], starts, False)
-            assert [x[0, -1].tolist() for x in wanted] == [
-                seen.tolist(),
-                hits[token].tolist(),
-                kinds.tolist(),
-            ]
+            counted = table.of_targets(tokens[None], targets[None], starts, False)
+            told, there, probs = (x[0, -1] for x in counts.predictions(*counted))
+            torch.testing.assert_close(found[row, token], probs)
+            assert torch.equal(followers.told[row], told)
+            assert torch.equal(followers.there[row], there)
+    assert followers.there[3].all() and not followers.there[4, 1:].any()
 
 
 @pytest.mark.parametrize("leave_out", [False, True])
@@ -171,14 +174,16 @@ def test_nothing_depends_on_what_comes_later(table, rows):
 
 def test_smoothed_probabilities_by_hand_and_in_all(text, table):
     """They sum to one, and are the formula's in float64."""
-    seen, hits, kinds = table.of_all(torch.tensor(text[:6]), 5)
-    of_all = [x.expand(5, -1) for x in (seen, kinds)]
-    found = counts.probabilities(of_all[0], hits, of_all[1])
+    tokens = torch.tensor(text[:6]).expand(5, -1)
+    targets = torch.cat([tokens[:, 1:], torch.arange(5)[:, None]], dim=1)
+    counted = table.of_targets(tokens, targets, tokens == EOT, False)
+    seen, hits, kinds = (x[:, -1] for x in counted)
+    found = counts.probabilities(seen, hits, kinds)
     torch.testing.assert_close(found.sum(0), torch.ones(N))
     for token in range(5):
         p = 0.0
         for i in range(N):
-            h, s, k = (float(x) for x in (hits[token, i], seen[i], kinds[i]))
+            h, s, k = (float(x[token, i]) for x in (hits, seen, kinds))
             if i == 0:
                 p = h / s
             else:
