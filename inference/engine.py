@@ -37,10 +37,20 @@ class Engine:
     trained with; max_len: tokens that the model holds of a text. When they are used up, it goes on
     with the second half of them. prompt_lookup: tokens that are tried at once, as what followed
     when the text had its last words before; those that would have been drawn anyway stay (Saxena
-    2023, prompt lookup decoding), so only the time changes.
+    2023, prompt lookup decoding), so only the time changes. drawing: a kernels.drawing.Drawing.
     """
 
-    def __init__(self, model, stage, tokenizer, max_len, places=PLACES, part=PART, prompt_lookup=0):
+    def __init__(
+        self,
+        model,
+        stage,
+        tokenizer,
+        max_len,
+        places=PLACES,
+        part=PART,
+        prompt_lookup=0,
+        drawing=None,
+    ):
         self.decoder = decoder_of(model)
         self.model = model
         self.stage = stage
@@ -50,6 +60,7 @@ class Engine:
         self.part = part
         # Templates without a cache have nothing to gain
         self.prompt_lookup = prompt_lookup if self.decoder is model else 0
+        self.drawing = drawing
         self.device = next(model.parameters()).device
         self.beginnings = {}  # promised text -> (n_vocab,) bool: tokens that keep the promise
         self.waiting = collections.deque()  # Completions that have no place yet
@@ -281,7 +292,8 @@ class Engine:
             tokens = [c.tokens for c in of_rows]
             written = [c.written for c in of_rows]
             generators = [c.generator for c in of_rows]
-            drawn = next_tokens(logits[rows], sampling, tokens, written, generators)
+            of_these = logits if len(rows) == len(logits) else logits[rows]
+            drawn = next_tokens(of_these, sampling, tokens, written, generators, self.drawing)
             for row, token in zip(rows, drawn):
                 chosen[row] = token
         self.note(completions, chosen, logits)

@@ -11,7 +11,7 @@ from base import InputError
 from base.command import Parser, given_path
 from base.places import cache_folder
 from data.chat import knows_chat
-from kernels import decoding
+from kernels import decoding, drawing
 from runtime.options import add_option
 from runtime.saved import load_run, newest_run
 
@@ -76,13 +76,13 @@ def make_parser(verb, description, epilog, tokens):
         metavar="TEXT",
         help="end before this text; may be given again",
     )
-    drawing = parser.add_argument_group("how tokens are drawn")
+    group = parser.add_argument_group("how tokens are drawn")
     for field in KNOBS:
         default = OF_WORDS.get(field.name, field.default)
         characters = OF_CHARACTERS.get(field.name, field.default)
         if default != characters:
             default = f"{default}; {characters} where tokens are characters"
-        add_option(drawing, field, default)
+        add_option(group, field, default)
     return parser
 
 
@@ -111,6 +111,7 @@ def open_run(args, **about):
     if args.quantize:
         say(f"{args.quantize}: {bits:.2f} bits a weight over all parameters")
     about["prompt_lookup"] = args.prompt_lookup
+    about["drawing"] = drawing.build(cache_folder(), say)
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
 
 

@@ -15,7 +15,6 @@ from base.options import COUNT, FRACTION, RATE, Options, option
 NEVER = float("-inf")
 PENALTY = lambda x: -2 <= x <= 2, "a number from -2 to 2"
 FACTOR = lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100"  # beyond, logits are infinite
-SORTED = 500, 5000  # tokens among which top_p looks first
 AS_GOOD_AS_ZERO = 1e-5  # a temperature; divided by a lower one, logits are infinite
 
 
@@ -61,11 +60,19 @@ def default_sampling(tokenizer, **given):
     return Sampling(**(default | given))
 
 
-def next_tokens(logits, sampling, tokens, written, generators):
-    """Token ids, one for each row of (B, V) logits; the rest as process() and draw() have it."""
-    if sampling.temperature < AS_GOOD_AS_ZERO:
-        return penalised(logits, sampling, tokens, written).argmax(-1).tolist()
-    return draw(process(logits, sampling, tokens, written), generators)
+def next_tokens(logits, sampling, tokens, written, generators, drawing=None):
+    """Token ids, one for each row of (B, V) logits; the rest as process() and draw() have it, which
+    drawing, a kernels.drawing.Drawing, does in one."""
+    s = sampling
+    if s.temperature < AS_GOOD_AS_ZERO:
+        return penalised(logits, s, tokens, written).argmax(-1).tolist()
+    if drawing is None:
+        return draw(process(logits, s, tokens, written), generators)
+    logits = penalised(logits, s, tokens, written)
+    if s.top_k:
+        logits = top_k(logits, s.top_k)
+    at = uniform(generators)
+    return drawing.draw(logits, at, s.temperature, s.top_p, s.min_p).tolist()
 
 
 def process(logits, sampling, tokens, written):
@@ -90,14 +97,15 @@ def process(logits, sampling, tokens, written):
 def penalised(logits, sampling, tokens, written):
     """What process() does first: bias, and what was said before."""
     s = sampling
+    logits = logits.clone()
     if s.logit_bias:
-        logits = logit_bias(logits, s.logit_bias)
+        add_logit_bias(logits, s.logit_bias)
     if s.repetition_penalty != 1:
-        logits = repetition_penalty(logits, tokens, s.repetition_penalty)
+        penalise_repetition(logits, tokens, s.repetition_penalty)
     if s.no_repeat_ngram:
-        logits = no_repeat_ngram(logits, tokens, s.no_repeat_ngram)
+        rule_out_ngrams(logits, tokens, s.no_repeat_ngram)
     if s.frequency_penalty or s.presence_penalty:
-        logits = count_penalties(logits, written, s.frequency_penalty, s.presence_penalty)
+        subtract_penalties(logits, written, s.frequency_penalty, s.presence_penalty)
     return logits
 
 
@@ -107,59 +115,65 @@ def draw(logits, generators):
     generators: a CPU torch.Generator for each row, so that a row's draws do not depend on others.
     """
     reached = logits.softmax(-1).double().cumsum(-1)
-    at = [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
-    at = torch.stack(at) * reached[:, -1:]  # (B, 1)
+    at = uniform(generators)[:, None] * reached[:, -1:]  # (B, 1)
     # The first token whose probability, with those before it, is more
     tokens = torch.searchsorted(reached, at, right=True).clamp(max=logits.size(-1) - 1)
     return tokens[:, 0].tolist()
 
 
+def uniform(generators):
+    """(B,) float64 from 0 to 1, one of each generator."""
+    return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+
+
 # --------------------------------------------------------------------------------------------------
-# By what was said before
+# By what was said before. In place: a copy of many rows of a large vocabulary takes 1.5 ms
 
 
-def logit_bias(logits, pairs):
+def add_logit_bias(logits, pairs):
     """Add a number to the logits of some tokens; pairs: (id, number) each."""
-    bias = torch.zeros_like(logits[0])
     for token, number in pairs:
-        bias[token] += number
-    return logits + bias
+        logits[:, token] += number
 
 
-def repetition_penalty(logits, tokens, penalty):
+def penalise_repetition(logits, tokens, penalty):
     """Make tokens that are there already less likely, each by the same, however often it is there:
     positive logits are divided by the penalty, negative ones multiplied."""
-    logits = logits.clone()
-    for row, ids in zip(logits, tokens):
-        ids = torch.tensor(sorted(set(ids)), dtype=torch.long)
-        there = row[ids]
-        row[ids] = torch.where(there < 0, there * penalty, there / penalty)
-    return logits
+    pairs = in_pairs(tokens)
+    there = logits[pairs]
+    # What is there twice becomes the same twice
+    logits.index_put_(pairs, torch.where(there < 0, there * penalty, there / penalty))
 
 
-def no_repeat_ngram(logits, tokens, n):
+def rule_out_ngrams(logits, tokens, n):
     """Rule out each token that would complete n tokens in a row that are there already. Where that
     would rule out all of them, it rules out none."""
-    logits = logits.clone()
-    for row, ids in zip(logits, tokens):
+    again = []
+    for ids in tokens:
         end = ids[len(ids) - n + 1 :] if n > 1 else []  # n - 1 tokens
-        again = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == end]
-        if not again:
-            continue
-        ruled_out = row.clone()
-        ruled_out[torch.tensor(again, dtype=torch.long)] = NEVER
-        if ruled_out.max() > NEVER:
-            row.copy_(ruled_out)
-    return logits
+        starts = range(len(ids) - n + 1)
+        again.append([ids[i + n - 1] for i in starts if ids[i : i + n - 1] == end])
+    rows, ids = in_pairs(again)
+    before = logits[rows, ids]
+    logits[rows, ids] = NEVER
+    some = rows.unique()
+    none_left = some[logits[some].amax(-1) == NEVER]
+    undone = torch.isin(rows, none_left)
+    logits[rows[undone], ids[undone]] = before[undone]
 
 
-def count_penalties(logits, written, frequency, presence):
+def subtract_penalties(logits, written, frequency, presence):
     """Subtract `frequency` for each time that a token was written, and `presence` once."""
-    logits = logits.clone()
-    for row, ids in zip(logits, written):
-        counts = torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(row))
-        row -= counts * frequency + (counts > 0) * presence
-    return logits
+    rows, ids = in_pairs(written)
+    pairs = torch.stack([rows, ids])
+    pairs, times = pairs.unique(dim=1, return_counts=True)
+    logits[pairs[0], pairs[1]] -= times * frequency + presence
+
+
+def in_pairs(lists):
+    """Lists of token ids -> (rows, ids), int64 alike: each list's number beside each of its ids."""
+    rows = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(ids) for ids in lists]))
+    return rows, torch.tensor([token for ids in lists for token in ids], dtype=torch.long)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,15 +188,6 @@ def top_k(logits, k):
 
 def top_p(logits, p):
     """Rule out the least likely ones, as many as have a probability of 1 - p together."""
-    # A few of a large vocabulary mostly have p together; to sort all of it takes 3 ms
-    for n in SORTED:
-        if n < logits.size(-1):
-            best, tokens = logits.topk(n)  # the likeliest first
-            share = (best - logits.logsumexp(-1, keepdim=True)).exp()
-            reached = share.cumsum(-1)
-            if (reached[:, -1] >= p).all():
-                best[:, 1:].masked_fill_(reached[:, :-1] >= p, NEVER)
-                return torch.full_like(logits, NEVER).scatter(-1, tokens, best)
     ascending, order = logits.sort()
     ruled_out = ascending.softmax(-1).cumsum(-1) <= 1 - p
     ruled_out[:, -1] = False  # the likeliest stays

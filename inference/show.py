@@ -1,6 +1,8 @@
 """Samples during a run and at its end, on the screen and in its log."""
 
 from base import InputError, last_resort
+from base.places import cache_folder
+from kernels import drawing
 from runtime.setting_up import val_stage
 
 from .engine import Engine, Request
@@ -18,7 +20,13 @@ def show_samples(setup, step, log):
         return False
     dataset = setup.data.dataset
     stage = val_stage(setup, step)
-    engine = Engine(setup.model, stage, dataset.tokenizer, setup.config.data.val_row_len)
+    engine = Engine(
+        setup.model,
+        stage,
+        dataset.tokenizer,
+        setup.config.data.val_row_len,
+        drawing=drawing.build(cache_folder(), log.say),
+    )
     sampling = default_sampling(dataset.tokenizer)
     requests = []
     prompts = list(run.sample_prompts)

@@ -22,7 +22,8 @@ COMPILERS = "cc", "gcc", "clang"
 OPTIONS = ["-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 NATIVE = ["-march=native", "-fopenmp"]
 WIDEST = ["-mprefer-vector-width=512"]  # x86 only: a softmax in 0.7 of the time of 256 bits
-LONG, POINTER, FLOAT, INT = ctypes.c_long, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+LONG, INT, POINTER = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
+FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
 
 def build(name, folder, say=lambda message: None):

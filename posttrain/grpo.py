@@ -21,7 +21,7 @@ from base.places import cache_folder
 from data.questions import Answer, answer_batch, rows_of
 from inference.engine import Engine, Request
 from inference.sampling import Sampling
-from kernels import decoding
+from kernels import decoding, drawing
 from records.metrics import Evaluation, measure
 from runtime import machine
 from runtime.policy import advantages, token_weights
@@ -78,7 +78,9 @@ def learn(reward, setup, session):
     tokenizer = setup.data.dataset.tokenizer
     row_len = config.data.row_len
     answering = as_it_answers(setup, session)
-    engine = Engine(answering, stage, tokenizer, row_len, policy.places, PROMPT_TOKENS)
+    compiled = drawing.build(cache_folder())
+    about = dict(places=policy.places, part=PROMPT_TOKENS, drawing=compiled)
+    engine = Engine(answering, stage, tokenizer, row_len, **about)
     session.start()
     if session.at.validated < 0 or session.missed_validation():
         validate(setup, session, engine, reward)  # how good it is before it begins, too

@@ -131,7 +131,8 @@ def test_frequency_and_presence_count_what_was_written():
 
 def test_where_every_token_would_repeat_none_is_ruled_out():
     logits = torch.randn(2, 4)
-    ours = sampling.no_repeat_ngram(logits, [[0, 1, 2, 3], [0, 1, 2]], 1)
+    tokens = [[0, 1, 2, 3], [0, 1, 2]]
+    ours = process(logits, Sampling(no_repeat_ngram=1), tokens, tokens)
     assert torch.equal(ours[0], logits[0])
     assert (ours[1] == -math.inf).tolist() == [True, True, True, False]
 
