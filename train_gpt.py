@@ -24,8 +24,6 @@ import time
 import typing
 from pathlib import Path
 
-import torch
-
 from base import streams, to_json
 from base.clock import START, Parts
 from base.options import (
@@ -43,40 +41,35 @@ from base.options import (
 from base.places import runs_folder
 from data import Prefetcher
 from data.config import DataConfig
-from data.sources import is_built
 from inference.show import show_samples
-from models import load_template, option_names, outline, template_names
+from models import DEFAULT_TEMPLATE, load_template, template_names
 from optim import OptimConfig, TouchedRows
 from records.metrics import METRICS, VAL_LOSS
-from runtime import folders, machine, memory, resume, trackers, warm_start
+from runtime import finish, folders, machine, memory, resume, trackers, warm_start
 from runtime.announce import announce
-from runtime.checkpoints import Checkpoints
+from runtime.checkpoints import open_store
+from runtime.command_line import read_options
 from runtime.corpus import load_data
-from runtime.finish import cost_in_words, in_words, save_weights, time_by_part, train_bpb
 from runtime.guard import GuardConfig
 from runtime.launch import exit_status, run_on_all_gpus
 from runtime.log import Log, show
 from runtime.machine import PrecisionConfig, World
-from runtime.options import RunConfig, build_parts, flat, parse_options, peek
+from runtime.options import RunConfig, build_parts, changed, flat
 from runtime.policy import PolicyConfig
-from runtime.preferences import TeachingConfig, give_reference
-from runtime.saved import keep_tables, step_weights
+from runtime.preferences import TeachingConfig
+from runtime.saved import step_weights
 from runtime.session import Session
 from runtime.setting_up import (
     backward,
-    is_compiled,
+    begin_run,
+    make_ready,
     n_tokens,
-    refuse_other_weights,
     set_up,
-    time_passes,
     val_stage,
-    warm_up_or_go_without,
     weights_after,
 )
 from runtime.signals import Requests
-from runtime.time_given import expected_bpb, expected_training, fit_to_time
-from runtime.trackers import Tracker
-from tracks import load_track, track_names
+from runtime.time_given import expected_bpb, expected_training, fit_to_time, within_epochs
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: every field of every part is a command-line option
@@ -97,7 +90,8 @@ class Goal(Options):
         0, "of the weights and the order of the data", (lambda n: 0 <= n < 2**63, "zero or more")
     )
     template: str = option(
-        "gpt", f"the model's file: {', '.join(template_names())}, or a module's dotted name"
+        DEFAULT_TEMPLATE,
+        f"the model's file: {', '.join(template_names())}, or a module's dotted name",
     )
 
 
@@ -204,14 +198,7 @@ class Config:
                 self.run.refuse("eval_every", f"a multiple of reuse ({self.policy.reuse})")
 
 
-# What may differ between a run and its continuation; another text is found by its fingerprint
-FREE = {f.name for f in dataclasses.fields(RunConfig)}
-FREE |= set(
-    "target target_metric text val_text conversations encoding vocabulary max_skips".split()
-)
-
-
-def config_classes(template="gpt"):
+def config_classes(template=DEFAULT_TEMPLATE):
     """{part: dataclass} of a Config with this template."""
     classes = {f.name: f.type for f in dataclasses.fields(Config)}
     return classes | dict(model=load_template(template).Config)
@@ -223,64 +210,18 @@ def configure(**fields):
     return Config(**build_parts(classes, fields))
 
 
-def known(fields, template):
-    """Those of these options that a Config with this template has."""
-    names = set()
-    for cls in config_classes(template).values():
-        names |= {f.name for f in dataclasses.fields(cls)}
-    return {name: value for name, value in fields.items() if name in names}
-
-
-def changed(config, **fields):
-    """The Config with some of its options changed. Raises InputError."""
-    return configure(**(flat(config) | fields))
-
-
 def parse_args(argv, beneath=None):
     """Command line -> Config: defaults, then the track's values, then the options given; beneath:
-    {option: value} below the track's."""
-    # The track and the template come first, since they say which other options there are
-    names = ("track", "template", "text", "data", "resume", "warm_start")
-    first = {name: os.path.expanduser(x or "") for name, x in peek(argv, *names).items()}
-    run = resume.options_of(first["resume"])  # of the run to go on with, if it is named
-    if first["track"]:
-        track = first["track"]
-    elif run:
-        track = run["track"]
-    elif first["text"] or is_built(first["data"]):
-        track = "own-text"
-    else:
-        track = "gpt2-small" if torch.cuda.is_available() else "laptop-counts"
-    fields = run or (beneath or {}) | load_track(track)  # {option: value}
-    template = first["template"] or fields.get("template", Goal.template)
-    # Another template than the track's has no use for options that it does not know
-    foreign = option_names(fields.get("template", Goal.template)) - option_names(template)
-    fields = {name: value for name, value in fields.items() if name not in foreign}
-    if run:  # of another version, it may have options that this one lacks
-        fields = known(fields, template)
-
-    given = parse_options(
-        config_classes(template).values(),
+    {option: value} below the track's. Raises InputError."""
+    fields = read_options(
         argv,
-        fields,
+        lambda template: config_classes(template).values(),
+        beneath,
         prog="./run.sh train",
         usage="./run.sh [train] [--OPTION VALUE ...]",
         description=DESCRIPTION,
-        epilog=f"Tracks: {', '.join(track_names())}.",
     )
-    # Own text on a track made for other data: no target, and every token is kept
-    own = "text" in given or is_built(given.get("data", ""))
-    if own and fields.get("data") != "text":
-        fields |= dict(data="text", target=None, tokenizer=DataConfig.tokenizer)
-        fields |= dict(long_docs="split", shuffle=True, sample_prompts=())
-    # Weights to begin with stand for their own tokens
-    if first["warm_start"]:
-        name = warm_start.tokenizer_name(first["warm_start"])
-        fields["tokenizer"] = name or fields.get("tokenizer", DataConfig.tokenizer)
-    # Steps that are asked for are taken
-    if "steps" in given and "max_epochs" in fields:
-        fields["max_epochs"] = 0.0
-    return configure(**(fields | given | dict(track=track)))
+    return configure(**fields)
 
 
 DESCRIPTION = """\
@@ -314,25 +255,6 @@ def stage_at(config, step):
 def stages_of(config):
     """{step: its Stage}"""
     return {step: stage_at(config, step) for step in range(1, config.schedule.steps + 1)}
-
-
-def within_epochs(config, n_tokens):
-    """{option: value} for the steps that --max-epochs leaves, with as many validations; n_tokens:
-    of the training text."""
-    schedule = config.schedule
-    if not schedule.max_epochs:
-        return {}
-    left = schedule.max_epochs * n_tokens
-    steps = 0
-    while steps < schedule.steps and (left > 0 or not steps):
-        steps += 1
-        left -= stage_at(config, steps).rows * config.data.row_len
-    if steps == schedule.steps:
-        return {}
-    adam_every = config.optim.adam_every
-    every = config.run.eval_every * steps // schedule.steps // adam_every * adam_every
-    extension = min(schedule.extension, steps - 1)
-    return dict(steps=steps, eval_every=max(adam_every, every), extension=extension)
 
 
 def lr_at(config, step):
@@ -448,6 +370,7 @@ def train_to_the_end(setup, session):
 
 
 def validate(setup, session):
+    """Validate after the step that was taken, and keep the weights if they are the best."""
     stage = val_stage(setup, session.at.step)
     with session.clock_stopped(), session.parts.part("validation_s"):
         # A part of the split says whether the target may have been reached
@@ -456,11 +379,7 @@ def validate(setup, session):
             if not session.look(quick):
                 return
         session.record(setup.measure(setup.forward, stage, setup.val, setup.world))
-        if session.is_best() and setup.world.rank == 0:
-            with session.parts.part("save_s"):
-                weights = weights_after(setup, session.at.step)
-                if not session.log.save_weights(weights, "best.safetensors"):
-                    session.forget_best()
+        finish.keep_best(setup, session)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -473,18 +392,7 @@ def run_once(setup, log, requests, store, found, parts, loop=train_to_the_end):
     store: Checkpoints, on the first rank; found: (tensors, meta) of a checkpoint, the tensors on
     the first rank only, or None; parts: Parts of the process since this run began.
     """
-    config = setup.config
-    setup.data.train.reseed(config.goal.seed)  # the order of documents
-    setup.guard.reset()  # no bad step yet
-    setup.model.reset_state()
-    if not found:
-        setup.model.init_weights(config.goal.seed)
-        refuse_other_weights(setup)
-    if config.run.warm_start and not found:
-        warm_start.copy_weights(config.run.warm_start, setup.model)
-    keep_tables(setup.model, log, config.run.warm_start, begins=not found)
-    give_reference(setup, val_stage(setup, 1), log.folder, begins=not found)
-    setup.optimizer.reset()  # moments at zero
+    begin_run(setup, log, begins=not found)
     session = Session(setup, log, requests, store, found, parts)
     cold_start = parts.elapsed()
     requests.training = True  # from now on signals wait for the end of a step
@@ -500,15 +408,15 @@ def run_once(setup, log, requests, store, found, parts, loop=train_to_the_end):
 def save_result(setup, result, log, parts):
     """The weights and the result into the run's folder, and samples of text on the screen."""
     with parts.part("save_s"):
-        save_weights(setup, result, log)
+        finish.save_weights(setup, result, log)
     with parts.part("validation_s"):
-        result["train_bpb"] = train_bpb(setup, result["best_step"])
+        result["train_bpb"] = finish.train_bpb(setup, result["best_step"])
     with parts.part("sample_s"):
         shown = show_samples(setup, result["best_step"], log)
     if shown:
         log.say(f'more: ./run.sh sample --run {shlex.quote(str(log.folder))} --prompt "..."')
-    result |= time_by_part(parts)
-    log.say(in_words(result) + cost_in_words(result))
+    result |= finish.time_by_part(parts)
+    log.say(finish.in_words(result) + finish.cost_in_words(result))
     log.finish(result)
 
 
@@ -522,76 +430,60 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
     Raises InputError for what a user can mend, Interrupted after a signal.
     """
     world = world or World()  # alone, on the CPU
-    options = config.run
-    machine.choose_compile_cache(options.cache_dir)
-    machine.use_threads()
-    resume.refuse_other_options(config, FREE, world)
-    trackers.check(options.track_with)
+    machine.prepare(world.device, config.run.cache_dir)
+    resume.refuse_other_options(config, world)
+    trackers.check(config.run.track_with)
     folder, resuming = folders.choose_run_dir(config, world)
-    if world.device.type == "cpu":
-        machine.keep_freed_memory()
     vocabulary = warm_start.choose_vocabulary(config, world, folder, resuming)
     config = changed(config, vocabulary=vocabulary)
+
+    # The data, prepared if need be; its rows are those of `config` as it is at the time: of the
+    # seed in turn, and of steps that are added or left out
     parts = Parts(START, imports_s=time.perf_counter() - START)  # of the process, later of the run
     with parts.part("data_s"):
-        # Prepared if need be; its rows are those of the seed in turn, and of steps added to it
         data = load_data(config, lambda step: stage_at(config, step), world)
     loop = open_loop(config, data) if open_loop else train_to_the_end
-    config = changed(config, **within_epochs(config, data.train.n_tokens))
+    config = within_epochs(config, stages_of(config), data.train.n_tokens)
     if folder is None:
         fingerprint = data.dataset.fingerprint  # a run goes on with the same data only
-        folder = folders.find_run_dir(config, FREE, world, runs_folder(), resuming, fingerprint)
+        folder = folders.find_run_dir(config, world, runs_folder(), resuming, fingerprint)
+
     setup = None  # made once, for all seeds
-    for seed, run_dir in folders.by_seed(folder, config.goal.seed, options.repeat):
+    for seed, run_dir in folders.by_seed(folder, config.goal.seed, config.run.repeat):
         config = changed(config, seed=seed, earlier=())
         with contextlib.ExitStack() as closing:
             # What is there already: a result, a checkpoint, or nothing
-            result, found = resume.begin(
-                config, FREE, world, run_dir, resuming, data.dataset, closing
-            )
+            result, found = resume.begin(config, world, run_dir, resuming, data.dataset, closing)
             if not result:
-                if options.warm_start and not found:  # do they fit? before anything is written
-                    warm_start.check_vocabulary(options.warm_start, data.dataset)
-                    model = outline(config, data.dataset.n_vocab)
-                    warm_start.copy_weights(options.warm_start, model)
-                at = 0
-                if found:
-                    at = found[1]["progress"]["step"]
-                    config = changed(config, earlier=resume.added_steps(config, found[1]))
+                if not found:
+                    warm_start.check(config, data.dataset)  # before anything is written
+                config = changed(config, earlier=resume.added_steps(config, found))
+                at = resume.step_of(found)
                 log = Log(run_dir, config.schedule.steps, not world.rank, at if resuming else None)
                 closing.enter_context(log)
-                if options.track_with and log.active:
-                    log.tracker = Tracker(options.track_with, run_dir, flat(config), log.say)
+                trackers.attach(log, config.run.track_with, flat(config))
                 closing.enter_context(memory.explained(config.data.row_len, lambda: setup))
                 if added := resume.added_steps_in_words(config, at, lr_at):
                     log.say(added)
+
+                # Model, optimizer and batches, of the seed before if no steps were added to it
                 if setup and setup.config.schedule != config.schedule:
-                    setup = None  # steps were added to one seed's run and not to another's
-                new = setup is None  # then everything has to be compiled
+                    setup = None
+                new = setup is None
                 if new:
                     setup = set_up(config, stages_of(config), world, data, log)
-                    if options.time:
-                        config = changed(config, **fit_to_time(setup, parts.elapsed()))
-                        config = changed(config, **within_epochs(config, data.train.n_tokens))
+                    if config.run.time:
+                        config = fit_to_time(setup, stages_of, parts.elapsed())
                         log.expect(config.schedule.steps)
-                        setup.stages = stages_of(config)
-                    if options.time or (config.goal.target is None and not open_loop):
+                    if config.run.time or (config.goal.target is None and not open_loop):
                         setup.expected_seconds = expected_training(setup)
                         setup.expected_bpb = expected_bpb(setup)
                 setup.config = config  # of this seed
                 announce(log, setup)
-                if new and is_compiled(setup):
-                    log.say("compiling ... (minutes the first time, seconds from then on)")
-                    with parts.part("compile_s"):
-                        setup = warm_up_or_go_without(setup, log)
-                    setup.config = config
                 if new:
-                    time_passes(setup)
-                store = None  # of checkpoints, on the first rank
-                if options.checkpoint_every != "off" and world.rank == 0:
-                    keep = options.keep_last, options.keep_best
-                    store = Checkpoints(run_dir / "checkpoints", *keep, log.say)
-                    closing.enter_context(contextlib.closing(store))
+                    setup = make_ready(setup, log, parts)
+
+                store = closing.enter_context(open_store(config.run, log))
                 result = run_once(setup, log, requests or Requests(), store, found, parts, loop)
                 if world.rank == 0:
                     save_result(setup, result, log, parts)

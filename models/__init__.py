@@ -11,6 +11,9 @@ options. It offers
                                    this progress (0 to 1): hashable, sortable, equal while nothing
                                    changes; it has the field max_doc_len
     val_stage(stage, max_doc_len)  the same for validation during or after that stage
+    train_eval_stage(stage, max_doc_len)
+                                   the same for measuring on the training text itself; without it
+                                   that is val_stage()
     at_the_end(progress)           {option: value} of its options that change in the course of
                                    training, as they are when it ends at this progress, for
                                    teaching; without it they stay as they are
@@ -22,6 +25,9 @@ options. It offers
                                    is model.embed_tokens.weight, the embedding
     hf_config(progress)            Hugging Face's words for the configuration, a dict
     head_dim                       only if it has attention: for choosing kernels
+    attention(stage)               [(n, window), ...]: what attention it asks for in this stage, the
+                                   least and the widest, over n times a row's length; without it
+                                   (1, stage.max_doc_len) alone
 
 `Model`: an nn.Module, built by Model(config, n_vocab, max_len, dtype, ops). max_len: the longest
 row in tokens; ops: kernels.Ops. It may be built on the meta device. It offers
@@ -93,6 +99,8 @@ import torch
 
 from base import InputError
 from kernels import choose_ops
+
+DEFAULT_TEMPLATE = "gpt"  # where none is named
 
 
 def template_names():

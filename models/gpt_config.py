@@ -350,6 +350,18 @@ class Config(Options):
             leave_out=False,
         )
 
+    def train_eval_stage(self, stage, max_doc_len):
+        """The same for measuring on the training text: what was counted in a document does not
+        predict it."""
+        return self.val_stage(stage, max_doc_len)._replace(leave_out=stage.leave_out)
+
+    def attention(self, stage):
+        """[(times a row's length, window), ...] of its narrowest and widest attention, where heads
+        are paired and where they are not."""
+        lengths = {1, 2} if self.paired_layers else {1}
+        extremes = min(stage.windows), max(stage.windows)
+        return [(n, window) for window in extremes for n in lengths]
+
     def is_new_loss(self, before, after):
         """Whether the training losses of two stages cannot be compared."""
         return before.n_sampled != after.n_sampled

@@ -9,7 +9,7 @@ import train_gpt
 from base import InputError
 from base.command import given_path, refuse
 from base.options import progress_of
-from models import load_template
+from models import DEFAULT_TEMPLATE, load_template
 from runtime import warm_start
 from runtime.resume import read_result
 
@@ -41,7 +41,7 @@ def at_the_end(run):
     said = warm_start.configuration(run)
     if not said:
         raise InputError(f"--from {run}: expected a run's folder, with its config.json")
-    template = said.get("template", "gpt")
+    template = said.get("template", DEFAULT_TEMPLATE)
     fields = {}
     for f in dataclasses.fields(load_template(template).Config):
         value = said.get(f.name, f.default)

@@ -24,9 +24,10 @@ from inference.sampling import Sampling
 from kernels import decoding, drawing
 from records.metrics import Evaluation, measure
 from runtime import machine
+from runtime.finish import keep_best
 from runtime.policy import advantages, token_weights
 from runtime.saved import fill
-from runtime.setting_up import is_compiled, val_stage, weights_after
+from runtime.setting_up import is_compiled, val_stage
 from train_gpt import lr_at, muon_momentum
 
 from .command import make_parser, teach
@@ -294,11 +295,7 @@ def validate(setup, session, engine, reward):
                 f"(reward {worth:g})\n---",
                 quiet=True,
             )
-        if session.is_best() and setup.world.rank == 0:
-            with session.parts.part("save_s"):
-                weights = weights_after(setup, max(1, session.at.step))
-                if not session.log.save_weights(weights, "best.safetensors"):
-                    session.forget_best()
+        keep_best(setup, session)
 
 
 def evaluate(setup, engine, reward):

@@ -211,6 +211,20 @@ def entries(folder):
 # Writing
 
 
+@contextlib.contextmanager
+def open_store(options, log):
+    """The Checkpoints of a run by its RunConfig and its Log; None with --checkpoint-every off, and
+    on ranks other than the first."""
+    if options.checkpoint_every == "off" or not log.active:
+        yield None
+        return
+    folder = log.folder / "checkpoints"
+    with contextlib.closing(
+        Checkpoints(folder, options.keep_last, options.keep_best, log.say)
+    ) as store:
+        yield store
+
+
 class Checkpoints:
     """The checkpoints of one run in `folder`, written by a thread while training goes on.
 

@@ -1,4 +1,4 @@
-"""What a run leaves at its end: weights, and where the time went."""
+"""What a run leaves: the best weights and the last ones, and where the time went."""
 
 import torch
 from safetensors import SafetensorError
@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from .evaluation import of_training_text
 from .saved import fill
-from .setting_up import val_stage
+from .setting_up import weights_after
 
 # Of the process's time, in a result
 PARTS = "imports_s", "data_s", "compile_s", "train_s", "validation_s", "sample_s", "save_s"
@@ -36,9 +36,8 @@ def train_bpb(setup, step):
     row_len = config.data.val_row_len
     split = of_training_text(setup.data, config.run.train_eval, row_len, micro_rows)
     alone = setup.world._replace(rank=0, size=1)
-    stage = val_stage(setup, step)
-    if "leave_out" in stage._fields:  # what was counted in a document does not predict it
-        stage = stage._replace(leave_out=setup.stages[step].model.leave_out)
+    stage_of = getattr(config.model, "train_eval_stage", config.model.val_stage)
+    stage = stage_of(setup.stages[step].model, row_len)
     return setup.measure(setup.forward, stage, split, alone)["val_bpb"]
 
 
@@ -50,6 +49,16 @@ def cost_in_words(result):
     if result["usd"] is not None:
         parts.append(f"${result['usd']:.2f}")
     return f"; training took {', '.join(parts)}" if parts else ""
+
+
+def keep_best(setup, session):
+    """Save the weights of the validation that was recorded, where none before was better."""
+    if not session.is_best() or setup.world.rank:
+        return
+    with session.parts.part("save_s"):
+        weights = weights_after(setup, max(1, session.at.step))
+        if not session.log.save_weights(weights, "best.safetensors"):
+            session.forget_best()
 
 
 def save_weights(setup, result, log):

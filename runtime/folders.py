@@ -62,11 +62,11 @@ def named_run_dir(options, restarted):
     return folder, bool(given)
 
 
-def find_run_dir(config, free, world, runs, resuming, fingerprint):
+def find_run_dir(config, world, runs, resuming, fingerprint):
     """The folder of a run whose options name none: that of a run with something left to do where
     it may go on, else a new one; on the first rank, others get no folder.
 
-    config, free, fingerprint: see resume.misfits; runs: parent of unnamed runs. Raises InputError.
+    config, fingerprint: see resume.misfits; runs: parent of unnamed runs. Raises InputError.
     """
 
     def find():
@@ -74,7 +74,7 @@ def find_run_dir(config, free, world, runs, resuming, fingerprint):
             return Path()
         folder = None
         if resuming and config.run.resume in ("", "auto"):
-            folder = newest_unfinished(config, free, runs, fingerprint, was_restarted())
+            folder = newest_unfinished(config, runs, fingerprint, was_restarted())
         return folder or new_run_dir(runs, config.goal.track)
 
     return first_rank_first(world, find)
@@ -102,7 +102,7 @@ def new_run_dir(runs, track):
 # Runs of before
 
 
-def newest_unfinished(config, free, runs, fingerprint, restarted):
+def newest_unfinished(config, runs, fingerprint, restarted):
     """The newest folder in `runs` of a run that fits and has something left to do, or None; says
     which newer ones of the track were passed over, and why."""
     chosen = None
@@ -112,7 +112,7 @@ def newest_unfinished(config, free, runs, fingerprint, restarted):
         parts = [part for _, part in by_seed(folder, config.goal.seed, config.run.repeat)]
         if not any((part / "log.txt").exists() for part in parts):
             continue
-        why = why_not(config, free, fingerprint, parts)
+        why = why_not(config, fingerprint, parts)
         if not why and restarted and resume.is_held(folder):
             why = "another process is training there"
         if not why:
@@ -132,9 +132,10 @@ def age(folder):
     return (match[1], int(match[2] or 1)) if match else ("", 0)
 
 
-def why_not(config, free, fingerprint, parts):
+def why_not(config, fingerprint, parts):
     """Why not to go on with a run in these folders, one for each seed; None if nothing is against
     it and one of them has something left to do."""
+    free = resume.FREE
     if config.run.repeat > 1:
         free = free | {"seed"}  # the folders' names say it
     ended = None
@@ -144,7 +145,7 @@ def why_not(config, free, fingerprint, parts):
             left = resume.left_by(part)
         except InputError as e:
             return str(e)
-        lines = resume.misfits(config, free, fingerprint, left.meta) if left.meta else []
+        lines = resume.misfits(config, fingerprint, left.meta, free) if left.meta else []
         if lines:
             more = f" and {len(lines) - 2} more" if len(lines) > 2 else ""
             return f"{'; '.join(lines[:2])}{more}"

@@ -169,6 +169,14 @@ def to_device(values, device):
     return x.to(device, non_blocking=True)
 
 
+def prepare(device, cache_dir):
+    """What this process needs before it trains there; cache_dir: for compiled code."""
+    choose_compile_cache(cache_dir)
+    use_threads()
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
 def keep_freed_memory():
     """Have glibc reuse large blocks.
 

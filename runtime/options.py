@@ -164,6 +164,12 @@ def defaults(config):
     return fields
 
 
+def changed(config, **fields):
+    """The same with other values of some options. Raises InputError."""
+    classes = {f.name: type(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return type(config)(**build_parts(classes, flat(config) | fields))
+
+
 def build_parts(classes, fields):
     """{part: instance} from {part: dataclass} and values for some of the options.
 

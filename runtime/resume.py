@@ -9,6 +9,7 @@ A result counts until there is a checkpoint of a later step: then the run has go
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -22,9 +23,14 @@ from records.metrics import METRICS, VAL_LOSS, meets
 from . import checkpoints
 from .log import show
 from .machine import first_rank_first, share_text
-from .options import defaults, flat
+from .options import RunConfig, defaults, flat
 from .warm_start import differences, load_weights, other_tokens
 
+# What may differ between a run and its continuation; another text is found by its fingerprint
+FREE = {f.name for f in dataclasses.fields(RunConfig)}
+FREE |= set(
+    "target target_metric text val_text conversations encoding vocabulary max_skips".split()
+)
 # Options that say when a run ends: they may differ from the finished run's, and then it may go on
 ENDS = ("target", "target_metric", "steps", "max_time", "patience")
 # What has a check of its own besides
@@ -108,10 +114,10 @@ def progress_at(result, environment):
 # Whether it fits
 
 
-def misfits(config, free, fingerprint, meta):
+def misfits(config, fingerprint, meta, free=FREE):
     """What keeps a configuration from going on with a run, a readable line for each; [] if it fits.
 
-    free: options that may differ; fingerprint: of the data; meta: of the run. What the
+    fingerprint: of the data; meta: of the run; free: options that may differ. What the
     configuration has and the run does not was added since, and had its default then.
     """
     ours = flat(config)
@@ -140,10 +146,10 @@ def misfits(config, free, fingerprint, meta):
     return lines
 
 
-def check_fit(config, free, dataset, left):
+def check_fit(config, dataset, left):
     """Refuse to go on with a run of another recipe or other data, naming what differs. Raises
     InputError."""
-    lines = misfits(config, free, dataset.fingerprint, left.meta)
+    lines = misfits(config, dataset.fingerprint, left.meta)
     # The same name and text, but not what learns a vocabulary from them
     if not lines and (other := other_tokens(left.folder, dataset)):
         lines.append(other)
@@ -183,13 +189,13 @@ def why_ended(config, left):
 # Going on
 
 
-def begin(config, free, world, run_dir, resuming, dataset, closing):
+def begin(config, world, run_dir, resuming, dataset, closing):
     """(result, found): what is in a run's folder to go on from, None where there is nothing.
 
     A result if it has finished and has nothing left to do; else (tensors, meta) of a checkpoint,
     the tensors on the first rank only. config: of parts, with goal, schedule and a RunConfig `run`;
-    free: options that may differ from the run's; dataset: a Dataset; closing: an ExitStack until
-    whose end the folder is held against other processes. Raises InputError.
+    dataset: a Dataset; closing: an ExitStack until whose end the folder is held against other
+    processes. Raises InputError.
     """
 
     def look():
@@ -197,14 +203,14 @@ def begin(config, free, world, run_dir, resuming, dataset, closing):
             return None, None
         if resuming:
             # Only read: the folder may be of somebody else
-            result = finished(config, free, dataset, run_dir)
+            result = finished(config, dataset, run_dir)
             if result:
                 return result, None
         closing.enter_context(alone(run_dir))
         if not resuming:
             refuse_run_in_the_way(run_dir)
             return None, None
-        return None, starting_point(config, free, dataset, run_dir)
+        return None, starting_point(config, dataset, run_dir)
 
     result, found = first_rank_first(world, look)
     tensors, meta = found or ({}, None)
@@ -212,7 +218,7 @@ def begin(config, free, world, run_dir, resuming, dataset, closing):
     return result, (tensors, meta) if meta else None
 
 
-def finished(config, free, dataset, run_dir):
+def finished(config, dataset, run_dir):
     """The result of a run that has nothing left to do, having said so; else None. Raises
     InputError."""
     left = left_by(run_dir)
@@ -223,7 +229,7 @@ def finished(config, free, dataset, run_dir):
             f"{run_dir}: holds a result, and neither a checkpoint nor the config.json that says of "
             "what; restore one of them, or choose another --run-dir"
         )
-    check_fit(config, free, dataset, left)
+    check_fit(config, dataset, left)
     why = why_ended(config, left)
     if not why:
         return None
@@ -241,7 +247,7 @@ def finished(config, free, dataset, run_dir):
     return left.result | asked
 
 
-def starting_point(config, free, dataset, run_dir):
+def starting_point(config, dataset, run_dir):
     """(tensors, meta) to go on from, None to start anew. Raises InputError."""
     # The run's own come first: it may have been resumed before
     left = left_by(run_dir)
@@ -254,7 +260,7 @@ def starting_point(config, free, dataset, run_dir):
             raise InputError(f"--resume {given}: holds no complete checkpoint")
     if not (left.checkpoint or left.result):
         return None
-    check_fit(config, free, dataset, left)
+    check_fit(config, dataset, left)
     if left.checkpoint:
         return checkpoints.load(left.checkpoint)
     return weights_alone(left)
@@ -280,10 +286,10 @@ def weights_alone(left):
     return {f"weights/{name}": x for name, x in weights.items()}, left.meta
 
 
-def refuse_other_options(config, free, world):
+def refuse_other_options(config, world):
     """All ranks have to train the same: where the folder to go on from is not on every machine,
     its options are not either. Raises InputError."""
-    ours = {name: value for name, value in flat(config).items() if name not in free}
+    ours = {name: value for name, value in flat(config).items() if name not in FREE}
     theirs = json.loads(share_text(world, to_json(ours)))
 
     def compare():
@@ -293,12 +299,20 @@ def refuse_other_options(config, free, world):
     first_rank_first(world, compare)
 
 
-def added_steps(config, meta):
+def step_of(found):
+    """After which step a run goes on; found: (tensors, meta) of a checkpoint, None if it begins."""
+    return found[1]["progress"]["step"] if found else 0
+
+
+def added_steps(config, found):
     """Schedule.earlier of a run that goes on: as it was, and the steps that are added now."""
+    if not found:
+        return ()
+    meta = found[1]
     earlier = tuple(tuple(entry) for entry in meta["config"].get("earlier", ()))
     planned = meta["config"]["steps"]
     if config.schedule.steps != planned:
-        earlier += ((meta["progress"]["step"], planned, config.run.extend),)
+        earlier += ((step_of(found), planned, config.run.extend),)
     return earlier
 
 

@@ -15,7 +15,7 @@ from base.places import runs_folder
 from data import Tokenizer
 from data.tokenizers import load_tokenizer
 from kernels import choose_ops
-from models import load_template, template_names
+from models import DEFAULT_TEMPLATE, load_template, template_names
 
 from . import warm_start
 
@@ -174,7 +174,7 @@ def template_config(fields, template=None):
     template: the dotted name of a module that may be imported, besides those in models/: a folder
     from elsewhere must not name one. Raises InputError.
     """
-    name = fields.get("template", "gpt")
+    name = fields.get("template", DEFAULT_TEMPLATE)
     if name not in (*template_names(), template):
         raise InputError(
             f"the run's template is {name}, which is not in models/: if you trust that module, "

@@ -17,13 +17,13 @@ from kernels.attention import Shape
 from models import load_template
 from optim import Optimizer, TouchedRows, gradient_report, rules_of
 
-from . import compiling, machine, memory
+from . import compiling, machine, memory, saved, warm_start
 from .environment import best_seconds, describe_environment, machine_probe
 from .evaluation import Split, evaluate, part_of
 from .guard import Guard
 from .machine import World
 from .policy import PolicyLoss
-from .preferences import PairLoss, evaluate_pairs
+from .preferences import PairLoss, evaluate_pairs, give_reference
 
 
 @dataclasses.dataclass
@@ -175,14 +175,12 @@ def choose_kernels(config, stages, world, data, dtype, log):
 def attention_shapes(config, stages, world, data):
     """Shapes of the attention that training and validation ask for, those with the least and the
     widest windows."""
-    pairs = {1, 2} if getattr(config.model, "paired_layers", ()) else {1}
+    attention = getattr(config.model, "attention", lambda stage: [(1, stage.max_doc_len)])
 
     def shapes(stage, cu_seqlens, row_len):
-        windows = getattr(stage, "windows", (stage.max_doc_len,))
         return [
             Shape(n * row_len, len(cu_seqlens) - 1, n * stage.max_doc_len, n * window)
-            for window in (min(windows), max(windows))
-            for n in pairs
+            for n, window in attention(stage)
         ]
 
     training = []
@@ -205,6 +203,17 @@ def first_steps(stages):
     for step, stage in stages.items():
         found.setdefault(stage, step)
     return found
+
+
+def make_ready(setup, log, parts):
+    """Compile a Setup, if that is on, and time its passes; parts: Parts of the process. Returns the
+    Setup to train with."""
+    if is_compiled(setup):
+        log.say("compiling ... (minutes the first time, seconds from then on)")
+        with parts.part("compile_s"):
+            setup = warm_up_or_go_without(setup, log)
+    time_passes(setup)
+    return setup
 
 
 def warm_up(setup):
@@ -260,7 +269,9 @@ def warm_up_or_go_without(setup, log):
         log.say(f"running without torch.compile, which is slower: {why}; the report is in {report}")
     run = dataclasses.replace(setup.config.run, compile=False)
     config = dataclasses.replace(setup.config, run=run)
-    return set_up(config, setup.stages, setup.world, setup.data, log)
+    without = set_up(config, setup.stages, setup.world, setup.data, log)
+    without.config = setup.config  # what was asked for
+    return without
 
 
 def time_passes(setup):
@@ -305,6 +316,25 @@ def backward(setup, step, batch):
         (growth * loss).backward()  # adds to .grad
         total += loss.detach()
     return total
+
+
+def begin_run(setup, log, begins):
+    """Everything as it is before the first step from the configuration's seed.
+
+    begins: no checkpoint is there, whose weights and moments come in place of these.
+    """
+    config = setup.config
+    setup.data.train.reseed(config.goal.seed)  # the order of documents
+    setup.guard.reset()  # no bad step yet
+    setup.model.reset_state()
+    if begins:
+        setup.model.init_weights(config.goal.seed)
+        refuse_other_weights(setup)
+        if config.run.warm_start:
+            warm_start.copy_weights(config.run.warm_start, setup.model)
+    saved.keep_tables(setup.model, log, config.run.warm_start, begins)
+    give_reference(setup, val_stage(setup, 1), log.folder, begins)
+    setup.optimizer.reset()  # moments at zero
 
 
 def refuse_other_weights(setup):

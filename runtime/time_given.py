@@ -1,5 +1,5 @@
 """How long a run takes and how far it gets, by trying before it begins, and how many steps a time
-allows."""
+or a text allows."""
 
 import dataclasses
 import time
@@ -10,7 +10,8 @@ from base.options import seconds
 from .environment import best_seconds
 from .evaluation import part_of
 from .machine import share_text
-from .setting_up import backward, is_compiled, val_stage
+from .options import changed
+from .setting_up import backward, is_compiled, n_tokens, val_stage
 
 TRIED = 4.0  # seconds of a step beyond which no step is tried
 AFTERWARDS = 1.5  # seconds for samples and weights at the end
@@ -85,11 +86,12 @@ def expected_bpb(setup):
     return TRAINED * found["val_bpb"]
 
 
-def fit_to_time(setup, elapsed):
-    """{option: value} with which the process takes --time in all, of which `elapsed` seconds are
-    over: steps, and how far validations are apart, of which there are as many as before.
+def fit_to_time(setup, stages_of, elapsed):
+    """The configuration with which the process takes --time in all, of which `elapsed` seconds are
+    over: its steps, and how far validations are apart, of which there are as many as before.
 
-    Raises InputError where not even a step fits.
+    The Setup has it and its stages afterwards. stages_of: configuration -> {step: stage}. Raises
+    InputError where not even a step fits.
     """
     schedule = setup.config.schedule
     run = setup.config.run
@@ -104,4 +106,30 @@ def fit_to_time(setup, elapsed):
             f"samples take {others:.0f} s more; give more time, or a smaller --track"
         )
     every = max(1, steps // n_validations)
-    return dict(steps=steps, eval_every=every)
+    config = changed(setup.config, steps=steps, eval_every=every)
+    config = within_epochs(config, stages_of(config), setup.data.train.n_tokens)
+    setup.config = config
+    setup.stages = stages_of(config)
+    return config
+
+
+def within_epochs(config, stages, there):
+    """The configuration without the steps that --max-epochs leaves out, and with as many
+    validations.
+
+    stages: {step: stage}; there: tokens of the training text.
+    """
+    schedule = config.schedule
+    if not schedule.max_epochs:
+        return config
+    left = schedule.max_epochs * there
+    steps = 0
+    while steps < schedule.steps and (left > 0 or not steps):
+        steps += 1
+        left -= n_tokens(config, stages[steps])
+    if steps == schedule.steps:
+        return config
+    adam_every = config.optim.adam_every
+    every = config.run.eval_every * steps // schedule.steps // adam_every * adam_every
+    extension = min(schedule.extension, steps - 1)
+    return changed(config, steps=steps, eval_every=max(adam_every, every), extension=extension)

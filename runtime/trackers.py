@@ -26,6 +26,13 @@ def check(name):
         ) from None
 
 
+def attach(log, name, config):
+    """Have a Log's numbers sent to the tracker of this name, "" for none; config: {option:
+    value}."""
+    if name and log.active:
+        log.tracker = Tracker(name, log.folder, config, log.say)
+
+
 class Tracker:
     """One run's numbers to one tracker.
 

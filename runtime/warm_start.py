@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from base import InputError
 from data import sources
 from data.tokenizers import load_tokenizer
+from models import outline
 
 from . import checkpoints
 from .machine import first_rank_first, share_text
@@ -43,6 +44,15 @@ def load_weights(folder, option, name="model.safetensors"):
             f"{option} {folder}: expected a run's folder with model.safetensors, or a "
             f"checkpoint ({' '.join(str(e).split())})"
         ) from None
+
+
+def check(config, dataset):
+    """Raise InputError where the weights of --warm-start, if it is given, are of another model or
+    other tokens than these."""
+    given = config.run.warm_start
+    if given:
+        check_vocabulary(given, dataset)
+        copy_weights(given, outline(config, dataset.n_vocab))  # only compares them
 
 
 def copy_weights(given, model):

@@ -19,7 +19,7 @@ KITS = {
 }
 KITS["optim"] = {"base", "kernels"}
 KITS["models"] = {"base", "kernels", "data", "optim"}
-KITS["runtime"] = {"base", "kernels", "data", "records", "optim", "models"}
+KITS["runtime"] = {"base", "kernels", "data", "records", "tracks", "optim", "models"}
 KITS["door"] = {"base"}  # which imports the program it starts by its name
 PROGRAMS = ("train_gpt", "inference", "evals", "export")
 PROGRAMS = {room: KITS.keys() | {"inference"} for room in PROGRAMS}

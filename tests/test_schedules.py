@@ -349,30 +349,6 @@ def test_a_warm_up_longer_than_the_run_is_refused():
     tg.configure(steps=20, adamw_warmup=20)  # with muon there is none
 
 
-# --- Passes over a text
-
-
-def test_steps_beyond_max_epochs_are_left_out():
-    """As many as three passes need, no fewer, with as many validations as before."""
-    config = tg.configure(steps=400, eval_every=25, batch_tokens=(4096,), max_epochs=3.0)
-    changes = tg.within_epochs(config, 100_000)
-    assert changes == dict(steps=74, eval_every=4, extension=0)  # 74 * 4,096 = 303,104
-    fitted = tg.changed(config, **changes)
-    assert tg.within_epochs(fitted, 100_000) == {}
-    assert tg.within_epochs(config, 10**6) == {}
-    assert tg.within_epochs(config, 5)["steps"] == 1
-    assert tg.within_epochs(tg.changed(config, max_epochs=0.0), 5) == {}
-    everything = tg.changed(config, extension=100, adam_every=10, eval_every=100)
-    assert tg.within_epochs(everything, 100_000) == dict(steps=74, eval_every=10, extension=73)
-
-
-def test_batches_that_grow_count_as_they_are():
-    config = tg.configure(steps=90, batch_tokens=(4096, 8192, 16384), max_epochs=1.0)
-    steps = tg.within_epochs(config, 200_000)["steps"]
-    rows = [tg.stage_at(config, step).rows for step in range(1, steps + 1)]
-    assert sum(rows[:-1]) * 256 < 200_000 <= sum(rows) * 256
-
-
 def test_steps_that_are_asked_for_are_taken(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("some words " * 100)

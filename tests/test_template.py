@@ -95,6 +95,7 @@ def test_what_is_listed_is_what_templates_have():
         "grad_rooms",
         "head_dim",
         "at_the_end",
+        "attention",
         "before_step",
         "learn_tokens",
         "log_probs",
@@ -103,6 +104,7 @@ def test_what_is_listed_is_what_templates_have():
         "quantizable",
         "tables",
         "touched_rows",
+        "train_eval_stage",
     }
     assert listed - optional == public(ngram_mlp) - set(OWN) - {"features"}
 

@@ -35,12 +35,12 @@ from kernels.fp8_mlp import FP8MLPs
 from models import gpt
 from optim import Optimizer
 from records.source import files_in, header_line, pack_source
-from runtime import machine
+from runtime import machine, setting_up
 from runtime.evaluation import Split, evaluate, part_of
 from runtime.finish import PARTS
 from runtime.options import flat
 from runtime.saved import load_run
-from tracks import load_track
+from tracks import load_track, track_names
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +435,7 @@ def refused(argv, capsys):
     [
         (
             ["--track", "nope"],
-            f"unknown track 'nope': expected one of {', '.join(tg.track_names())}\n",
+            f"unknown track 'nope': expected one of {', '.join(track_names())}\n",
         ),
         (
             ["--step", "5"],
@@ -585,7 +585,7 @@ def test_own_text_drops_the_tracks_target_unless_given(text):
 
 def test_a_track_is_exactly_what_its_file_says(text):
     """Whatever the target, and for own text, only what was asked for differs."""
-    for name in tg.track_names():
+    for name in track_names():
         given = ["--track", name, "--text", str(text)]
         there = flat(tg.parse_args(given))
         for target in ("0.5", "1.5", "9"):
@@ -597,7 +597,7 @@ def test_a_track_is_exactly_what_its_file_says(text):
             assert there[field] == fields[field], field
 
 
-@pytest.mark.parametrize("name", tg.track_names())
+@pytest.mark.parametrize("name", track_names())
 def test_every_track_is_a_valid_config(name, text):
     fields = load_track(name)
     c = tg.configure(**(fields | dict(text=str(text))))
@@ -613,7 +613,7 @@ def test_help_names_every_field_and_track(capsys):
     text = capsys.readouterr().out
     for name in flat(tg.configure()).keys() - REMEMBERED:
         assert f"--{name.replace('_', '-')}" in text
-    for name in tg.track_names():
+    for name in track_names():
         assert name in text
 
 
@@ -763,19 +763,19 @@ def test_passes_of_stages_that_differ_are_timed_beforehand(text, tmp_path, monke
     """Nothing of that is left in the gradients: weights are those of a run without it."""
     fields = dict(steps=6, batch_tokens=(32, 256))
     timed = []
-    time_passes = tg.time_passes
+    time_passes = setting_up.time_passes
 
     def keep(setup):
         time_passes(setup)
         timed.append(setup)
 
-    monkeypatch.setattr(tg, "time_passes", keep)
+    monkeypatch.setattr(setting_up, "time_passes", keep)
     tg.train(tiny(text, tmp_path, **fields))
     tg.train(tiny(text, tmp_path, steps=2, run_dir=str(tmp_path / "alike")))
     assert sorted(stage.rows for stage in timed[0].pass_seconds) == [1, 8]
     assert all(0 < seconds < 60 for seconds in timed[0].pass_seconds.values())
     assert timed[1].pass_seconds == {}  # the first steps show it
-    monkeypatch.setattr(tg, "time_passes", lambda setup: None)
+    monkeypatch.setattr(setting_up, "time_passes", lambda setup: None)
     tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "without"), **fields))
     assert train_losses(tmp_path / "without") == train_losses(tmp_path / "run")
 

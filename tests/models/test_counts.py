@@ -1,6 +1,7 @@
 """models/counts.py beside loops over the definition in float64, and as part of a model."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import train_gpt as tg
 from base import InputError
 from data import ShardWriter
 from models import counts, gpt
+from runtime import finish
 from runtime.saved import TABLES, load_run
+from runtime.setting_up import val_stage
 
 EOT = 0
 N = 4
@@ -282,6 +285,31 @@ def test_the_loss_is_that_of_the_distributions(model, rows):
     apart = model(inputs, targets, cu_seqlens, training)
     model.counts.own = False
     assert abs(apart.item() - loss.item()) > 1
+
+
+def test_the_training_text_is_measured_without_its_own_documents(monkeypatch):
+    """train_bpb says what was learned by heart, not what is looked up."""
+    config = tg.configure(counts=4, train_eval=100)
+    split = types.SimpleNamespace(batches=[types.SimpleNamespace(inputs=torch.zeros(1, 8))])
+    asked = []
+
+    def measure(forward, stage, split, world):
+        asked.append(stage)
+        return dict(val_bpb=1.0)
+
+    monkeypatch.setattr(finish, "of_training_text", lambda *args: split)
+    setup = types.SimpleNamespace(
+        config=config,
+        data=types.SimpleNamespace(val_bytes=1),
+        val=split,
+        world=tg.World(),
+        forward=None,
+        measure=measure,
+        stages=tg.stages_of(config),
+    )
+    assert finish.train_bpb(setup, 3) == 1.0
+    validation = val_stage(setup, 3)
+    assert asked == [validation._replace(leave_out=True)] != [validation]
 
 
 def test_the_heads_own_loss_has_a_share_in_the_gradient(model, rows):

@@ -7,7 +7,7 @@ import torch
 
 import train_gpt
 from base import InputError
-from models import template_names
+from models import outline, template_names
 from plan import chart, estimate, ladder, published, report
 from plan.__main__ import main
 from records import scaling
@@ -35,7 +35,7 @@ def runs(tmp_path, monkeypatch):
 def test_sums_by_hand(runs):
     plan = planned("--track", "gpt2-small", rule="1B")
     config = train_gpt.parse_args(["--track", "gpt2-small"])
-    model = train_gpt.outline(config, 50257)
+    model = outline(config, 50257)
     assert plan["params"] == sum(p.numel() for p in model.parameters())
     assert plan["params"] == sum(plan["params_by_part"].values())
     stages = train_gpt.stages_of(config).values()

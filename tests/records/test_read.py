@@ -17,6 +17,7 @@ from records.read import is_run_folder, read_runs
 from records.runs import Point, Run, tokens_at
 from records.source import source_of
 from runtime.log import Log
+from tracks import load_track
 
 RULE = "=" * 100
 
@@ -703,7 +704,7 @@ def test_tokens_at_a_step_are_the_sum_over_the_stages(steps, extension, batches)
 def test_tokens_at_is_what_the_trainer_counts():
     import train_gpt as tg
 
-    c = tg.configure(**tg.load_track("gpt2-small"))
+    c = tg.configure(**load_track("gpt2-small"))
     schedule = c.schedule
     rows = [tg.stage_at(c, step).rows for step in range(1, schedule.steps + 1)]
     config = dict(batch_tokens=list(schedule.batch_tokens), extension=schedule.extension)

@@ -42,7 +42,7 @@ def auto(tmp_path, monkeypatch):
         folder, resuming = folders.choose_run_dir(config, tg.World())
         assert folder is None and resuming
         args = tg.World(), tmp_path / "runs", resuming, FINGERPRINT
-        return folders.find_run_dir(config, tg.FREE, *args)
+        return folders.find_run_dir(config, *args)
 
     return choose
 

@@ -523,7 +523,7 @@ def test_one_rank_whose_compiler_does_not_work_ends_all(backend_error, monkeypat
     monkeypatch.setattr(setting_up, "warm_up", fail)
     setup = types.SimpleNamespace(world=World(1, 2))
     with pytest.raises(RankError, match=r"failed \(error: no omp\); --no-compile trains without"):
-        tg.warm_up_or_go_without(setup, log=None)
+        setting_up.warm_up_or_go_without(setup, log=None)
 
 
 # --- threads and devices

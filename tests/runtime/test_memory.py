@@ -16,6 +16,7 @@ from models import gpt
 from optim import Optimizer, RowAdam
 from runtime import memory
 from runtime.memory import SHARE, describe, equal_passes, explained, free_memory
+from tracks import load_track
 
 WORLD = tg.World()
 
@@ -90,7 +91,7 @@ def test_estimate_is_what_an_h200_took():
     bytes."""
     later = "attn_input xsa_layers qkvo_scales sublayer_lambdas inject mudd mudd_gates".split()
     later += "smear_first gate_by_value attn_gate_layers paired_near prefix_loss".split()
-    then = {k: v for k, v in tg.load_track("gpt2-small").items() if k not in later}
+    then = {k: v for k, v in load_track("gpt2-small").items() if k not in later}
     c = tg.configure(**then, backout=7)
     model = meta(c, torch.bfloat16, 50257)
     for rows, loss, took in (

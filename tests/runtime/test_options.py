@@ -35,6 +35,7 @@ from runtime.options import (
     parse_options,
     peek,
 )
+from tracks import load_track, track_names
 
 ALL = [f for cls in tg.config_classes().values() for f in dataclasses.fields(cls)]
 FIELDS = {f.name: f for f in ALL if f.metadata["help"]}  # others are remembered, and no options
@@ -279,8 +280,8 @@ def test_every_option_says_what_it_is_and_its_default_is_valid():
         help = f.metadata["help"]
         assert help and (help[0].islower() or help.startswith(("Muon", "Adam", "LoRA"))), f.name
     tg.configure()
-    for name in tg.track_names():
-        tg.configure(**(tg.load_track(name) | dict(text="a")))
+    for name in track_names():
+        tg.configure(**(load_track(name) | dict(text="a")))
 
 
 def test_no_two_parts_have_an_option_of_the_same_name():

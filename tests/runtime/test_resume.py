@@ -407,7 +407,7 @@ def test_options_of_a_run_with_an_option_that_is_gone(tmp_path):
     config = tg.parse_args(["--resume", str(tmp_path)])
     assert config.schedule.steps == 77 and config.run.resume == str(tmp_path)
     meta = resume.left_by(tmp_path).meta
-    assert resume.misfits(config, tg.FREE, "x", meta) == ["gone: nothing here, 1 in the run"]
+    assert resume.misfits(config, "x", meta) == ["gone: nothing here, 1 in the run"]
 
 
 @pytest.mark.parametrize("given", ["nowhere", "x" * 5000, "\0", "auto", "", None])
@@ -421,7 +421,7 @@ def test_all_ranks_train_the_same(tmp_path, monkeypatch):
     theirs = flat(tg.configure()) | dict(n_layer=7)
     monkeypatch.setattr(resume, "share_text", lambda world, text: json.dumps(theirs))
     with pytest.raises(InputError, match="other options: n_layer: 4 here, 7 on the first rank"):
-        resume.refuse_other_options(tg.configure(n_layer=4), {"text"}, tg.World())
+        resume.refuse_other_options(tg.configure(n_layer=4), tg.World())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -471,8 +471,8 @@ def test_an_option_younger_than_the_checkpoint_had_its_default():
     fields = flat(tg.configure())
     del fields["sampled_softmax"]
     meta = dict(config=json.loads(json.dumps(fields)), data_fingerprint="x")
-    assert resume.misfits(tg.configure(), tg.FREE, "x", meta) == []
-    lines = resume.misfits(tg.configure(sampled_softmax=(64,)), tg.FREE, "x", meta)
+    assert resume.misfits(tg.configure(), "x", meta) == []
+    lines = resume.misfits(tg.configure(sampled_softmax=(64,)), "x", meta)
     assert lines == ["sampled_softmax: [64] here, [0] in the run"]
 
 
@@ -516,7 +516,7 @@ def test_a_checkpoint_is_never_ahead_of_the_log(run, monkeypatch):
     """On a GPU losses arrive two steps late; a run killed after a checkpoint must not lose their
     lines."""
     ahead = []
-    save = tg.Checkpoints.save
+    save = checkpoints.Checkpoints.save
 
     def look(self, step, *args, **kwargs):
         logged = [row["step"] for row in rows(self.folder.parent) if "train_loss" in row]
@@ -530,7 +530,7 @@ def test_a_checkpoint_is_never_ahead_of_the_log(run, monkeypatch):
         self.lag = 2
 
     monkeypatch.setattr(Guard, "__init__", late)
-    monkeypatch.setattr(tg.Checkpoints, "save", look)
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", look)
     tg.train(tiny(run.text, run.tmp, **run.fields, run_dir=str(run.tmp / "run")))
     assert len(ahead) >= 3 and set(ahead) == {0}
 

@@ -104,3 +104,33 @@ def test_large_steps_are_not_tried(text, tmp_path, monkeypatch):
     monkeypatch.setattr(time_given, "TRIED", 0.0)
     steps, _, setup = planned(small(text, tmp_path, steps=4), monkeypatch)
     assert steps == 4
+
+
+# --- Passes over a text
+
+
+def within(config, tokens):
+    """The configuration for a training text of so many tokens."""
+    return time_given.within_epochs(config, tg.stages_of(config), tokens)
+
+
+def test_steps_beyond_max_epochs_are_left_out():
+    """As many as three passes need, no fewer, with as many validations as before."""
+    config = tg.configure(steps=400, eval_every=25, batch_tokens=(4096,), max_epochs=3.0)
+    fitted = within(config, 100_000)
+    assert fitted == tg.changed(config, steps=74, eval_every=4)  # 74 * 4,096 = 303,104
+    assert within(fitted, 100_000) == fitted
+    assert within(config, 10**6) == config
+    assert within(config, 5).schedule.steps == 1
+    endless = tg.changed(config, max_epochs=0.0)
+    assert within(endless, 5) == endless
+    everything = tg.changed(config, extension=100, adam_every=10, eval_every=100)
+    expected = tg.changed(everything, steps=74, eval_every=10, extension=73)
+    assert within(everything, 100_000) == expected
+
+
+def test_batches_that_grow_count_as_they_are():
+    config = tg.configure(steps=90, batch_tokens=(4096, 8192, 16384), max_epochs=1.0)
+    steps = within(config, 200_000).schedule.steps
+    rows = [tg.stage_at(config, step).rows for step in range(1, steps + 1)]
+    assert sum(rows[:-1]) * 256 < 200_000 <= sum(rows) * 256
