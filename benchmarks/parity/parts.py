@@ -13,7 +13,8 @@ import torch
 from base import InputError
 from base.places import cache_folder
 from benchmarks import subject
-from benchmarks.ablate import Code, Place
+from benchmarks.ablate import Place
+from benchmarks.ablate.pieces import Code
 from benchmarks.report import say
 from models import gpt
 from models.parts import later_targets

@@ -16,6 +16,7 @@ import train_gpt as tg
 from base import InputError
 from benchmarks import ablate, subject
 from benchmarks.__main__ import main
+from benchmarks.ablate import pieces, summary
 from runtime import setting_up
 
 LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
@@ -27,9 +28,9 @@ LOSSES = st.lists(st.tuples(*2 * [st.floats(0.5, 8)]), min_size=2, max_size=9)
 @pytest.mark.parametrize("track", ["laptop", "gpt2-small"])
 def test_every_piece_changes_its_track_or_says_why(track):
     base = subject.parse(["--track", track])
-    chosen, left_out = ablate.choose(base, ())
+    chosen, left_out = pieces.choose(base, ())
     assert list(chosen)[0] == "base" and set(chosen) - {"base"} | set(left_out) == set(
-        ablate.PIECES
+        pieces.PIECES
     )
     assert all(
         reason == "makes no difference to this configuration"
@@ -38,9 +39,9 @@ def test_every_piece_changes_its_track_or_says_why(track):
     )
     for name, v in list(chosen.items())[1:]:
         assert v.fields and v.config == subject.change(base, **v.fields) != base
-        piece = ablate.PIECES[name]
+        piece = pieces.PIECES[name]
         assert v.label == (
-            f"without {name}" if ablate.apply(base, piece.off) != base else f"with {name}"
+            f"without {name}" if pieces.apply(base, piece.off) != base else f"with {name}"
         )
         assert v.fields.keys() <= (piece.off if v.label.startswith("without") else piece.on).keys()
 
@@ -52,11 +53,11 @@ def test_every_piece_changes_its_track_or_says_why(track):
 
 def test_a_piece_is_turned_off_where_it_is_on():
     base = subject.configure()
-    for name, piece in ablate.PIECES.items():
-        if piece.on and ablate.apply(base, piece.on) != ablate.apply(base, piece.off):
-            on = ablate.apply(base, piece.on)
-            assert ablate.variant(on, name).label == f"without {name}"
-            assert ablate.apply(on, piece.off) == ablate.apply(base, piece.off)
+    for name, piece in pieces.PIECES.items():
+        if piece.on and pieces.apply(base, piece.on) != pieces.apply(base, piece.off):
+            on = pieces.apply(base, piece.on)
+            assert pieces.variant(on, name).label == f"without {name}"
+            assert pieces.apply(on, piece.off) == pieces.apply(base, piece.off)
 
 
 def test_names_that_do_not_work_are_refused():
@@ -65,20 +66,20 @@ def test_names_that_do_not_work_are_refused():
         InputError,
         match="--only softcp: no such piece; did you mean softcap[?] expected of softcap, ",
     ):
-        ablate.choose(base, ["smear", "softcp"])
+        pieces.choose(base, ["smear", "softcp"])
     with pytest.raises(InputError, match="--only zz: no such piece; expected of softcap"):
-        ablate.choose(base, ["zz"])
+        pieces.choose(base, ["zz"])
     with pytest.raises(
         InputError, match="--only document-growth: makes no difference to this configuration"
     ):
-        ablate.choose(base, ["document-growth"])
+        pieces.choose(base, ["document-growth"])
     odd = subject.configure(n_head=1)
     with pytest.raises(
         InputError, match="--only paired-heads: cannot be turned on here: --paired-layers"
     ):
-        ablate.choose(odd, ["paired-heads"])
-    assert ablate.choose(odd, ())[1]["paired-heads"].startswith("cannot be turned on here")
-    assert list(ablate.choose(base, ["smear", "softcap", "smear"])[0]) == [
+        pieces.choose(odd, ["paired-heads"])
+    assert pieces.choose(odd, ())[1]["paired-heads"].startswith("cannot be turned on here")
+    assert list(pieces.choose(base, ["smear", "softcap", "smear"])[0]) == [
         "base",
         "smear",
         "softcap",
@@ -97,7 +98,7 @@ def test_the_order_rotates(n, k):
 
 @given(LOSSES)
 def test_the_difference_is_scipys_paired_interval(pairs):
-    got = ablate.difference(pairs)
+    got = summary.difference(pairs)
     a, b = zip(*pairs)
     expected = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert got["n"] == len(pairs) and got["mean"] == pytest.approx(
@@ -108,7 +109,7 @@ def test_the_difference_is_scipys_paired_interval(pairs):
 
 @given(LOSSES)
 def test_the_ratio_is_that_of_the_logarithms(pairs):
-    got = ablate.ratio(pairs)
+    got = summary.ratio(pairs)
     logs = [[math.log(x) for x in side] for side in zip(*pairs)]
     expected = stats.ttest_rel(*logs).confidence_interval(0.95)
     assert got["n"] == len(pairs) and got["mean"] == pytest.approx(
@@ -117,28 +118,28 @@ def test_the_ratio_is_that_of_the_logarithms(pairs):
     assert (math.log(got["low"]), math.log(got["high"])) == pytest.approx(
         (expected.low, expected.high), abs=1e-9
     )
-    back = ablate.ratio([(b, a) for a, b in pairs])  # the other way round it is one over
+    back = summary.ratio([(b, a) for a, b in pairs])  # the other way round it is one over
     assert (back["mean"], back["low"]) == pytest.approx((1 / got["mean"], 1 / got["high"]))
 
 
 def test_known_numbers():
     # differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, t(0.975, 2) = 4.302653
-    got = ablate.difference([(1.1, 1.0), (2.2, 2.0), (3.3, 3.0)])
+    got = summary.difference([(1.1, 1.0), (2.2, 2.0), (3.3, 3.0)])
     assert (got["mean"], got["high"]) == pytest.approx(
         (0.2, 0.2 + 4.302653 * 0.1 / 3**0.5), abs=1e-6
     )
-    assert ablate.difference([(3.0, 1.0)]) == dict(
+    assert summary.difference([(3.0, 1.0)]) == dict(
         mean=2.0, low=None, high=None, n=1
     )  # one seed has no interval
-    assert ablate.ratio([(3.0, 1.5)]) == dict(mean=pytest.approx(2.0), low=None, high=None, n=1)
-    assert ablate.difference([]) is None and ablate.ratio([]) is None
+    assert summary.ratio([(3.0, 1.5)]) == dict(mean=pytest.approx(2.0), low=None, high=None, n=1)
+    assert summary.difference([]) is None and summary.ratio([]) is None
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     r, hit = random.Random(0), 0
     for _ in range(2000):
         base = [r.gauss(3, 1) for _ in range(4)]  # seeds differ by far more than the piece changes
-        got = ablate.difference([(b + r.gauss(0.01, 0.005), b) for b in base])
+        got = summary.difference([(b + r.gauss(0.01, 0.005), b) for b in base])
         hit += got["low"] <= 0.01 <= got["high"]
     assert 0.935 < hit / 2000 < 0.965
 
@@ -169,7 +170,7 @@ def test_summary_pairs_by_seed():
         made("base", 1, [5, 4, 3], 20.0),
         made("base", 2, [9, 9, 9]),
     ]
-    got = ablate.summarise(runs, ["base", "a", "untried"], "val_loss", 3.5)
+    got = summary.summarise(runs, ["base", "a", "untried"], "val_loss", 3.5)
     assert (
         list(got) == ["base", "a"]
         and got["base"]["runs"] == 3
@@ -181,13 +182,13 @@ def test_summary_pairs_by_seed():
     assert got["a"]["step_ratio"] == pytest.approx(dict(median=1.2, least=1.2, most=1.2))
     # base: halfway between 4 and 3, 5 s of 10, and between 4 and 3, 16.67 of 20; a: 6 of 12, and 16
     # of 24
-    assert ablate.time_to(runs[0], "val_loss", 3.5) == pytest.approx(5.0)
+    assert summary.time_to(runs[0], "val_loss", 3.5) == pytest.approx(5.0)
     assert got["a"]["time_to_target"] == pytest.approx((6 + 16) / 2) and got["a"]["reached"] == 2
     assert got["a"]["target_ratio"]["mean"] == pytest.approx((6 / 5 * 16 / (50 / 3)) ** 0.5)
     assert got["base"]["reached"] == 2 and got["base"]["sd"] == pytest.approx(stats.tstd([2, 3, 9]))
     assert "difference" not in got["base"]
     # the other metric is half of it, and without a target there is none
-    other = ablate.summarise(runs, ["base", "a"], "val_bpb", None)["a"]
+    other = summary.summarise(runs, ["base", "a"], "val_bpb", None)["a"]
     assert other["difference"]["mean"] == pytest.approx(0.125) and "reached" not in other
 
 
@@ -195,13 +196,13 @@ def test_a_target_that_one_seed_misses_has_no_ratio():
     runs = [
         made(v, s, [4, 3 if (v, s) != ("a", 1) else 3.6]) for v in ("base", "a") for s in (0, 1)
     ]
-    got = ablate.summarise(runs, ["base", "a"], "val_loss", 3.5)
+    got = summary.summarise(runs, ["base", "a"], "val_loss", 3.5)
     assert (
         got["a"]["reached"] == 1
         and got["a"]["target_ratio"] is None
         and got["a"]["difference"]["n"] == 2
     )
-    got = ablate.summarise(runs, ["base", "a"], "val_loss", 1.0)
+    got = summary.summarise(runs, ["base", "a"], "val_loss", 1.0)
     assert got["base"]["reached"] == 0 and got["base"]["time_to_target"] is None
 
 
@@ -214,7 +215,7 @@ def test_a_run_that_failed_is_counted_and_in_no_mean():
         dict(variant="b", seed=0, error="NaN"),
         dict(variant="b", seed=1, error="NaN"),
     ]
-    got = ablate.summarise(runs, ["base", "a", "b"], "val_loss", 5.0)
+    got = summary.summarise(runs, ["base", "a", "b"], "val_loss", 5.0)
     assert got["a"] == got["a"] | dict(runs=2, failed=1, loss=3.0, reached=1, target_ratio=None)
     assert got["a"]["difference"] == dict(mean=-1.0, low=None, high=None, n=1)
     assert got["b"] == got["b"] | dict(
@@ -229,10 +230,10 @@ def test_a_run_that_failed_is_counted_and_in_no_mean():
         summary=got,
         left_out={"x": "is not"},
         settings=dict(device="d", torch="2", threads=1),
-        statement=ablate.STATEMENT,
+        statement=summary.STATEMENT,
         variants={n: dict(label=f"without {n}", what="w", fields={}) for n in ("base", "a", "b")},
     )
-    text = ablate.render(result)
+    text = summary.render(result)
     assert (
         "| without b | – (2 of 2 failed) |  | – | – | not reached | – | w |" in text
         and "Left out: x is not." in text
@@ -390,7 +391,7 @@ def test_a_variant_that_fails_is_reported_and_the_others_go_on(small, monkeypatc
     result = ablate.run(only=["softcap"], seeds=2, trainer_options=args)
     assert result["runs"][1]["error"] == "step 2: the training loss is nan"
     assert result["summary"]["softcap"]["failed"] == 2
-    assert "Failed: without softcap, seed 0: step 2" in ablate.render(result)
+    assert "Failed: without softcap, seed 0: step 2" in summary.render(result)
     assert [r["variant"] for r in ablate.resume(result, result["settings"], {})] == [
         "base"
     ] * 2  # it is tried again
@@ -468,13 +469,13 @@ def test_many_compiled_variants_in_one_process(small):
 
 def test_adamw_is_a_rival_with_twice_the_steps_and_only_by_name():
     base = subject.configure(template="llama", steps=100, adamw_lr=2e-3)
-    assert "adamw" not in ablate.choose(subject.configure(), ())[0]
-    found = ablate.choose(base, ["adamw"])[0]["adamw"].config
+    assert "adamw" not in pieces.choose(subject.configure(), ())[0]
+    found = pieces.choose(base, ["adamw"])[0]["adamw"].config
     assert found.steps == 200 and found.optimizer == "adamw"
     assert found.adamw_lr == 2e-3 and found.adamw_warmup == 10
     # What is another template's is left out
-    chosen, left_out = ablate.choose(base, ())
+    chosen, left_out = pieces.choose(base, ())
     assert {"normuon", "weight-decay", "cooldown"} < chosen.keys()
     assert left_out["smear"] == "cannot be turned off here: this template has no smear"
     warm = subject.change(base, adamw_warmup=30)
-    assert ablate.choose(warm, ["adamw"])[0]["adamw"].config.adamw_warmup == 30
+    assert pieces.choose(warm, ["adamw"])[0]["adamw"].config.adamw_warmup == 30

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from parity_at_small import SHAPE, made_up_source
 
 from base import InputError
 from benchmarks import __main__ as door
@@ -419,20 +420,6 @@ def commit(folder, script=SCRIPT, kernels="# made up\n", name="first"):
     return folder
 
 
-SHAPE = record.Shape(
-    width=24,
-    n_vocab=64,
-    eot=63,
-    shrink=8,
-    rows=1,
-    steps=12,
-    extension=1,
-    eval_every=5,
-    val_tokens=1024,
-    val_row_len=512,
-)
-
-
 @pytest.fixture
 def tokens(tmp_path):
     """Folder of shards in which each token follows from the one before."""
@@ -596,13 +583,7 @@ def test_documents_are_as_long_as_pages_but_shorter():
 
 def test_both_sides_get_the_tokens_in_one_order(tmp_path):
     """Rows as our loader packs them begin with the documents that the shards begin with."""
-    source = types.SimpleNamespace(train=[], val=[], n_vocab=64, eot=63, name="made up")
-    for name, size in ("train", 9000), ("val", 3000):
-        with ShardWriter(tmp_path / "source", name) as writer:
-            stream = np.arange(size) % 61
-            stream[::500] = 63
-            writer.write(stream)
-        setattr(source, name, writer.paths)
+    source = made_up_source(tmp_path / "source", every=500)
     tokens = task.Tokens.__new__(task.Tokens)
     vars(tokens).update(folder=tmp_path / "made", source=source, shrink=8, n_vocab=64, eot=63)
     passes = tokens.write(needed=12_000, longest=112, val_tokens=1024)
@@ -615,8 +596,6 @@ def test_both_sides_get_the_tokens_in_one_order(tmp_path):
         tokens.write(needed=100, longest=112, val_tokens=4096)
 
     c = task.scaled(subject.parse(["--track", "gpt2-small"]), SHAPE)
-    source.fingerprint = "made up"
-    source.tokenizer = types.SimpleNamespace(token_bytes=np.ones(64, dtype=np.int64))
     data = task.open_ours(c, tokens)
     [row] = data.train.rows(1)
     first = np.concatenate([x[start : start + length] for x, start, length in row])

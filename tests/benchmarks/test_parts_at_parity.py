@@ -4,34 +4,20 @@ import dataclasses
 import json
 import math
 import statistics
-import types
 
-import numpy as np
 import pytest
 import torch
+from parity_at_small import SHAPE, made_up_source
 from scipy import stats
 
 from base import InputError
 from benchmarks import ablate, subject
 from benchmarks.__main__ import main
-from benchmarks.parity import QUICK, parts, record, task
-from data import ShardWriter
+from benchmarks.ablate import pieces, summary
+from benchmarks.parity import QUICK, parts, task
 from models import gpt
 from models.parts import IGNORE
 from runtime import setting_up
-
-SHAPE = record.Shape(
-    width=24,
-    n_vocab=64,
-    eot=63,
-    shrink=8,
-    rows=1,
-    steps=6,
-    extension=1,
-    eval_every=6,
-    val_tokens=512,
-    val_row_len=256,
-)
 
 
 def scaled():
@@ -39,7 +25,7 @@ def scaled():
 
 
 def test_every_part_is_one_of_the_track():
-    chosen, left_out = ablate.choose(scaled(), (), parts.PARTS, parts.CODE)
+    chosen, left_out = pieces.choose(scaled(), (), parts.PARTS, parts.CODE)
     assert list(chosen) == ["base", *parts.PARTS] and not left_out
     for name, v in chosen.items():
         turned_on = name == "row-moments"  # the one that the track goes without
@@ -83,14 +69,14 @@ def test_pooled_intervals_are_of_all_pieces_seeds():
         for name, made in losses.items()
         for seed, loss in enumerate(made)
     ]
-    got = ablate.summarise(runs, list(losses), "val_loss", None)
+    got = summary.summarise(runs, list(losses), "val_loss", None)
     a, b = [0.1, 0.05, 0.2], [-0.1, -0.1, -0.2]
     assert got["a"]["by_seed"] == pytest.approx(a)
     sd = math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
     half = stats.t.ppf(0.975, 4) * sd
     assert got["a"]["pooled"] == pytest.approx(half / math.sqrt(3))
     assert got["once"]["pooled"] == pytest.approx(half)  # one seed is told as well
-    alone = ablate.summarise(runs[:1] + runs[-1:], ["base", "once"], "val_loss", None)
+    alone = summary.summarise(runs[:1] + runs[-1:], ["base", "once"], "val_loss", None)
     assert alone["once"]["pooled"] is None
 
 
@@ -113,18 +99,7 @@ def test_a_steps_cpu_time_leaves_out_validations(tmp_path, monkeypatch):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """Parity's place at a tiny shape, on made-up tokens in which each follows from the last."""
-    source = types.SimpleNamespace(train=[], val=[], n_vocab=64, eot=63, name="made up")
-    for name, size in ("train", 9000), ("val", 3000):
-        with ShardWriter(tmp_path / "source", name) as writer:
-            stream = np.arange(size) * 5 % 61
-            stream[::100] = 63
-            writer.write(stream)
-        setattr(source, name, writer.paths)
-    source.fingerprint = "made up"
-    texts = [*(bytes([i]) for i in range(62)), b"", bytes([0, 1])]
-    source.tokenizer = types.SimpleNamespace(
-        tokens=texts, token_bytes=np.ones(64, dtype=np.int64), prefixes=lambda: np.full(64, -1)
-    )
+    source = made_up_source(tmp_path / "source", every=100, stride=5)
     monkeypatch.setattr(task, "open_dataset", lambda *ignored: source)
     small = dict(width=24, steps=6, val_tokens=512, val_row_len=256)
     monkeypatch.setattr(parts, "QUICK", dataclasses.replace(QUICK, **small))
@@ -166,7 +141,7 @@ def test_parts_are_measured_by_the_door_and_gone_on_with(here, tmp_path, monkeyp
 
 def test_code_that_is_no_option_is_as_it_was_behind_its_run(here, tmp_path):
     with parts.at_parity(step_tokens=256, trainer_options=()) as place:
-        variants, _ = ablate.choose(place.base, ["masters"], place.preset, place.code)
+        variants, _ = pieces.choose(place.base, ["masters"], place.preset, place.code)
         bench = ablate.Bench(variants, subject.alone(), tmp_path, place.open_data)
         assert "error" not in bench.run("masters", 0)
         trainer = bench.kept["masters"]
