@@ -731,23 +731,11 @@ void swiglu(int half, long rows, long n, const void *x, void *y, int threads)
 void rotate_halves(int half, long rows, long heads, long width, long stride, const void *x,
                    const void *cos, const void *sin, void *y, int threads)
 {
-    long n = width / 2;
+    int64_t strides[] = {0, stride, width};
 #pragma omp parallel for schedule(static) num_threads(threads) \
     if (worth_threads(rows * heads * width, threads))
-    for (long m = 0; m < rows; m++) {
-        float *own = malloc(width * 8), *c = own + width, *s = c + n;
-        load(cos, m * n, n, half, c);
-        load(sin, m * n, n, half, s);
-        for (long h = 0; h < heads; h++) {
-            long to = (m * heads + h) * width;
-            load(x, m * stride + h * width, width, half, own);
-            for (long i = 0; i < n; i++) {
-                store(y, to + i, own[i] * c[i] - own[n + i] * s[i], half);
-                store(y, to + n + i, own[n + i] * c[i] + own[i] * s[i], half);
-            }
-        }
-        free(own);
-    }
+    for (long m = 0; m < rows; m++)
+        turn_rows(half, m, m + 1, rows, heads, width, x, strides, cos, sin, 1, y);
 }
 
 /* --- attention */
@@ -882,16 +870,6 @@ static void normalise(const float *x, const float *weight, float eps, long n, fl
         y[i] = x[i] * r * weight[i];
 }
 
-static void turn(float *x, const float *cos, const float *sin, long n)
-{
-#pragma omp simd
-    for (long i = 0; i < n; i++) {
-        float a = x[i], b = x[n + i];
-        x[i] = a * cos[i] - b * sin[i];
-        x[n + i] = b * cos[i] + a * sin[i];
-    }
-}
-
 /* The heads (n, width) of a token, normalised where there is a weight, and turned */
 static void prepare_heads(float *x, long n, long width, const float *weight, float eps,
                           const float *cos, const float *sin)
@@ -899,7 +877,7 @@ static void prepare_heads(float *x, long n, long width, const float *weight, flo
     for (long h = 0; h < n; h++) {
         if (weight)
             normalise(x + h * width, weight, eps, width, x + h * width);
-        turn(x + h * width, cos, sin, width / 2);
+        turn(0, width / 2, cos, sin, 1, x + h * width);
     }
 }
 

@@ -146,33 +146,14 @@ void qk_norm_rope_backward(int half, long rows, long T, long heads, long kv_head
     }
 }
 
-/* --- pairs (j, j + D / 2) of heads turned by the angles of their position, against them with a sign
-   of -1; x: (rows, heads, D) at strides (of row in the batch, position, head), y in one stretch */
+/* --- heads turned by the angles of their position: turn_rows() of native.h */
 
 void rotate_halves(int half, long rows, long T, long heads, long D, const void *x,
                    const int64_t *strides, const void *cos, const void *sin, float sign, void *y,
                    int threads)
 {
-    long n = D / 2;
     FOR_EACH_PART(rows)
-    {
-        float *own = malloc(D * 12), *turned = own + D, *c = turned + D, *s = c + n;
-        for (long m = first; m < last; m++) {
-            load(cos, m % T * n, n, half, c);
-            load(sin, m % T * n, n, half, s);
-            for (long h = 0; h < heads; h++) {
-                load(x, m / T * strides[0] + m % T * strides[1] + h * strides[2], D, half, own);
-#pragma omp simd
-                for (long i = 0; i < n; i++) {
-                    float a = own[i], b = own[n + i], by = sign * s[i];
-                    turned[i] = rounded(a * c[i], half) - rounded(b * by, half);
-                    turned[n + i] = rounded(b * c[i], half) + rounded(a * by, half);
-                }
-                store_row(y, (m * heads + h) * D, D, turned, half);
-            }
-        }
-        free(own);
-    }
+    turn_rows(half, first, last, T, heads, D, x, strides, cos, sin, sign, y);
 }
 
 /* --- rows of logits (rows, V), overwritten */

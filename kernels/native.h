@@ -1,5 +1,5 @@
-/* Numbers of the C files of this folder. Activations are fp32 or, with half, bf16; all arithmetic is
-   in fp32, rounded where PyTorch rounds. Loops are plain ones that compilers turn into vector
+/* Numbers of the C files of this folder. Activations are fp32 or, with half, bf16; all arithmetic
+   is in fp32, rounded where PyTorch rounds. Loops are plain ones that compilers turn into vector
    instructions, as "omp simd" allows them to. */
 
 #include <math.h>
@@ -130,6 +130,37 @@ static inline void rms_norm_row(int half, long m, long n, const void *x, const v
             own[i] *= r;
     }
     store_row(y, m * n, n, own, half);
+}
+
+/* Pairs (i, n + i) of x (2 n) turned by these angles, against them with a sign of -1 */
+static inline void turn(int half, long n, const float *cos, const float *sin, float sign, float *x)
+{
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+        float a = x[i], b = x[n + i], by = sign * sin[i];
+        x[i] = rounded(a * cos[i], half) - rounded(b * by, half);
+        x[n + i] = rounded(b * cos[i], half) + rounded(a * by, half);
+    }
+}
+
+/* The same of all heads in rows first, ..., last - 1, by the angles of their positions. x (rows,
+   heads, D) at strides (of T rows, of a row, of a head), y in one stretch; cos, sin (T, D / 2) */
+static inline void turn_rows(int half, long first, long last, long T, long heads, long D,
+                             const void *x, const int64_t *strides, const void *cos,
+                             const void *sin, float sign, void *y)
+{
+    long n = D / 2;
+    float *own = malloc(D * 8), *c = own + D, *s = c + n;
+    for (long m = first; m < last; m++) {
+        load(cos, m % T * n, n, half, c);
+        load(sin, m % T * n, n, half, s);
+        for (long h = 0; h < heads; h++) {
+            load(x, m / T * strides[0] + m % T * strides[1] + h * strides[2], D, half, own);
+            turn(half, n, c, s, sign, own);
+            store_row(y, (m * heads + h) * D, D, own, half);
+        }
+    }
+    free(own);
 }
 
 /* x (rows, 2 n), of gates and of what they let through -> y (rows, n), of row m. gate: (2 n) */

@@ -205,7 +205,10 @@ def test_turns(compiled, dtype, B, S):
     for x in kv[:, :, 1], kv[:, :, 0].contiguous():
         exact = decoding.rotate_halves_reference(x.double(), cos.double(), sin.double())
         eager = decoding.rotate_halves_reference(x, cos, sin)
-        check(compiled.rotate_halves(x, cos, sin), eager, exact)
+        found = compiled.rotate_halves(x, cos, sin)
+        check(found, eager, exact)
+        if dtype == torch.bfloat16:
+            assert torch.equal(found, eager)  # products are rounded where PyTorch rounds them
     apart = kv[:, :, 0].transpose(0, 1)
     turned = compiled.rotate_halves(apart, cos.transpose(0, 1), sin.transpose(0, 1))
     torch.testing.assert_close(turned.transpose(0, 1), eager, atol=0.02, rtol=0.02)
