@@ -546,6 +546,8 @@ void dequantize(int half, const struct matrix *a, void *y, int threads)
 #define SIDE 16  /* rows of a tile, and its columns of 32 bits */
 #define DEEP 32  /* inputs that a tile has */
 #define BLOCK 32 /* outputs, and rows, whose sums are in tiles at one time */
+#define WIDE 64  /* outputs of a transposed matrix, whose tiles fit a cache */
+#define ROWS_AHEAD 16
 
 /* Tiles 0 to 3 are sums (outputs, rows), 4 and 5 weights, 6 and 7 activations */
 static void use_tiles(void)
@@ -591,23 +593,30 @@ static inline void turn_tile(__m512i *r)
             r[4 * k + i] = in_quarters(t[4 * (k & 1) + i], t[4 * (k & 1) + 8 + i], k / 2);
 }
 
-/* Sums (16 outputs, 16 rows) -> y, of up to 16 rows, stride apart */
-static inline void put_sums(const float *sums, uint16_t *y, long stride, long rows)
+/* Sums (16 rows, 16 outputs), or the other way round with turned -> up to 16 rows of y, in fp32 or
+   bf16, from index `at`, stride apart */
+static inline void put_sums(const float *sums, int turned, void *y, int half, long at, long stride,
+                            long rows)
 {
     __m512i r[SIDE];
     for (int i = 0; i < SIDE; i++)
         r[i] = _mm512_load_si512(sums + SIDE * i);
-    turn_tile(r);
-    for (int i = 0; i < SIDE && i < rows; i++) {
-        __m256bh row = _mm512_cvtneps_pbh(_mm512_castsi512_ps(r[i]));
-        _mm256_storeu_si256((__m256i *)(y + i * stride), (__m256i)row);
+    if (turned)
+        turn_tile(r);
+    for (int i = 0; i < SIDE && i < rows; i++, at += stride) {
+        __m512 row = _mm512_castsi512_ps(r[i]);
+        if (half)
+            _mm256_storeu_si256((__m256i *)((uint16_t *)y + at), (__m256i)_mm512_cvtneps_pbh(row));
+        else
+            _mm512_storeu_ps((float *)y + at, row);
     }
 }
 
 /* x (rows, n) -> tiles (n / 32, blocks of 16 rows) of (16 pairs of inputs, 16 rows); rows that are
    not there are 0 */
-static uint32_t *in_pairs(const uint16_t *x, long rows, long n, long blocks)
+static uint32_t *in_pairs(const uint16_t *x, long rows, long n)
 {
+    long blocks = (rows + BLOCK - 1) / BLOCK * (BLOCK / SIDE);
     uint32_t *tiles = aligned_alloc(LINE, 2 * blocks * SIDE * n);
     for (long k = 0; k < n / DEEP; k++)
         for (long b = 0; b < blocks; b++) {
@@ -635,15 +644,41 @@ int has_tiles(void)
 #endif
 }
 
-/* x, y in bf16; weights in bf16, not transposed, or codes; n_out is 32 or more, n_in a multiple of
-   32. PyTorch's product puts weights in another order first, which takes longer than all else where
-   rows are few; of transposed ones that is quick. */
-void linear_in_tiles(long rows, const struct matrix *a, const uint16_t *x, uint16_t *y, int threads)
-{
 #ifdef IN_TILES
-    long n = a->n_in, blocks = (rows + BLOCK - 1) / BLOCK * (BLOCK / SIDE);
+/* Sums of a (32, n) b (n, 32), as four tiles. a: rows of bf16, stride apart; b: tiles of pairs, two
+   side by side, `step` from those of the next 32 inputs. Of a's rows behind these 32, those from
+   `begin` to `end` are read ahead. */
+static inline void multiply_block(const uint16_t *a, long stride, const uint32_t *b, long step, long n,
+                                  long begin, long end, float sums[4][SIDE * SIDE])
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < n; k += DEEP, b += step) {
+        for (long i = begin; i < end; i++)
+            __builtin_prefetch(a + (BLOCK + i) * stride + k, 0, 2);
+        _tile_loadd(4, a + k, 2 * stride);
+        _tile_loadd(6, b, 4 * SIDE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + SIDE * SIDE, 4 * SIDE);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + SIDE * stride + k, 2 * stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], 4 * SIDE);
+    _tile_stored(1, sums[1], 4 * SIDE);
+    _tile_stored(2, sums[2], 4 * SIDE);
+    _tile_stored(3, sums[3], 4 * SIDE);
+}
+
+/* y (rows, n_out), stride apart; pairs: what in_pairs() made of x */
+static void outputs_in_tiles(const struct matrix *a, const uint32_t *pairs, long rows, void *y,
+                             int half, long stride, int threads)
+{
+    long n = a->n_in, blocks = (rows + BLOCK - 1) / BLOCK;
     int as_it_is = a->kind == BF16;
-    uint32_t *pairs = in_pairs(x, rows, n, blocks);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float sums[4][SIDE * SIDE] __attribute__((aligned(LINE)));
@@ -655,41 +690,114 @@ void linear_in_tiles(long rows, const struct matrix *a, const uint16_t *x, uint1
             const uint16_t *w = as_it_is ? (const uint16_t *)a->w + first * n : own;
             for (long o = 0; o < BLOCK && !as_it_is; o++)
                 dequantize_row(1, a, first + o, own, o * n);
-            for (long b = 0; b < blocks; b += 2) {
-                const uint32_t *tile = pairs + b * SIDE * SIDE;
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-                for (long k = 0; k < n; k += DEEP, tile += blocks * SIDE * SIDE) {
-                    if (as_it_is) /* the next outputs, some for each block of rows */
-                        for (long i = b * BLOCK / blocks; i < (b + 2) * BLOCK / blocks; i++)
-                            __builtin_prefetch(w + (BLOCK + i) * n + k, 0, 2);
-                    _tile_loadd(4, w + k, 2 * n);
-                    _tile_loadd(6, tile, 4 * SIDE);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(7, tile + SIDE * SIDE, 4 * SIDE);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_loadd(5, w + SIDE * n + k, 2 * n);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-                _tile_stored(0, sums[0], 4 * SIDE);
-                _tile_stored(1, sums[1], 4 * SIDE);
-                _tile_stored(2, sums[2], 4 * SIDE);
-                _tile_stored(3, sums[3], 4 * SIDE);
+            for (long b = 0; b < blocks; b++) {
+                /* The next outputs are read ahead, some with each block of rows */
+                long begin = as_it_is ? b * BLOCK / blocks : 0;
+                long end = as_it_is ? (b + 1) * BLOCK / blocks : 0;
+                multiply_block(w, n, pairs + b * 2 * SIDE * SIDE, blocks * 2 * SIDE * SIDE, n, begin,
+                               end, sums);
                 for (int i = 0; i < 4; i++) {
-                    long m = (b + i % 2) * SIDE;
-                    put_sums(sums[i], y + m * a->n_out + first + i / 2 * SIDE, a->n_out, rows - m);
+                    long m = b * BLOCK + i % 2 * SIDE;
+                    put_sums(sums[i], 1, y, half, m * stride + first + i / 2 * SIDE, stride, rows - m);
                 }
             }
         }
         _tile_release();
         free(own);
     }
+}
+
+/* Rows k and k + 1 of weights (inputs, 32 outputs) -> two rows of pairs of inputs */
+static inline void pair_inputs(const uint16_t *w, long stride, uint32_t *low, uint32_t *high)
+{
+    static const uint16_t order[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    __m512i even = _mm512_loadu_si512(w), odd = _mm512_loadu_si512(w + stride);
+    __m512i first = _mm512_loadu_si512(order), second = _mm512_loadu_si512(order + 32);
+    _mm512_store_si512(low, _mm512_permutex2var_epi16(even, first, odd));
+    _mm512_store_si512(high, _mm512_permutex2var_epi16(even, second, odd));
+}
+
+/* The same of a transposed matrix in bf16, n_out a multiple of 32. x: (rows, n_in), to a multiple
+   of 32 rows */
+static void transposed_in_tiles(const struct matrix *a, const uint16_t *x, long rows, float *y,
+                                int threads)
+{
+    long n = a->n_in, n_out = a->n_out;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float sums[4][SIDE * SIDE] __attribute__((aligned(LINE)));
+        /* Tiles (inputs / 32, WIDE / 16) of (16 pairs of inputs, 16 outputs) */
+        uint32_t *tiles = aligned_alloc(LINE, 2 * n * WIDE);
+        use_tiles();
+#pragma omp for schedule(static)
+        for (long at = 0; at < n_out; at += WIDE) {
+            long many = n_out - at < WIDE ? n_out - at : WIDE, step = many / SIDE * SIDE * SIDE;
+            const uint16_t *w = (const uint16_t *)a->w + at;
+            for (long k = 0; k < n; k += 2) {
+                uint32_t *to = tiles + k / DEEP * step + k % DEEP / 2 * SIDE;
+                for (long o = 0; o < many; o += BLOCK, to += 2 * SIDE * SIDE) {
+                    __builtin_prefetch(w + (k + ROWS_AHEAD) * n_out + o, 0, 2);
+                    __builtin_prefetch(w + (k + ROWS_AHEAD + 1) * n_out + o, 0, 2);
+                    pair_inputs(w + k * n_out + o, n_out, to, to + SIDE * SIDE);
+                }
+            }
+            for (long m = 0; m < rows; m += BLOCK)
+                for (long o = 0; o < many; o += BLOCK) {
+                    multiply_block(x + m * n, n, tiles + o * SIDE, step, n, 0, 0, sums);
+                    for (int i = 0; i < 4; i++) {
+                        long row = m + i / 2 * SIDE;
+                        put_sums(sums[i], 0, y, 0, row * n_out + at + o + i % 2 * SIDE, n_out,
+                                 rows - row);
+                    }
+                }
+        }
+        _tile_release();
+        free(tiles);
+    }
+}
+#endif
+
+/* x, y in bf16; weights in bf16, not transposed, or codes; n_out is 32 or more, n_in a multiple of
+   32. PyTorch's product puts weights in another order first, which takes longer than all else where
+   rows are few; of transposed ones that is quick. */
+void linear_in_tiles(long rows, const struct matrix *a, const uint16_t *x, uint16_t *y, int threads)
+{
+#ifdef IN_TILES
+    uint32_t *pairs = in_pairs(x, rows, a->n_in);
+    outputs_in_tiles(a, pairs, rows, y, 1, a->n_out, threads);
     free(pairs);
 #else
     (void)rows, (void)a, (void)x, (void)y, (void)threads;
+#endif
+}
+
+/* As multiply(), of any number of rows */
+static void multiply_in_tiles(const struct matrix *a, int n_matrices, struct input *in, float *y,
+                              int threads)
+{
+#ifdef IN_TILES
+    uint16_t *x = (uint16_t *)in->halves;
+    long n = in->n, whole = (in->rows + BLOCK - 1) / BLOCK * BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long m = 0; m < in->rows; m++)
+        store_row(x, m * n, n, in->x + m * n, 1);
+    if (a->transposed) {
+        memset(x + in->rows * n, 0, 2 * n * (whole - in->rows));
+        transposed_in_tiles(a, x, in->rows, y, threads);
+        return;
+    }
+    long all = 0;
+    for (int i = 0; i < n_matrices; i++)
+        all += a[i].n_out;
+    uint32_t *pairs = in_pairs(x, in->rows, n);
+    for (int i = 0; i < n_matrices; y += a[i++].n_out)
+        outputs_in_tiles(a + i, pairs, in->rows, y, 0, all, threads);
+    free(pairs);
+#else
+    (void)a, (void)n_matrices, (void)in, (void)y, (void)threads;
 #endif
 }
 
@@ -825,6 +933,97 @@ static void attention(const struct past *p, long rows, long steps, long heads, l
     }
 }
 
+#ifdef IN_TILES
+/* The same for one group of a row, in tiles: the queries of a token's `each` heads are rows that see
+   the same keys. p in bf16, width a multiple of 32. */
+static void attend_in_tiles(const struct past *p, long b, long g, long steps, long each, long window,
+                            float scale, const float *q, long stride, long length, float *y,
+                            long y_stride)
+{
+    long width = p->width, first = length > window ? length - window : 0;
+    long n = length + steps - first, n_keys = (n + BLOCK - 1) / BLOCK * BLOCK;
+    long n_queries = steps * each, from = (b * p->capacity + first) * p->groups + g;
+    const uint16_t *keys = (const uint16_t *)p->keys + from * width;
+    const uint16_t *values = (const uint16_t *)p->values + from * width;
+    uint16_t *own = aligned_alloc(LINE, 2 * (BLOCK * width + 2 * n_keys * width + 3 * BLOCK * n_keys));
+    uint16_t *queries = own, *rows = queries + BLOCK * width, *shares = rows + n_keys * width;
+    uint32_t *pairs = (uint32_t *)(shares + BLOCK * n_keys); /* of values */
+    float *scores = (float *)(pairs + n_keys * width / 2);
+    float sums[4][SIDE * SIDE] __attribute__((aligned(LINE)));
+
+    for (long t = 0; t < n; t++)
+        memcpy(rows + t * width, keys + t * p->groups * width, 2 * width);
+    uint32_t *key_pairs = in_pairs(rows, n, width);
+    for (long t = 0; t < n; t++)
+        memcpy(rows + t * width, values + t * p->groups * width, 2 * width);
+    memset(rows + n * width, 0, 2 * (n_keys - n) * width);
+    for (long t = 0; t < n_keys; t += 2)
+        for (long i = 0; i < width; i += BLOCK) {
+            uint32_t *to = pairs + t / DEEP * width * SIDE + i * SIDE + t % DEEP / 2 * SIDE;
+            pair_inputs(rows + t * width + i, width, to, to + SIDE * SIDE);
+        }
+
+    for (long m = 0; m < n_queries; m += BLOCK) {
+        long many = n_queries - m < BLOCK ? n_queries - m : BLOCK;
+        for (long i = 0; i < many; i++) {
+            long step = (m + i) / each, h = (m + i) % each;
+            store_row(queries, i * width, width, q + step * stride + h * width, 1);
+        }
+        memset(queries + many * width, 0, 2 * (BLOCK - many) * width);
+        /* Keys that the last of these queries sees, in whole blocks */
+        long last = length - first + (m + many - 1) / each, seen = (last / BLOCK + 1) * BLOCK;
+        for (long t = 0; t < seen; t += BLOCK) {
+            multiply_block(queries, width, key_pairs + t * SIDE, n_keys * SIDE, width, 0, 0, sums);
+            for (int i = 0; i < 4; i++)
+                put_sums(sums[i], 0, scores, 0, i / 2 * SIDE * n_keys + t + i % 2 * SIDE, n_keys, SIDE);
+        }
+        for (long i = 0; i < BLOCK; i++) {
+            long at = length + (m + i) / each; /* of the query in its row */
+            long begin = at > window + first ? at - window - first : 0, end = at - first + 1;
+            float *row = scores + i * n_keys, largest;
+            if (i >= many) /* no query */
+                begin = 0, end = 1;
+            float sum = exps(row + begin, end - begin, scale, &largest);
+            for (long t = begin; t < end; t++)
+                row[t] /= sum;
+            memset(row, 0, 4 * begin);
+            memset(row + end, 0, 4 * (seen - end));
+            store_row(shares, i * n_keys, seen, row, 1);
+        }
+        for (long d = 0; d < width; d += BLOCK) {
+            multiply_block(shares, n_keys, pairs + d * SIDE, width * SIDE, seen, 0, 0, sums);
+            for (int i = 0; i < 4; i++)
+                for (long r = 0; r < SIDE && i / 2 * SIDE + r < many; r++) {
+                    long query = m + i / 2 * SIDE + r;
+                    float *to = y + query / each * y_stride + query % each * width;
+                    memcpy(to + d + i % 2 * SIDE, sums[i] + r * SIDE, 4 * SIDE);
+                }
+        }
+    }
+    free(key_pairs);
+    free(own);
+}
+
+/* As attention() */
+static void attention_in_tiles(const struct past *p, long rows, long steps, long heads, long window,
+                               float scale, const float *q, long stride, const int64_t *lengths,
+                               float *y, int threads)
+{
+    long groups = p->groups, each = heads / groups, width = p->width;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        use_tiles();
+#pragma omp for schedule(static)
+        for (long at = 0; at < rows * groups; at++) {
+            long b = at / groups, g = at % groups, head = g * each * width;
+            attend_in_tiles(p, b, g, steps, each, window, scale, q + b * steps * stride + head, stride,
+                            lengths[b], y + b * steps * heads * width + head, heads * width);
+        }
+        _tile_release();
+    }
+}
+#endif
+
 /* One new token in each row: its key and value (rows, groups, width) go to their place, lengths[b],
    in keys and values (rows, capacity, groups, width); then q (rows, heads, width) attends to the
    last window + 1 of them. */
@@ -852,7 +1051,8 @@ void attend(int half, long rows, long heads, long groups, long width, long capac
 struct shape {
     long width, heads, groups, head, hidden, window;
     float eps, scale;
-    int half; /* activations before and after, keys and values, cosines and sines are bf16 */
+    int half;  /* activations before and after, keys and values, cosines and sines are bf16 */
+    int tiles; /* products are in tiles, of any number of tokens; head is a multiple of 32 */
 };
 
 struct block {
@@ -882,6 +1082,21 @@ static void prepare_heads(float *x, long n, long width, const float *weight, flo
 }
 
 /* h (rows, F) = silu(x w_gate^T) * (x w_up^T); a: both matrices, one above the other */
+static void gate_up_in_tiles(const struct matrix *a, struct input *in, float *h, int threads)
+{
+    long n = a->n_out / 2;
+    float *both = malloc(in->rows * 2 * n * sizeof(float));
+    multiply_in_tiles(a, 1, in, both, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long m = 0; m < in->rows; m++) {
+        const float *gate = both + m * 2 * n, *up = gate + n;
+#pragma omp simd
+        for (long i = 0; i < n; i++)
+            h[m * n + i] = gate[i] / (1 + fast_exp(-gate[i])) * up[i];
+    }
+    free(both);
+}
+
 static void gate_up(const struct matrix *a, struct input *in, float *h, int threads)
 {
     long n = a->n_out / 2, n_parts = (n + PART - 1) / PART;
@@ -903,9 +1118,9 @@ static void gate_up(const struct matrix *a, struct input *in, float *h, int thre
     }
 }
 
-/* steps new tokens in each row, which have lengths[b] before them, MOST_ROWS tokens at most. x: (rows
-   * steps, width), the embeddings, in place what is ready for the head; cos, sin: (any, head / 2) of
-   positions. The residual stream is fp32 in between. */
+/* steps new tokens in each row, which have lengths[b] before them; without tiles MOST_ROWS tokens at
+   most. x: (rows * steps, width), the embeddings, in place what is ready for the head; cos, sin:
+   (any, head / 2) of positions. The residual stream is fp32 in between. */
 void blocks(const struct shape *s, const struct block *all, long n_blocks, const float *last_norm,
             long rows, long steps, const int64_t *lengths, const void *cos, const void *sin, void *x,
             int threads)
@@ -913,7 +1128,18 @@ void blocks(const struct shape *s, const struct block *all, long n_blocks, const
     long n = rows * steps, width = s->width, half_head = s->head / 2;
     long q_width = s->heads * s->head, kv_width = s->groups * s->head;
     long qkv_width = q_width + 2 * kv_width;
-    struct input h = room(n, width), y = room(n, q_width), wide_h = room(n, s->hidden);
+    int by_rows = s->tiles ? threads : 1; /* threads for what lies between products */
+    void (*product)(const struct matrix *, int, struct input *, float *, int) =
+        s->tiles ? multiply_in_tiles : multiply;
+    void (*attend_all)(const struct past *, long, long, long, long, float, const float *, long,
+                       const int64_t *, float *, int) = attention;
+#ifdef IN_TILES
+    if (s->tiles && steps > 1)
+        attend_all = attention_in_tiles;
+#endif
+    long most = s->tiles ? (n + 31) / 32 * 32 : n;
+    struct input h = room(most, width), y = room(most, q_width), wide_h = room(most, s->hidden);
+    h.rows = y.rows = wide_h.rows = n;
     float *stream = malloc(n * (2 * width + qkv_width + s->head) * 4);
     float *added = stream + n * width;
     float *qkv = added + n * width;
@@ -926,23 +1152,24 @@ void blocks(const struct shape *s, const struct block *all, long n_blocks, const
     }
     for (const struct block *b = all; b < all + n_blocks; b++) {
         struct past past = {b->keys, b->values, b->capacity, s->groups, s->head, s->half};
+#pragma omp parallel for schedule(static) num_threads(by_rows) if (by_rows > 1)
         for (long m = 0; m < n; m++)
             normalise(stream + m * width, b->attn_norm, s->eps, width, h.x + m * width);
-        multiply(&b->q, 2, &h, qkv, threads);
+        product(&b->q, 2, &h, qkv, threads);
+#pragma omp parallel for schedule(static) num_threads(by_rows) if (by_rows > 1)
         for (long m = 0; m < n; m++) {
             float *q = qkv + m * qkv_width, *k = q + q_width;
             const float *c = turns + m * s->head;
             prepare_heads(q, s->heads, s->head, b->q_norm, s->eps, c, c + half_head);
             prepare_heads(k, s->groups, s->head, b->k_norm, s->eps, c, c + half_head);
             long row = m / steps, place = row * b->capacity + lengths[row] + m % steps;
-            for (long i = 0; i < kv_width; i++) {
-                store(b->keys, place * kv_width + i, k[i], s->half);
-                store(b->values, place * kv_width + i, k[kv_width + i], s->half);
-            }
+            store_row(b->keys, place * kv_width, kv_width, k, s->half);
+            store_row(b->values, place * kv_width, kv_width, k + kv_width, s->half);
         }
-        attention(&past, rows, steps, s->heads, s->window, s->scale, qkv, qkv_width, lengths, y.x,
-                  threads);
-        multiply(&b->o, 1, &y, added, threads);
+        attend_all(&past, rows, steps, s->heads, s->window, s->scale, qkv, qkv_width, lengths, y.x,
+                   threads);
+        product(&b->o, 1, &y, added, threads);
+#pragma omp parallel for schedule(static) num_threads(by_rows) if (by_rows > 1)
         for (long m = 0; m < n; m++) {
             float *own = stream + m * width;
 #pragma omp simd
@@ -950,16 +1177,18 @@ void blocks(const struct shape *s, const struct block *all, long n_blocks, const
                 own[i] += added[m * width + i];
             normalise(own, b->mlp_norm, s->eps, width, h.x + m * width);
         }
-        gate_up(&b->gate_up, &h, wide_h.x, threads);
-        multiply(&b->down, 1, &wide_h, added, threads);
+        if (s->tiles)
+            gate_up_in_tiles(&b->gate_up, &h, wide_h.x, threads);
+        else
+            gate_up(&b->gate_up, &h, wide_h.x, threads);
+        product(&b->down, 1, &wide_h, added, threads);
 #pragma omp simd
         for (long i = 0; i < n * width; i++)
             stream[i] += added[i];
     }
     for (long m = 0; m < n; m++) {
         normalise(stream + m * width, last_norm, s->eps, width, h.x);
-        for (long i = 0; i < width; i++)
-            store(x, m * width + i, h.x[i], s->half);
+        store_row(x, m * width, width, h.x, s->half);
     }
     free(stream);
     free(h.memory);

@@ -22,7 +22,8 @@ number of inputs).
 
 Products of 9 to 128 rows, of prompts and of many clients, are in tiles where the processor has such
 (Intel's AMX), of bf16 or of codes that become bf16 on the way: PyTorch's first puts the weights in
-another order. Not of transposed ones, for which it is quick.
+another order. Alone, not of transposed ones, for which it is quick. Blocks have tiles for up to 512
+tokens, also for attention, where scores and shares are bf16 as PyTorch's are.
 
 native.py compiles decoding.c once. Where there is no compiler, the PyTorch forms stay, and for
 Blocks models/llama.py's own. These are for inference only: no gradients, and no torch.compile.
@@ -46,6 +47,7 @@ FEW_ROWS = 8
 FEW_ROWS_OF_CODES = 32
 # Rows up to which products in tiles (Intel's AMX) are faster than PyTorch's, and the size of tiles
 TILED_ROWS = 128
+TILED_TOKENS = 512  # the same in Blocks
 TILE = 32
 MOST_INPUTS = 1 << 14  # beyond, int8's activations may have fewer than 10 bits
 MOST = 1 << 22  # activations, up to which the small ops were tried
@@ -65,7 +67,7 @@ class Shape(ctypes.Structure):
     """decoding.c's struct shape."""
 
     _fields_ = [(name, LONG) for name in ("width", "heads", "groups", "head", "hidden", "window")]
-    _fields_ += [("eps", FLOAT), ("scale", FLOAT), ("half", INT)]
+    _fields_ += [("eps", FLOAT), ("scale", FLOAT), ("half", INT), ("tiles", INT)]
 
 
 class Block(ctypes.Structure):
@@ -229,6 +231,15 @@ class Decoding:
         fits = matrix.n_in % TILE == 0 and matrix.n_out >= TILE and not matrix.transposed
         return self.has_tiles and fits
 
+    def all_fit_tiles(self, matrices):
+        """Whether Blocks can be in tiles, which take transposed matrices as well."""
+        in_bf16 = DTYPES.index(torch.bfloat16)
+        return all(
+            self.fits_tiles(m)
+            or (self.has_tiles and m.kind == in_bf16 and m.n_in % TILE == m.n_out % TILE == 0)
+            for m in matrices
+        )
+
     def rms_norm(self, x, residual, weight, eps):
         """(y, s) of add_rms_norm, or of rms_norm where there is no residual."""
         n = x.size(-1)
@@ -285,7 +296,8 @@ class Decoding:
         ]
         if any(None in of_layer for of_layer in matrices):
             return None
-        return Blocks(self.c, layers, matrices, *about)
+        tiles = self.all_fit_tiles(sum(matrices, []))
+        return Blocks(self.c, tiles, layers, matrices, *about)
 
     def attend_one(self, q, k, v, keys, values, lengths, window, scale):
         """As attend_one_reference."""
@@ -345,13 +357,14 @@ def matrix_of_codes(kind, codes, scales):
 class Blocks:
     """All blocks of a Llama or a Qwen3 (models/llama.py) for a few new tokens, by one call.
 
-    layers: its Layers; matrices: a Matrix of each of their MATRICES; last_norm: (C,), the weight of
-    the norm behind them; cos, sin: (positions, 1, D / 2). heads, groups: of queries, of keys and
-    values.
+    tiles: whether products can be in tiles; layers: its Layers; matrices: a Matrix of each of their
+    MATRICES; last_norm: (C,), the weight of the norm behind them; cos, sin: (positions, 1, D / 2).
+    heads, groups: of queries, of keys and values.
     """
 
-    def __init__(self, c, layers, matrices, last_norm, cos, sin, heads, groups, eps):
+    def __init__(self, c, tiles, layers, matrices, last_norm, cos, sin, heads, groups, eps):
         self.c = c
+        self.tiles = tiles and cos.dtype == torch.bfloat16 and 2 * cos.size(-1) % TILE == 0
         self.dtype = cos.dtype
         self.positions = len(cos)
         head = 2 * cos.size(-1)
@@ -376,14 +389,19 @@ class Blocks:
 
     def takes(self, x, lengths):
         """Whether it is for x (B, S, C), the new tokens of rows that have so many before."""
-        of_codes = self.blocks[0].q.kind in CODES.values()
-        few = x.size(0) * x.size(1) <= (FEW_ROWS_OF_CODES if of_codes else FEW_ROWS)
+        tokens = x.size(0) * x.size(1)
         return (
-            few
+            tokens <= (TILED_TOKENS if self.tiles else self.few)
             and takes(x)
             and x.dtype == self.dtype
             and max(lengths) + x.size(1) <= self.positions
         )
+
+    @property
+    def few(self):
+        """Tokens that need no tiles."""
+        of_codes = self.blocks[0].q.kind in CODES.values()
+        return FEW_ROWS_OF_CODES if of_codes else FEW_ROWS
 
     def __call__(self, x, lengths, kv, window):
         """What is ready for the head: (B, S, C), in place of x. kv: (keys, values) of each layer,
@@ -395,6 +413,7 @@ class Blocks:
             block.capacity = keys.size(1)
         self.shape.window = window
         rows, steps, _ = x.shape
+        self.shape.tiles = rows * steps > self.few
         cos, sin = self.turns
         before = (ctypes.c_int64 * rows)(*lengths)
         self.c.blocks(

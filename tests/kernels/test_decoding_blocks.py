@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import compiled_decoding
 
-from inference.quantize import quantize
+from inference.quantize import Quantized, quantize
 from models import llama
 from models.cache import KVCache
 
@@ -82,16 +82,55 @@ def test_as_exact_as_the_models_blocks(compiled, lengths, fields, window, dtype)
     """No further from float64 than twice as far as PyTorch is."""
     model, stage = model_of(dtype, **fields)
     stage = stage._replace(max_doc_len=window)
-    exact_model, _ = model_of(torch.float64, **fields)
-    for own, exact in zip(model.parameters(), exact_model.parameters()):
-        exact.data = own.data.double()
-    exact_model.cos.copy_(model.cos)
-    exact_model.sin.copy_(model.sin)
-    in_c = copy.copy(model)
-    in_c.ops = compiled.ops(model.ops)
     lengths = [max(1, n) for n in lengths]
     # One token, two, one
     pieces = tokens_of(len(lengths), 4, seed=2).split([1, 2, 1], 1)
+    check(compiled, model, stage, pieces, lengths)
+
+
+IN_TILES = [
+    pytest.param([5, 9, 2], [20], {}, 256, id="rows"),
+    pytest.param([1], [33, 1, 120], {}, 256, id="parts-of-a-prompt"),
+    pytest.param([100, 7], [50], {}, 256, id="long"),
+    pytest.param([3, 90], [70], {}, 40, id="window"),
+    pytest.param([30] * 40, [1, 1], {}, 256, id="many"),
+    pytest.param([3] * 9, [7], dict(n_kv_head=4, qk_norm=True), 256, id="qk-norm"),
+    pytest.param([9], [64], dict(n_kv_head=1, head_dim=128), 256, id="head-128"),
+]
+
+
+@pytest.mark.parametrize("lengths, steps, fields, window", IN_TILES)
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@torch.no_grad()
+def test_as_exact_in_tiles(compiled, lengths, steps, fields, window, kind):
+    if not compiled.has_tiles:
+        pytest.skip("the processor has no tiles")
+    fields = dict(n_embd=128, head_dim=32, ffn_dim=224) | fields
+    model, stage = model_of(HALF, max_len=256, **fields)
+    stage = stage._replace(max_doc_len=window)
+    pieces = tokens_of(len(lengths), sum(steps), seed=2).split(steps, 1)
+    check(compiled, model, stage, pieces, lengths, kind)
+
+
+def check(compiled, model, stage, pieces, lengths, kind=None):
+    """States, keys and values by the library and by the model's blocks beside float64's."""
+    dtype = model.dtype
+    exact_model = llama.Model(model.c, 500, len(model.cos), torch.float64)
+    for own, exact in zip(model.parameters(), exact_model.parameters()):
+        exact.data = own.data.double()
+    in_c = copy.deepcopy(model)
+    in_c.ops = compiled.ops(model.ops)
+    if kind:
+        quantize(in_c, kind)
+        quantize(model, kind)
+        layers = []
+        for layer in model.layers():
+            fields = layer._asdict()
+            layers.append(layer._replace(**{name: numbers(x) for name, x in fields.items()}))
+        exact_model.layers = lambda: layers
+        exact_model.embed.data = numbers(model.embed)
+    exact_model.cos.copy_(model.cos)
+    exact_model.sin.copy_(model.sin)
     exact, past = decoded(exact_model, stage, pieces, lengths)
     for found, eager in zip(
         decoded(in_c, stage, pieces, lengths), decoded(model, stage, pieces, lengths)
@@ -105,6 +144,14 @@ def test_as_exact_as_the_models_blocks(compiled, lengths, fields, window, dtype)
             assert ours.dtype == dtype and ours.shape == wanted.shape
             error, eager_error = ((t.double() - wanted).abs().max() for t in (ours, pytorch))
             assert error <= 2 * eager_error + 4 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def numbers(x):
+    """What a matrix of codes stands for, and what else a Layer has, in float64."""
+    if isinstance(x, Quantized):
+        dequantized = x.dequantized().double()
+        return dequantized.t() if x.transposed else dequantized
+    return x.double() if isinstance(x, torch.Tensor) else x
 
 
 @torch.no_grad()
