@@ -39,7 +39,6 @@ from base.options import (
     remembered,
 )
 from base.places import runs_folder
-from data import Prefetcher
 from data.config import DataConfig
 from inference.show import show_samples
 from models import DEFAULT_TEMPLATE, load_template, template_names
@@ -61,6 +60,7 @@ from runtime.saved import step_weights
 from runtime.session import Session
 from runtime.setting_up import (
     backward,
+    batches_ahead,
     begin_run,
     make_ready,
     n_tokens,
@@ -210,6 +210,14 @@ def configure(**fields):
     return Config(**build_parts(classes, fields))
 
 
+DESCRIPTION = """\
+Train a GPT to a target loss against the clock. Without --track: gpt2-small where there is a CUDA
+GPU, else laptop-counts; own-text with --text. Brackets hold the track's values; lists have an entry
+for each of the equally long stages of training, or one for all. The result is one line of JSON on
+stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input, 143 or 130 stopped by
+SIGTERM or Ctrl-C, with the work saved, 1 what nobody expected, of which --debug shows all."""
+
+
 def parse_args(argv, beneath=None):
     """Command line -> Config: defaults, then the track's values, then the options given; beneath:
     {option: value} below the track's. Raises InputError."""
@@ -222,14 +230,6 @@ def parse_args(argv, beneath=None):
         description=DESCRIPTION,
     )
     return configure(**fields)
-
-
-DESCRIPTION = """\
-Train a GPT to a target loss against the clock. Without --track: gpt2-small where there is a CUDA
-GPU, else laptop-counts; own-text with --text. Brackets hold the track's values; lists have an entry
-for each of the equally long stages of training, or one for all. The result is one line of JSON on
-stdout. Exit status: 0 target reached, 3 out of steps before it, 2 bad input, 143 or 130 stopped by
-SIGTERM or Ctrl-C, with the work saved, 1 what nobody expected, of which --debug shows all."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -306,35 +306,27 @@ def muon_momentum(progress, warmup=0.2):
 def train_to_the_end(setup, session):
     """Train from where the session is to the target or the last step. Raises Interrupted when a
     signal ended the run."""
-    config, world = setup.config, setup.world
+    config = setup.config
     model, optimizer, guard = setup.model, setup.optimizer, setup.guard
-    first = session.at.step + 1
-    before = max(session.at.step, 1)  # the step that was taken last
-    model.enter(config.schedule.progress(before))
+    last = session.at.step  # that was taken; 0 in a new run
+    before = setup.stages[max(last, 1)]
+    model.enter(config.schedule.progress(max(last, 1)))
     session.start()
     if session.missed_validation():
         validate(setup, session)
         session.save()  # the checkpoint of this step learns how good it is
 
     touched = TouchedRows(optimizer, model)  # of token tables, known from the batches
-
-    def micro_batches():
-        for step in range(first, config.schedule.steps + 1):
-            rows = setup.micro_rows[setup.stages[step]]
-            yield touched.batch(setup.data.train, step, rows)
-
-    with contextlib.closing(Prefetcher(micro_batches(), world.device)) as batches:
+    with contextlib.closing(batches_ahead(setup, touched, last + 1)) as batches:
         for step, batch in zip(session.steps(), batches):
-            stage = setup.stages[step]
-            progress = config.schedule.progress(step)
-
             # A new stage: rotary tables and perhaps a head of its own, losses of another kind
-            if stage.model != setup.stages[before].model:
-                model.enter(progress)
-                optimizer.copy(model.successors(setup.stages[before].model, stage.model))
-                if config.model.is_new_loss(setup.stages[before].model, stage.model):
+            stage = setup.stages[step]
+            if stage.model != before.model:
+                model.enter(config.schedule.progress(step))
+                optimizer.copy(model.successors(before.model, stage.model))
+                if config.model.is_new_loss(before.model, stage.model):
                     guard.forget()
-            before = step
+            before = stage
 
             # Forward and backward; gradients add up in the parameters
             loss = backward(setup, step, batch)
@@ -352,27 +344,27 @@ def train_to_the_end(setup, session):
             tokens = n_tokens(config, stage)
             session.after_step(step, tokens, tokens * model.flops_per_token(stage.model), lr)
             if session.snapshot_is_due():
-                with session.clock_stopped(), session.parts.part("save_s"):
+                with session.clock_stopped("save_s"):
                     session.log.save_weights(weights_after(setup, step), step_weights(step))
             if session.validation_is_due():
                 validate(setup, session)
             if session.is_over():
                 break
             if session.samples_are_due():
-                with session.clock_stopped(), session.parts.part("sample_s"):
+                with session.clock_stopped("sample_s"):
                     show_samples(setup, step, session.log)
             if session.checkpoint_is_due():
                 session.save()
         session.end()  # stops the clock before the prefetcher's thread is waited for
 
     # The weights as they are saved do not depend on the stage in which training ended
-    optimizer.copy(model.successors(setup.stages[before].model, None))
+    optimizer.copy(model.successors(before.model, None))
 
 
 def validate(setup, session):
     """Validate after the step that was taken, and keep the weights if they are the best."""
     stage = val_stage(setup, session.at.step)
-    with session.clock_stopped(), session.parts.part("validation_s"):
+    with session.clock_stopped("validation_s"):
         # A part of the split says whether the target may have been reached
         if setup.quick_val and session.may_look_first():
             quick = setup.measure(setup.forward, stage, setup.quick_val, setup.world)
@@ -426,8 +418,7 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
     world: this process among others, alone on the CPU if None; requests: what signals ask for;
     report: called with the result after each run; open_loop: function of (config, data) that
     returns what to do in place of train_to_the_end(). Returns the last result, a dict: the JSON
-    line.
-    Raises InputError for what a user can mend, Interrupted after a signal.
+    line. Raises InputError for what a user can mend, Interrupted after a signal.
     """
     world = world or World()  # alone, on the CPU
     machine.prepare(world.device, config.run.cache_dir)

@@ -285,7 +285,7 @@ def open_reference(setup, session):
 def validate(setup, session, engine, reward):
     """Record what the likeliest answers to the held-out questions are worth; keep the best
     weights."""
-    with session.clock_stopped(), session.parts.part("validation_s"):
+    with session.clock_stopped("validation_s"):
         metrics, written = evaluate(setup, engine, reward)
         session.record(metrics)
         for completion, question, worth in written[:SHOWN]:

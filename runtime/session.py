@@ -292,12 +292,14 @@ class Session:
         return f"reward {kept['reward']:.3f}" if "reward" in kept else f"loss {loss:.3f}"
 
     @contextlib.contextmanager
-    def clock_stopped(self):
-        """Training time stands still inside; all reports are in before."""
+    def clock_stopped(self, part):
+        """Training time stands still inside, which is time of this part of the process; all reports
+        are in before."""
         self.clock.stop()
         self.receive(math.inf)
         self.watch.rest()
-        yield
+        with self.parts.part(part):
+            yield
         wait_for_all(self.state.world)
         self.watch.begin()
         self.clock.start()

@@ -12,6 +12,7 @@ import torch
 
 from base import InputError, RankError, last_resort, to_json
 from base.places import cache_folder
+from data import Prefetcher
 from kernels import choose_ops, fused
 from kernels.attention import Shape
 from models import load_template
@@ -288,6 +289,20 @@ def time_passes(setup):
 def n_tokens(config, stage):
     """Of a step's batch, over all ranks."""
     return stage.rows * config.data.row_len
+
+
+def batches_ahead(setup, touched, first):
+    """A Prefetcher of this rank's micro-batches of the steps from `first` on, to be closed.
+
+    touched: TouchedRows, which see them first.
+    """
+
+    def of_steps():
+        for step in range(first, setup.config.schedule.steps + 1):
+            rows = setup.micro_rows[setup.stages[step]]
+            yield touched.batch(setup.data.train, step, rows)
+
+    return Prefetcher(of_steps(), setup.world.device)
 
 
 def backward(setup, step, batch):

@@ -108,7 +108,7 @@ class Toy:
     def validate(self, session):
         step = session.at.step
         self.validated.append(step)
-        with session.clock_stopped():
+        with session.clock_stopped("validation_s"):
             session.record(dict(val_loss=self.val_losses.get(step, 1.0), val_bpb=None))
             if session.is_best():
                 self.log.save_weights(dict(self.model.state_dict()), "best.safetensors")
@@ -328,7 +328,7 @@ def test_the_clock_stands_still_in_validations(tmp_path, clock):
     def slow(session):
         validate(session)
         clock.now += 50  # outside: the clock runs again
-        with session.clock_stopped():
+        with session.clock_stopped("validation_s"):
             clock.now += 1000
 
     toy.validate = slow
@@ -724,7 +724,7 @@ class Looks(Toy):
     def validate(self, session):
         step = session.at.step
         loss = self.val_losses.get(step, 9.0)
-        with session.clock_stopped():
+        with session.clock_stopped("validation_s"):
             if self.config.goal.target is not None and session.may_look_first():
                 self.looks.append(step)
                 quick = dict(val_loss=loss - self.gap, val_bpb=None)
