@@ -33,6 +33,7 @@ class Ops(types.SimpleNamespace):
     linear          as in decoding.py, which also has the forms for decoding on a CPU
     attend_one      None, or in decoding as there; decoding: None, or where those forms come from
     fused           None, or where the forms in C come from
+    contexts        None, or the Contexts of contexts.py
     new_mlp         () -> what one layer calls as mlp(x, w_up, w_down): relu2_mlp, or in FP8 an
                     nn.Module with scales of its own
     """
@@ -140,6 +141,7 @@ def choose_ops(
         attend_one=None,
         decoding=None,
         fused=fused if in_c else None,
+        contexts=fused.contexts if in_c else None,
         **functions,
     )
 

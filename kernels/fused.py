@@ -19,7 +19,7 @@ Bytes: as in the ops' own files for one kernel each.
 import torch
 import torch.nn.functional as F
 
-from . import native
+from . import contexts, native
 from .attention import attention, sdpa_attend
 from .cross_entropy import check
 from .decoding import rotate_halves_reference
@@ -56,14 +56,16 @@ SIGNATURES = dict(
 def build(folder, say=lambda message: None):
     """The Fused of this machine; None where that is not possible. As native.build()."""
     library = native.build("fused", folder, say)
-    return None if library is None else Fused(library)
+    return None if library is None else Fused(library, contexts.build(folder, say))
 
 
 class Fused:
-    """The compiled library. Methods take what the PyTorch forms take."""
+    """The compiled library. Methods take what the PyTorch forms take. contexts: a Contexts, or
+    None."""
 
-    def __init__(self, library):
+    def __init__(self, library, contexts=None):
         self.c = native.declare(library, SIGNATURES)
+        self.contexts = contexts
 
     def __deepcopy__(self, memo):
         return self  # copies of a model share it: it has no state

@@ -14,6 +14,8 @@ Shapes: B rows, T tokens in a row, N lengths from 1 to N.
 import torch
 import torch.nn.functional as F
 
+from kernels.contexts import takes
+
 FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd; 2^64 over the golden ratio
 
 
@@ -54,12 +56,14 @@ def contexts(inputs, starts, n):
     return found
 
 
-def earlier(inputs, targets, starts, n):
+def earlier(inputs, targets, starts, n, in_c=None):
     """(seen, hits), each (B, T, n) int64.
 
     inputs, targets: (B, T) int64; starts: (B, T) bool, where documents begin. What is found for a
-    target that is negative means nothing.
+    target that is negative means nothing. in_c: a kernels.contexts.Contexts, which does the same.
     """
+    if in_c and takes(inputs):
+        return in_c.earlier(inputs, targets, starts, n)
     keys = contexts(inputs, starts, n)
     # A target that does not count in the loss has followed all the same
     targets = torch.where(targets < 0, inputs.roll(-1, dims=1), targets)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import read_shard
+from kernels.contexts import takes
 
 from . import copies
 
@@ -79,14 +80,19 @@ class Counts:
             found |= {f"{name}.{i}": getattr(length, name).cpu() for name in Length.STORED}
         return found
 
-    def of_targets(self, inputs, targets, starts, leave_out):
+    def of_targets(self, inputs, targets, starts, leave_out, in_c=None):
         """(seen, hits, kinds), each (B, T, n) int64.
 
         inputs, targets: (B, T) int64; starts: (B, T) bool, where documents begin; leave_out: the
         part of the documents in the rows, where the text is the one that is trained on. What is
-        found for a target that is negative means nothing.
+        found for a target that is negative means nothing. in_c: a kernels.contexts.Contexts, which
+        does the same.
         """
         leave_out = leave_out and self.own
+        if in_c and takes(inputs):
+            lengths = [(x.first, x.follower, x.count, x.seen) for x in self.lengths]
+            how = leave_out and (2 if self.in_part else 1)
+            return in_c.of_targets(lengths, inputs, targets, starts, how)
         # A target that does not count in the loss follows all the same
         there = targets >= 0
         targets = torch.where(there, targets, inputs.roll(-1, dims=1))

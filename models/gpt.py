@@ -745,11 +745,13 @@ class Model(nn.Module):
         """What else predicts the targets (B, T): what a gate is told of it (B, T, n), which of it
         is there and its probabilities, (B, T, copies + counts) each. () for nothing."""
         c = self.c
+        in_c = self.ops.contexts
         found = []
         if c.copies:
-            found.append(copies.predictions(*copies.earlier(inputs, targets, starts, c.copies)))
+            earlier = copies.earlier(inputs, targets, starts, c.copies, in_c)
+            found.append(copies.predictions(*earlier))
         if c.counts:
-            of_targets = self.counts.of_targets(inputs, targets, starts, stage.leave_out)
+            of_targets = self.counts.of_targets(inputs, targets, starts, stage.leave_out, in_c)
             found.append(counts.predictions(*of_targets))
         return tuple(torch.cat(x, dim=-1) for x in zip(*found))
 
