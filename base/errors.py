@@ -1,4 +1,4 @@
-"""The one error that a user is meant to see."""
+"""The one error that a user is meant to see, and errors of others in a line."""
 
 
 class InputError(ValueError):
@@ -15,3 +15,8 @@ class RankError(InputError):
 
 class SaidElsewhere(InputError):
     """One that another process has met, and says: there is nothing more to say."""
+
+
+def one_line(said, most=None):
+    """What an error or a text says in one line, of at most so many characters."""
+    return " ".join(str(said).split())[:most]

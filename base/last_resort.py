@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from .errors import one_line
 from .places import cache_folder
 from .terminal import printable
 
@@ -51,7 +52,7 @@ def rank_in_words():
 
 def explain(error):
     """What happened and where, in one line of at most some 300 characters."""
-    said = " ".join(str(error).split())
+    said = one_line(error)
     if isinstance(error, MemoryError):
         return f"out of memory {said}".strip()
     if isinstance(error, ImportError):

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from base import InputError, streams
+from base import InputError, one_line, streams
 from base.command import refuse
 from base.files import write_text
 from benchmarks.options import Parser
@@ -118,7 +118,7 @@ def run_all(save):
             options = OPTIONS.get(name, {})
             keep(name, run(name, functools.partial(keep, name), **options))
         except (Exception, SystemExit) as e:
-            error = f"{type(e).__name__}: {' '.join(str(e).split())}"[:240]
+            error = f"{type(e).__name__}: {one_line(e)}"[:240]
             say(f"{name}: {error}")
             keep(name, dict(error=error))
     return result

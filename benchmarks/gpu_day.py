@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from base import InputError
+from base import InputError, one_line
 from base.files import write_text
 from benchmarks.options import POSITIVE
 from benchmarks.process import ROOT, SYNTHETIC, execute, train
@@ -300,7 +300,7 @@ def run(
         try:
             row = dict(status="done", **part(day, name, limit))
         except InputError as e:
-            row = dict(status="failed", error=" ".join(str(e).split())[:400])
+            row = dict(status="failed", error=one_line(e, 400))
             say(f"{name}: {row['error']}")
         row |= dict(seconds=time.perf_counter() - begun, key=key)
         parts[name] = row

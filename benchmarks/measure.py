@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from base import one_line
 from benchmarks import timing
 from benchmarks.cases import BF16, BOTH, FORWARD, INFERENCE, Draw
 from benchmarks.report import say
@@ -35,13 +36,13 @@ class Machine:
             torch.cuda.empty_cache()
 
 
-def one_line(e):
-    return f"{type(e).__name__}: {' '.join(str(e).split())}"[:240].rstrip(": ")
+def named(e):
+    return f"{type(e).__name__}: {one_line(e)}"[:240].rstrip(": ")
 
 
 def failure(case, tokens, error, direction=None, variant=None):
     """The row of what was not measured."""
-    said = one_line(error)
+    said = named(error)
     return dict(case=case, tokens=tokens, direction=direction, variant=variant, error=said)
 
 
@@ -289,7 +290,7 @@ def measured_rates(machine, n=8192, elements=2**28):
                 raise failed[name]
             rates[name] = work / timing.summary(samples[name])["median_us"] * 1e6
         except Exception as e:
-            say(f"rate of {name}: {one_line(e)}")
+            say(f"rate of {name}: {named(e)}")
             rates[name] = None
         call = sampler = None  # their tensors are large
         machine.clean()

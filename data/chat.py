@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from base import InputError, to_json
+from base import InputError, one_line, to_json
 
 from .shapes import messages_of_line, pair_of_line
 
@@ -262,7 +262,7 @@ def rows_of_parquet(path):
                     number += 1
                     yield row, f"{path}:{number}"
     except (pyarrow.ArrowException, OSError) as e:
-        said = " ".join(str(e).split())[:200]
+        said = one_line(e, 200)
         raise InputError(f"{path}: cannot be read after row {number}: {said}") from None
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from base import InputError
+from base import InputError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-4's split pattern with at most two digits a piece (nanochat measured 2 better than 1 or 3).
@@ -209,7 +209,7 @@ class Tokenizer:
         except BaseException as e:  # tiktoken's panics are no Exception
             if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
                 raise
-            reason = " ".join(str(e).split())[:200]
+            reason = one_line(e, 200)
             raise InputError(
                 f"{where}: not a tokenizer of this program ({type(e).__name__}: {reason})"
             ) from None
@@ -373,7 +373,7 @@ def on_disk(name):
     try:
         return hf_hub_download(found[1], "tokenizer.json", revision=found[2])
     except Exception as e:  # of requests, of the hub, of the disk
-        reason = " ".join(str(e).split())[:200]
+        reason = one_line(e, 200)
         raise InputError(
             f"--tokenizer {name}: its tokenizer.json could not be fetched from the Hugging Face "
             f"hub ({type(e).__name__}: {reason}); check the name and the network, or give the path "

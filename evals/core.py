@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from base import InputError, whole_file
+from base import InputError, one_line, whole_file
 from base.places import cache_folder
 
 from .items import measure_task, read_task
@@ -90,9 +90,7 @@ def read_bundle(folder, most=0):
     except InputError:
         raise
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as e:
-        raise InputError(
-            f"{root}: not CORE's bundle ({type(e).__name__}: {' '.join(str(e).split())})"
-        ) from None
+        raise InputError(f"{root}: not CORE's bundle ({type(e).__name__}: {one_line(e)})") from None
     return tasks
 
 

@@ -8,7 +8,7 @@ or not at all. HF_ENDPOINT names another hub.
 import os
 import re
 
-from base import InputError
+from base import InputError, one_line
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 GUIDE = "https://huggingface.co/settings/tokens"
@@ -46,7 +46,7 @@ class Hub:
 
     def refuse(self, why):
         # Whatever an error says, the token is no part of it
-        why = " ".join(str(why).split()).replace(self.token, "***")
+        why = one_line(why).replace(self.token, "***")
         raise InputError(f"--push {self.name}: {why[:300]}") from None
 
     def ask(self, what, function, *args, **kwargs):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from base import InputError
+from base import InputError, one_line
 from base.options import progress_of
 from data import Tokenizer, sources
 from records.read import read_json
@@ -234,4 +234,4 @@ def find_tokenizer(run):
 
 def reason(e):
     """What an error says, in one line."""
-    return getattr(e, "strerror", None) or " ".join(str(e).split())
+    return getattr(e, "strerror", None) or one_line(e)

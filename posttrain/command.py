@@ -11,6 +11,7 @@ from base.command import given_path, refuse
 from base.options import progress_of
 from models import DEFAULT_TEMPLATE, load_template
 from runtime import warm_start
+from runtime.options import as_option
 from runtime.resume import read_result
 
 
@@ -44,8 +45,7 @@ def at_the_end(run):
     template = said.get("template", DEFAULT_TEMPLATE)
     fields = {}
     for f in dataclasses.fields(load_template(template).Config):
-        value = said.get(f.name, f.default)
-        fields[f.name] = tuple(value) if isinstance(value, list) else value
+        fields[f.name] = as_option(said.get(f.name, f.default))
     config = load_template(template).Config(**fields)
     ends = config.at_the_end(progress_of_end(run, said)) if hasattr(config, "at_the_end") else {}
     return fields | ends | dict(template=template)

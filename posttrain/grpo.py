@@ -26,7 +26,7 @@ from records.metrics import Evaluation, measure
 from runtime import machine
 from runtime.finish import keep_best
 from runtime.policy import advantages, token_weights
-from runtime.saved import fill
+from runtime.saved import fill, weights_of
 from runtime.setting_up import is_compiled, val_stage
 from train_gpt import lr_at, muon_momentum
 
@@ -264,10 +264,9 @@ def open_reference(setup, session):
     model = copy.deepcopy(setup.model).requires_grad_(False)
     log_probs = functools.partial(model.log_probs, n_vocab=model.n_vocab)
     if session.at.step == 0:
-        weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
         if setup.world.rank == 0:
             with whole_file(path) as temp:
-                save_file(weights, temp)
+                save_file(weights_of(model), temp)
         return log_probs
     if not path.exists():
         raise InputError(

@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from base import InputError
+from base import InputError, one_line
 
 try:
     import fcntl
@@ -96,7 +96,7 @@ def readable(path, read):
     except OSError as e:
         refuse(path, f"{Path(e.filename or path).name} cannot be read: {e.strerror or e}")
     except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as e:
-        said = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        said = f"{type(e).__name__}: {one_line(e)}"
         refuse(
             path,
             f"its checksums fit and its content does not ({said}): not written by this program",

@@ -5,7 +5,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .evaluation import of_training_text
-from .saved import fill
+from .saved import fill, weights_of
 from .setting_up import weights_after
 
 # Of the process's time, in a result
@@ -64,7 +64,7 @@ def keep_best(setup, session):
 def save_weights(setup, result, log):
     """model.safetensors, which is the best validation's where there is no target; then the last
     step's are last.safetensors. The model has the former afterwards, for samples."""
-    last = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
+    last = weights_of(setup.model)
     if result["best_step"] == result["steps"]:
         log.save_weights(last)
         log.remove("best.safetensors", "last.safetensors")

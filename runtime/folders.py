@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import itertools
-import json
 import os
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ from base.options import refuse
 
 from . import checkpoints, resume
 from .log import show
-from .machine import first_rank_first, share_text
+from .machine import first_rank_first, share
 
 NAMED = 3  # so many runs that were passed over are named
 
@@ -34,8 +33,7 @@ def choose_run_dir(config, world):
 
     folder, resuming = first_rank_first(world, choose)
     # What comes next depends on it, on all ranks
-    said = share_text(world, json.dumps([folder is not None, resuming]))
-    is_named, resuming = json.loads(said)
+    is_named, resuming = share(world, [folder is not None, resuming])
     return folder if is_named else None, resuming
 
 

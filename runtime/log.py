@@ -31,7 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from base import InputError, last_resort, to_json, whole_file
+from base import InputError, last_resort, one_line, to_json, whole_file
 from base.files import sweep
 from base.terminal import printable
 from records import source as sources
@@ -259,7 +259,7 @@ class Log:
                 if self.text.path.exists():  # safetensors' files are for their owner alone
                     shutil.copymode(self.text.path, path)
         except Exception as e:  # safetensors has errors of its own
-            self.say(f"{self.folder / name} could not be written: {' '.join(str(e).split())}")
+            self.say(f"{self.folder / name} could not be written: {one_line(e)}")
             return False
         return True
 

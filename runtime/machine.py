@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import json
 import math
 import os
 import re
@@ -115,7 +116,7 @@ def first_rank_first(world, prepare):
 def refuse_difference(world, what, text, why=""):
     """Raise InputError on all ranks if a text differs from the first rank's on one of them; why:
     what is known of it here."""
-    first = share_text(world, text)
+    first = share(world, text)
 
     def compare():
         if text != first:
@@ -124,18 +125,19 @@ def refuse_difference(world, what, text, why=""):
     first_rank_first(world, compare)
 
 
-def share_text(world, text):
-    """The first rank's text, on all ranks."""
+def share(world, value):
+    """The first rank's value on all ranks: anything that JSON can hold, whose tuples are lists
+    then."""
     if world.size == 1:
-        return text
-    content = text.encode() if world.rank == 0 else b""
+        return value
+    content = json.dumps(value).encode() if world.rank == 0 else b""
     length = torch.tensor(len(content), device=world.device)
     dist.broadcast(length, 0)
     data = torch.zeros(int(length), dtype=torch.uint8, device=world.device)
     if content:
         data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     dist.broadcast(data, 0)
-    return data.cpu().numpy().tobytes().decode()
+    return json.loads(data.cpu().numpy().tobytes())
 
 
 # --------------------------------------------------------------------------------------------------

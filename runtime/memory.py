@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from base import InputError, RankError
+from base import InputError, RankError, one_line
 from optim import rules_of
 
 from . import limits
@@ -166,7 +166,7 @@ def explained(row_len, get_setup):
             raise
         setup = get_setup()
         estimate = setup.memory if setup else "unknown"
-        said = " ".join(str(e).split())[:120]
+        said = one_line(e, 120)
         raise RankError(
             f"out of memory; the estimate was {estimate}. Lower --micro-tokens, a multiple of "
             f"{row_len}, or give --recompute on ({said})"

@@ -164,6 +164,11 @@ def defaults(config):
     return fields
 
 
+def as_option(value):
+    """A value that JSON or a command line has as a list, as options have it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def changed(config, **fields):
     """The same with other values of some options. Raises InputError."""
     classes = {f.name: type(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -250,7 +255,7 @@ def parse_options(classes, argv, shown, **texts):
     values = {}
     for name, value in vars(parser.parse_args(argv)).items():
         if value is not None:
-            values[name] = tuple(value) if isinstance(value, list) else value
+            values[name] = as_option(value)
     return values
 
 

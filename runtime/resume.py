@@ -16,14 +16,14 @@ import socket
 import typing
 from pathlib import Path
 
-from base import InputError, RankError, to_json
+from base import InputError, RankError
 from base.options import seconds
 from records.metrics import METRICS, VAL_LOSS, meets
 
 from . import checkpoints
 from .log import show
-from .machine import first_rank_first, share_text
-from .options import RunConfig, defaults, flat
+from .machine import first_rank_first, share
+from .options import RunConfig, as_option, defaults, flat
 from .warm_start import differences, load_weights, other_tokens
 
 # What may differ between a run and its continuation; another text is found by its fingerprint
@@ -214,7 +214,7 @@ def begin(config, world, run_dir, resuming, dataset, closing):
 
     result, found = first_rank_first(world, look)
     tensors, meta = found or ({}, None)
-    result, meta = json.loads(share_text(world, json.dumps([result, meta])))
+    result, meta = share(world, [result, meta])
     return result, (tensors, meta) if meta else None
 
 
@@ -290,7 +290,7 @@ def refuse_other_options(config, world):
     """All ranks have to train the same: where the folder to go on from is not on every machine,
     its options are not either. Raises InputError."""
     ours = {name: value for name, value in flat(config).items() if name not in FREE}
-    theirs = json.loads(share_text(world, to_json(ours)))
+    theirs = share(world, ours)
 
     def compare():
         if lines := differences(ours, theirs, "on the first rank"):
@@ -333,7 +333,7 @@ def options_of(given):
         return {}
     for name, value in left.meta["config"].items():
         if name not in OF_A_COMMAND:
-            own[name] = tuple(value) if isinstance(value, list) else value
+            own[name] = as_option(value)
     return own
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from base import InputError
+from base import InputError, one_line
 from base.options import progress_of
 from base.places import runs_folder
 from data import Tokenizer
@@ -18,6 +18,7 @@ from kernels import choose_ops
 from models import DEFAULT_TEMPLATE, load_template, template_names
 
 from . import warm_start
+from .options import as_option
 
 TABLES = "tables.safetensors"  # what the model took from the training text besides weights
 
@@ -91,7 +92,7 @@ def load_run(folder, device="cpu", template=None, step=None):
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as e:
-        why = " ".join(str(e).split())
+        why = one_line(e)
         raise InputError(f"{path}: cannot be read: {why}") from None
     tokenizer = load_tokenizer(folder)
 
@@ -149,10 +150,15 @@ def read_tables(folder):
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        why = " ".join(str(e).split())
+        why = one_line(e)
         raise InputError(
             f"{path}: cannot be read: {why}; expected what the run counted in its training text"
         ) from None
+
+
+def weights_of(model):
+    """{name: CPU tensor} of a model's parameters: itself where it is on the CPU."""
+    return {name: p.detach().cpu() for name, p in model.named_parameters()}
 
 
 def fill(model, weights):
@@ -184,8 +190,7 @@ def template_config(fields, template=None):
     own = {}
     for f in dataclasses.fields(template.Config):
         if f.name in fields:
-            value = fields[f.name]
-            own[f.name] = tuple(value) if isinstance(value, list) else value
+            own[f.name] = as_option(fields[f.name])
     try:
         return template.Config(**own)
     except InputError as e:

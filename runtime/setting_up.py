@@ -373,6 +373,6 @@ def val_stage(setup, step):
 
 def weights_after(setup, step):
     """{name: CPU tensor} as they are to be kept after a step: not those of its stage."""
-    weights = {name: p.detach().cpu() for name, p in setup.model.named_parameters()}
+    weights = saved.weights_of(setup.model)
     heirs = setup.model.successors(setup.stages[step].model, None)
     return weights | {name: weights[source].clone() for name, source in heirs.items()}

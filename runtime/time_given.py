@@ -9,9 +9,9 @@ from base.options import seconds
 
 from .environment import best_seconds
 from .evaluation import part_of
-from .machine import share_text
+from .machine import share
 from .options import changed
-from .setting_up import backward, is_compiled, n_tokens, val_stage
+from .setting_up import backward, first_steps, is_compiled, n_tokens, val_stage
 
 TRIED = 4.0  # seconds of a step beyond which no step is tried
 AFTERWARDS = 1.5  # seconds for samples and weights at the end
@@ -32,11 +32,8 @@ def expected_training(setup):
 
     compiled = is_compiled(setup)  # then later: what is tried is not compiled yet
     plain = dataclasses.replace(setup, forward=setup.eager)
-    first = {}  # stage -> its first step
-    for step, stage in setup.stages.items():
-        first.setdefault(stage, step)
     taken = {}  # stage -> seconds of a step
-    for stage, step in first.items():
+    for stage, step in first_steps(setup.stages).items():
         setup.model.enter(setup.config.schedule.progress(step))
         batch = list(setup.data.train.micro_batches(step, micro_rows=setup.micro_rows[stage]))
 
@@ -99,7 +96,7 @@ def fit_to_time(setup, stages_of, elapsed):
     others = n_validations * validation_seconds(setup) + AFTERWARDS
     left = seconds(run.time) - elapsed - others
     steps = int(schedule.steps * left / expected_training(setup))
-    steps = int(share_text(setup.world, str(steps)))
+    steps = share(setup.world, steps)
     if steps < n_validations:
         raise InputError(
             f"--time {run.time}: {elapsed:.0f} s are over, and {n_validations} validations and "

@@ -7,7 +7,7 @@ not end a run: the run's own files have everything.
 import importlib
 from pathlib import Path
 
-from base import InputError
+from base import InputError, one_line
 
 PROJECT = "stopwatch"
 PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
@@ -92,7 +92,7 @@ class Tracker:
             work()
         except Exception as e:  # of whatever kind: the training is worth more
             self.send = self.close = None
-            why = " ".join(str(e).split())
+            why = one_line(e)
             self.say(
                 f"--track-with {self.name} failed, and gets no more: {type(e).__name__}: {why}"
             )

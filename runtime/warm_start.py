@@ -9,13 +9,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from base import InputError
+from base import InputError, one_line
 from data import sources
 from data.tokenizers import load_tokenizer
 from models import outline
 
 from . import checkpoints
-from .machine import first_rank_first, share_text
+from .machine import first_rank_first, share
 
 
 def read_weights(given):
@@ -42,7 +42,7 @@ def load_weights(folder, option, name="model.safetensors"):
     except (OSError, SafetensorError) as e:
         raise InputError(
             f"{option} {folder}: expected a run's folder with model.safetensors, or a "
-            f"checkpoint ({' '.join(str(e).split())})"
+            f"checkpoint ({one_line(e)})"
         ) from None
 
 
@@ -135,8 +135,7 @@ def choose_vocabulary(config, world, folder, resuming):
     def choose():
         return "" if world.rank else vocabulary(config, folder, resuming)
 
-    path = first_rank_first(world, choose)
-    return json.loads(share_text(world, json.dumps(path)))
+    return share(world, first_rank_first(world, choose))
 
 
 def vocabulary(config, folder, resuming):

@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import torch
 
-from base import InputError
+from base import InputError, one_line
 from benchmarks import subject
 from benchmarks.options import COUNT
 from benchmarks.report import say
@@ -147,7 +147,7 @@ class Bench:
             except (InputError, RuntimeError) as e:
                 if not isinstance(e, InputError) and not ran_out(e):
                     raise
-                row["error"] = " ".join(str(e).split())[:200]
+                row["error"] = one_line(e, 200)
         return row
 
 

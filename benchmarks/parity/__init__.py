@@ -30,7 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from base import InputError
+from base import InputError, one_line
 from base.places import cache_folder
 from benchmarks.options import COUNT
 from benchmarks.report import document, number, say, table
@@ -111,7 +111,7 @@ def run_one(job):
                 with Ours(Path(folder), shape.steps) as log:
                     curve = task.train(job["config"], tokens, seed, log)
     except InputError as e:
-        return row | dict(error=" ".join(str(e).split())[:400])
+        return row | dict(error=one_line(e, 400))
     seconds = time.perf_counter() - started
     return row | dict(curve=curve, seconds=seconds, cpu_seconds=time.process_time())
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from base import InputError
+from base import InputError, one_line
 from benchmarks.process import ROOT, execute, train
 
 WARM = 10  # first steps that the median time of a step leaves out
@@ -39,7 +39,7 @@ def importable(*names):
         try:
             importlib.import_module(name)
         except Exception as e:  # a package that is there may fail in ways of its own
-            said = " ".join(str(e).split())[:120]
+            said = one_line(e, 120)
             missing.append(f"{name} ({type(e).__name__}: {said})")
     return dict(missing=missing, torch=getattr(sys.modules.get("torch"), "__version__", None))
 

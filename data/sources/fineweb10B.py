@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from base import InputError, write_text
+from base import InputError, one_line, write_text
 from base.command import Parser, given_path
 from base.files import aside, difference, one_at_a_time, sha256_of, sweep
 from base.places import cache_folder
@@ -290,7 +290,7 @@ def hub_errors(where="", by_hand=BY_HAND):
         cause = e
         while cause.__cause__ is not None and not hasattr(cause, "response"):
             cause = cause.__cause__
-        reason = " ".join(str(getattr(cause, "server_message", None) or cause).split())[:300]
+        reason = one_line(getattr(cause, "server_message", None) or cause, 300)
         hub = f"the Hub at {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}"
         full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         full = full or "No space left" in reason

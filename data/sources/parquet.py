@@ -1,6 +1,6 @@
 """Parquet: a row is a document. Batches of rows are streamed, whatever the size of the file."""
 
-from base import InputError
+from base import InputError, one_line
 from data.sources import Source
 from data.sources.jsonl import ABOUT, ID, document
 
@@ -29,7 +29,7 @@ def read_file(path, name, part):
     except TypeError as e:
         raise InputError(f"{path}: row {number}: {e}") from None
     except (pyarrow.ArrowException, OSError, ValueError) as e:
-        said = " ".join(str(e).split())[:200]
+        said = one_line(e, 200)
         raise InputError(f"{path}: corrupt or cut short after row {number}: {said}") from None
 
 

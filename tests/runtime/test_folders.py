@@ -98,7 +98,7 @@ def test_a_new_run_does_not_begin_where_one_is(tmp_path, name):
 def test_all_ranks_know_whether_a_folder_is_named(monkeypatch, named):
     """They look for one together."""
     monkeypatch.setattr(folders, "first_rank_first", lambda world, prepare: prepare())
-    monkeypatch.setattr(folders, "share_text", lambda world, text: json.dumps([named, True]))
+    monkeypatch.setattr(folders, "share", lambda world, value: [named, True])
     folder, resuming = folders.choose_run_dir(tg.configure(), tg.World(rank=1, size=2))
     assert (folder is not None) == named and resuming
 

@@ -27,7 +27,7 @@ from runtime.machine import (
     first_rank_first,
     lost_another,
     native_dtype,
-    share_text,
+    share,
     to_device,
 )
 
@@ -43,7 +43,7 @@ def test_a_process_alone_needs_no_group(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert join_world(0) == World() == (0, 1, CPU, 1, None, None)
     assert not torch.distributed.is_initialized()
-    assert share_text(World(), "text") == "text" and first_rank_first(World(), lambda: 5) == 5
+    assert share(World(), "text") == "text" and first_rank_first(World(), lambda: 5) == 5
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -140,7 +140,7 @@ PROGRAM = f"""
 import json, torch, torch.distributed as dist
 from base import InputError
 from runtime.launch import join_world
-from runtime.machine import first_rank_first, share_text
+from runtime.machine import first_rank_first, share
 world = join_world(0)
 
 def total(group):
@@ -152,7 +152,7 @@ found = dict(rank=world.rank, size=world.size, local_size=world.local_size)
 found["node"] = total(world.node)
 found["across"] = world.across and total(world.across)
 found["first"] = first_rank_first(world, lambda: world.rank)
-found["texts"] = [share_text(world, text if world.rank == 0 else "other") for text in {TEXTS!r}]
+found["texts"] = [share(world, text if world.rank == 0 else "other") for text in {TEXTS!r}]
 found["failures"] = []
 for failing in range(world.size):
     def fail():

@@ -419,7 +419,7 @@ def test_what_names_no_run_brings_no_options(given):
 def test_all_ranks_train_the_same(tmp_path, monkeypatch):
     """One that does not see the folder to go on from would take other options."""
     theirs = flat(tg.configure()) | dict(n_layer=7)
-    monkeypatch.setattr(resume, "share_text", lambda world, text: json.dumps(theirs))
+    monkeypatch.setattr(resume, "share", lambda world, value: theirs)
     with pytest.raises(InputError, match="other options: n_layer: 4 here, 7 on the first rank"):
         resume.refuse_other_options(tg.configure(n_layer=4), tg.World())
 
