@@ -19,12 +19,12 @@ import sys
 from base import InputError
 from base.command import Parser, refuse
 
-COMMANDS = {  # name -> module, prefix of its add_arguments and run, help
-    "check": ("compare", "check_", "test the losses of a recipe's runs against its target"),
-    "compare": ("compare", "", "runs or groups of runs side by side, with speed-ups"),
-    "plot": ("plot", "", "draw loss against time and tokens"),
-    "add": ("add", "", "take finished runs into the records"),
-    "leaderboard": ("leaderboard", "", "write the records' page and chart anew"),
+COMMANDS = {  # module with add_arguments(parser) and run(args) -> exit status: help
+    "check": "test the losses of a recipe's runs against its target",
+    "compare": "runs or groups of runs side by side, with speed-ups",
+    "plot": "draw loss against time and tokens",
+    "add": "take finished runs into the records",
+    "leaderboard": "write the records' page and chart anew",
 }
 
 
@@ -38,13 +38,13 @@ def main(argv=None):
     parser = Parser(prog="./run.sh records", description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     try:
-        for name, (module, prefix, help) in COMMANDS.items():
+        for name, help in COMMANDS.items():
             command = commands.add_parser(name, help=help, formatter_class=layout)
             # Only what is needed: the others' libraries take seconds to load
             if argv[:1] == [name]:
-                module = importlib.import_module(f".{module}", __package__)
-                getattr(module, f"{prefix}add_arguments")(command)
-                command.set_defaults(run=getattr(module, f"{prefix}run"))
+                module = importlib.import_module(f".{name}", __package__)
+                module.add_arguments(command)
+                command.set_defaults(run=module.run)
         args = parser.parse_args(argv)
         return args.run(args)
     except InputError as e:

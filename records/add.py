@@ -28,10 +28,10 @@ from base import InputError, whole_file
 from base.command import given_path
 from base.files import sweep
 
-from .compare import APART, losses_to_test, t_test
+from .check import losses_to_test, t_test
 from .metrics import METRICS, TRAIN_LOSS, VAL_LOSS, meets
 from .read import read_runs
-from .runs import Run
+from .runs import APART, Run
 from .source import ARCHIVE, named_in, unpacked
 from .source import check as check_source
 

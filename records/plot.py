@@ -10,10 +10,9 @@ from base import InputError, whole_file
 from base.command import given_path
 
 from .add import OF_THE_RUN
-from .compare import APART, RUN_HELP
 from .metrics import unit
-from .read import read_runs
-from .runs import Run
+from .read import RUN_HELP, read_runs
+from .runs import APART, Run
 
 # Okabe and Ito's colours, told apart by colour-blind people too; without yellow, which is faint on
 # white

@@ -19,6 +19,10 @@ from .runs import Point, Run, conclude, describe, number, text, tokens_at, whole
 
 # Of a run of ours. A record compresses its metrics, and has the configuration in log.txt alone.
 RUN_FILES = ("log.txt", "metrics.jsonl", "metrics.jsonl.bz2", "config.json", "result.json")
+RUN_HELP = (
+    "a run's folder, a log (ours, modded-nanogpt's, llm.c's, nanoGPT's, nanochat's), or a folder "
+    "of those"
+)
 LOG_SUFFIXES = (".txt", ".log", ".out", ".stdout", ".err", ".stderr")
 
 

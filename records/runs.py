@@ -11,6 +11,29 @@ from base.options import progress_of, stage_number
 
 from .metrics import VAL_LOSS, meets
 
+# Fields of the configuration that are not the recipe: where a run is kept, how it is kept alive,
+# how its work is divided
+APART = (
+    "seed",
+    "run_dir",
+    "cache_dir",
+    "text",
+    "gpus",
+    "repeat",
+    "micro_tokens",
+    "recompute",
+    "sample_tokens",
+    "sample_every",
+    "sample_prompts",
+    "resume",
+    "extend",
+    "vocabulary",
+    "checkpoint_every",
+    "keep_last",
+    "keep_best",
+    "max_restarts",
+)
+
 
 class Point(NamedTuple):
     """One measurement, of a validation or of a training step."""
@@ -72,6 +95,21 @@ class Run:
         if self.dialect == "stopwatch":
             return bool(self.finished)
         return bool(self.val) and self.val[-1].step == self.steps
+
+    @property
+    def usable(self):
+        """Whether its last loss is that of its end. A log that does not say where its run would end
+        has to be believed."""
+        if self.final_loss is None:
+            return False
+        return self.finished is not False or self.stopped_early
+
+    @property
+    def ending(self):
+        """What kept it from being usable, in words."""
+        if self.final_loss is None:
+            return f"{self.where} has no validation"
+        return f"{self.where} did not end (last step {self.steps} of {self.total_steps})"
 
     @property
     def matmul_rate(self):

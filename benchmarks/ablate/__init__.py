@@ -39,7 +39,7 @@ from base import InputError, one_line
 from benchmarks import subject
 from benchmarks.options import COUNT
 from benchmarks.report import say
-from records.compare import APART
+from records.runs import APART
 from runtime.environment import describe_environment
 from runtime.log import Log
 from runtime.memory import free_memory, ran_out

@@ -18,7 +18,7 @@ from scipy.stats import ttest_1samp
 
 import records.__main__
 from records.add import load_run, slugify
-from records.compare import losses_to_test, t_test
+from records.check import losses_to_test, t_test
 from records.read import read_runs
 from records.source import ARCHIVE, header_line, pack_source, source_of
 from runtime.log import Log

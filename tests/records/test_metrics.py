@@ -5,7 +5,7 @@ import math
 import pytest
 
 from records import metrics
-from records.compare import t_test, verdict
+from records.check import t_test, verdict
 from records.metrics import METRICS, VAL_LOSS, Evaluation, better, measure, meets, needs_bytes, unit
 
 
