@@ -32,10 +32,10 @@ class Drawing:
     def draw(self, logits, at, temperature=1.0, top_p=1.0, min_p=0.0):
         """(B,) int64 token ids on the CPU.
 
-        logits: (B, V) fp32, -inf for what is ruled out, but one in each row; at: (B,) float64, from
-        0 to 1, uniform draws.
+        logits: (B, V), taken as fp32, -inf for what is ruled out, but one in each row; at: (B,)
+        float64, from 0 to 1, uniform draws.
         """
-        logits = logits.contiguous()
+        logits = logits.float().contiguous()
         tokens = torch.empty(len(logits), dtype=torch.int64)
         self.c.draw(
             *logits.shape,

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from base import InputError
 from data import read_shard
 from kernels.contexts import takes
 
@@ -53,6 +54,24 @@ class Counts:
             if self.known:
                 found = [tables[f"{name}.{i}"] for name in Length.STORED]
             self.lengths.append(Length(*(torch.as_tensor(x, device=device) for x in found)))
+
+    @classmethod
+    def of_tables(cls, n, tables, device=None):
+        """Of what tables() gave. Raises InputError for what it cannot have given, since look-ups
+        trust it."""
+        contexts = 1
+        for i in range(n):
+            first, follower, count = (tables.get(f"{name}.{i}") for name in Length.STORED)
+            right = first is not None and follower is not None and count is not None
+            right = right and all(x.dtype == torch.int32 for x in (first, follower, count))
+            right = right and first.shape == (contexts + 1,) and follower.shape == count.shape
+            right = right and follower.dim() == 1 and first[0] == 0 and first[-1] == len(follower)
+            if not right or (first.diff() < 0).any():
+                raise InputError(
+                    f"the counts of {i + 1} tokens in the training text are not whole; train anew"
+                )
+            contexts = len(follower)
+        return cls(n, tables, device)
 
     @classmethod
     def of_text(cls, shards, eot, n, device=None, most=MOST):

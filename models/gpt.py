@@ -296,8 +296,8 @@ class Model(nn.Module):
         return self.c.counts > 0 and not self.counts.known
 
     def take_tables(self, tables):
-        """What tables() gave."""
-        self.counts = counts.Counts(self.c.counts, tables, self.cos.device)
+        """What tables() gave. Raises InputError for what it cannot have given."""
+        self.counts = counts.Counts.of_tables(self.c.counts, tables, self.cos.device)
 
     def enter(self, progress):
         """Fill the rotary tables, and what else goes by the stage, for the one that this progress

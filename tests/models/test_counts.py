@@ -243,6 +243,26 @@ def test_tables_make_the_same_counts(table, rows):
     assert not any(x.any() for x in nothing)
 
 
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("first.0", lambda x: x[:-1]),
+        ("first.1", lambda x: x + 1),
+        ("first.2", lambda x: torch.cat([x[:1], x[1:-1].flip(0), x[-1:]])),
+        ("first.1", lambda x: x.long()),
+        ("follower.1", lambda x: x[:-1]),
+        ("count.2", lambda x: x[:, None]),
+        ("count.2", lambda x: None),
+    ],
+)
+def test_tables_that_are_not_whole_are_refused(table, name, change):
+    tables = table.tables()
+    assert counts.Counts.of_tables(N, tables).known
+    tables[name] = change(tables[name])
+    with pytest.raises(InputError, match=f"counts of {int(name[-1]) + 1} tokens .* not whole"):
+        counts.Counts.of_tables(N, tables)
+
+
 # --- in a model
 
 
