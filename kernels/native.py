@@ -31,7 +31,8 @@ def build(name, folder, say=lambda message: None):
     where that is not possible, which say(message) is told."""
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     source = HERE / f"{name}.c"
-    text = b"".join(f.read_bytes() for f in (source, HERE / "native.h", Path(__file__)))
+    sources = [source, *sorted(HERE.glob("*.h")), Path(__file__)]
+    text = b"".join(f.read_bytes() for f in sources)
     # A folder may be shared by machines that have other processors
     key = hashlib.sha256(text + processor().encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}-{key}.so"
