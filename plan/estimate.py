@@ -348,6 +348,33 @@ def shards_of(place):
     return node if place.count % node == 0 else place.count
 
 
+def exchange_ms_of(model, config, place):
+    """Milliseconds in which a step's gradients and parameters go from GPU to GPU."""
+    if place.count == 1:
+        return 0.0
+    kind = place.hardware
+    links = Links(kind.link, kind.network, kind.node)
+    parameters = parameters_of(model, rules_of(model, config.optim))
+    return communication_ms(collectives_of(parameters, place.count, kind.node), place.count, links)
+
+
+def caveats_of(place, batch, passes):
+    """[a line, ...] on what is not in the plan's numbers; batch: tokens of a step; passes: over the
+    data, None if nobody knows."""
+    lines = []
+    if place.cuda and batch / place.count < FEW_TOKENS:
+        lines.append(
+            f"{batch / place.count:,.0f} tokens a step for each GPU are few: what every step costs "
+            "whatever its size, milliseconds, is not counted"
+        )
+    if passes and passes > REPEATS:
+        lines.append(
+            f"{passes:.0f} passes over the data; from {REPEATS} on, text that comes again teaches "
+            "less than new text"
+        )
+    return lines
+
+
 def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, watts=None):
     """dict: the plan; keys as ./run.sh plan --json prints them. Raises InputError.
 
@@ -373,38 +400,35 @@ def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, wa
 
     # A step's products, then what is exchanged; nothing of that is taken to be hidden
     speed = speed_of(place, config, per_token)
-    seconds = None
-    exchange_ms = 0.0
-    if place.count > 1:
-        kind = place.hardware
-        links = Links(kind.link, kind.network, kind.node)
-        rules = rules_of(model, config.optim)
-        exchanged = collectives_of(parameters_of(model, rules), place.count, kind.node)
-        exchange_ms = communication_ms(exchanged, place.count, links)
+    exchange_ms = exchange_ms_of(model, config, place)
+    seconds = hours = None
     if speed.share:
         rate = place.count * place.peak * speed.share
         if recompute:
             rate *= 3 / 4  # the blocks' forward pass, a third of the rest, comes twice
         seconds = flops / rate + steps * exchange_ms / 1e3
-    hours = seconds / 3600 if seconds else None
+        hours = seconds / 3600
 
+    # What that takes of the purse and of the wall socket
     kind = place.hardware
     usd_per_hour = usd if usd is not None else kind.usd_per_hour
     watts_each = watts if watts is not None else kind.watts
+    cost = kwh = None
+    if hours and usd_per_hour is not None:
+        cost = hours * place.count * usd_per_hour
+    if hours and watts_each is not None:
+        kwh = hours * place.count * watts_each / 1e3
+
+    # How good it will be
     expected = expected_loss(config, n, tokens)
     value = expected.expected if expected else scaling.Expected(None, None, None)
-    caveats = list(expected.caveats) if expected else []
     passes = tokens / data.tokens if data else None
-    if place.cuda and batch / place.count < FEW_TOKENS:
-        caveats.append(
-            f"{batch / place.count:,.0f} tokens a step for each GPU are few: what every step costs "
-            "whatever its size, milliseconds, is not counted"
-        )
-    if passes and passes > REPEATS:
-        caveats.append(
-            f"{passes:.0f} passes over the data; from {REPEATS} on, text that comes again teaches "
-            "less than new text"
-        )
+    caveats = list(expected.caveats) if expected else []
+    caveats += caveats_of(place, batch, passes)
+    chinchilla = {
+        name: round(scaling.loss((E, A, a, B, b), min(params, n), tokens), 3)
+        for name, (E, A, a, B, b) in scaling.CHINCHILLA.items()
+    }
     return dict(
         track=config.goal.track,
         template=config.goal.template,
@@ -435,10 +459,10 @@ def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, wa
         exchange_ms=round(exchange_ms, 2),
         tokens_per_s=round(tokens / seconds) if seconds else None,
         hours=hours,
-        usd=None if not hours or usd_per_hour is None else hours * place.count * usd_per_hour,
+        usd=cost,
         usd_per_hour=usd_per_hour,
         usd_from="given" if usd is not None else f"{kind.price_date}, {kind.price_source}",
-        kwh=None if not hours or watts_each is None else hours * place.count * watts_each / 1e3,
+        kwh=kwh,
         watts=watts_each,
         watts_from="given" if watts is not None else kind.watts_source,
         val_bpb=value.value,
@@ -446,8 +470,5 @@ def make_plan(config, place, rule="track", data=None, n_vocab=None, usd=None, wa
         val_bpb_high=value.high,
         val_bpb_from=expected.source if expected else None,
         caveats=caveats,
-        chinchilla_nats={
-            name: round(scaling.loss((E, A, a, B, b), min(params, n), tokens), 3)
-            for name, (E, A, a, B, b) in scaling.CHINCHILLA.items()
-        },
+        chinchilla_nats=chinchilla,
     )

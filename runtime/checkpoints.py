@@ -218,10 +218,9 @@ def open_store(options, log):
     if options.checkpoint_every == "off" or not log.active:
         yield None
         return
-    folder = log.folder / "checkpoints"
-    with contextlib.closing(
-        Checkpoints(folder, options.keep_last, options.keep_best, log.say)
-    ) as store:
+    keep = options.keep_last, options.keep_best
+    store = Checkpoints(log.folder / "checkpoints", *keep, log.say)
+    with contextlib.closing(store):
         yield store
 
 

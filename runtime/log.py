@@ -174,10 +174,7 @@ class Log:
         """
         kept = {name: value for name, value in (kept or {}).items() if value is not None}
         more = {name: value for name, value in more.items() if value is not None}
-        line = (
-            f"step:{step}/{total} {kind}_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
-            f"step_avg:{1000 * seconds / max(step, 1):.2f}ms"
-        )
+        line = f"step:{step}/{total} {kind}_loss:{loss:.4f} {timed(step, seconds)}"
         for name, value in more.items():
             line += f" {name}:{value:{METRICS[name].format}}"
         self.say(line, quiet=kind == "train")
@@ -198,10 +195,8 @@ class Log:
 
     def quick(self, step, total, name, value, seconds):
         """The lines of a look at a part of the validation split. name: of the metric."""
-        self.say(
-            f"step:{step}/{total} part_{name}:{value:{METRICS[name].format}} "
-            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
-        )
+        value_in_words = f"part_{name}:{value:{METRICS[name].format}}"
+        self.say(f"step:{step}/{total} {value_in_words} {timed(step, seconds)}")
         if self.active:
             row = {"step": step, f"part_{name}": value, "train_time": seconds}
             self.keep_numbers(row)
@@ -279,6 +274,11 @@ class Log:
                 self.bar.close()
             self.text.close()
             self.metrics.close()
+
+
+def timed(step, seconds):
+    """The end of a step line: the training clock and its mean, as the field's logs have them."""
+    return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
 
 
 class Lines:

@@ -103,19 +103,8 @@ def set_up(config, stages, world, data, log):
         report = torch.compile(report, dynamic=False)
     guard = Guard(device, report, strict=not skips, spike_sigmas=config.guard.spike_sigmas)
 
-    measure = evaluate
-    eager = forward = model
-    if config.teaching.preference != "none":
-        measure = evaluate_pairs
-        eager = forward = PairLoss(model, config.teaching)
-        if compiled:
-            forward = PairLoss(model, config.teaching, compiled)
-    elif config.policy.reward:
-        eager = forward = PolicyLoss(model, config.policy)
-        if compiled:
-            forward = PolicyLoss(model, config.policy, compiled)
-    elif compiled:
-        forward = torch.compile(model, fullgraph=True, dynamic=False)
+    eager, forward = choose_loss(config, model, compiled)
+    measure = evaluate_pairs if config.teaching.preference != "none" else evaluate
     flops = sum(n_tokens(config, s) * model.flops_per_token(s.model) for s in stages.values())
     return Setup(
         config=config,
@@ -137,6 +126,21 @@ def set_up(config, stages, world, data, log):
         peak=peak,
         memory=estimate,
     )
+
+
+def choose_loss(config, model, compiled):
+    """(the loss of a batch, the same compiled where that is on): the model's own, or that of pairs
+    or answers by its log probabilities."""
+    if config.teaching.preference != "none":
+        kind, options = PairLoss, config.teaching
+    elif config.policy.reward:
+        kind, options = PolicyLoss, config.policy
+    elif compiled:
+        return model, torch.compile(model, fullgraph=True, dynamic=False)
+    else:
+        return model, model
+    eager = kind(model, options)
+    return eager, kind(model, options, compiled) if compiled else eager
 
 
 def choose_kernels(config, stages, world, data, dtype, log):
