@@ -29,6 +29,8 @@ class Ops(types.SimpleNamespace):
     embedding, linear_log_prob, rotate_halves
                     in PyTorch or in C
     attention       with its backend bound
+    attention_of    None, or attention of a projection with what comes before and after it: as
+                    products.py has it
     polar_express   in the form that goes with symmetric_matmul's
     linear          as in decoding.py, which also has the forms for decoding on a CPU
     attend_one      None, or in decoding as there; decoding: None, or where those forms come from
@@ -128,6 +130,7 @@ def choose_ops(
         functions["new_mlp"] = OPS["relu2_mlp"].new_fp8
         functions["linear_cross_entropy"] = OPS["linear_cross_entropy"].new_fp8()
 
+    polar = fused.polar_express if in_c else polar_express
     by_kernels = forms["symmetric_matmul"] == "triton"
     backend = choose_backend(device, dtype, head_dim, shapes=shapes, say=say)
     return Ops(
@@ -135,9 +138,10 @@ def choose_ops(
         attention=functools.partial(fused.attention if in_c else attention, backend=backend),
         embedding=fused.embedding if in_c else embedding,
         linear_log_prob=fused.linear_log_prob if in_c else linear_log_prob,
-        polar_express=polar_express_by_kernels if by_kernels else polar_express,
+        polar_express=polar_express_by_kernels if by_kernels else polar,
         linear=linear_reference,
         rotate_halves=fused.rotate_halves if in_c else rotate_halves_reference,
+        attention_of=fused.attention_of(dtype) if in_c else None,
         attend_one=None,
         decoding=None,
         fused=fused if in_c else None,

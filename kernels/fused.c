@@ -1,18 +1,10 @@
 /* Ops of a training step on a CPU, each in one pass over what it reads. fused.py says what they
    compute and calls them.
 
-   Rows are shared out as PARTS parts, whatever the number of threads: sums over rows are added up
-   part by part, so that threads change no bit. */
+   Sums over rows are added up part by part, whatever the number of threads, so that threads change
+   no bit. */
 
 #include "native.h"
-
-#define PARTS 16
-
-#define FOR_EACH_PART(rows)                                                                        \
-    _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")             \
-    for (long part = 0; part < PARTS; part++)                                                      \
-        for (long first = (rows) * part / PARTS, last = (rows) * (part + 1) / PARTS, once = 1;     \
-             once; once = 0)
 
 /* --- RMSNorm of x (rows, n), or of s = x + residual, which is written; y = s r weight */
 
@@ -67,21 +59,6 @@ void rms_norm_backward(int half, long rows, long n, const void *dy, const void *
 
 /* --- RMSNorm and rotation of queries and keys: qkv (B, T, heads + 2 kv_heads, D) in one stretch */
 
-static inline void norm_rotate(const void *x, long from, void *y, long to, long D, int half,
-                               const float *c, const float *s, float eps, float *own, float *turned)
-{
-    long n = D / 2;
-    load(x, from, D, half, own);
-    float r = inverse_rms(own, D, eps);
-#pragma omp simd
-    for (long i = 0; i < n; i++) {
-        float a = own[i] * r, b = own[n + i] * r;
-        turned[i] = a * c[i] + b * s[i];
-        turned[n + i] = b * c[i] - a * s[i];
-    }
-    store_row(y, to, D, turned, half);
-}
-
 void qk_norm_rope(int half, long rows, long T, long heads, long kv_heads, long D, const void *qkv,
                   const void *cos, const void *sin, float eps, void *q, void *k, int threads)
 {
@@ -122,24 +99,13 @@ void qk_norm_rope_backward(int half, long rows, long T, long heads, long kv_head
                 const int64_t *stride = strides + 3 * kind;
                 long at = m / T * stride[0] + m % T * stride[1] + head * stride[2];
                 long to = (m * all + h) * D;
-                load(from, at, D, half, g);
                 if (kind == 2) {
+                    load(from, at, D, half, g);
                     store_row(dqkv, to, D, g, half);
                     continue;
                 }
-                load(qkv, to, D, half, own);
-                float r = inverse_rms(own, D, eps), along = 0;
-#pragma omp simd reduction(+ : along)
-                for (long i = 0; i < n; i++) {
-                    turned[i] = g[i] * c[i] - g[n + i] * s[i];
-                    turned[n + i] = g[i] * s[i] + g[n + i] * c[i];
-                    along += turned[i] * own[i] + turned[n + i] * own[n + i];
-                }
-                along *= r * r / D;
-#pragma omp simd
-                for (long i = 0; i < D; i++)
-                    turned[i] = r * (turned[i] - own[i] * along);
-                store_row(dqkv, to, D, turned, half);
+                norm_rotate_backward(qkv, to, from, at, dqkv, to, D, half, c, s, eps, own, g,
+                                     turned);
             }
         }
         free(own);

@@ -16,16 +16,19 @@ dtypes and devices, softcaps, torch.compile), the PyTorch forms stay.
 Bytes: as in the ops' own files for one kernel each.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from . import contexts, native
+from . import contexts, native, products
 from .attention import attention, sdpa_attend
 from .cross_entropy import check
 from .decoding import rotate_halves_reference
 from .linear_log_prob import linear_log_prob
 from .native import FLOAT, INT, LONG, POINTER
 from .op import OPS
+from .polar_express import polar_express
 from .sampled_softmax import stands_for
 
 PARTS = 16  # of the rows, as in C
@@ -56,16 +59,19 @@ SIGNATURES = dict(
 def build(folder, say=lambda message: None):
     """The Fused of this machine; None where that is not possible. As native.build()."""
     library = native.build("fused", folder, say)
-    return None if library is None else Fused(library, contexts.build(folder, say))
+    if library is None:
+        return None
+    return Fused(library, contexts.build(folder, say), products.build(folder, say))
 
 
 class Fused:
     """The compiled library. Methods take what the PyTorch forms take. contexts: a Contexts, or
-    None."""
+    None; products: a Products, or None, for fp32 where it is faster than PyTorch's."""
 
-    def __init__(self, library, contexts=None):
+    def __init__(self, library, contexts=None, products=None):
         self.c = native.declare(library, SIGNATURES)
         self.contexts = contexts
+        self.products = products
 
     def __deepcopy__(self, memo):
         return self  # copies of a model share it: it has no state
@@ -150,11 +156,32 @@ class Fused:
         if low < -1 or high >= len(w):
             raise IndexError(f"targets from {low} to {high}: expected 0 to {len(w) - 1}")
         wanted = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+        if self.multiplies(h):
+            bias = None if sampled is None else stands_for(sampled, len(w)).float()
+            return self.products.losses(h, w, columns, bias, wanted)
         return LinearCrossEntropy.apply(self, h, w, columns, sampled, wanted)
+
+    def multiplies(self, *tensors):
+        return self.products is not None and tensors[0].dtype == torch.float32 and takes(*tensors)
 
     def attention(self, q, k, v, **about):
         """As attention.py has it."""
-        return attention(q, k, v, **about, attend=self.attend)
+        attend = functools.partial(attention, attend=self.attend)
+        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        if about["backend"] == "sdpa" and wanted and self.multiplies(q, k, v):
+            attend = self.products.attention
+        return attend(q, k, v, **about)
+
+    def attention_of(self, dtype):
+        """products.py's for this dtype, or None."""
+        given = self.products is not None and dtype == torch.float32
+        return self.products.attention_of if given else None
+
+    def polar_express(self, G, steps=5):
+        """As polar_express.py has it."""
+        if not self.multiplies(G):
+            return polar_express(G, steps)
+        return self.products.polar_express(G, steps)
 
     def attend(self, q, k, v, mask, scale):
         """In bf16 with gradients, in about half of PyTorch's time, whose backward is slow; in fp32

@@ -67,7 +67,15 @@ static inline float fast_exp(float x)
     return x < -87.0f ? 0 : p * two_n;
 }
 
-/* --- rows */
+/* --- rows, shared out as PARTS parts, whatever the number of threads */
+
+#define PARTS 16
+
+#define FOR_EACH_PART(rows)                                                                        \
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")             \
+    for (long part = 0; part < PARTS; part++)                                                      \
+        for (long first = (rows) * part / PARTS, last = (rows) * (part + 1) / PARTS, once = 1;     \
+             once; once = 0)
 
 static inline void store_row(void *to, long first, long n, const float *from, int half)
 {
@@ -172,4 +180,43 @@ static inline void swiglu_row(int half, long m, long n, const void *x, void *y, 
     for (long i = 0; i < n; i++)
         gate[i] = rounded(gate[i] / (1 + fast_exp(-gate[i])), half) * up[i];
     store_row(y, m * n, n, gate, half);
+}
+
+/* --- heads of queries and keys, x (D): y = x / rms(x), each pair (i, i + D / 2) turned by an angle */
+
+static inline void norm_rotate(const void *x, long from, void *y, long to, long D, int half,
+                               const float *c, const float *s, float eps, float *own, float *turned)
+{
+    long n = D / 2;
+    load(x, from, D, half, own);
+    float r = inverse_rms(own, D, eps);
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+        float a = own[i] * r, b = own[n + i] * r;
+        turned[i] = a * c[i] + b * s[i];
+        turned[n + i] = b * c[i] - a * s[i];
+    }
+    store_row(y, to, D, turned, half);
+}
+
+/* dy, x -> dx */
+static inline void norm_rotate_backward(const void *x, long from, const void *dy, long at, void *dx,
+                                        long to, long D, int half, const float *c, const float *s,
+                                        float eps, float *own, float *g, float *turned)
+{
+    long n = D / 2;
+    load(dy, at, D, half, g);
+    load(x, from, D, half, own);
+    float r = inverse_rms(own, D, eps), along = 0;
+#pragma omp simd reduction(+ : along)
+    for (long i = 0; i < n; i++) {
+        turned[i] = g[i] * c[i] - g[n + i] * s[i];
+        turned[n + i] = g[i] * s[i] + g[n + i] * c[i];
+        along += turned[i] * own[i] + turned[n + i] * own[n + i];
+    }
+    along *= r * r / D;
+#pragma omp simd
+    for (long i = 0; i < D; i++)
+        turned[i] = r * (turned[i] - own[i] * along);
+    store_row(dx, to, D, turned, half);
 }

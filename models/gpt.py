@@ -519,11 +519,12 @@ class Model(nn.Module):
         return x + y
 
     def more_values(self, layer, x, h, given):
-        """(B, T, C) that joins the values of attention, whose input is h; None for nothing."""
+        """What joins the values of attention, whose input is h: (B, T, C), and how much of it by
+        head, (B, T, H), None for all; (None, None) for nothing."""
         c = self.c
         w = given.weights
-        B, T, _ = h.shape
         more = None
+        share = None
         # Value embedding: a second embedding of the token, gated by head
         if given.value is not None:
             if "value_gate" in w:
@@ -535,18 +536,24 @@ class Model(nn.Module):
                     half = GATE_INPUTS // 2
                     seen = torch.cat([h[..., :half], given.value[..., :half]], dim=-1)
                 share = gate(seen, layer.w_value_gate)
-            value = given.value.view(B, T, c.n_head, c.head_dim)
-            more = (share[..., None] * value).flatten(2)
+            more = given.value
         # MUDD: shares of earlier streams
         if given.late is not None:
             streams = w["values_x0"] * given.x0 + w["values_late"] * given.late
             streams = streams + w["values_x"] * x
-            more = streams if more is None else more + streams
-        return more
+            more = streams if more is None else self.shared(more, share) + streams
+            share = None
+        return more, share
+
+    def shared(self, values, share):
+        """(B, T, C) by the share of each head, (B, T, H) or None."""
+        if share is None:
+            return values
+        return (share[..., None] * values.unflatten(2, (self.c.n_head, -1))).flatten(2)
 
     def attention(self, layer, h, batch, more_values, weights):
-        """h: (B, T, C), normalised; more_values: alike or None, joins the values; weights: of the
-        layer -> (B, T, C)."""
+        """h: (B, T, C), normalised; more_values: what joins the values; weights: of the layer ->
+        (B, T, C)."""
         c = self.c
         i = layer.number
         B, T = batch.inputs.shape
@@ -562,27 +569,47 @@ class Model(nn.Module):
         if pair:
             w_qkv = w_qkv.view(3, 2, -1, c.n_embd).transpose(0, 1).flatten(0, 2)
         qkv = F.linear(h, w_qkv).view(B, n * T, 3 * H // n, D)
+        offset = c.key_offset and c.sees_far(i) and not pair
+        if self.in_one(batch, pair, weights):
+            more, share = more_values
+            y = self.ops.attention_of(
+                qkv,
+                self.cos,
+                self.sin,
+                starts=batch.starts if offset else None,
+                value=more,
+                share=share,
+                gate=self.share_of_output(layer, h, weights),
+                **self.seen(i, 1, batch),
+            )
+            return F.linear(y.reshape(B, T, c.n_embd), layer.w_o)
         q, k, v = self.qk_norm_rope(qkv, n, batch)  # (B, n T, H / n, D) each
         if batch.stage.by_buffers:
             q = (self.rescale * q.float()).to(q.dtype)
 
         # Key offset: what stands still of a key is its predecessor's, so that a query finds what
         # came after a token
-        if c.key_offset and c.sees_far(i) and not pair:
+        if offset:
             still = torch.arange(D, device=h.device) % (D // 2) >= D // 4  # (D,)
             k = torch.where(still, self.one_before(k, batch, k, f"key {i}"), k)
 
-        if more_values is not None:
-            v = v + more_values.view(v.shape)
+        more, share = more_values
+        if more is not None:
+            v = v + self.shared(more, share).view(v.shape)
 
         y = self.attend(i, q, k, v, n, batch)  # (B, n T, H / n, D)
         if "xsa" in weights:
             y = without_own_value(y, v, weights["xsa"])
-        if "out" in weights:
-            y = weights["out"][..., None] * y.reshape(B, T, H, D)
-        elif layer.w_out_gate is not None:
-            y = gate(h, layer.w_out_gate)[..., None] * y.reshape(B, T, H, D)
+        share = self.share_of_output(layer, h, weights)
+        if share is not None:
+            y = share[..., None] * y.reshape(B, T, H, D)
         return F.linear(y.reshape(B, T, c.n_embd), layer.w_o)
+
+    def share_of_output(self, layer, h, weights):
+        """What each head's output is multiplied by, (B, T, H), or None."""
+        if "out" in weights:
+            return weights["out"]
+        return None if layer.w_out_gate is None else gate(h, layer.w_out_gate)
 
     # What the layers begin with
 
@@ -690,15 +717,22 @@ class Model(nn.Module):
         if batch.cache is not None:
             window = min(n * stage.windows[layer], n * stage.max_doc_len - 1)
             return batch.cache.attend(layer, q, k, v, window, stage.attn_scale)
-        return self.ops.attention(
-            q,
-            k,
-            v,
+        return self.ops.attention(q, k, v, **self.seen(layer, n, batch))
+
+    def seen(self, layer, n, batch):
+        """What a query sees, and the scale of its scores."""
+        stage = batch.stage
+        return dict(
             cu_seqlens=n * batch.cu_seqlens,
             max_seqlen=n * stage.max_doc_len,
             window=n * stage.windows[layer],
             scale=stage.attn_scale,
         )
+
+    def in_one(self, batch, pair, weights):
+        """Whether attention is one op with what comes before and after it."""
+        plain = not pair and batch.cache is None and not batch.stage.by_buffers
+        return plain and "xsa" not in weights and self.ops.attention_of is not None
 
     def forward(self, inputs, targets, cu_seqlens, stage, target_weights=None):
         """Summed cross-entropy (fp32 scalar) over the targets that are not padding.
