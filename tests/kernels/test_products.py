@@ -72,9 +72,7 @@ def test_losses_again(c):
     """A second backward pass gives the same, and what is not a number stays in its row."""
     h, w = draw(9, 16).requires_grad_(), draw(20, 16, seed=1).requires_grad_()
     losses = c.linear_log_prob(h, w, torch.arange(9))
-    first, second = (
-        torch.autograd.grad(losses.sum(), (h, w), retain_graph=True) for _ in range(2)
-    )
+    first, second = (torch.autograd.grad(losses.sum(), (h, w), retain_graph=True) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second))
     with torch.no_grad():
         h[4, 2] = float("nan")
