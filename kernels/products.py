@@ -86,7 +86,7 @@ class Products:
         window,
         scale,
     ):
-        """Attention of a projection qkv (B, T, 3 H, D) with what comes before and after: (B, T, H, D).
+        """Attention of a projection qkv (B, T, 3 H, D) and what is around it -> (B, T, H, D).
 
         q and k are normed and rotated by cos and sin (T, 1, D / 2), as qk_norm_rope.py has it.
         starts: (B, T) bool, where documents start: elsewhere half of what a key has in each half
