@@ -58,18 +58,11 @@ from runtime.policy import PolicyConfig
 from runtime.preferences import TeachingConfig
 from runtime.saved import step_weights
 from runtime.session import Session
-from runtime.setting_up import (
-    backward,
-    batches_ahead,
-    begin_run,
-    make_ready,
-    n_tokens,
-    set_up,
-    val_stage,
-    weights_after,
-)
+from runtime.setting_up import set_up
 from runtime.signals import Requests
+from runtime.steps import backward, batches_ahead, begin_run, n_tokens, val_stage, weights_after
 from runtime.time_given import expected_bpb, expected_training, fit_to_time, within_epochs
+from runtime.warming_up import make_ready
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: every field of every part is a command-line option

@@ -25,8 +25,9 @@ from runtime.collectives import parameters_of
 from runtime.launch import join_world
 from runtime.machine import World, keep_freed_memory
 from runtime.options import flat
-from runtime.setting_up import is_compiled, warm_up
 from runtime.signals import Requests
+from runtime.steps import is_compiled
+from runtime.warming_up import warm_up
 
 ROOT = Path(tg.__file__).resolve().parent
 BY_STAGE = ("max_doc_len", "short_window", "long_window", "stage_lr", "mtp", "sampled_softmax")

@@ -3,7 +3,7 @@
 from base import InputError, last_resort
 from base.places import cache_folder
 from kernels import drawing
-from runtime.setting_up import val_stage
+from runtime.steps import val_stage
 
 from .engine import Engine, Request
 from .options import FIXED, fixed_prompts

@@ -29,7 +29,7 @@ from runtime.environment import device_name, matmul_rate
 from runtime.hardware import Hardware
 from runtime.machine import choose_dtype
 from runtime.options import peek
-from runtime.setting_up import n_tokens
+from runtime.steps import n_tokens
 from tracks import load_track
 
 GB = 1e9

@@ -22,7 +22,7 @@ from base import InputError, to_json
 from base.command import Parser, given_path, refuse
 from models import outline
 from records.scaling import FOLDER
-from runtime.setting_up import n_tokens
+from runtime.steps import n_tokens
 
 TOKENS = tuple(2**k for k in range(18, 22))  # 262,144 to 2,097,152
 N_VOCAB = 4096

@@ -27,7 +27,7 @@ from runtime import machine
 from runtime.finish import keep_best
 from runtime.policy import advantages, token_weights
 from runtime.saved import fill, weights_of
-from runtime.setting_up import is_compiled, val_stage
+from runtime.steps import is_compiled, val_stage
 from train_gpt import lr_at, muon_momentum
 
 from .command import make_parser, teach

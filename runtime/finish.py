@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from .evaluation import of_training_text
 from .saved import fill, weights_of
-from .setting_up import weights_after
+from .steps import weights_after
 
 # Of the process's time, in a result
 PARTS = "imports_s", "data_s", "compile_s", "train_s", "validation_s", "sample_s", "save_s"

@@ -1,7 +1,7 @@
 """A configuration made ready on a machine: model, optimizer, guard, batches; compiled if that pays.
 
-A program's loop asks it for the forward and backward passes of a step. Stages are the program's:
-each has `rows`, of the global batch, and `model`, the template's own stage.
+What a program's loop asks of it is in steps.py. Stages are the program's: each has `rows`, of the
+global batch, and `model`, the template's own stage.
 """
 
 import dataclasses
@@ -10,21 +10,21 @@ import typing
 
 import torch
 
-from base import InputError, RankError, last_resort, to_json
+from base import InputError, to_json
 from base.places import cache_folder
-from data import Prefetcher
 from kernels import choose_ops, fused
 from kernels.attention import Shape
 from models import load_template
-from optim import Optimizer, TouchedRows, gradient_report, rules_of
+from optim import Optimizer, gradient_report, rules_of
 
-from . import compiling, machine, memory, saved, warm_start
-from .environment import best_seconds, describe_environment, machine_probe
+from . import compiling, machine, memory
+from .environment import describe_environment, machine_probe
 from .evaluation import Split, evaluate, part_of
 from .guard import Guard
 from .machine import World
 from .policy import PolicyLoss
-from .preferences import PairLoss, evaluate_pairs, give_reference
+from .preferences import PairLoss, evaluate_pairs
+from .steps import first_steps, n_tokens
 
 
 @dataclasses.dataclass
@@ -200,183 +200,3 @@ def attention_shapes(config, stages, world, data):
         by_window = sorted(some, key=lambda shape: (shape.window, shape.places))
         found += [by_window[0], by_window[-1]]
     return found
-
-
-def first_steps(stages):
-    """{stage: the step it begins with}"""
-    found = {}
-    for step, stage in stages.items():
-        found.setdefault(stage, step)
-    return found
-
-
-def make_ready(setup, log, parts):
-    """Compile a Setup, if that is on, and time its passes; parts: Parts of the process. Returns the
-    Setup to train with."""
-    if is_compiled(setup):
-        log.say("compiling ... (minutes the first time, seconds from then on)")
-        with parts.part("compile_s"):
-            setup = warm_up_or_go_without(setup, log)
-    time_passes(setup)
-    return setup
-
-
-def warm_up(setup):
-    """Compile everything on batches of padding, whose loss and gradients are zero."""
-    config = setup.config
-    # A stage may have a graph for validation, an update one for each size
-    limit = 2 * len(setup.micro_rows) + 16
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-    turns = max(rule.every for rule in setup.optimizer.rules.values())
-    touched = TouchedRows(setup.optimizer, setup.model)
-    for step, padding in padding_by_stage(setup):
-        for _ in range(turns):  # the guard judges other gradients where some wait for their turn
-            loss = backward(setup, step, [padding])  # compiles forward and backward
-            # With rows of tables exchanged as in training, for which ranks connect
-            rows = touched.note([[padding]] * setup.world.local_size)
-            ok = setup.guard.judge(0, loss, setup.optimizer.gradients(0.0, rows))
-            setup.optimizer.step(0.0, 0.0, ok)  # at learning rate 0
-
-    # One validation for each of its graphs
-    graphs = {}
-    for step in setup.stages:
-        if step % config.run.eval_every == 0 or step == config.schedule.steps:
-            graphs[val_stage(setup, step)] = setup.val._replace(batches=setup.val.batches[:1])
-    for stage, split in graphs.items():
-        setup.measure(setup.forward, stage, split, setup.world)
-
-
-def padding_by_stage(setup):
-    """[(a step, a micro-batch of padding), ...] for every stage."""
-    first_step = first_steps(setup.stages)
-    found = []
-    for stage in sorted(setup.micro_rows):
-        step = first_step[stage]
-        found.append((step, setup.data.train.padding(step, setup.micro_rows[stage])))
-    return found
-
-
-def warm_up_or_go_without(setup, log):
-    """warm_up(). Returns the Setup; where the compiler does not work, one that does without."""
-    try:
-        warm_up(setup)
-        return setup
-    except Exception as e:
-        if not machine.compiler_failed(e):
-            raise
-        last_resort.show_if_debugging(e)
-        why = f"torch.compile failed ({machine.compiler_said(e)})"
-        if setup.world.size > 1:  # the others may have compiled, and wait for this one
-            raise RankError(f"{why}; --no-compile trains without it") from None
-        if setup.world.device.type == "cuda" and setup.config.goal.target is not None:
-            raise InputError(f"{why}; --no-compile trains without it, which is slower") from None
-        report = last_resort.write_report(e, log.folder)
-        log.say(f"running without torch.compile, which is slower: {why}; the report is in {report}")
-    run = dataclasses.replace(setup.config.run, compile=False)
-    config = dataclasses.replace(setup.config, run=run)
-    without = set_up(config, setup.stages, setup.world, setup.data, log)
-    without.config = setup.config  # what was asked for
-    return without
-
-
-def time_passes(setup):
-    """Measure how long each stage's forward and backward passes take, for the time that is left."""
-    if len(setup.micro_rows) == 1:
-        return  # the first steps show it
-    for step, padding in padding_by_stage(setup):
-        stage = setup.stages[step]
-        passes = -(-stage.rows // (setup.micro_rows[stage] * setup.world.size))
-        work = functools.partial(backward, setup, step, [padding])
-        setup.pass_seconds[stage] = passes * best_seconds(setup.world.device, work, 3, budget=0.1)
-
-
-def n_tokens(config, stage):
-    """Of a step's batch, over all ranks."""
-    return stage.rows * config.data.row_len
-
-
-def batches_ahead(setup, touched, first):
-    """A Prefetcher of this rank's micro-batches of the steps from `first` on, to be closed.
-
-    touched: TouchedRows, which see them first.
-    """
-
-    def of_steps():
-        for step in range(first, setup.config.schedule.steps + 1):
-            rows = setup.micro_rows[setup.stages[step]]
-            yield touched.batch(setup.data.train, step, rows)
-
-    return Prefetcher(of_steps(), setup.world.device)
-
-
-def backward(setup, step, batch):
-    """Forward and backward over this rank's micro-batches of a step.
-
-    Returns this rank's share of the mean loss, 0-d, on the device.
-    """
-    config = setup.config
-    device = setup.world.device
-    stage = setup.stages[step]
-    n_targets = setup.data.train.n_targets(step, n_tokens(config, stage))
-    weights = config.model.target_weights(config.schedule.progress(step))
-    if weights is not None:
-        weights = machine.to_device(weights, device)
-    total = torch.zeros((), device=device)
-    if hasattr(setup.model, "before_step"):
-        setup.model.before_step()
-    # Gradients of the mean over the step's targets, or as much larger as its batch is than that of
-    # the first step
-    growth = 1.0
-    if config.schedule.grow_gradients:
-        growth = n_tokens(config, stage) / n_tokens(config, setup.stages[1])
-    for micro in batch:
-        tensors = (t.to(device) for t in micro)
-        loss = setup.forward(*tensors, stage=stage.model, target_weights=weights) / n_targets
-        (growth * loss).backward()  # adds to .grad
-        total += loss.detach()
-    return total
-
-
-def begin_run(setup, log, begins):
-    """Everything as it is before the first step from the configuration's seed.
-
-    begins: no checkpoint is there, whose weights and moments come in place of these.
-    """
-    config = setup.config
-    setup.data.train.reseed(config.goal.seed)  # the order of documents
-    setup.guard.reset()  # no bad step yet
-    setup.model.reset_state()
-    if begins:
-        setup.model.init_weights(config.goal.seed)
-        refuse_other_weights(setup)
-        if config.run.warm_start:
-            warm_start.copy_weights(config.run.warm_start, setup.model)
-    saved.keep_tables(setup.model, log, config.run.warm_start, begins)
-    give_reference(setup, val_stage(setup, 1), log.folder, begins)
-    setup.optimizer.reset()  # moments at zero
-
-
-def refuse_other_weights(setup):
-    """Raise InputError where ranks have drawn other initial weights, as GPUs of two kinds might."""
-    world = setup.world
-    if world.size > 1 and world.device.type == "cuda":
-        sums = [p.detach().float().sum() for p in setup.model.parameters()]
-        text = f"{torch.stack(sums).double().sum().item():.12g} in all"
-        machine.refuse_difference(world, "initial weights", text, "; give it GPUs of one kind")
-
-
-def is_compiled(setup):
-    return setup.forward is not setup.eager
-
-
-def val_stage(setup, step):
-    """The template's stage for validation after a step."""
-    config = setup.config
-    return config.model.val_stage(setup.stages[step].model, config.data.val_row_len)
-
-
-def weights_after(setup, step):
-    """{name: CPU tensor} as they are to be kept after a step: not those of its stage."""
-    weights = saved.weights_of(setup.model)
-    heirs = setup.model.successors(setup.stages[step].model, None)
-    return weights | {name: weights[source].clone() for name, source in heirs.items()}

@@ -11,7 +11,7 @@ from .environment import best_seconds
 from .evaluation import part_of
 from .machine import share
 from .options import changed
-from .setting_up import backward, first_steps, is_compiled, n_tokens, val_stage
+from .steps import backward, first_steps, is_compiled, n_tokens, val_stage
 
 TRIED = 4.0  # seconds of a step beyond which no step is tried
 AFTERWARDS = 1.5  # seconds for samples and weights at the end

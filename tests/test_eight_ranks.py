@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_gpt as tg
 from benchmarks import cluster, subject
 from optim import shards
-from runtime import memory, setting_up
+from runtime import memory, warming_up
 from runtime.launch import join_world
 from runtime.session import Session
 from runtime.signals import Interrupted, Requests
@@ -181,7 +181,7 @@ def test_eight_ranks_copy_no_gradient_of_the_banks(monkeypatch, tmp_path):
 
 def test_eight_ranks_connect_for_touched_rows_before_the_clock(monkeypatch, tmp_path):
     """The warm-up exchanges what training will."""
-    monkeypatch.setattr(setting_up, "is_compiled", lambda setup: True)
+    monkeypatch.setattr(warming_up, "is_compiled", lambda setup: True)
     start = Session.start
     with as_rank(0, 8, 8, monkeypatch) as tape:
 

@@ -35,7 +35,7 @@ from kernels.fp8_mlp import FP8MLPs
 from models import gpt
 from optim import Optimizer
 from records.source import files_in, header_line, pack_source
-from runtime import machine, setting_up
+from runtime import machine, warming_up
 from runtime.evaluation import Split, evaluate, part_of
 from runtime.finish import PARTS
 from runtime.options import flat
@@ -763,19 +763,19 @@ def test_passes_of_stages_that_differ_are_timed_beforehand(text, tmp_path, monke
     """Nothing of that is left in the gradients: weights are those of a run without it."""
     fields = dict(steps=6, batch_tokens=(32, 256))
     timed = []
-    time_passes = setting_up.time_passes
+    time_passes = warming_up.time_passes
 
     def keep(setup):
         time_passes(setup)
         timed.append(setup)
 
-    monkeypatch.setattr(setting_up, "time_passes", keep)
+    monkeypatch.setattr(warming_up, "time_passes", keep)
     tg.train(tiny(text, tmp_path, **fields))
     tg.train(tiny(text, tmp_path, steps=2, run_dir=str(tmp_path / "alike")))
     assert sorted(stage.rows for stage in timed[0].pass_seconds) == [1, 8]
     assert all(0 < seconds < 60 for seconds in timed[0].pass_seconds.values())
     assert timed[1].pass_seconds == {}  # the first steps show it
-    monkeypatch.setattr(setting_up, "time_passes", lambda setup: None)
+    monkeypatch.setattr(warming_up, "time_passes", lambda setup: None)
     tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "without"), **fields))
     assert train_losses(tmp_path / "without") == train_losses(tmp_path / "run")
 

@@ -14,7 +14,7 @@ from data import ShardWriter
 from models import counts, gpt
 from runtime import finish
 from runtime.saved import TABLES, load_run
-from runtime.setting_up import val_stage
+from runtime.steps import val_stage
 
 EOT = 0
 N = 4

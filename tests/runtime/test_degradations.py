@@ -11,7 +11,8 @@ from base import InputError
 from data.loader import default_max_docs, pack
 from runtime import compiling, launch, machine, workers
 from runtime.machine import World
-from runtime.setting_up import attention_shapes, refuse_other_weights
+from runtime.setting_up import attention_shapes
+from runtime.steps import refuse_other_weights
 from tracks import load_track
 
 SMALL = dict(steps=2)

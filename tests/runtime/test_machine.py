@@ -18,7 +18,7 @@ from helpers import ROOT, tiny, write_text
 
 import train_gpt as tg
 from base import InputError, RankError
-from runtime import launch, machine, setting_up
+from runtime import launch, machine, warming_up
 from runtime.launch import exit_status, join_world
 from runtime.machine import (
     Clock,
@@ -493,7 +493,7 @@ def test_a_compiler_that_does_not_work(failing, tmp_path, monkeypatch, capsys, b
             else Unsupported("x", "y")
         )
 
-    monkeypatch.setattr(setting_up, "warm_up", warm_up)
+    monkeypatch.setattr(warming_up, "warm_up", warm_up)
     monkeypatch.setattr(machine, "lacks_for_compiling", lambda: None)
     config = tiny(write_text(tmp_path / "text", 2000), tmp_path, compile=True, steps=2, repeat=2)
     if failing == "program":
@@ -520,10 +520,10 @@ def test_one_rank_whose_compiler_does_not_work_ends_all(backend_error, monkeypat
     def fail(setup):
         raise backend_error("a.cpp:1: error: no omp")
 
-    monkeypatch.setattr(setting_up, "warm_up", fail)
+    monkeypatch.setattr(warming_up, "warm_up", fail)
     setup = types.SimpleNamespace(world=World(1, 2))
     with pytest.raises(RankError, match=r"failed \(error: no omp\); --no-compile trains without"):
-        setting_up.warm_up_or_go_without(setup, log=None)
+        warming_up.warm_up_or_go_without(setup, log=None)
 
 
 # --- threads and devices
