@@ -29,8 +29,7 @@ class Ops(types.SimpleNamespace):
     embedding, linear_log_prob, rotate_halves
                     in PyTorch or in C
     attention       with its backend bound
-    attention_of    None, or attention of a projection with what comes before and after it: as
-                    products.py has it
+    products        None, or products.py's, with forms of several ops in one
     polar_express   in the form that goes with symmetric_matmul's
     linear          as in decoding.py, which also has the forms for decoding on a CPU
     attend_one      None, or in decoding as there; decoding: None, or where those forms come from
@@ -141,7 +140,7 @@ def choose_ops(
         polar_express=polar_express_by_kernels if by_kernels else polar,
         linear=linear_reference,
         rotate_halves=fused.rotate_halves if in_c else rotate_halves_reference,
-        attention_of=fused.attention_of(dtype) if in_c else None,
+        products=fused.products_for(dtype) if in_c else None,
         attend_one=None,
         decoding=None,
         fused=fused if in_c else None,

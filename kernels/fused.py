@@ -172,10 +172,9 @@ class Fused:
             attend = self.products.attention
         return attend(q, k, v, **about)
 
-    def attention_of(self, dtype):
-        """products.py's for this dtype, or None."""
-        given = self.products is not None and dtype == torch.float32
-        return self.products.attention_of if given else None
+    def products_for(self, dtype):
+        """The Products, if it is for this dtype, or None."""
+        return self.products if dtype == torch.float32 else None
 
     def polar_express(self, G, steps=5):
         """As polar_express.py has it."""

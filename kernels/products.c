@@ -137,9 +137,9 @@ void head(long rows, long V, long C, const float *h, const float *w, const float
     free(lines);
 }
 
-/* g (rows): of each loss. dh is multiplied by it in its place; dw (V, C) */
+/* g (rows): of each loss, by which dh is multiplied; dw (V, C) */
 void head_backward(long rows, long V, long C, const float *h, const float *dlogits, const float *g,
-                   float *dh, float *dw, int threads)
+                   const float *dh, float *scaled, float *dw, int threads)
 {
     float *stretches = malloc(rows * padded(C) * 4);
     pack_stretches(rows, C, h, g, stretches, threads);
@@ -148,7 +148,7 @@ void head_backward(long rows, long V, long C, const float *h, const float *dlogi
         for (long m = first; m < last; m++) {
 #pragma omp simd
             for (long j = 0; j < C; j++)
-                dh[m * C + j] *= g[m];
+                scaled[m * C + j] = g[m] * dh[m * C + j];
         }
     }
     of_turned(rows, V, C, dlogits, stretches, dw, threads);
@@ -406,6 +406,80 @@ void attend_backward(long B, long T, long H, long D, const float *q, const float
         free(k_lines);
         free(of_block);
         free(weights);
+    }
+}
+
+/* --- the residual stream: (rows, C) */
+
+/* y = a x + b z */
+void weighted(long rows, long C, const float *x, const float *z, float a, float b, float *y,
+              int threads)
+{
+    FOR_EACH_PART(rows * C)
+    {
+#pragma omp simd
+        for (long i = first; i < last; i++)
+            y[i] = a * x[i] + b * z[i];
+    }
+}
+
+/* dab (PARTS, 2): sums of each part */
+void weighted_backward(long rows, long C, const float *x, const float *z, float a, float b,
+                       const float *dy, float *dx, float *dz, float *dab, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        double da = 0, db = 0;
+        for (long m = first; m < last; m++) {
+            float of_x = 0, of_z = 0;
+#pragma omp simd reduction(+ : of_x, of_z)
+            for (long i = m * C; i < (m + 1) * C; i++) {
+                of_x += dy[i] * x[i];
+                of_z += dy[i] * z[i];
+                dx[i] = a * dy[i];
+                dz[i] = b * dy[i];
+            }
+            da += of_x;
+            db += of_z;
+        }
+        dab[2 * part] = da;
+        dab[2 * part + 1] = db;
+    }
+}
+
+/* y = x and share (rows) of the row before, but for rows that start a document */
+void smear(long rows, long C, const float *x, const float *share, const char *starts, float *y,
+           int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        for (long m = first; m < last; m++) {
+            const float *own = x + m * C, *before = starts[m] ? own : own - C;
+            float by = starts[m] ? 0 : share[m];
+#pragma omp simd
+            for (long i = 0; i < C; i++)
+                y[m * C + i] = own[i] + by * before[i];
+        }
+    }
+}
+
+void smear_backward(long rows, long C, const float *x, const float *share, const char *starts,
+                    const float *dy, float *dx, float *dshare, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        for (long m = first; m < last; m++) {
+            int gives = m + 1 < rows && !starts[m + 1];
+            const float *g = dy + m * C, *after = gives ? g + C : g,
+                        *before = x + (starts[m] ? m : m - 1) * C;
+            float by = gives ? share[m + 1] : 0, along = 0;
+#pragma omp simd reduction(+ : along)
+            for (long i = 0; i < C; i++) {
+                dx[m * C + i] = g[i] + by * after[i];
+                along += g[i] * before[i];
+            }
+            dshare[m] = starts[m] ? 0 : along;
+        }
     }
 }
 

@@ -83,6 +83,9 @@ def synchronize(device):
 # What the machine was measured to do
 
 
+LONG = 0.3  # seconds that no single product of a probe should take
+
+
 def best_seconds(device, work, repeats=8, budget=0.05):
     """Seconds of the fastest of `repeats` calls of work(), of fewer where those after the first
     (which may load a library) take more than `budget` seconds."""
@@ -100,10 +103,19 @@ def matmul_rate(device, dtype):
     """Measured FLOP/s of a large square matrix product, best of 8: what "share of peak" is a
     share of."""
     if device.type == "cuda":
-        n = 8192
+        return rate_at(device, dtype, 8192)
+    if dtype != torch.float32:
+        small = rate_at(device, dtype, 256)
+        if 2 * 1024**3 / small > LONG:  # emulated: of bf16 with AVX2 alone 2 seconds
+            return small
+    return rate_at(device, dtype, 1024)
+
+
+def rate_at(device, dtype, n):
+    """Measured FLOP/s of a product of n x n matrices."""
+    if device.type == "cuda":
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     else:  # which takes as long for any numbers
-        n = 1024
         a, b = (torch.ones(n, n, dtype=dtype) for _ in range(2))
     if dtype == torch.float8_e4m3fn:
         # It has no @, and the second factor must be column-major, which for a rate is all one

@@ -37,6 +37,19 @@ def test_rates_are_work_over_time(monkeypatch):
     assert copy_rate(CPU) == 2**24 == done[1].numel()
 
 
+def test_no_large_products_where_they_are_emulated(monkeypatch):
+    """By the rate of small ones."""
+    done = []
+    took = {256: 0.001, 1024: 0.01}
+    monkeypatch.setattr(
+        environment, "best_seconds", lambda device, work: took[done.append(len(work())) or done[-1]]
+    )
+    assert matmul_rate(CPU, torch.bfloat16) == 2 * 1024**3 / 0.01 and done == [256, 1024]
+    done.clear()
+    took[256] = 0.02
+    assert matmul_rate(CPU, torch.bfloat16) == 2 * 256**3 / 0.02 and done == [256]
+
+
 @pytest.mark.parametrize("seconds, calls", [(0.0, 8), (0.02, 4), (0.3, 2)])
 def test_best_seconds(monkeypatch, seconds, calls):
     """The fastest of eight, of fewer where they are slow; the first does not count towards what
