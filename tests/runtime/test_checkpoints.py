@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,9 @@ from runtime.checkpoints import (
     latest,
     load,
     load_meta,
+    open_store,
 )
+from runtime.options import RunConfig
 
 ROOT = Path(module.__file__).resolve().parent.parent
 
@@ -931,6 +934,21 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.fcntl, "flock", fail)
     check(save(tmp_path, 1, 2), 2)
+
+
+def test_a_run_has_a_store_on_its_first_rank_only(tmp_path):
+    """As its options say; what is being written is there when the run ends."""
+    log = types.SimpleNamespace(folder=tmp_path, active=True, say=print)
+    options = RunConfig(keep_last=1, keep_best=3)
+    with open_store(options, log) as store:
+        assert (store.keep_last, store.keep_best, store.say) == (1, 3, print)
+        assert store.save(5, small(5), {})
+    check(tmp_path / "checkpoints/step-000005", 5)
+    with open_store(RunConfig(checkpoint_every="off"), log) as store:
+        assert store is None
+    log.active = False
+    with open_store(options, log) as store:
+        assert store is None
 
 
 if __name__ == "__main__":

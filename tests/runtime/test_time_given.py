@@ -122,6 +122,7 @@ def test_steps_beyond_max_epochs_are_left_out():
     assert within(fitted, 100_000) == fitted
     assert within(config, 10**6) == config
     assert within(config, 5).schedule.steps == 1
+    assert within(config, 4096).schedule.steps == 3  # to the last token and no further
     endless = tg.changed(config, max_epochs=0.0)
     assert within(endless, 5) == endless
     everything = tg.changed(config, extension=100, adam_every=10, eval_every=100)
