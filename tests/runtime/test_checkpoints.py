@@ -942,7 +942,7 @@ def test_a_run_has_a_store_on_its_first_rank_only(tmp_path):
     options = RunConfig(keep_last=1, keep_best=3)
     with open_store(options, log) as store:
         assert (store.keep_last, store.keep_best, store.say) == (1, 3, print)
-        assert store.save(5, small(5), {})
+        assert store.save(5, small(5), dict(n=5))
     check(tmp_path / "checkpoints/step-000005", 5)
     with open_store(RunConfig(checkpoint_every="off"), log) as store:
         assert store is None
