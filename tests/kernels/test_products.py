@@ -33,9 +33,9 @@ def c(tmp_path_factory):
     return fused.Fused(rest, products=library)
 
 
-def same(found, reference, leaves):
+def same(found, reference, leaves, times=4):
     """Sums here are one after the other, PyTorch's in several parts, which rounds less."""
-    same_within(found, reference, leaves, times=4)
+    same_within(found, reference, leaves, times=times)
 
 
 def test_only_for_vectors_of_eight(monkeypatch):
@@ -49,7 +49,9 @@ def test_only_for_vectors_of_eight(monkeypatch):
         assert native.has_eight() == expected
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 16), (100, 77, 23), (801, 130, 40)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (7, 33, 16), (100, 77, 23), (801, 130, 40), (9, 800, 24)]
+)
 @pytest.mark.parametrize("about", SAMPLED)
 def test_losses(c, shape, about):
     """Of more rows than are multiplied at a time, and of columns that fill no panel."""
@@ -62,6 +64,7 @@ def test_losses(c, shape, about):
         lambda h, w: c.linear_log_prob(h, w, targets, **about),
         lambda h, w: linear_log_prob(h, w, targets, **about),
         [h, w],
+        times=16,
     )
     with torch.no_grad():
         found = c.linear_log_prob(h, w, targets, **about)
@@ -87,7 +90,7 @@ def about_documents(B, T, window):
     return dict(cu_seqlens=cu_seqlens, max_seqlen=T, window=window, scale=0.3)
 
 
-@pytest.mark.parametrize("shape", [(2, 37, 4, 16), (1, 130, 2, 20), (3, 9, 2, 64)])
+@pytest.mark.parametrize("shape", [(2, 37, 4, 16), (1, 430, 2, 20), (3, 9, 2, 64)])
 @pytest.mark.parametrize("window", [3, 50, 1000])
 def test_attention(c, shape, window):
     """Documents, windows, and heads that share keys."""
@@ -169,7 +172,7 @@ def test_the_residual_stream(c):
     )
 
 
-SHAPES = [(2, 128, 128), (3, 33, 40), (1, 40, 33), (2, 100, 24), (3, 17, 50), (1, 1, 6), (2, 2, 1)]
+SHAPES = [(2, 128, 128), (3, 33, 40), (1, 40, 33), (2, 100, 24), (3, 17, 500), (1, 1, 6), (2, 2, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
