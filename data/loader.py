@@ -314,7 +314,7 @@ class TrainLoader:
         else:
             raise InputError(
                 f"no shard of the training text fills a row of {self.row_len} tokens with "
-                f"documents of at most {max_len}: give more text or lower --row-len"
+                f"documents of at most {max_len}: give more text, or a lower --row-len"
             )
 
         row = []

@@ -125,7 +125,7 @@ class Engine:
             each = torch.tensor([i for i, same in enumerate(self.alike) for _ in same])
             said += self.say(joined, logits[each])
         if decoded:
-            guesses = [self.guess(row, c) for row, c in enumerate(decoded)]
+            guesses = [self.guess(c) for c in decoded]
             if any(guesses):
                 said += self.try_guesses(decoded, guesses)
             else:
@@ -220,10 +220,10 @@ class Engine:
                 free -= 1
         return sorted(chosen.values(), key=len, reverse=True)
 
-    def guess(self, row, completion):
+    def guess(self, completion):
         """Tokens that may follow: those that did when the last three, or two, were there before."""
         left = completion.request.max_tokens - len(completion.written)
-        room = self.max_len - self.cache.lengths[row]
+        room = self.max_len - max(self.cache.lengths)  # rows are padded to the longest guess
         most = min(self.prompt_lookup, left - 1, room - 1)
         if most < 1 or completion.finish_reason is not None:
             return []

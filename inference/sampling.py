@@ -10,9 +10,10 @@ import dataclasses
 
 import torch
 
-from base.options import COUNT, FRACTION, RATE, Options, option
+from base.options import COUNT, FRACTION, Options, option
 
 NEVER = float("-inf")
+TEMPERATURE = lambda x: 0 <= x <= 100, "a number from 0 to 100"  # beyond, all are equally likely
 PENALTY = lambda x: -2 <= x <= 2, "a number from -2 to 2"
 FACTOR = lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100"  # beyond, logits are infinite
 AS_GOOD_AS_ZERO = 1e-5  # a temperature; divided by a lower one, logits are infinite
@@ -24,7 +25,9 @@ class Sampling(Options):
     InputError for what is not valid."""
 
     temperature: float = option(
-        1.0, "below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest", RATE
+        1.0,
+        "below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest",
+        TEMPERATURE,
     )
     top_k: int = option(0, "draw from so many of the likeliest tokens; 0 is all", COUNT)
     top_p: float = option(

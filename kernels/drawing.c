@@ -74,20 +74,22 @@ static float least_of_fewest(const float *w, long n, double p, float *some)
     return least;
 }
 
-/* The first index whose weight, with those before it, is more than the share `at` of all */
-static long index_at(const float *w, long n, double at)
+/* The first index whose weight, with those before it, is more than the share `at` of all; the last
+   one with a weight where roundings leave none. sums: (n / PIECE + 1) */
+static long index_at(const float *w, long n, double at, double *sums)
 {
-    double wanted = at * sum_of(w, n), before = 0;
-    long first = 0; /* of the piece that has it */
-    while (first + PIECE < n) {
-        double part = sum_of(w + first, PIECE);
-        if (before + part > wanted)
-            break;
-        before += part;
-        first += PIECE;
+    long n_pieces = (n + PIECE - 1) / PIECE, piece = 0, last = 0;
+    double all = 0;
+    for (long i = 0; i < n_pieces; i++) {
+        sums[i] = sum_of(w + i * PIECE, n - i * PIECE < PIECE ? n - i * PIECE : PIECE);
+        all += sums[i];
+        last = sums[i] > 0 ? i : last;
     }
-    long index = 0;
-    for (long i = first; i < n; i++) {
+    double wanted = at * all, before = 0;
+    while (piece < last && before + sums[piece] <= wanted)
+        before += sums[piece++];
+    long index = piece * PIECE;
+    for (long i = index; i < n && i < (piece + 1) * PIECE; i++) {
         if (w[i] > 0)
             index = i;
         before += w[i];
@@ -104,6 +106,7 @@ void draw(long rows, long n, const float *logits, float temperature, double top_
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
     {
         float *weights = malloc(2 * n * sizeof(float)), *some = weights + n, most;
+        double *sums = malloc((n / PIECE + 1) * sizeof(double));
 #pragma omp for schedule(static)
         for (long m = 0; m < rows; m++) {
             memcpy(weights, logits + m * n, n * sizeof(float));
@@ -114,8 +117,9 @@ void draw(long rows, long n, const float *logits, float temperature, double top_
 #pragma omp simd
             for (long i = 0; i < n; i++)
                 weights[i] = weights[i] < least ? 0 : weights[i];
-            tokens[m] = index_at(weights, n, at[m]);
+            tokens[m] = index_at(weights, n, at[m], sums);
         }
+        free(sums);
         free(weights);
     }
 }

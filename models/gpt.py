@@ -875,10 +875,11 @@ class Model(nn.Module):
         logits = self.head(x)
         texts = cache.texts_with(inputs) if self.is_mixed else []
         if every:
-            for row, text in enumerate(texts):
-                n = counts[row]  # of the text's tokens are new
-                so_far = [text[: len(text) - n + 1 + i] for i in range(n)]
-                logits[row, :n] = self.mix_in(x[row, :n], logits[row, :n], so_far)
+            new = [(row, i) for row, n in enumerate(counts) for i in range(n) if texts]
+            if new:
+                places = tuple(torch.tensor(new, device=x.device).unbind(1))
+                so_far = [texts[row][: len(texts[row]) - counts[row] + 1 + i] for row, i in new]
+                logits[places] = self.mix_in(x[places], logits[places], so_far)
             return logits
         cache.end()
         return self.mix_in(x[:, 0], logits[:, 0], texts) if self.is_mixed else logits[:, 0]

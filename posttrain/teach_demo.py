@@ -147,6 +147,7 @@ def main(argv=None):
             raise InputError(f"--seed {args.seed}: expected 0 or more")
         return demo(args)
     except Stopped as e:
+        show("teach-demo: the same command goes on from there with all of it")
         return e.status
     except InputError as e:
         return refuse(e)

@@ -56,7 +56,10 @@ class RunConfig(Options):
         (lambda text: not text or valid(seconds, text), "a time such as 90s, 10m or 1.5h"),
     )
     patience: int = option(
-        0, "end after so many validations without a better one; 0 goes on", COUNT
+        0,
+        "end after so many validations without a better one, counted from when the learning rate "
+        "begins to fall; 0 goes on",
+        COUNT,
     )
     sample_tokens: int = option(120, "length of each text sample at the end; 0 is none", COUNT)
     sample_every: int = option(

@@ -52,7 +52,9 @@ class Position:
     best: float | None = None  # lowest validation loss
     best_step: int = 0  # the step it came after
     best_metrics: dict = dataclasses.field(default_factory=dict)
-    since_best: int = 0  # validations since
+    since_best: int = 0  # validations since, from when on the learning rate falls
+    lr: float | None = None  # of the step, as a fraction of its peak, where there is one
+    falls: bool = True  # whether it has begun to
     skipped: int = 0  # steps whose update did not count
     seconds: float = 0.0  # from the first step on, in all processes, validations and all
     joules: float | None = None  # that the devices took in them
@@ -241,6 +243,9 @@ class Session:
         """This step, of so many tokens and FLOPs over all ranks, was taken, at this fraction of the
         peak learning rate; kept: what else metrics.jsonl is to have of it."""
         self.at.step = step
+        if lr is not None:
+            self.at.falls = self.at.lr is not None and (self.at.falls or lr < self.at.lr)
+            self.at.lr = lr
         self.kept[step] = dict(lr=lr, **kept)
         self.watch.step()
         self.at.tokens += tokens
@@ -324,7 +329,7 @@ class Session:
             at.since_best = 0
             if self.options.keep_best:
                 self.wanted.add("save")
-        else:
+        elif at.falls:  # before that a loss may well rise for a while
             at.since_best += 1
 
     def is_best(self):

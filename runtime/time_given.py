@@ -102,7 +102,7 @@ def fit_to_time(setup, stages_of, elapsed):
             f"--time {run.time}: {elapsed:.0f} s are over, and {n_validations} validations and "
             f"samples take {others:.0f} s more; give more time, or a smaller --track"
         )
-    every = max(1, steps // n_validations)
+    every = max(1, round(steps / n_validations))
     config = changed(setup.config, steps=steps, eval_every=every)
     config = within_epochs(config, stages_of(config), setup.data.train.n_tokens)
     setup.config = config
@@ -127,6 +127,7 @@ def within_epochs(config, stages, there):
     if steps == schedule.steps:
         return config
     adam_every = config.optim.adam_every
-    every = config.run.eval_every * steps // schedule.steps // adam_every * adam_every
+    every = config.run.eval_every * steps / schedule.steps
+    every = round(every / adam_every) * adam_every
     extension = min(schedule.extension, steps - 1)
     return changed(config, steps=steps, eval_every=max(adam_every, every), extension=extension)

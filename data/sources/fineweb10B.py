@@ -54,7 +54,7 @@ ADVICE = {  # by HTTP status
     404: "check the revision and HF_ENDPOINT",
     429: "wait a few minutes or set HF_TOKEN, which raises the limit",
 }
-BY_HAND = "or copy the shards into the folder by hand"
+BY_HAND = "or copy the shards into the folder by hand; --text FILE trains on a text of yours"
 
 
 def open_fineweb(config, cache):

@@ -69,7 +69,7 @@ def test_options_are_changed(talk):
 @pytest.mark.parametrize(
     ["line", "message"],
     [
-        ("/set temperature -1", "--temperature -1.0: expected zero or more"),
+        ("/set temperature -1", "--temperature -1.0: expected a number from 0 to 100"),
         ("/set temperature warm", "/set temperature warm: expected a number"),
         ("/set nothing 1", "expected one of temperature"),
         ("/set tokens 0", "--tokens 0: expected a positive number"),

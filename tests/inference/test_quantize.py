@@ -29,6 +29,14 @@ def test_each_weight_is_within_half_a_step(kind, steps):
     assert (made - groups).square().mean() < 1.1 * plain.mean()
 
 
+@pytest.mark.parametrize("n_out, n_in", [(3, 20), (7, 100), (31, 190), (2, 36)])
+def test_shapes_that_crash_an_op_of_pytorch_are_kept_from_it(n_out, n_in):
+    w = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(0))
+    q = Quantized(w, "int8")
+    x = torch.randn(1, n_in, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(q.linear(x), x @ q.dequantized().t())
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -190,7 +190,7 @@ def test_what_a_terminal_would_obey_is_shown(terminal, folder, capsys, monkeypat
     [
         (["-n", "0"], "--tokens 0: expected a positive number"),
         (["--samples", "-1"], "--samples -1: expected"),
-        (["--temperature", "-1"], "--temperature -1.0: expected zero or more"),
+        (["--temperature", "-1"], "--temperature -1.0: expected a number from 0 to 100"),
         (["--top-p", "x"], "--top-p: x: expected a number"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--prompt", "a\udcff"], "expected UTF-8"),

@@ -108,6 +108,19 @@ def test_what_is_ruled_out_is_not_drawn_by_the_least_or_the_largest_number(compi
     assert found[1] == n // 2 + (number > 0.5)
 
 
+@pytest.mark.parametrize("n", [1025, 2049, 50257])
+def test_large_numbers_draw_what_has_a_weight_too(compiled, n):
+    """However the sums of its parts are rounded."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(n, generator=g)
+    logits[[0, -1]] = -math.inf
+    at = 1 - 1e-7 * torch.rand(2000, dtype=torch.float64, generator=g)
+    for top_p in 1.0, 0.9:
+        found = compiled.draw(logits.expand(2000, -1), at, 0.7, top_p)
+        assert (logits[found] > -math.inf).all()
+        assert top_p < 1 or (found > n // 2).all()
+
+
 def test_logits_are_left_as_they_are_and_may_be_a_part_of_others(compiled):
     whole = torch.randn(5, 2, 300, generator=torch.Generator().manual_seed(0))
     part = whole[:, 1]

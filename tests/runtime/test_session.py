@@ -60,6 +60,7 @@ class Toy:
         self.taken = []  # steps
         self.validated = []  # steps
         self.saved = []  # steps behind which a checkpoint was due
+        self.rates = {}  # step -> learning rate
         self.sleep = time.sleep
 
     def session(self, resume=False):
@@ -94,7 +95,7 @@ class Toy:
                 gradients = self.optimizer.gradients()
                 ok = self.guard.judge(step, torch.tensor(2.0), gradients, session.votes())
                 self.optimizer.step(1.0, 0.9, ok)
-                session.after_step(step, 10, 100.0)
+                session.after_step(step, 10, 100.0, self.rates.get(step))
                 if session.validation_is_due():
                     self.validate(session)
                 if session.is_over():
@@ -287,6 +288,26 @@ def test_patience_counts_validations_without_a_better_one(tmp_path, losses, pati
     session = toy.run()
     assert toy.taken == list(range(1, last + 1))
     assert session.at.best == best
+
+
+def test_patience_begins_when_the_learning_rate_falls(tmp_path):
+    """Before that a loss may rise for a while."""
+    losses = by_step(5, 6, 7, 8, 9, 9)
+    rates = dict(zip(range(1, 7), (0.5, 1.0, 1.0, 0.9, 0.8, 0.8)))
+    toy = Toy(tmp_path, losses, steps=6, eval_every=1, patience=2)
+    toy.rates = rates
+    toy.asks = {4: "stop"}
+    with pytest.raises(Interrupted):
+        toy.run()
+    assert toy.taken == [1, 2, 3, 4]
+    toy.asks = {}
+    toy.run(resume=True)
+    assert toy.taken == [1, 2, 3, 4, 5]
+
+    steady = Toy(tmp_path / "steady", losses, steps=6, eval_every=1, patience=2)
+    steady.rates = dict.fromkeys(range(1, 7), 1.0)
+    steady.run()
+    assert steady.taken == [1, 2, 3, 4, 5, 6]
 
 
 def test_patience_goes_on_where_a_run_was_stopped(tmp_path):
