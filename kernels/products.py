@@ -9,8 +9,8 @@
 
 Products by a library go through memory between them, and small ones run below its rate. Here blocks
 of logits and scores stay in a cache from one product to the next; and a symmetric product is half
-of one. Only fused.py asks for this, where there is neither AVX-512 nor anything else that a library
-is faster by. Numbers are in docs/experiments.md.
+of one. fused.py builds it and models/gpt.py calls it, where there is no AVX-512 and outside of
+torch.compile. Numbers are in docs/experiments.md.
 
 Polar factors of matrices (m, n) with n >= 2 m: each step multiplies by a polynomial P in A = X X^T,
 so that A of the next step is A P P, a product of symmetric matrices with the same eigenvectors; X

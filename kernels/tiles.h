@@ -15,7 +15,7 @@
 #define DEEP 32  /* inputs that a tile has */
 #define BLOCK 32 /* outputs, and rows, whose sums are in tiles at one time */
 
-/* Tiles 0 to 3 are sums (outputs, rows), 4 and 5 weights, 6 and 7 activations */
+/* Tiles 0 to 3 are sums, 4 and 5 of the first operand, 6 and 7 of the second */
 static void use_tiles(void)
 {
     struct {

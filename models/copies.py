@@ -25,6 +25,12 @@ def hashed(key, x):
     return key ^ (key >> 29)
 
 
+def chosen(condition, x, other):
+    """torch.where() of int64 tensors, which PyTorch 2.13 compiles wrongly for AVX2: the last 4 of 8
+    numbers came out as the other ones."""
+    return other + condition * (x - other)
+
+
 def runs(keys):
     """(B, T) int64 -> (order, first), (B, T) each: the order that sorts a row, and for each place
     of the sorted row where its run of equal keys begins."""
@@ -52,7 +58,7 @@ def contexts(inputs, starts, n):
     found = [key]
     for back in range(n - 1):
         key = hashed(key, inputs.roll(back, dims=1))
-        found.append(key.where(inside >= back, -1 - at))
+        found.append(chosen(inside >= back, key, -1 - at))
     return found
 
 
@@ -66,7 +72,7 @@ def earlier(inputs, targets, starts, n, in_c=None):
         return in_c.earlier(inputs, targets, starts, n)
     keys = contexts(inputs, starts, n)
     # A target that does not count in the loss has followed all the same
-    targets = torch.where(targets < 0, inputs.roll(-1, dims=1), targets)
+    targets = chosen(targets < 0, inputs.roll(-1, dims=1), targets)
     seen = [rank(key) for key in keys]
     hits = [rank(hashed(key, targets)) for key in keys]
     return torch.stack(seen, dim=-1), torch.stack(hits, dim=-1)

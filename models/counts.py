@@ -114,7 +114,7 @@ class Counts:
             return in_c.of_targets(lengths, inputs, targets, starts, how)
         # A target that does not count in the loss follows all the same
         there = targets >= 0
-        targets = torch.where(there, targets, inputs.roll(-1, dims=1))
+        targets = copies.chosen(there, targets, inputs.roll(-1, dims=1))
         at = torch.arange(inputs.size(1), device=inputs.device)
         so_far = at - at.where(starts, 0).cummax(dim=1).values + 1  # tokens of the document
         place = torch.zeros_like(inputs)  # of the context, -1 where it never was
@@ -140,7 +140,7 @@ class Counts:
             if leave_out:
                 left = without_own(*counts, own[i], targets)
                 if counted is not None:
-                    left = [torch.where(counted, x, y) for x, y in zip(left, counts)]
+                    left = [copies.chosen(counted, x, y) for x, y in zip(left, counts)]
                 counts = left
             found.append([x.where(place >= 0, 0) for x in counts])
         return [torch.stack(x, dim=-1) for x in zip(*found)]

@@ -491,10 +491,10 @@ class Model(nn.Module):
         w = given.weights
         # What the stream began with comes again: before attention, or where it is injected, behind
         if not c.sublayer_lambdas:
-            if self.ops.products is None:
+            if self.products is None:
                 x = w["stream"] * x + w["x0"] * given.x0
             else:
-                x = self.ops.products.weighted(x, given.x0, w["stream"], w["x0"])
+                x = self.products.weighted(x, given.x0, w["stream"], w["x0"])
         elif not c.inject and layer.w_qkv is not None:
             x = x + w["x0"] * given.x0
 
@@ -575,7 +575,7 @@ class Model(nn.Module):
         offset = c.key_offset and c.sees_far(i) and not pair
         if self.in_one(batch, pair, weights):
             more, share = more_values
-            y = self.ops.products.attention_of(
+            y = self.products.attention_of(
                 qkv,
                 self.cos,
                 self.sin,
@@ -643,8 +643,8 @@ class Model(nn.Module):
             if self.c.smear_first:
                 share = share / 2  # from 0 to 1
             share = self.scalars[0] * share
-            if self.ops.products is not None and batch.cache is None:
-                x = self.ops.products.smeared(x, share, batch.starts)
+            if self.products is not None and batch.cache is None:
+                x = self.products.smeared(x, share, batch.starts)
                 continue
             x = x + share * self.one_before(x, batch, torch.zeros_like(x), "smear")
         return x
@@ -738,7 +738,12 @@ class Model(nn.Module):
     def in_one(self, batch, pair, weights):
         """Whether attention is one op with what comes before and after it."""
         plain = not pair and batch.cache is None and not batch.stage.by_buffers
-        return plain and "xsa" not in weights and self.ops.products is not None
+        return plain and "xsa" not in weights and self.products is not None
+
+    @property
+    def products(self):
+        """The forms of several ops in one, or None; torch.compile makes its own."""
+        return None if torch.compiler.is_compiling() else self.ops.products
 
     def forward(self, inputs, targets, cu_seqlens, stage, target_weights=None):
         """Summed cross-entropy (fp32 scalar) over the targets that are not padding.

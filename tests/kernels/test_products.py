@@ -239,6 +239,9 @@ def test_the_model_is_the_same(c):
         ops = choose_ops("cpu", fused=library)
         assert (ops.products is None) == (library is None)
         model = Model(config, 60, 40, ops=ops)
+        with pytest.MonkeyPatch.context() as compiling:
+            compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert model.products is None
         model.init_weights(0)
         with torch.no_grad():
             for name, p in model.named_parameters():

@@ -146,6 +146,14 @@ def test_gradients_are_finite_where_nothing_was_hit():
     assert gates.grad[0].abs().sum() == 0 and gates.grad[1, 1] < 0
 
 
+def test_what_is_chosen_is_where_of_any_numbers():
+    """Also of those whose difference is beyond 64 bits."""
+    x = torch.tensor([0, -1, 2**63 - 1, -(2**63), 5])
+    y = torch.tensor([7, 2**63 - 1, -(2**63), 2**63 - 1, -(2**63)])
+    for condition in torch.arange(5) % 2 == 0, torch.arange(5) % 2 == 1:
+        assert torch.equal(copies.chosen(condition, x, y), torch.where(condition, x, y))
+
+
 # --- in a model
 
 
