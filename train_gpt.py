@@ -45,7 +45,7 @@ from models import DEFAULT_TEMPLATE, load_template, template_names
 from optim import OptimConfig, TouchedRows
 from records.metrics import METRICS, VAL_LOSS
 from runtime import finish, folders, machine, memory, resume, trackers, warm_start
-from runtime.announce import announce
+from runtime.announce import announce, packed
 from runtime.checkpoints import open_store
 from runtime.command_line import read_options
 from runtime.corpus import load_data
@@ -417,6 +417,8 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
     machine.prepare(world.device, config.run.cache_dir)
     resume.refuse_other_options(config, world)
     trackers.check(config.run.track_with)
+    if world.rank == 0:
+        packed()  # begins, in a thread
     folder, resuming = folders.choose_run_dir(config, world)
     vocabulary = warm_start.choose_vocabulary(config, world, folder, resuming)
     config = changed(config, vocabulary=vocabulary)

@@ -21,7 +21,7 @@ from base import InputError
 from base.places import cache_folder
 from inference.engine import Engine, Request
 from inference.sampling import Sampling, default_sampling
-from kernels import drawing
+from kernels.drawing import Drawing
 
 from .items import encoded
 from .results import accuracy
@@ -76,7 +76,7 @@ def own_sets():
 def measure_prompts(scorer, saved, rows, known, seed=0):
     """A Measure for each check. known: words of held-out text."""
     passed = {}  # check -> [(name, whether it passes)]
-    compiled = drawing.build(cache_folder())
+    compiled = Drawing.build(cache_folder())
     engine = Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, drawing=compiled)
     for row in rows:
         try:

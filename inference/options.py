@@ -11,7 +11,8 @@ from base import InputError
 from base.command import Parser, given_path
 from base.places import cache_folder
 from data.chat import knows_chat
-from kernels import decoding, drawing
+from kernels.decoding import Decoding
+from kernels.drawing import Drawing
 from runtime.options import add_option
 from runtime.saved import load_run, newest_run
 
@@ -111,7 +112,7 @@ def open_run(args, **about):
     if args.quantize:
         say(f"{args.quantize}: {bits:.2f} bits a weight over all parameters")
     about["prompt_lookup"] = args.prompt_lookup
-    about["drawing"] = drawing.build(cache_folder(), say)
+    about["drawing"] = Drawing.build(cache_folder(), say)
     return saved, Engine(saved.model, saved.stage, saved.tokenizer, saved.max_len, **about)
 
 
@@ -123,7 +124,7 @@ def use_decoding(model, say, kind=None):
     n = sum(p.numel() for p in parameters)
     compiled = None
     if parameters[0].device.type == "cpu" and n >= WORTH_COMPILING:
-        compiled = decoding.build(cache_folder(), say)
+        compiled = Decoding.build(cache_folder(), say)
     if compiled is not None:
         model.ops = compiled.ops(model.ops)
     bits = quantize(model, kind) if kind else None

@@ -2,7 +2,7 @@
 
 from base import InputError, last_resort
 from base.places import cache_folder
-from kernels import drawing
+from kernels.drawing import Drawing
 from runtime.steps import val_stage
 
 from .engine import Engine, Request
@@ -25,7 +25,7 @@ def show_samples(setup, step, log):
         stage,
         dataset.tokenizer,
         setup.config.data.val_row_len,
-        drawing=drawing.build(cache_folder(), log.say),
+        drawing=Drawing.build(cache_folder(), log.say),
     )
     sampling = default_sampling(dataset.tokenizer)
     requests = []

@@ -18,11 +18,6 @@ import torch
 from . import native
 from .native import INT, LONG, POINTER
 
-SIGNATURES = dict(
-    earlier=[LONG, LONG, LONG, *[POINTER] * 5, INT],
-    of_targets=[LONG, LONG, LONG, POINTER, INT, *[POINTER] * 6, INT],
-)
-
 
 class Length(ctypes.Structure):
     """contexts.c's struct length."""
@@ -30,14 +25,14 @@ class Length(ctypes.Structure):
     _fields_ = [(name, POINTER) for name in ("first", "follower", "count", "seen")]
 
 
-class Contexts:
+class Contexts(native.Library):
     """The compiled library."""
 
-    def __init__(self, library):
-        self.c = native.declare(library, SIGNATURES)
-
-    def __deepcopy__(self, memo):
-        return self  # copies of a model share it: it has no state
+    name = "contexts"
+    signatures = dict(
+        earlier=[LONG, LONG, LONG, *[POINTER] * 5, INT],
+        of_targets=[LONG, LONG, LONG, POINTER, INT, *[POINTER] * 6, INT],
+    )
 
     def earlier(self, inputs, targets, starts, n):
         """(seen, hits), each (B, T, n) int64.
@@ -76,9 +71,3 @@ class Contexts:
 def takes(inputs):
     """Whether a batch is for it."""
     return inputs.device.type == "cpu" and inputs.numel() and not torch.compiler.is_compiling()
-
-
-def build(folder, say=lambda message: None):
-    """The Contexts of this machine; None where that is not possible. As native.build()."""
-    library = native.build("contexts", folder, say)
-    return None if library is None else Contexts(library)

@@ -149,12 +149,15 @@ def attend_one_reference(q, k, v, keys, values, lengths, window, scale):
 # In C
 
 
-class Decoding:
+class Decoding(native.Library):
     """The compiled library. Methods take what the PyTorch forms take, and leave to those what is
     not for them: many rows, other devices and dtypes, gradients."""
 
+    name = "decoding"
+    signatures = SIGNATURES
+
     def __init__(self, library):
-        self.c = native.declare(library, SIGNATURES)
+        super().__init__(library)
         self.has_tiles = bool(library.has_tiles())
 
     def ops(self, ops):
@@ -430,9 +433,3 @@ class Blocks:
             torch.get_num_threads(),
         )
         return x
-
-
-def build(folder, say=lambda message: None):
-    """The Decoding of this machine; None where that is not possible. As native.build()."""
-    library = native.build("decoding", folder, say)
-    return None if library is None else Decoding(library)

@@ -18,16 +18,14 @@ import torch
 from . import native
 from .native import DOUBLE, FLOAT, INT, LONG, POINTER
 
-SIGNATURES = dict(
-    draw=[LONG, LONG, POINTER, FLOAT, DOUBLE, FLOAT, POINTER, POINTER, INT],
-)
 
-
-class Drawing:
+class Drawing(native.Library):
     """The compiled library."""
 
-    def __init__(self, library):
-        self.c = native.declare(library, SIGNATURES)
+    name = "drawing"
+    signatures = dict(
+        draw=[LONG, LONG, POINTER, FLOAT, DOUBLE, FLOAT, POINTER, POINTER, INT],
+    )
 
     def draw(self, logits, at, temperature=1.0, top_p=1.0, min_p=0.0):
         """(B,) int64 token ids on the CPU.
@@ -48,9 +46,3 @@ class Drawing:
             torch.get_num_threads(),
         )
         return tokens
-
-
-def build(folder, say=lambda message: None):
-    """The Drawing of this machine; None where that is not possible. As native.build()."""
-    library = native.build("drawing", folder, say)
-    return None if library is None else Drawing(library)

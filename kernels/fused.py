@@ -21,14 +21,16 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import contexts, native, products
+from . import native
 from .attention import attention, sdpa_attend
+from .contexts import Contexts
 from .cross_entropy import check
 from .decoding import rotate_halves_reference
 from .linear_log_prob import linear_log_prob
 from .native import FLOAT, INT, LONG, POINTER
 from .op import OPS
 from .polar_express import polar_express
+from .products import Products
 from .sampled_softmax import stands_for
 
 PARTS = 16  # of the rows, as in C
@@ -56,25 +58,26 @@ SIGNATURES = dict(
 )
 
 
-def build(folder, say=lambda message: None):
-    """The Fused of this machine; None where that is not possible. As native.build()."""
-    library = native.build("fused", folder, say)
-    if library is None:
-        return None
-    return Fused(library, contexts.build(folder, say), products.build(folder, say))
-
-
-class Fused:
+class Fused(native.Library):
     """The compiled library. Methods take what the PyTorch forms take. contexts: a Contexts, or
     None; products: a Products, or None, for fp32 where it is faster than PyTorch's."""
 
+    name = "fused"
+    signatures = SIGNATURES
+
     def __init__(self, library, contexts=None, products=None):
-        self.c = native.declare(library, SIGNATURES)
+        super().__init__(library)
         self.contexts = contexts
         self.products = products
 
-    def __deepcopy__(self, memo):
-        return self  # copies of a model share it: it has no state
+    @classmethod
+    def build(cls, folder, say=lambda message: None):
+        """As of any Library, with the other two."""
+        found = super().build(folder, say)
+        if found:
+            found.contexts = Contexts.build(folder, say)
+            found.products = Products.build(folder, say)
+        return found
 
     def call(self, name, x, *args):
         """A function of the library on numbers of x's dtype. Tensors are passed by address; they

@@ -52,6 +52,26 @@ def build(name, folder, say=lambda message: None):
         return None
 
 
+class Library:
+    """A compiled C file, with methods that take tensors. A subclass has the file's name and what
+    its functions take, as declare() does."""
+
+    name: str
+    signatures: dict
+
+    def __init__(self, library):
+        self.c = declare(library, self.signatures)
+
+    def __deepcopy__(self, memo):
+        return self  # copies of a model share it: it has no state
+
+    @classmethod
+    def build(cls, folder, say=lambda message: None):
+        """That of this machine; None where that is not possible. As build()."""
+        library = build(cls.name, folder, say)
+        return None if library is None else cls(library)
+
+
 def build_all(folder, say=lambda message: None):
     """Compile every C file that is for this machine, ahead of its first use."""
     for path in sorted(HERE.glob("*.c")):

@@ -48,18 +48,16 @@ SIGNATURES = dict(
 )
 
 
-def build(folder, say=lambda message: None):
-    """The Products of this machine; None where that is not possible or not worth it. As
-    native.build()."""
-    library = native.build("products", folder, say) if native.has_eight() else None
-    return None if library is None else Products(library)
-
-
-class Products:
+class Products(native.Library):
     """The compiled library. Tensors are fp32, on a CPU."""
 
-    def __init__(self, library):
-        self.c = native.declare(library, SIGNATURES)
+    name = "products"
+    signatures = SIGNATURES
+
+    @classmethod
+    def build(cls, folder, say=lambda message: None):
+        """As of any Library; None as well where PyTorch's products are as fast."""
+        return super().build(folder, say) if native.has_eight() else None
 
     def call(self, name, *args):
         """A function of the library; tensors are passed by address."""

@@ -21,7 +21,8 @@ from base.places import cache_folder
 from data.questions import Answer, answer_batch, rows_of
 from inference.engine import Engine, Request
 from inference.sampling import Sampling
-from kernels import decoding, drawing
+from kernels.decoding import Decoding
+from kernels.drawing import Drawing
 from records.metrics import Evaluation, measure
 from runtime import machine
 from runtime.finish import keep_best
@@ -79,7 +80,7 @@ def learn(reward, setup, session):
     tokenizer = setup.data.dataset.tokenizer
     row_len = config.data.row_len
     answering = as_it_answers(setup, session)
-    compiled = drawing.build(cache_folder())
+    compiled = Drawing.build(cache_folder())
     about = dict(places=policy.places, part=PROMPT_TOKENS, drawing=compiled)
     engine = Engine(answering, stage, tokenizer, row_len, **about)
     session.start()
@@ -139,7 +140,7 @@ def as_it_answers(setup, session):
     if getattr(ops, "fused", None) is None:
         return model
     # Where run.sh has put it when it installed
-    compile_once = functools.partial(decoding.build, cache_folder(), session.log.say)
+    compile_once = functools.partial(Decoding.build, cache_folder(), session.log.say)
     compiled = machine.first_rank_first(setup.world, compile_once)
     if compiled is None:
         return model

@@ -1,7 +1,9 @@
 """What is about to run: all of it into the log, the gist on the screen."""
 
+import functools
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from base import InputError, to_json
@@ -21,13 +23,19 @@ def command_line(argv):
     return shlex.join(["./run.sh", *argv[1:]])
 
 
+@functools.cache
+def packed():
+    """The Source of this run, as a future: packed beside data and model from the first call on."""
+    return ThreadPoolExecutor(1).submit(pack_source, ROOT)
+
+
 def announce(log, setup):
     """log: Log; setup: a trainer's Setup."""
     config = setup.config
     data = setup.data
     environment = setup.environment
     log.header(
-        pack_source(ROOT) if log.active else None,
+        packed().result() if log.active else None,
         beside=about_data(data.dataset) if log.active else None,
         environment=environment,
         config=flat(config),

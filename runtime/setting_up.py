@@ -12,8 +12,9 @@ import torch
 
 from base import InputError, to_json
 from base.places import cache_folder
-from kernels import choose_ops, fused
+from kernels import choose_ops
 from kernels.attention import Shape
+from kernels.fused import Fused
 from models import load_template
 from optim import Optimizer, gradient_report, rules_of
 
@@ -158,7 +159,7 @@ def choose_kernels(config, stages, world, data, dtype, log):
     loops = None
     if world.device.type == "cpu" and config.run.kernels == ("auto",):
         # Where run.sh has put it when it installed
-        loops = machine.first_rank_first(world, lambda: fused.build(cache_folder(), log.say))
+        loops = machine.first_rank_first(world, lambda: Fused.build(cache_folder(), log.say))
     try:
         ops = choose_ops(
             world.device,

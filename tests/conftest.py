@@ -65,7 +65,7 @@ def no_probe():
         patch.setattr(setting_up, "machine_probe", lambda device: speed)
         # And steps that are tried before a run begins
         patch.setattr(train_gpt, "expected_training", lambda setup: setup.expected_seconds)
-        patch.setattr(setting_up, "fused", compiled_once())
+        patch.setattr(setting_up, "Fused", compiled_once())
         # Of a process with tests of 8 GB in it, which it would never give back
         patch.setattr(machine, "keep_freed_memory", lambda: None)
         yield

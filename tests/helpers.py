@@ -35,10 +35,21 @@ REMEMBERED = {
 
 def compiled_decoding():
     """kernels/decoding.py's library, compiled once for all tests; skips where it cannot be."""
-    found = library("decoding")
+    found = library("Decoding")
     if found is None:
         pytest.skip("no C compiler")
     return found
+
+
+def built(kind, folder):
+    """A Library of this kind, compiled into the folder, and what was said meanwhile; skips where
+    there is no C compiler."""
+    said = []
+    found = kind.build(folder, said.append)
+    if found is None and "there is no C compiler" in str(said):
+        pytest.skip(str(said))
+    assert found, said
+    return found, said
 
 
 def write_text(path, n_words=20000, seed=0):

@@ -159,16 +159,17 @@ def remains(run_dir):
     return [p.name for p in run_dir.rglob("*") if p.suffix in (".aside", ".old", ".trash", ".tmp")]
 
 
-def library(module):
-    """kernels/fused.py's or decoding.py's, compiled once for all tests; None where it cannot be."""
+def library(name):
+    """kernels/fused.py's Fused or decoding.py's Decoding, compiled once for all tests; None where
+    it cannot be."""
     folder = Path(tempfile.gettempdir(), f"stopwatch_{getpass.getuser()}")
-    return importlib.import_module(f"kernels.{module}").build(folder)
+    return getattr(importlib.import_module(f"kernels.{name.lower()}"), name).build(folder)
 
 
-def compiled_once(module="fused"):
-    """In place of that module: its library without the two seconds that it takes where a run's
+def compiled_once(name="Fused"):
+    """In place of that class: its library without the two seconds that it takes where a run's
     cache is empty."""
-    found = library(module)
+    found = library(name)
     return types.SimpleNamespace(build=lambda folder, say: found)
 
 
@@ -188,7 +189,7 @@ def serve():
     # The real one takes a second
     setting_up.machine_probe = lambda device: dict(matmul=rates, copy=1e9)
     tg.expected_training = lambda setup: setup.expected_seconds  # and trying steps
-    setting_up.fused = compiled_once()
+    setting_up.Fused = compiled_once()
     log.tqdm.monitor_interval = 0  # which is a thread
     # Its own lock is shared with forks, and one that is killed may never give it back
     log.tqdm.set_lock(threading.RLock())

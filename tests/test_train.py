@@ -30,8 +30,9 @@ from data import ShardWriter
 from data.loader import IGNORE
 from data.shards import read_shard
 from inference.engine import Engine
-from kernels import fused, launch
+from kernels import launch
 from kernels.fp8_mlp import FP8MLPs
+from kernels.fused import Fused
 from models import gpt
 from optim import Optimizer
 from records.source import files_in, header_line, pack_source
@@ -79,7 +80,7 @@ def users(text, tmp_path_factory):
     imported."""
     tmp = tmp_path_factory.mktemp("users")
     c = tiny(text, tmp, target=5.5, steps=30, eval_every=5)
-    fused.build(cache_folder())  # as run.sh does when it installs
+    Fused.build(cache_folder())  # as run.sh does when it installs
     return tmp / "run", run_trainer(*options(c), launcher=["-X", "importtime"])
 
 

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from helpers import built
 
 from inference import quantize
 from kernels import choose_ops, decoding, native
+from kernels.decoding import Decoding
 
 HALF = torch.bfloat16
 DTYPES = [torch.float32, HALF]
@@ -20,10 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled(folder):
-    said = []
-    library = decoding.build(folder, said.append)
-    if library is None:
-        pytest.skip(str(said))
+    library, said = built(Decoding, folder)
     assert said == ["compiling kernels/decoding.c (once) ..."]
     with torch.no_grad():
         yield library
@@ -272,10 +271,10 @@ def test_threads_change_no_bit(compiled):
 def test_without_a_compiler_pytorch_stays(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(native, "COMPILERS", ())
-    assert decoding.build(tmp_path, said.append) is None
+    assert Decoding.build(tmp_path, said.append) is None
     assert "no C compiler" in said.pop()
     monkeypatch.setattr(native, "COMPILERS", ("false",))
-    assert decoding.build(tmp_path, said.append) is None
+    assert Decoding.build(tmp_path, said.append) is None
     assert "without kernels/decoding.c" in said[-1]
     assert not list(tmp_path.iterdir())
 
@@ -283,5 +282,5 @@ def test_without_a_compiler_pytorch_stays(tmp_path, monkeypatch):
 def test_it_is_compiled_once(compiled, folder, monkeypatch):
     said = []
     monkeypatch.setattr(native, "COMPILERS", ())
-    assert decoding.build(folder, said.append) is not None
+    assert Decoding.build(folder, said.append) is not None
     assert said == [] and len(list(folder.iterdir())) == 1

@@ -4,20 +4,17 @@ import math
 
 import pytest
 import torch
+from helpers import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.sampling import Sampling, draw, next_tokens, process
-from kernels import drawing
+from kernels.drawing import Drawing
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    said = []
-    library = drawing.build(tmp_path_factory.mktemp("cache"), said.append)
-    if library is None:
-        pytest.skip(str(said))
-    return library
+    return built(Drawing, tmp_path_factory.mktemp("cache"))[0]
 
 
 def by_definition(logits, at, temperature, top_p, min_p):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import built
 
 from kernels import choose_ops, fused, native
 from kernels.attention import attention
@@ -22,10 +23,7 @@ DTYPES = [torch.float32, HALF]
 
 @pytest.fixture(scope="module")
 def c(tmp_path_factory):
-    said = []
-    library = fused.build(tmp_path_factory.mktemp("cache"), said.append)
-    if library is None:
-        pytest.skip(str(said))
+    library, said = built(fused.Fused, tmp_path_factory.mktemp("cache"))
     names = ["fused", "contexts"] + ["products"] * native.has_eight()
     assert said == [f"compiling kernels/{name}.c (once) ..." for name in names]
     return library
@@ -362,5 +360,5 @@ def test_one_that_is_wrong_is_not_taken(c, monkeypatch):
 def test_without_a_compiler_pytorch_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "COMPILERS", ())
     said = []
-    assert fused.build(tmp_path, said.append) is None
+    assert fused.Fused.build(tmp_path, said.append) is None
     assert said == ["without kernels/fused.c, which is slower: there is no C compiler"]

@@ -3,6 +3,7 @@ PyTorch forms, gradients included."""
 
 import pytest
 import torch
+from helpers import built
 from test_fused import SAMPLED, draw, results
 from test_fused import same as same_within
 
@@ -20,17 +21,12 @@ from models.parts import document_starts, previous
 def c(tmp_path_factory):
     if "avx2" not in native.processor():
         pytest.skip("this processor has no AVX2")
-    said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "NATIVE", ["-march=haswell", "-fopenmp"])
         patch.setattr(native, "WIDEST", [])
         patch.setattr(native, "has_eight", lambda: True)
-        library = products.build(tmp_path_factory.mktemp("cache"), said.append)
-    rest = native.build("fused", cache_folder(), said.append)
-    if "there is no C compiler" in str(said):
-        pytest.skip(str(said))
-    assert library and rest, said
-    return fused.Fused(rest, products=library)
+        library, _ = built(products.Products, tmp_path_factory.mktemp("cache"))
+    return fused.Fused(native.build("fused", cache_folder()), products=library)
 
 
 def same(found, reference, leaves, times=4):

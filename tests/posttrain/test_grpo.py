@@ -88,7 +88,7 @@ def taught(base):
 @pytest.fixture(autouse=True, scope="module")
 def decoding_compiled_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "decoding", compiled_once("decoding"))
+        patch.setattr(grpo, "Decoding", compiled_once("Decoding"))
         yield
 
 
