@@ -24,6 +24,7 @@ from base import InputError
 
 from .shards import read_shard
 
+SHORTEST = 16  # tokens of a row that one would train with
 IGNORE = -100  # target of padding, left out of the loss
 
 
@@ -296,6 +297,17 @@ class TrainLoader:
             _, cursor = self._row(cursor, self._max_len(1))
         return n
 
+    def _too_short(self, max_len):
+        """Why no row can be filled, and what would help."""
+        ends = (self._pieces(0, shard, max_len).ends for shard in range(len(self.shards)))
+        most = max((int(end[-1]) for end in ends if len(end)), default=0)
+        fits = 2 ** (most.bit_length() - 1) if most else 0
+        shorter = f", or --row-len {fits}" if fits >= SHORTEST else ""
+        return (
+            f"the training text is too short for a row of {self.row_len} tokens with documents of "
+            f"at most {max_len}: the most in one shard are {most}; give more text{shorter}"
+        )
+
     def _row(self, cursor, max_len):
         """Fill one row from the cursor on; returns (segments, cursor after it)."""
         epoch, shard, piece, offset = cursor
@@ -312,10 +324,7 @@ class TrainLoader:
                 epoch += 1
                 shard = 0
         else:
-            raise InputError(
-                f"no shard of the training text fills a row of {self.row_len} tokens with "
-                f"documents of at most {max_len}: give more text, or a lower --row-len"
-            )
+            raise InputError(self._too_short(max_len))
 
         row = []
         room = self.row_len

@@ -27,6 +27,8 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+# GPT-2's, as tiktoken writes it. llama.cpp knows it by the name "gpt-2".
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # Qwen2's: single digits, runs of line ends in one piece. llama.cpp knows it by the name "qwen2".
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -412,7 +414,7 @@ def gpt2_tokenizer():
             "check the network, or use --tokenizer bpe:N, which needs none"
         ) from None
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    return Tokenizer("bpe", tokens, encoding._pat_str)
+    return Tokenizer("bpe", tokens, GPT2_PATTERN)
 
 
 def learn_bpe(texts, n_tokens, pattern):
@@ -442,11 +444,8 @@ def train_qwen2(texts, n_vocab):
     from tokenizers import Tokenizer as HFTokenizer
 
     tokens = learn_bpe(texts, n_vocab - len(SPECIALS), QWEN2_PATTERN)
-    ranks = {token: i for i, token in enumerate(tokens)}
-    merged = [tuple(map(written, last_merge(token, ranks))) for token in tokens[256:]]
-
-    ids = {written(token): i for token, i in ranks.items()}
-    hf = HFTokenizer(models.BPE(ids, merged))
+    ids = {written(token): i for i, token in enumerate(tokens)}
+    hf = HFTokenizer(models.BPE(ids, trained_merges(tokens)))
     hf.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"),
@@ -472,6 +471,14 @@ def without_long_words(text):
             yield text[begin:end]
             begin = end
     yield text[begin:]
+
+
+def trained_merges(tokens):
+    """[(left, right), ...] as tokenizer.json has them, by which training has made these tokens of
+    bytes, in their order; none for a token that no two others make."""
+    ranks = {token: i for i, token in enumerate(tokens)}
+    found = (last_merge(token, ranks) for token in tokens[256:])
+    return [tuple(map(written, pair)) for pair in found if ranks.keys() >= {*pair}]
 
 
 def last_merge(token, ranks):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from base import InputError
 from data.chat import END
-from data.tokenizers import QWEN2_PATTERN
+from data.tokenizers import GPT2_PATTERN, QWEN2_PATTERN, Tokenizer, trained_merges
 from models.llama import rope_frequencies
 
 from .hf import FAMILIES, TABLES
@@ -29,7 +29,7 @@ FILE_TYPES = dict(f32="ALL_F32", f16="MOSTLY_F16", q8_0="MOSTLY_Q8_0", q4_0="MOS
 TYPES = tuple(FILE_TYPES)
 BLOCK = 32  # numbers that share a scale in q8_0 and q4_0
 # What llama.cpp splits text by before it merges, under its names
-SPLITS = {QWEN2_PATTERN: "qwen2"}
+SPLITS = {QWEN2_PATTERN: "qwen2", GPT2_PATTERN: "gpt-2"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 NAMES = {
@@ -67,7 +67,7 @@ def check(exported, args):
         )
     if exported.tokenizer is None:
         raise InputError(f"{model.run}: has no tokenizer.json; name one with --tokenizer")
-    check_tokenizer(exported.tokenizer_json, model)
+    check_tokenizer(exported)
 
 
 def kind_of(args):
@@ -95,16 +95,17 @@ def own_parts(config):
     return found
 
 
-def check_tokenizer(said, model):
-    """Raises InputError for a tokenizer.json, parsed, that llama.cpp would read otherwise."""
+def check_tokenizer(exported):
+    """Raises InputError for a tokenizer that llama.cpp would read otherwise."""
+    said = exported.tokenizer_json
+    model = exported.model
     where = f"{model.run}: its tokenizer ({model.fields.get('tokenizer')})"
-    advice = "./run.sh data tokenizer train makes one that it can"
+    advice = "it reads those of training with --tokenizer qwen2:N or gpt2"
     if said["model"]["type"] != "BPE":
         raise InputError(
             f"{where} has a token for each character, which llama.cpp has no form for; {advice}"
         )
-    splits = [s for s in steps_of(said["pre_tokenizer"]) if s["type"] == "Split"]
-    patterns = [s["pattern"].get("Regex") for s in splits]
+    patterns = patterns_of(said["pre_tokenizer"])
     if len(patterns) != 1 or patterns[0] not in SPLITS:
         raise InputError(
             f"{where} splits text in a way that llama.cpp does not have "
@@ -112,26 +113,32 @@ def check_tokenizer(said, model):
         )
     if said["normalizer"]:
         raise InputError(f"{where} normalizes text, which llama.cpp never does; {advice}")
-    if lost := unmerged(said):
+    if lost := unmerged(exported):
         raise InputError(
             f"{where} has {len(lost)} tokens that no merges lead to, such as {lost[0]!r}, which "
             f"llama.cpp would never write; {advice}"
         )
 
 
-def steps_of(pre_tokenizer):
-    """The parts of a pre-tokenizer, in their order."""
-    if not pre_tokenizer:
-        return []
-    return pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+def patterns_of(pre_tokenizer):
+    """What a pre-tokenizer splits text by, one after the other; None for what is no regular
+    expression."""
+    found = []
+    for step in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
+        if step.get("type") == "Split":
+            found.append(step["pattern"].get("Regex"))
+        elif step.get("type") == "ByteLevel" and step.get("use_regex", True):
+            found.append(None if step.get("add_prefix_space", True) else GPT2_PATTERN)
+    return found
 
 
-def unmerged(said):
+def unmerged(exported):
     """Tokens that merging their own bytes does not give."""
     from tokenizers import models
 
+    said = exported.tokenizer_json
     vocabulary = said["model"]["vocab"]
-    plain = models.BPE(vocabulary, [tuple(pair) for pair in merges(said)])
+    plain = models.BPE(vocabulary, merges(exported))
     special = special_tokens(said)
     return [
         token
@@ -140,9 +147,13 @@ def unmerged(said):
     ]
 
 
-def merges(said):
-    """[[left, right], ...] of a parsed tokenizer.json, which may have them as "left right"."""
-    return [m.split(" ") if isinstance(m, str) else m for m in said["model"]["merges"]]
+def merges(exported):
+    """[(left, right), ...]. Our own tokenizer.json has all pairs that make a token, in the order of
+    tokens, as tiktoken merges; llama.cpp needs those of training."""
+    said = exported.tokenizer_json["model"]
+    if said.get("ignore_merges") and isinstance(exported.tokenizer, Tokenizer):
+        return trained_merges(exported.tokenizer.tokens)
+    return [tuple(m.split(" ") if isinstance(m, str) else m) for m in said["merges"]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,12 +261,12 @@ def describe_tokenizer(writer, exported):
             tokens[i] = f"[PAD{i}]"
             types[i] = UNUSED
     order = range(len(tokens))
-    pattern = next(s for s in steps_of(said["pre_tokenizer"]) if s["type"] == "Split")
+    [pattern] = patterns_of(said["pre_tokenizer"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(SPLITS[pattern["pattern"]["Regex"]])
+    writer.add_tokenizer_pre(SPLITS[pattern])
     writer.add_token_list([tokens[i] for i in order])
     writer.add_token_types([types[i] for i in order])
-    writer.add_token_merges([" ".join(pair) for pair in merges(said)])
+    writer.add_token_merges([" ".join(pair) for pair in merges(exported)])
     eot = exported.tokenizer.eot
     writer.add_bos_token_id(eot)
     writer.add_eos_token_id(eot)

@@ -22,6 +22,7 @@ you write, and its own text."""
 COMMANDS = """\
 commands:
   /set NAME VALUE    change an option, such as /set temperature 0.7 or /set tokens 50
+  /set               what they are now
   /reset             forget the conversation
   /save FILE         write it into a file; of a model that answers, a line that sft reads
   /help              this list
@@ -205,6 +206,8 @@ class Conversation:
             self.save(line.split(maxsplit=1)[1])
         elif name == "/set" and len(words) == 2:
             self.set(*words)
+        elif name == "/set" and not words:
+            say(self.options())
         elif name == "/help":
             say(COMMANDS)
         else:
@@ -218,6 +221,13 @@ class Conversation:
         except OSError as e:
             raise InputError(f"/save {path}: {e.strerror}; expected a file to write") from None
         say(f"{len(text)} characters in {path}")
+
+    def options(self):
+        """The options as they are, a line each."""
+        sampling = default_sampling(self.engine.tokenizer, **check(self.args))
+        now = {f.name: getattr(sampling, f.name) for f in KNOBS}
+        now |= dict(tokens=self.args.tokens, seed=self.args.seed)
+        return "\n".join(f"  {name.replace('_', '-')} {value}" for name, value in now.items())
 
     def set(self, name, value):
         """Change one of the options."""

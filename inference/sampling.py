@@ -98,8 +98,11 @@ def process(logits, sampling, tokens, written):
 
 
 def penalised(logits, sampling, tokens, written):
-    """What process() does first: bias, and what was said before."""
+    """What process() does first: bias, and what was said before; `logits` itself without those."""
     s = sampling
+    of_counts = s.frequency_penalty or s.presence_penalty
+    if not (s.logit_bias or s.repetition_penalty != 1 or s.no_repeat_ngram or of_counts):
+        return logits
     logits = logits.clone()
     if s.logit_bias:
         add_logit_bias(logits, s.logit_bias)
@@ -107,7 +110,7 @@ def penalised(logits, sampling, tokens, written):
         penalise_repetition(logits, tokens, s.repetition_penalty)
     if s.no_repeat_ngram:
         rule_out_ngrams(logits, tokens, s.no_repeat_ngram)
-    if s.frequency_penalty or s.presence_penalty:
+    if of_counts:
         subtract_penalties(logits, written, s.frequency_penalty, s.presence_penalty)
     return logits
 

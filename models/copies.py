@@ -26,8 +26,9 @@ def hashed(key, x):
 
 
 def chosen(condition, x, other):
-    """torch.where() of int64 tensors, which PyTorch 2.13 compiles wrongly for AVX2: the last 4 of 8
-    numbers came out as the other ones."""
+    """torch.where() of int64 tensors. Of two of them, with a comparison of a third in the same
+    kernel, PyTorch 2.13 compiles it wrongly for AVX2: the last 4 of 8 numbers came out as the other
+    ones."""
     return other + condition * (x - other)
 
 

@@ -18,7 +18,7 @@ from .workers import BEAT, FOLDER
 
 START = 6 * 3600.0  # seconds that collectives may take until training begins: somebody downloads
 AFTER = 15.0  # seconds that the process group waits longer than the launcher, who knows more
-APART = 10  # so many times as long may take a first step, and what the first rank does alone
+SLOW = 10  # so many times as long may take a first step, and what the first rank does alone
 STEPS = 20  # steps of this run may take longer than expected: a rank that takes so many hangs
 
 
@@ -41,7 +41,7 @@ class Watch:
     def begin(self):
         """Training begins, or goes on after something else; all ranks are there."""
         self.since = time.monotonic()
-        self.allow(1 if self.steps else APART)
+        self.allow(1 if self.steps else SLOW)
 
     def step(self):
         """A step was taken."""
@@ -53,7 +53,7 @@ class Watch:
 
     def rest(self):
         """Something other than steps begins: a validation, a sample, a save."""
-        self.allow(APART)
+        self.allow(SLOW)
 
     def end(self):
         """Training is over: what comes may take as long as it will."""

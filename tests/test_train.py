@@ -522,7 +522,7 @@ def test_bad_options_are_refused_in_one_line(argv, said, capsys, tmp_path):
     [
         (b"", "the file is empty"),
         (b"a\0b" * 1000, "a file that is binary"),
-        (b"short", "fills a row"),
+        (b"short", "is too short for a row of 256 tokens"),
         (b"many words " * 300, "one batch needs"),
         (b"x", "too little text"),
     ],

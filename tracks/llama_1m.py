@@ -1,7 +1,7 @@
 """llama-1m: the ladder's smallest, 1,049,728 parameters, for two CPU cores and no network.
 
-Python's standard library in 2,048 tokens. It is what the recipe is compared with AdamW on:
-`./run.sh benchmarks ablate --track llama-1m --only adamw`.
+Python's standard library in 2,048 tokens, which llama.cpp can tell apart as well. It is what the
+recipe is compared with AdamW on: `./run.sh benchmarks ablate --track llama-1m --only adamw`.
 """
 
 TRACK = dict(
@@ -10,7 +10,7 @@ TRACK = dict(
     target_metric="val_bpb",
     # data
     data="stdlib",
-    tokenizer="bpe:2048",
+    tokenizer="qwen2:2048",
     val_tokens=32_768,
     row_len=256,
     val_row_len=256,

@@ -13,11 +13,12 @@ from export_helpers import Ours, export, gpt_run, llama_run, qwen2, refused
 from helpers import ROOT
 
 import train_gpt as tg
-from data.tokenizers import QWEN2_PATTERN, Tokenizer, make_tokenizer
+from data.tokenizers import GPT2_PATTERN, QWEN2_PATTERN, Tokenizer, learn_bpe, make_tokenizer
 
 xllamacpp = pytest.importorskip("xllamacpp")
 TOKENIZER = qwen2(500)  # so that 12 rows pad the table
 SOURCE = (ROOT / "train_gpt.py").read_text()
+LIKE_GPT2 = Tokenizer("bpe", learn_bpe([SOURCE], 600, GPT2_PATTERN), GPT2_PATTERN)
 
 
 class LlamaCpp:
@@ -260,14 +261,15 @@ def test_a_trained_model_goes_on_the_same(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("n", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_it_tokenizes_like_ours(tmp_path, capsys, n):
-    run = llama_run(tmp_path / "run", TOKENIZER)
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, LIKE_GPT2], ids=["qwen2", "gpt2"])
+def test_it_tokenizes_like_ours(tmp_path, capsys, tokenizer, n):
+    run = llama_run(tmp_path / "run", tokenizer)
     with LlamaCpp(written(capsys, run, tmp_path / "model.gguf")) as theirs:
         for text in torture(n):
-            ids = TOKENIZER.encode([text])[0].tolist()
+            ids = tokenizer.encode([text])[0].tolist()
             assert theirs.ids(text) == ids, text
             assert theirs.text(ids) == text
-        assert theirs.ids("a", add_special=True) == [TOKENIZER.eot, *TOKENIZER.encode(["a"])[0]]
+        assert theirs.ids("a", add_special=True) == [tokenizer.eot, *tokenizer.encode(["a"])[0]]
 
 
 def test_a_conversation_is_rendered_like_ours(tmp_path, capsys):
@@ -305,7 +307,7 @@ def test_a_conversation_is_rendered_like_ours(tmp_path, capsys):
 def test_tokenizers_that_it_has_no_words_for(tmp_path, capsys, tokenizer, said):
     run = llama_run(tmp_path / "run", tokenizer)
     out = tmp_path / "model.gguf"
-    refused(export(capsys, run, "gguf", out), out, said, "./run.sh data tokenizer train")
+    refused(export(capsys, run, "gguf", out), out, said, "--tokenizer qwen2:N or gpt2")
 
 
 def test_the_speedruns_model_is_refused(tmp_path, capsys):

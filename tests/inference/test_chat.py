@@ -66,6 +66,12 @@ def test_options_are_changed(talk):
     assert talk("the ", options=options)[1] == one
 
 
+def test_set_alone_shows_the_options(talk):
+    status, out, err = talk("/set top-p 0.5", "/set")
+    assert status == 0 and not out.strip()
+    assert "  top-p 0.5\n" in err and "  temperature " in err and "  tokens " in err
+
+
 @pytest.mark.parametrize(
     ["line", "message"],
     [
