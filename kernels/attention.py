@@ -276,9 +276,7 @@ def blockwise_attention(q, k, v, cu_seqlens, window, scale, attend=None):
     B, T, H, D = q.shape
     first = first_seen(cu_seqlens, B, T, window)
     if 2 * window >= T:  # two blocks would be the whole row
-        i = torch.arange(T, device=q.device, dtype=torch.int32)
-        mask = (i >= first[:, :, None]) & (i <= i[:, None])  # (B, T, T)
-        return attend(q, k, v, mask, scale)
+        return attend(q, k, v, first, scale)
 
     # n blocks of b queries
     b = max(16, window)
@@ -296,27 +294,37 @@ def blockwise_attention(q, k, v, cu_seqlens, window, scale, attend=None):
         previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         return torch.cat([previous, x], dim=2).flatten(0, 1)
 
-    i = torch.arange(n * b, device=q.device, dtype=torch.int32).view(n, b)
-    j = torch.cat([i - b, i], dim=1)[:, None]  # (n, 1, 2 b); below 0 before the first block
-    mask = (j >= first.view(B, n, b, 1)) & (j <= i[..., None])
+    before = b * torch.arange(-1, n - 1, device=q.device, dtype=torch.int32)  # where keys begin
+    first = (first.view(B, n, b) - before[:, None]).clamp(min=0)
     y = attend(
-        q.reshape(B * n, b, H, D), with_previous(k), with_previous(v), mask.flatten(0, 1), scale
+        q.reshape(B * n, b, H, D), with_previous(k), with_previous(v), first.flatten(0, 1), scale
     )
     return y.reshape(B, n * b, H, D)[:, :T]
 
 
-def _softmax_attend(q, k, v, mask, scale):
-    """q: (N, S, H, D), k, v: (N, L, H, D), mask: (N, S, L) -> (N, S, H, D). Softmax in fp32."""
+def _softmax_attend(q, k, v, first, scale):
+    """q: (N, S, H, D), k, v: (N, L, H, D), first: (N, S) int32 -> (N, S, H, D). Softmax in fp32.
+
+    Queries are at the last S places of L. Each sees keys from its `first` to its own place.
+    """
+    mask = _seen(first, k.size(1))
     scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).float() * scale  # (N, H, S, L)
     weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
     return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
-def sdpa_attend(q, k, v, mask, scale):
+def sdpa_attend(q, k, v, first, scale):
     """The same by torch's fused kernels."""
+    mask = _seen(first, k.size(1))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale)
     return y.transpose(1, 2)
+
+
+def _seen(first, L):
+    """(N, S) -> (N, S, L) bool: which of L keys each query sees."""
+    j = torch.arange(L, device=first.device, dtype=torch.int32)
+    return (j >= first[..., None]) & (j <= j[L - first.size(1) :, None])
 
 
 # Those that take (B T, H, D), and those that take (B, T, H, D)

@@ -540,16 +540,6 @@ void dequantize(int half, const struct matrix *a, void *y, int threads)
 
 /* --- products of more rows, in tiles */
 
-/* Whether linear_in_tiles() can be called: Linux wants to be asked for room for tiles */
-int has_tiles(void)
-{
-#ifdef IN_TILES
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, of tiles */
-#else
-    return 0;
-#endif
-}
-
 #ifdef IN_TILES
 #define WIDE 64 /* outputs of a transposed matrix, whose tiles fit a cache */
 #define ROWS_AHEAD 16

@@ -174,21 +174,17 @@ void cross_entropy(int half, long rows, long V, void *logits, const float *bias,
     }
 }
 
-/* --- attention: scores (N, H, S, L) become weights; mask (N, S, L) is one stretch in each row */
+/* --- attention: scores (N, H, S, L) become weights, of keys from firsts (N, S) to L - S + s */
 
-void attention_weights(int half, long N, long H, long S, long L, void *scores, const char *mask,
-                       float scale, int threads)
+void attention_weights(int half, long N, long H, long S, long L, void *scores,
+                       const int32_t *firsts, float scale, int threads)
 {
     long size = half ? 2 : 4;
     FOR_EACH_PART(N * H * S)
     {
         float *z = malloc(L * 4);
         for (long m = first; m < last; m++) {
-            const char *seen = mask + (m / (H * S) * S + m % S) * L;
-            const char *begin = memchr(seen, 1, L);
-            long from = begin ? begin - seen : L;
-            const char *end = memchr(seen + from, 0, L - from);
-            long n = (end ? end - seen : L) - from;
+            long from = firsts[m / (H * S) * S + m % S], n = L - S + m % S + 1 - from;
             char *row = (char *)scores + m * L * size;
             float most;
             load(row, from, n, half, z);

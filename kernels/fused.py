@@ -32,6 +32,7 @@ from .op import OPS
 from .polar_express import polar_express
 from .products import Products
 from .sampled_softmax import stands_for
+from .tiled import Tiled
 
 PARTS = 16  # of the rows, as in C
 DTYPES = torch.float32, torch.bfloat16
@@ -60,15 +61,17 @@ SIGNATURES = dict(
 
 class Fused(native.Library):
     """The compiled library. Methods take what the PyTorch forms take. contexts: a Contexts, or
-    None; products: a Products, or None, for fp32 where it is faster than PyTorch's."""
+    None; products: a Products, or None, for fp32 where it is faster than PyTorch's; tiled: a
+    Tiled, or None, for bf16."""
 
     name = "fused"
     signatures = SIGNATURES
 
-    def __init__(self, library, contexts=None, products=None):
+    def __init__(self, library, contexts=None, products=None, tiled=None):
         super().__init__(library)
         self.contexts = contexts
         self.products = products
+        self.tiled = tiled
 
     @classmethod
     def build(cls, folder, say=lambda message: None):
@@ -77,14 +80,12 @@ class Fused(native.Library):
         if found:
             found.contexts = Contexts.build(folder, say)
             found.products = Products.build(folder, say)
+            found.tiled = Tiled.build(folder, say)
         return found
 
     def call(self, name, x, *args):
-        """A function of the library on numbers of x's dtype. Tensors are passed by address; they
-        have to be there until it returns."""
-        given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
-        function = getattr(self.c, name)
-        function(x.dtype == torch.bfloat16, *given, torch.get_num_threads())
+        """A function of the library on numbers of x's dtype."""
+        super().call(name, x.dtype == torch.bfloat16, *args)
 
     # ----------------------------------------------------------------------------------------------
     # Of the forward pass, with gradients
@@ -159,16 +160,20 @@ class Fused(native.Library):
         if low < -1 or high >= len(w):
             raise IndexError(f"targets from {low} to {high}: expected 0 to {len(w) - 1}")
         wanted = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+        bias = None if sampled is None else stands_for(sampled, len(w)).float()
         if self.multiplies(h):
-            bias = None if sampled is None else stands_for(sampled, len(w)).float()
             return self.products.losses(h, w, columns, bias, wanted)
-        return LinearCrossEntropy.apply(self, h, w, columns, sampled, wanted)
+        if self.tiled and not wanted and bias is None and self.tiled.takes(h, w):
+            return self.tiled.losses(h, w, columns)
+        return LinearCrossEntropy.apply(self, h, w, columns, bias, wanted)
 
     def multiplies(self, *tensors):
         return self.products is not None and tensors[0].dtype == torch.float32 and takes(*tensors)
 
     def attention(self, q, k, v, **about):
         """As attention.py has it."""
+        if about["backend"] == "sdpa" and self.tiled and self.tiled.takes(q) and takes(q, k, v):
+            return self.tiled.attention(q, k, v, **about)
         attend = functools.partial(attention, attend=self.attend)
         wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         if about["backend"] == "sdpa" and wanted and self.multiplies(q, k, v):
@@ -185,13 +190,12 @@ class Fused(native.Library):
             return polar_express(G, steps)
         return self.products.polar_express(G, steps)
 
-    def attend(self, q, k, v, mask, scale):
-        """In bf16 with gradients, in about half of PyTorch's time, whose backward is slow; in fp32
-        its kernels are faster by a fifth, and without gradients they need no scores in memory."""
-        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        if not (wanted and q.dtype == torch.bfloat16 and takes(q, k, v)):
-            return sdpa_attend(q, k, v, mask, scale)
-        return Attend.apply(self, q, k, v, mask, scale)
+    def attend(self, q, k, v, first, scale):
+        """In bf16, in about half of PyTorch's time, whose backward is slow and which needs a mask;
+        in fp32 its kernels are faster by a fifth."""
+        if not (q.dtype == torch.bfloat16 and takes(q, k, v)):
+            return sdpa_attend(q, k, v, first, scale)
+        return Attend.apply(self, q, k, v, first, scale)
 
     def embedding(self, index, table):
         if not (takes(table) and table.requires_grad and torch.is_grad_enabled()):
@@ -398,8 +402,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     in the forward pass."""
 
     @staticmethod
-    def forward(ctx, fused, h, w, targets, sampled, wanted):
-        bias = None if sampled is None else stands_for(sampled, len(w)).float()
+    def forward(ctx, fused, h, w, targets, bias, wanted):
         losses = torch.empty(len(h))
         rows = len(h) if wanted else max(1, LOGITS // len(w))
         buffer = h.new_empty(min(rows, len(h)), len(w))
@@ -420,15 +423,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class Attend(torch.autograd.Function):
-    """q: (N, S, H, D), k, v: (N, L, H, D), mask: (N, S, L) -> (N, S, H, D).
-
-    Scores are rounded to the inputs' dtype, as in blockwise's."""
+    """As attention.py's sdpa_attend. Scores are rounded to the inputs' dtype, as in blockwise's."""
 
     @staticmethod
-    def forward(ctx, fused, q, k, v, mask, scale):
+    def forward(ctx, fused, q, k, v, first, scale):
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (N, H, S or L, D)
         weights = q @ k.transpose(2, 3)
-        fused.call("attention_weights", q, *weights.shape, weights, mask.contiguous(), scale)
+        fused.call("attention_weights", q, *weights.shape, weights, first.contiguous(), scale)
         ctx.save_for_backward(q, k, v, weights)
         ctx.rest = fused, scale
         return (weights @ v).transpose(1, 2)

@@ -4,7 +4,7 @@ A file is compiled once with the machine's own compiler, for the instructions th
 has. Where there is no compiler, build() says so and gives None: every op has a PyTorch form.
 
 Their loops share PyTorch's threads: both ask the OpenMP library by the same name, and the one that
-is loaded already answers. So import torch first.
+is loaded already answers.
 """
 
 import ctypes
@@ -15,6 +15,8 @@ import secrets
 import shutil
 import subprocess
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).parent
 COMPILERS = "cc", "gcc", "clang"
@@ -65,6 +67,12 @@ class Library:
     def __deepcopy__(self, memo):
         return self  # copies of a model share it: it has no state
 
+    def call(self, name, *args):
+        """A function of the library; tensors are passed by address, and have to be there until it
+        returns. The number of threads comes last."""
+        given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+        getattr(self.c, name)(*given, torch.get_num_threads())
+
     @classmethod
     def build(cls, folder, say=lambda message: None):
         """That of this machine; None where that is not possible. As build()."""
@@ -75,7 +83,7 @@ class Library:
 def build_all(folder, say=lambda message: None):
     """Compile every C file that is for this machine, ahead of its first use."""
     for path in sorted(HERE.glob("*.c")):
-        if path.stem != "products" or has_eight():
+        if WHERE.get(path.stem, always)():
             build(path.stem, folder, say)
 
 
@@ -85,6 +93,19 @@ def has_eight():
     return {"avx2", "fma"} <= set(flags) and "avx512f" not in flags
 
 
+def has_tiles():
+    """Whether this processor multiplies bf16 in tiles (Intel's AMX)."""
+    return {"amx_bf16", "avx512_bf16"} <= set(processor().split())
+
+
+def always():
+    return True
+
+
+# Files that are not for every processor
+WHERE = dict(products=has_eight, tiled=has_tiles)
+
+
 def declare(library, signatures):
     """Tell ctypes what the functions take; {name: [type, ...]}. None of them returns anything."""
     for name, types in signatures.items():
@@ -92,6 +113,11 @@ def declare(library, signatures):
         function.argtypes = types
         function.restype = None
     return library
+
+
+def strides_of(*tensors):
+    """Of row, position and head, of (B, T, H, D) each."""
+    return torch.tensor([s for x in tensors for s in x.stride()[:3]])
 
 
 def compile_to(path, source, compiler):

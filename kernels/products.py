@@ -25,7 +25,7 @@ import torch
 
 from . import native
 from .attention import first_seen
-from .native import FLOAT, INT, LONG, POINTER
+from .native import FLOAT, INT, LONG, POINTER, strides_of
 from .polar_express import COEFFICIENTS
 from .symmetric_matmul import EPS, SAFETY, as_batch
 
@@ -58,11 +58,6 @@ class Products(native.Library):
     def build(cls, folder, say=lambda message: None):
         """As of any Library; None as well where PyTorch's products are as fast."""
         return super().build(folder, say) if native.has_eight() else None
-
-    def call(self, name, *args):
-        """A function of the library; tensors are passed by address."""
-        given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
-        getattr(self.c, name)(*given, torch.get_num_threads())
 
     def losses(self, h, w, targets, bias, wanted):
         """(N,) of rows h (N, C) for targets (N,), -1 for none; w: (V, C), bias: (V,) or None;
@@ -232,8 +227,3 @@ class Smear(torch.autograd.Function):
         given = x, share, starts, dy.contiguous(), dx, dshare
         ctx.products.call("smear_backward", starts.numel(), x.size(-1), *given)
         return None, dx, dshare, None
-
-
-def strides_of(*tensors):
-    """Of row, position and head, of (B, T, H, D) each."""
-    return torch.tensor([s for x in tensors for s in x.stride()[:3]])

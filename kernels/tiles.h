@@ -140,3 +140,13 @@ static inline void multiply_block(const uint16_t *a, long stride, const uint32_t
     _tile_stored(3, sums[3], 4 * SIDE);
 }
 #endif
+
+/* Whether functions with tiles can be called: Linux wants to be asked for room for them */
+int has_tiles(void)
+{
+#ifdef IN_TILES
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, of tiles */
+#else
+    return 0;
+#endif
+}

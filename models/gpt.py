@@ -1027,7 +1027,7 @@ class Model(nn.Module):
         kept.sort(reverse=True)
         if recompute:
             kept = kept[:1]
-        scores = memory_of_scores(ops["attention"], tokens, c.n_head, kept, size)
+        scores = memory_of_scores(ops, tokens, c.n_head, kept, size)
 
         V = len(self.embed)
         columns = max(min(n or V, V) for n in c.sampled_softmax)

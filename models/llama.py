@@ -600,7 +600,7 @@ class Model(nn.Module):
 
         ops = self.ops.named()
         layers = 1 if recompute else c.n_layer
-        scores = memory_of_scores(ops["attention"], tokens, c.n_head, [row_len] * layers, size)
+        scores = memory_of_scores(ops, tokens, c.n_head, [row_len] * layers, size)
         logits = memory_of_logits(
             ops["linear_cross_entropy"], tokens, len(self.embed), size, recompute
         )

@@ -208,9 +208,12 @@ def memory_of_logits(form, tokens, columns, size, recompute):
     return at_once * columns * per_logit
 
 
-def memory_of_scores(backend, tokens, n_head, seen, size):
-    """Bytes that attention by PyTorch's plain means keeps; seen: keys of each query, by layer;
-    size: bytes of a query's element."""
+def memory_of_scores(forms, tokens, n_head, seen, size):
+    """Bytes that attention by PyTorch's plain means, or in C, keeps; forms: of all ops, as
+    Ops.named() has them; seen: keys of each query, by layer; size: bytes of a query's element."""
+    backend = forms["attention"]
+    if backend == "sdpa" and size == 2 and "c" in forms.values():
+        return 2 * tokens * n_head * sum(seen)
     if backend == "blockwise":
         return 4 * tokens * n_head * sum(seen)
     if backend == "sdpa":  # the mask, as it is made and as a bias

@@ -25,6 +25,7 @@ DTYPES = [torch.float32, HALF]
 def c(tmp_path_factory):
     library, said = built(fused.Fused, tmp_path_factory.mktemp("cache"))
     names = ["fused", "contexts"] + ["products"] * native.has_eight()
+    names += ["tiled"] * native.has_tiles()
     assert said == [f"compiling kernels/{name}.c (once) ..." for name in names]
     return library
 
