@@ -15,7 +15,7 @@ from base import InputError
 from .report import say
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINER = [ROOT / "train_gpt.py"]
+TRAINER = [ROOT / "door.py", "train"]  # as ./run.sh starts it
 GRACE = 15.0  # seconds that a process has to end when it is told to
 SYNTHETIC = ["-m", "benchmarks.synthetic"]  # the trainer, on random tokens
 

@@ -76,7 +76,7 @@ struct input {
     float *halves; /* (rows, 2, n / 2): even inputs, then odd ones */
     /* For int8 and int4 */
     int16_t *whole;     /* (rows, n): x in steps */
-    int8_t *high, *low; /* (rows, n): 256 high + low is whole; for int4 even inputs, then odd ones */
+    int8_t *high, *low; /* (rows, n): whole is 256 high + low; for int4 even inputs, then odd */
     float *steps;       /* (rows,) */
     int64_t *sums;      /* (rows,): of whole */
     float *group_sums;  /* (rows, n / GROUP), for int4 */
@@ -155,7 +155,8 @@ static inline void four_dots_bf16(const float *x, long stride, const uint32_t *w
                                   long y_stride)
 {
     const float *x1 = x + stride, *x2 = x1 + stride, *x3 = x2 + stride;
-    const float *odd = x + n / 2, *odd1 = odd + stride, *odd2 = odd1 + stride, *odd3 = odd2 + stride;
+    const float *odd = x + n / 2, *odd1 = odd + stride;
+    const float *odd2 = odd1 + stride, *odd3 = odd2 + stride;
     float sum = 0, sum1 = 0, sum2 = 0, sum3 = 0, of_odd = 0, of_odd1 = 0, of_odd2 = 0, of_odd3 = 0;
 #pragma omp simd reduction(+ : sum, sum1, sum2, sum3, of_odd, of_odd1, of_odd2, of_odd3)
     for (long i = 0; i < n / 2; i++) {
@@ -196,7 +197,8 @@ static inline float dot_int8(const struct input *in, long m, const int8_t *w)
 static inline void four_dots_int8(const struct input *in, long m, const int8_t *w, float *y)
 {
     long n = in->n;
-    const int8_t *high = in->high + m * n, *high1 = high + n, *high2 = high1 + n, *high3 = high2 + n;
+    const int8_t *high = in->high + m * n, *high1 = high + n;
+    const int8_t *high2 = high1 + n, *high3 = high2 + n;
     const int8_t *low = in->low + m * n, *low1 = low + n, *low2 = low1 + n, *low3 = low2 + n;
     int32_t of_high[4] = {0}, of_low[4] = {0};
     for (long i = 0; i < n; i++) {
@@ -423,7 +425,7 @@ static void add_rows_fp32(const float *x, const float *w, long stride, long n, f
         sum[o] += x0 * w[o] + x1 * w1[o] + x2 * w2[o] + x3 * w3[o];
 }
 
-/* Of a transposed matrix, whose n_in is a multiple of ROWS, the outputs first, ..., first + n - 1 */
+/* Of a transposed matrix, whose n_in is a multiple of ROWS, the n outputs from the first one on */
 static void transposed_outputs(const struct matrix *a, const struct input *in, long first, long n,
                                float *y)
 {
@@ -459,7 +461,8 @@ static void transposed_outputs(const struct matrix *a, const struct input *in, l
 
 /* y (rows, n_out); of several matrices, whose outputs stand one after the other in each row. Each
    thread has some of the outputs. */
-static void multiply(const struct matrix *a, int n_matrices, struct input *in, float *y, int threads)
+static void multiply(const struct matrix *a, int n_matrices, struct input *in, float *y,
+                     int threads)
 {
     if (a->transposed) {
         long part = ((a->n_out + threads - 1) / threads + LINE - 1) / LINE * LINE;
@@ -565,11 +568,12 @@ static void outputs_in_tiles(const struct matrix *a, const uint32_t *pairs, long
                 /* The next outputs are read ahead, some with each block of rows */
                 long begin = as_it_is ? b * BLOCK / blocks : 0;
                 long end = as_it_is ? (b + 1) * BLOCK / blocks : 0;
-                multiply_block(w, n, pairs + b * 2 * SIDE * SIDE, blocks * 2 * SIDE * SIDE, n, begin,
-                               end, sums);
+                multiply_block(w, n, pairs + b * 2 * SIDE * SIDE, blocks * 2 * SIDE * SIDE, n,
+                               begin, end, sums);
                 for (int i = 0; i < 4; i++) {
                     long m = b * BLOCK + i % 2 * SIDE;
-                    put_sums(sums[i], 1, y, half, m * stride + first + i / 2 * SIDE, stride, rows - m);
+                    put_sums(sums[i], 1, y, half, m * stride + first + i / 2 * SIDE, stride,
+                             rows - m);
                 }
             }
         }
@@ -792,18 +796,19 @@ static void attention(const struct past *p, long rows, long steps, long heads, l
 }
 
 #ifdef IN_TILES
-/* The same for one group of a row, in tiles: the queries of a token's `each` heads are rows that see
-   the same keys. p in bf16, width a multiple of 32. */
-static void attend_in_tiles(const struct past *p, long b, long g, long steps, long each, long window,
-                            float scale, const float *q, long stride, long length, float *y,
-                            long y_stride)
+/* The same for one group of a row, in tiles: the queries of a token's `each` heads are rows that
+   see the same keys. p in bf16, width a multiple of 32. */
+static void attend_in_tiles(const struct past *p, long b, long g, long steps, long each,
+                            long window, float scale, const float *q, long stride, long length,
+                            float *y, long y_stride)
 {
     long width = p->width, first = length > window ? length - window : 0;
     long n = length + steps - first, n_keys = (n + BLOCK - 1) / BLOCK * BLOCK;
     long n_queries = steps * each, from = (b * p->capacity + first) * p->groups + g;
     const uint16_t *keys = (const uint16_t *)p->keys + from * width;
     const uint16_t *values = (const uint16_t *)p->values + from * width;
-    uint16_t *own = aligned_alloc(LINE, 2 * (BLOCK * width + 2 * n_keys * width + 3 * BLOCK * n_keys));
+    long size = BLOCK * width + 2 * n_keys * width + 3 * BLOCK * n_keys;
+    uint16_t *own = aligned_alloc(LINE, 2 * size);
     uint16_t *queries = own, *rows = queries + BLOCK * width, *shares = rows + n_keys * width;
     uint32_t *pairs = (uint32_t *)(shares + BLOCK * n_keys); /* of values */
     float *scores = (float *)(pairs + n_keys * width / 2);
@@ -833,7 +838,8 @@ static void attend_in_tiles(const struct past *p, long b, long g, long steps, lo
         for (long t = 0; t < seen; t += BLOCK) {
             multiply_block(queries, width, key_pairs + t * SIDE, n_keys * SIDE, width, 0, 0, sums);
             for (int i = 0; i < 4; i++)
-                put_sums(sums[i], 0, scores, 0, i / 2 * SIDE * n_keys + t + i % 2 * SIDE, n_keys, SIDE);
+                put_sums(sums[i], 0, scores, 0, i / 2 * SIDE * n_keys + t + i % 2 * SIDE, n_keys,
+                         SIDE);
         }
         for (long i = 0; i < BLOCK; i++) {
             long at = length + (m + i) / each; /* of the query in its row */
@@ -874,8 +880,9 @@ static void attention_in_tiles(const struct past *p, long rows, long steps, long
 #pragma omp for schedule(static)
         for (long at = 0; at < rows * groups; at++) {
             long b = at / groups, g = at % groups, head = g * each * width;
-            attend_in_tiles(p, b, g, steps, each, window, scale, q + b * steps * stride + head, stride,
-                            lengths[b], y + b * steps * heads * width + head, heads * width);
+            attend_in_tiles(p, b, g, steps, each, window, scale, q + b * steps * stride + head,
+                            stride, lengths[b], y + b * steps * heads * width + head,
+                            heads * width);
         }
         _tile_release();
     }
@@ -976,12 +983,12 @@ static void gate_up(const struct matrix *a, struct input *in, float *h, int thre
     }
 }
 
-/* steps new tokens in each row, which have lengths[b] before them; without tiles MOST_ROWS tokens at
-   most. x: (rows * steps, width), the embeddings, in place what is ready for the head; cos, sin:
+/* steps new tokens in each row, which have lengths[b] before them; without tiles MOST_ROWS tokens
+   at most. x: (rows * steps, width), the embeddings, in place what is ready for the head; cos, sin:
    (any, head / 2) of positions. The residual stream is fp32 in between. */
 void blocks(const struct shape *s, const struct block *all, long n_blocks, const float *last_norm,
-            long rows, long steps, const int64_t *lengths, const void *cos, const void *sin, void *x,
-            int threads)
+            long rows, long steps, const int64_t *lengths, const void *cos, const void *sin,
+            void *x, int threads)
 {
     long n = rows * steps, width = s->width, half_head = s->head / 2;
     long q_width = s->heads * s->head, kv_width = s->groups * s->head;

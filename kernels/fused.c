@@ -20,7 +20,7 @@ void rms_norm(int half, long rows, long n, const void *x, const void *residual,
     }
 }
 
-/* x: what was normed; ds: gradient of the sum or NULL; dw: (PARTS, n) zeros where there is a weight */
+/* x: what was normed; ds: gradient of the sum or NULL; dw: (PARTS, n) zeros if there is a weight */
 void rms_norm_backward(int half, long rows, long n, const void *dy, const void *ds, const void *x,
                        const float *weight, float eps, void *dx, float *dw, int threads)
 {
@@ -142,7 +142,7 @@ static inline float number_at(const void *from, long at, int half)
     return half ? wide(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
-/* Losses (rows), and with wanted each one's gradient in logits' place; targets of -1 do not count */
+/* Losses (rows), and if wanted each one's gradient in logits' place; targets of -1 do not count */
 void cross_entropy(int half, long rows, long V, void *logits, const float *bias,
                    const int64_t *targets, int wanted, float *losses, int threads)
 {

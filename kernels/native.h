@@ -182,7 +182,7 @@ static inline void swiglu_row(int half, long m, long n, const void *x, void *y, 
     store_row(y, m * n, n, gate, half);
 }
 
-/* --- heads of queries and keys, x (D): y = x / rms(x), each pair (i, i + D / 2) turned by an angle */
+/* --- heads of queries and keys, x (D): y = x / rms(x), pairs (i, i + D / 2) turned by an angle */
 
 static inline void norm_rotate(const void *x, long from, void *y, long to, long D, int half,
                                const float *c, const float *s, float eps, float *own, float *turned)

@@ -1,5 +1,5 @@
-/* Products of float32 matrices for processors whose vectors have 8 numbers, where results are needed
-   before they leave the caches, or matrices are so small that a library's are slow.
+/* Products of float32 matrices for processors whose vectors have 8 numbers, where results are
+   needed before they leave the caches, or matrices are so small that a library's are slow.
 
        c (M, N) = scale a (M, K) b (K, N), or added to what is there
 

@@ -1,6 +1,5 @@
-/* What a training step multiplies, in bf16 and in Intel's tiles, each with what comes before and
-   after while it is in the caches. tiled.py says what they compute and calls them. Sums are added up
-   in one order, whatever the number of threads. */
+/* Attention, with gradients, and losses of the head, in bf16 and in Intel's tiles. tiled.py says
+   what they compute and calls them. Sums are in one order, whatever the number of threads. */
 
 #include "native.h"
 
@@ -225,8 +224,8 @@ static void see(struct seen *s, long at, long T, long H, long D, const int32_t *
 }
 
 /* scores (32, columns), L apart = a (32, D) times keys from `base` on */
-static void scores_of(const struct seen *s, const uint16_t *a, long D, long base, long columns, long L,
-                      float *scores)
+static void scores_of(const struct seen *s, const uint16_t *a, long D, long base, long columns,
+                      long L, float *scores)
 {
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
     for (long t = 0; t < columns; t += BLOCK) {
@@ -236,8 +235,8 @@ static void scores_of(const struct seen *s, const uint16_t *a, long D, long base
     }
 }
 
-/* `many` rows of y (.., D), `stride` apart = weights (32, columns), L apart, times rows of keys from
-   `base` on */
+/* `many` rows of y (.., D), `stride` apart = weights (32, columns), L apart, times rows of keys
+   from `base` on */
 static void sum_up(const struct seen *s, const uint16_t *weights, long L, long base, long columns,
                    long D, uint16_t *y, long stride, long many)
 {
@@ -262,7 +261,8 @@ void attend(long B, long T, long H, long D, const uint16_t *q, const uint16_t *k
         struct seen s;
         s.rows = aligned_alloc(64, 2 * (CHUNK + L) * D);
         s.across = aligned_alloc(64, 2 * (CHUNK + L) * D);
-        uint16_t *own = aligned_alloc(64, 2 * BLOCK * D), *shares = aligned_alloc(64, 2 * BLOCK * L);
+        uint16_t *own = aligned_alloc(64, 2 * BLOCK * D);
+        uint16_t *shares = aligned_alloc(64, 2 * BLOCK * L);
         float *scores = aligned_alloc(64, 4 * BLOCK * L);
         use_tiles();
 #pragma omp for schedule(static)
@@ -312,7 +312,8 @@ static void of_queries(long B, long T, long H, long D, struct rows k, struct row
         struct seen s;
         s.rows = aligned_alloc(64, 2 * (CHUNK + L) * D);
         s.across = aligned_alloc(64, 2 * (CHUNK + L) * D);
-        uint16_t *own = aligned_alloc(64, 2 * BLOCK * D), *turned = aligned_alloc(64, 2 * BLOCK * L);
+        uint16_t *own = aligned_alloc(64, 2 * BLOCK * D);
+        uint16_t *turned = aligned_alloc(64, 2 * BLOCK * L);
         float *g = aligned_alloc(64, 4 * BLOCK * L), *w = aligned_alloc(64, 4 * L);
         use_tiles();
 #pragma omp for schedule(static)
@@ -336,8 +337,8 @@ static void of_queries(long B, long T, long H, long D, struct rows k, struct row
                     store_row(turned, i * L, columns, d, 1);
                     memcpy(dscores + row, turned + i * L, 2 * columns);
                 }
-                sum_up(&s, turned, L, begin - s.from, columns, D, dq + ((s.b * T + m) * H + s.h) * D,
-                       H * D, many);
+                sum_up(&s, turned, L, begin - s.from, columns, D,
+                       dq + ((s.b * T + m) * H + s.h) * D, H * D, many);
             }
             free(s.along);
         }
@@ -389,8 +390,8 @@ static void of_keys(long B, long T, long H, long D, struct rows x, const int32_t
                     }
                 }
                 for (long d = 0; d < D; d += BLOCK) {
-                    multiply_block(turned + d * width + j - start, width, pairs, PAIRS, n * BLOCK, 0, 0,
-                                   sums);
+                    multiply_block(turned + d * width + j - start, width, pairs, PAIRS, n * BLOCK,
+                                   0, 0, sums);
                     for (int i = 0; i < 4; i++) {
                         long t = j + i % 2 * SIDE;
                         put_sums(sums[i], 1, dx, 1, ((b * T + t) * H + h) * D + d + i / 2 * SIDE,

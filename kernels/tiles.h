@@ -115,8 +115,8 @@ static inline void pair_inputs(const uint16_t *w, long stride, uint32_t *low, ui
 /* Sums of a (32, n) b (n, 32), as four tiles. a: rows of bf16, stride apart; b: tiles of pairs, two
    side by side, `step` from those of the next 32 inputs. Of a's rows behind these 32, those from
    `begin` to `end` are read ahead. */
-static inline void multiply_block(const uint16_t *a, long stride, const uint32_t *b, long step, long n,
-                                  long begin, long end, float sums[4][SIDE * SIDE])
+static inline void multiply_block(const uint16_t *a, long stride, const uint32_t *b, long step,
+                                  long n, long begin, long end, float sums[4][SIDE * SIDE])
 {
     _tile_zero(0);
     _tile_zero(1);

@@ -61,8 +61,8 @@ def test_medians_of_pairs_on_fresh_caches(monkeypatch):
 def test_a_trainer_that_fails_says_why(monkeypatch, capsys):
     def execute(what, command, folder, log, env, ok, limit):
         assert ok == (0, 3)  # what the trainer ends with, its target reached or not
-        assert command[1:4] == [*process.TRAINER, "--n-head", "3"]
-        assert command[4:8:2] == ["--cache-dir", "--run-dir"] and command[5] == folder / "cache"
+        assert command[1:5] == [*process.TRAINER, "--n-head", "3"]
+        assert command[5:9:2] == ["--cache-dir", "--run-dir"] and command[6] == folder / "cache"
         assert "TORCHINDUCTOR_CACHE_DIR" not in env
         assert env["TRITON_CACHE_DIR"] == str(folder / "cache/triton")
         raise InputError(f"{what} ended with status 2: --n-embd 128: expected a multiple of 12")
