@@ -14,6 +14,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -81,10 +82,11 @@ class Library:
 
 
 def build_all(folder, say=lambda message: None):
-    """Compile every C file that is for this machine, ahead of its first use."""
-    for path in sorted(HERE.glob("*.c")):
-        if WHERE.get(path.stem, always)():
-            build(path.stem, folder, say)
+    """Compile every C file that is for this machine, side by side, ahead of its first use."""
+    names = sorted(path.stem for path in HERE.glob("*.c"))
+    names = [name for name in names if WHERE.get(name, always)()]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: build(name, folder, say), names))
 
 
 def has_eight():
