@@ -19,6 +19,7 @@ from .launch import chip
 from .linear_log_prob import linear_log_prob
 from .op import OPS
 from .polar_express import polar_express, polar_express_by_kernels
+from .stream import smeared, weighted
 
 
 class Ops(types.SimpleNamespace):
@@ -26,7 +27,7 @@ class Ops(types.SimpleNamespace):
 
     rms_norm, add_rms_norm, qk_norm_rope, relu2_mlp, swiglu, linear_cross_entropy, symmetric_matmul
                     as in the ops' files, in the form that was chosen
-    embedding, linear_log_prob, rotate_halves
+    embedding, linear_log_prob, rotate_halves, weighted, smeared
                     in PyTorch or in C
     attention       with its backend bound
     products        None, or products.py's, with forms of several ops in one
@@ -140,6 +141,8 @@ def choose_ops(
         polar_express=polar_express_by_kernels if by_kernels else polar,
         linear=linear_reference,
         rotate_halves=fused.rotate_halves if in_c else rotate_halves_reference,
+        weighted=fused.weighted if in_c else weighted,
+        smeared=fused.smeared if in_c else smeared,
         products=fused.products_for(dtype) if in_c else None,
         attend_one=None,
         decoding=None,

@@ -122,6 +122,107 @@ void rotate_halves(int half, long rows, long T, long heads, long D, const void *
     turn_rows(half, first, last, T, heads, D, x, strides, cos, sin, sign, y);
 }
 
+/* --- the residual stream: (rows, C) */
+
+/* y = a x + b z */
+void weighted(int half, long rows, long C, const void *x, const void *z, float a, float b, void *y,
+              int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(2 * C * 4), *other = own + C;
+        for (long m = first; m < last; m++) {
+            load(x, m * C, C, half, own);
+            load(z, m * C, C, half, other);
+#pragma omp simd
+            for (long i = 0; i < C; i++)
+                own[i] = a * own[i] + b * other[i];
+            store_row(y, m * C, C, own, half);
+        }
+        free(own);
+    }
+}
+
+/* dab (PARTS, 2): sums of each part */
+void weighted_backward(int half, long rows, long C, const void *x, const void *z, float a, float b,
+                       const void *dy, void *dx, void *dz, float *dab, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(3 * C * 4), *other = own + C, *g = other + C;
+        double da = 0, db = 0;
+        for (long m = first; m < last; m++) {
+            float of_x = 0, of_z = 0;
+            load(x, m * C, C, half, own);
+            load(z, m * C, C, half, other);
+            load(dy, m * C, C, half, g);
+#pragma omp simd reduction(+ : of_x, of_z)
+            for (long i = 0; i < C; i++) {
+                of_x += g[i] * own[i];
+                of_z += g[i] * other[i];
+                own[i] = a * g[i];
+                other[i] = b * g[i];
+            }
+            store_row(dx, m * C, C, own, half);
+            store_row(dz, m * C, C, other, half);
+            da += of_x;
+            db += of_z;
+        }
+        dab[2 * part] = da;
+        dab[2 * part + 1] = db;
+        free(own);
+    }
+}
+
+/* y = x and share (rows) of the row before, but for rows that start a document */
+void smear(int half, long rows, long C, const void *x, const float *share, const char *starts,
+           void *y, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(2 * C * 4), *before = own + C;
+        for (long m = first; m < last; m++) {
+            load(x, m * C, C, half, own);
+            if (!starts[m]) {
+                load(x, (m - 1) * C, C, half, before);
+#pragma omp simd
+                for (long i = 0; i < C; i++)
+                    own[i] += share[m] * before[i];
+            }
+            store_row(y, m * C, C, own, half);
+        }
+        free(own);
+    }
+}
+
+void smear_backward(int half, long rows, long C, const void *x, const float *share,
+                    const char *starts, const void *dy, void *dx, float *dshare, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *g = malloc(2 * C * 4), *other = g + C;
+        for (long m = first; m < last; m++) {
+            float along = 0;
+            load(dy, m * C, C, half, g);
+            if (!starts[m]) {
+                load(x, (m - 1) * C, C, half, other);
+#pragma omp simd reduction(+ : along)
+                for (long i = 0; i < C; i++)
+                    along += g[i] * other[i];
+            }
+            dshare[m] = along;
+            if (m + 1 < rows && !starts[m + 1]) {
+                load(dy, (m + 1) * C, C, half, other);
+#pragma omp simd
+                for (long i = 0; i < C; i++)
+                    g[i] += share[m + 1] * other[i];
+            }
+            store_row(dx, m * C, C, g, half);
+        }
+        free(g);
+    }
+}
+
 /* --- rows of logits (rows, V), overwritten */
 
 /* z = exp(logits + bias, less its largest), of row m; returns their sum */

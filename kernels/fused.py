@@ -1,7 +1,8 @@
 """What a training step does between its products on a CPU, in C: each op in one pass.
 
     rms_norm, add_rms_norm, qk_norm_rope, rotate_halves, swiglu, relu2_mlp, linear_cross_entropy,
-    linear_log_prob, embedding      as in their own files, with gradients
+    linear_log_prob, embedding, weighted, smeared
+                                    as in their own files, with gradients
     adam_update, adamw_update, row_scale, nesterov, descend
                                     as in optim/, which asks for its functions by their names
 
@@ -32,6 +33,7 @@ from .op import OPS
 from .polar_express import polar_express
 from .products import Products
 from .sampled_softmax import stands_for
+from .stream import smeared, weighted
 from .tiled import Tiled
 
 PARTS = 16  # of the rows, as in C
@@ -45,6 +47,10 @@ SIGNATURES = dict(
     qk_norm_rope_backward=[INT, *[LONG] * 5, *[POINTER] * 3, FLOAT, *[POINTER] * 5, INT],
     rotate_halves=[INT, *[LONG] * 4, *[POINTER] * 4, FLOAT, POINTER, INT],
     cross_entropy=[INT, LONG, LONG, POINTER, POINTER, POINTER, INT, POINTER, INT],
+    weighted=[INT, LONG, LONG, POINTER, POINTER, FLOAT, FLOAT, POINTER, INT],
+    weighted_backward=[INT, LONG, LONG, POINTER, POINTER, FLOAT, FLOAT, *[POINTER] * 4, INT],
+    smear=[INT, LONG, LONG, *[POINTER] * 4, INT],
+    smear_backward=[INT, LONG, LONG, *[POINTER] * 6, INT],
     attention_weights=[INT, *[LONG] * 4, POINTER, POINTER, FLOAT, INT],
     attention_gradient=[INT, LONG, LONG, POINTER, POINTER, FLOAT, INT],
     embedding_gradient=[INT, LONG, LONG, LONG, POINTER, POINTER, POINTER, INT],
@@ -196,6 +202,18 @@ class Fused(native.Library):
         if not (q.dtype == torch.bfloat16 and takes(q, k, v)):
             return sdpa_attend(q, k, v, first, scale)
         return Attend.apply(self, q, k, v, first, scale)
+
+    def weighted(self, x, z, a, b):
+        """As stream.py has it."""
+        if not (takes(x, z) and a.dim() == b.dim() == 0):
+            return weighted(x, z, a, b)
+        return Weighted.apply(self, x, z, a, b)
+
+    def smeared(self, x, share, starts):
+        """As stream.py has it."""
+        if not takes(x, share):
+            return smeared(x, share, starts)
+        return Smear.apply(self, x, share, starts)
 
     def embedding(self, index, table):
         if not (takes(table) and table.requires_grad and torch.is_grad_enabled()):
@@ -447,6 +465,54 @@ class Attend(torch.autograd.Function):
         dq = d @ k
         dk = d.transpose(2, 3) @ q
         return None, *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None
+
+
+class Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, x, z, a, b):
+        x = x.contiguous()
+        z = z.contiguous()
+        sizes = x.numel() // x.size(-1), x.size(-1)
+        y = torch.empty_like(x)
+        fused.call("weighted", x, *sizes, x, z, float(a), float(b), y)
+        ctx.save_for_backward(x, z, a, b)
+        ctx.rest = fused, sizes
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, z, a, b = ctx.saved_tensors
+        fused, sizes = ctx.rest
+        dx = torch.empty_like(x)
+        dz = torch.empty_like(z)
+        sums = torch.empty(PARTS, 2)
+        given = x, z, float(a), float(b), dy.contiguous(), dx, dz, sums
+        fused.call("weighted_backward", x, *sizes, *given)
+        da, db = sums.sum(0).unbind()
+        return None, dx, dz, da.to(a.dtype), db.to(b.dtype)
+
+
+class Smear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, x, share, starts):
+        x, starts = x.contiguous(), starts.contiguous()
+        wide = share.float().contiguous()
+        y = torch.empty_like(x)
+        fused.call("smear", x, starts.numel(), x.size(-1), x, wide, starts, y)
+        ctx.save_for_backward(x, wide, starts)
+        ctx.fused = fused
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, share, starts = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dshare = torch.empty_like(share)
+        given = x, share, starts, dy.contiguous(), dx, dshare
+        ctx.fused.call("smear_backward", x, starts.numel(), x.size(-1), *given)
+        return None, dx, dshare.to(x.dtype), None
 
 
 class Embedding(torch.autograd.Function):

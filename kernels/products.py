@@ -3,8 +3,6 @@
     losses          linear_log_prob's, of rows of the head
     attention       as attention.py has it
     attention_of    that of a projection, with norm, rotation, key offset, value embedding and gate
-    weighted, smeared
-                    what is added to the residual stream, and its shares
     polar_express   as polar_express.py has it
 
 Products by a library go through memory between them, and small ones run below its rate. Here blocks
@@ -30,7 +28,6 @@ from .polar_express import COEFFICIENTS
 from .symmetric_matmul import EPS, SAFETY, as_batch
 
 EPS_OF_NORM = 1e-6
-PARTS = 16  # of the rows, as in C
 BLOCK = 6  # rows of what is multiplied at a time, as in C
 
 ATTENTION = *[LONG] * 4, *[POINTER] * 6, FLOAT, *[POINTER] * 5, FLOAT
@@ -40,10 +37,6 @@ SIGNATURES = dict(
     head_backward=[*[LONG] * 3, *[POINTER] * 6, INT],
     attend=[*ATTENTION, POINTER, POINTER, INT],
     attend_backward=[*ATTENTION, *[POINTER] * 9, INT],
-    weighted=[LONG, LONG, POINTER, POINTER, FLOAT, FLOAT, POINTER, INT],
-    weighted_backward=[LONG, LONG, POINTER, POINTER, FLOAT, FLOAT, *[POINTER] * 4, INT],
-    smear=[LONG, LONG, *[POINTER] * 4, INT],
-    smear_backward=[LONG, LONG, *[POINTER] * 6, INT],
     polar=[*[LONG] * 3, POINTER, LONG, POINTER, FLOAT, FLOAT, POINTER, INT],
 )
 
@@ -97,14 +90,6 @@ class Products(native.Library):
         first = first_seen(cu_seqlens, *qkv.shape[:2], min(window, max_seqlen - 1))
         tables = cos, sin, starts
         return Attention.apply(self, qkv, None, None, tables, value, share, gate, first, scale)
-
-    def weighted(self, x, z, a, b):
-        """a x + b z of (..., C) and two numbers."""
-        return Weighted.apply(self, x, z, a, b)
-
-    def smeared(self, x, share, starts):
-        """x (B, T, C) with a share (B, T, 1) of the token before, unless a document starts."""
-        return Smear.apply(self, x, share, starts)
 
     def polar_express(self, G, steps=5):
         """G: (..., m, n)."""
@@ -180,50 +165,3 @@ class Attention(torch.autograd.Function):
         products.call("attend_backward", *given, softmax, dy.contiguous(), *gradients)
         of_qkv = (dqkv, None, None) if in_one else found
         return None, *of_qkv, None, *more, None, None
-
-
-class Weighted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, products, x, z, a, b):
-        x = x.contiguous()
-        z = z.contiguous()
-        sizes = x.numel() // x.size(-1), x.size(-1)
-        y = torch.empty_like(x)
-        products.call("weighted", *sizes, x, z, float(a), float(b), y)
-        ctx.save_for_backward(x, z, a, b)
-        ctx.rest = products, sizes
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, z, a, b = ctx.saved_tensors
-        products, sizes = ctx.rest
-        dx = torch.empty_like(x)
-        dz = torch.empty_like(z)
-        sums = x.new_empty(PARTS, 2)
-        given = x, z, float(a), float(b), dy.contiguous(), dx, dz, sums
-        products.call("weighted_backward", *sizes, *given)
-        da, db = sums.sum(0).unbind()
-        return None, dx, dz, da, db
-
-
-class Smear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, products, x, share, starts):
-        x, share, starts = x.contiguous(), share.contiguous(), starts.contiguous()
-        y = torch.empty_like(x)
-        products.call("smear", starts.numel(), x.size(-1), x, share, starts, y)
-        ctx.save_for_backward(x, share, starts)
-        ctx.products = products
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, share, starts = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        dshare = torch.empty_like(share)
-        given = x, share, starts, dy.contiguous(), dx, dshare
-        ctx.products.call("smear_backward", starts.numel(), x.size(-1), *given)
-        return None, dx, dshare, None

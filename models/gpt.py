@@ -491,10 +491,7 @@ class Model(nn.Module):
         w = given.weights
         # What the stream began with comes again: before attention, or where it is injected, behind
         if not c.sublayer_lambdas:
-            if self.products is None:
-                x = w["stream"] * x + w["x0"] * given.x0
-            else:
-                x = self.products.weighted(x, given.x0, w["stream"], w["x0"])
+            x = self.ops.weighted(x, given.x0, w["stream"], w["x0"])
         elif not c.inject and layer.w_qkv is not None:
             x = x + w["x0"] * given.x0
 
@@ -643,10 +640,10 @@ class Model(nn.Module):
             if self.c.smear_first:
                 share = share / 2  # from 0 to 1
             share = self.scalars[0] * share
-            if self.products is not None and batch.cache is None:
-                x = self.products.smeared(x, share, batch.starts)
-                continue
-            x = x + share * self.one_before(x, batch, torch.zeros_like(x), "smear")
+            if batch.cache is None:
+                x = self.ops.smeared(x, share, batch.starts)
+            else:
+                x = x + share * self.one_before(x, batch, torch.zeros_like(x), "smear")
         return x
 
     def embed_values(self, inputs):

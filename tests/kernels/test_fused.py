@@ -11,6 +11,7 @@ from kernels.decoding import rotate_halves_reference
 from kernels.embedding import embedding
 from kernels.linear_log_prob import linear_log_prob
 from kernels.op import OPS
+from kernels.stream import smeared, weighted
 from optim.adam import adam_update
 from optim.adamw import adamw_update
 from optim.masters import descend
@@ -137,6 +138,33 @@ def test_relu2_mlp(c, dtype):
     x = draw(3, 7, 16, dtype=dtype)
     ws = [draw(40, 16, dtype=dtype, seed=i) / 4 for i in (1, 2)]
     same(c.relu2_mlp, OPS["relu2_mlp"].reference, [x, *ws])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_residual_stream(c, dtype):
+    x = draw(3, 11, 20, dtype=dtype)
+    z = draw(3, 11, 20, dtype=dtype, seed=1)
+    a, b = draw(2, seed=2).unbind()
+
+    def of_numbers(f):
+        return lambda x, z: f(x, z, a.to(x.dtype), b.to(x.dtype))
+
+    same(of_numbers(c.weighted), of_numbers(weighted), [x, z])
+    numbers = torch.stack([a, b]).requires_grad_()  # which stay in fp32
+    of_a_and_b = [
+        torch.autograd.grad((f(y, w, *numbers.to(y.dtype).unbind()) * y).sum(), numbers)[0]
+        for f, y, w in ((c.weighted, x, z), (weighted, x.double(), z.double()))
+    ]
+    torch.testing.assert_close(*of_a_and_b, check_dtype=False, rtol=0.01, atol=0.01)
+
+    starts = torch.rand(3, 11, generator=torch.Generator().manual_seed(3)) < 0.3
+    starts[:, 0] = True
+    share = draw(3, 11, 1, dtype=dtype, seed=4)
+    same(lambda x, s: c.smeared(x, s, starts), lambda x, s: smeared(x, s, starts), [x, share])
+    by_hand = x.clone()
+    for b, t in (~starts).nonzero().tolist():
+        by_hand[b, t] += share[b, t] * x[b, t - 1]
+    torch.testing.assert_close(smeared(x, share, starts), by_hand)
 
 
 def of_rows(f, dtype, **about):

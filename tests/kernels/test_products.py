@@ -149,25 +149,6 @@ def test_attention_with_what_is_around_it(c, shape, parts):
     same(found, reference, [qkv, *more.values()])
 
 
-def test_the_residual_stream(c):
-    x = draw(3, 11, 20)
-    z = draw(3, 11, 20, seed=1)
-    numbers = draw(2, seed=2)
-    same(
-        lambda x, z, n: c.products.weighted(x, z, *n.unbind()),
-        lambda x, z, n: n[0] * x + n[1] * z,
-        [x, z, numbers],
-    )
-    starts = document_starts(torch.zeros(3, 11), about_documents(3, 11, 1)["cu_seqlens"])
-    share = draw(3, 11, 1, seed=3)
-    zero = torch.zeros(())
-    same(
-        lambda x, share: c.products.smeared(x, share, starts),
-        lambda x, share: x + share * previous(x, starts[..., None], zero.to(x.dtype)),
-        [x, share],
-    )
-
-
 SHAPES = [(2, 128, 128), (3, 33, 40), (1, 40, 33), (2, 100, 24), (3, 17, 500), (1, 1, 6), (2, 2, 1)]
 
 
