@@ -15,6 +15,7 @@ import torch
 from .attention import attention, choose_backend
 from .decoding import linear_reference, rotate_halves_reference
 from .embedding import embedding
+from .gates import gated, offset
 from .launch import chip
 from .linear_log_prob import linear_log_prob
 from .op import OPS
@@ -27,7 +28,7 @@ class Ops(types.SimpleNamespace):
 
     rms_norm, add_rms_norm, qk_norm_rope, relu2_mlp, swiglu, linear_cross_entropy, symmetric_matmul
                     as in the ops' files, in the form that was chosen
-    embedding, linear_log_prob, rotate_halves, weighted, smeared
+    embedding, linear_log_prob, rotate_halves, weighted, smeared, gated, offset
                     in PyTorch or in C
     attention       with its backend bound
     products        None, or products.py's, with forms of several ops in one
@@ -143,6 +144,8 @@ def choose_ops(
         rotate_halves=fused.rotate_halves if in_c else rotate_halves_reference,
         weighted=fused.weighted if in_c else weighted,
         smeared=fused.smeared if in_c else smeared,
+        gated=fused.gated if in_c else gated,
+        offset=fused.offset if in_c else offset,
         products=fused.products_for(dtype) if in_c else None,
         attend_one=None,
         decoding=None,

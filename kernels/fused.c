@@ -223,6 +223,103 @@ void smear_backward(int half, long rows, long C, const void *x, const float *sha
     }
 }
 
+static inline float number_at(const void *from, long at, int half)
+{
+    return half ? wide(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
+
+/* --- heads around attention: rows of D, H for each position */
+
+/* y = share (rows) x, and what is there of onto, `stride` from a position to the next, or NULL */
+void gated(int half, long rows, long H, long D, const void *x, const void *share, const void *onto,
+           long stride, void *y, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(2 * D * 4), *other = own + D;
+        for (long m = first; m < last; m++) {
+            float s = number_at(share, m, half);
+            load(x, m * D, D, half, own);
+            if (onto)
+                load(onto, m / H * stride + m % H * D, D, half, other);
+            else
+                memset(other, 0, D * 4);
+#pragma omp simd
+            for (long i = 0; i < D; i++)
+                own[i] = other[i] + rounded(s * own[i], half);
+            store_row(y, m * D, D, own, half);
+        }
+        free(own);
+    }
+}
+
+void gated_backward(int half, long rows, long D, const void *x, const void *share, const void *dy,
+                    void *dx, void *dshare, int threads)
+{
+    FOR_EACH_PART(rows)
+    {
+        float *own = malloc(2 * D * 4), *g = own + D;
+        for (long m = first; m < last; m++) {
+            float s = number_at(share, m, half), along = 0;
+            load(x, m * D, D, half, own);
+            load(dy, m * D, D, half, g);
+#pragma omp simd reduction(+ : along)
+            for (long i = 0; i < D; i++) {
+                along += g[i] * own[i];
+                g[i] *= s;
+            }
+            store_row(dx, m * D, D, g, half);
+            store(dshare, m, along, half);
+        }
+        free(own);
+    }
+}
+
+/* Bytes of one position: columns that stand still of each head, from one place to another */
+static void copy_still(long H, long D, long size, const char *from, char *to)
+{
+    for (long j = D / 4; j < H * D; j += D / 2)
+        memcpy(to + j * size, from + j * size, (D / 2 - D / 4) * size);
+}
+
+/* y (rows, H, D): k, whose columns that stand still are of the row before, unless it is a start */
+void offset(int half, long rows, long H, long D, const void *k, const char *starts, void *y,
+            int threads)
+{
+    long size = half ? 2 : 4, bytes = H * D * size;
+    FOR_EACH_PART(rows)
+    {
+        for (long m = first; m < last; m++) {
+            const char *own = (const char *)k + m * bytes;
+            memcpy((char *)y + m * bytes, own, bytes);
+            if (!starts[m])
+                copy_still(H, D, size, own - bytes, (char *)y + m * bytes);
+        }
+    }
+}
+
+void offset_backward(int half, long rows, long H, long D, const char *starts, const void *dy,
+                     void *dk, int threads)
+{
+    long n = H * D;
+    FOR_EACH_PART(rows)
+    {
+        float *g = malloc(2 * n * 4), *after = g + n;
+        for (long m = first; m < last; m++) {
+            int gives = m + 1 < rows && !starts[m + 1];
+            load(dy, m * n, n, half, g);
+            if (gives)
+                load(dy, (m + 1) * n, n, half, after);
+            for (long j = D / 4; j < n; j += D / 2)
+#pragma omp simd
+                for (long i = j; i < j + D / 2 - D / 4; i++)
+                    g[i] = (starts[m] ? g[i] : 0) + (gives ? after[i] : 0);
+            store_row(dk, m * n, n, g, half);
+        }
+        free(g);
+    }
+}
+
 /* --- rows of logits (rows, V), overwritten */
 
 /* z = exp(logits + bias, less its largest), of row m; returns their sum */
@@ -236,11 +333,6 @@ static float exps_of(const void *logits, long m, long V, int half, const float *
             z[i] += bias[i];
     }
     return exps(z, V, 1, largest);
-}
-
-static inline float number_at(const void *from, long at, int half)
-{
-    return half ? wide(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
 /* Losses (rows), and if wanted each one's gradient in logits' place; targets of -1 do not count */

@@ -1,7 +1,7 @@
 """What a training step does between its products on a CPU, in C: each op in one pass.
 
     rms_norm, add_rms_norm, qk_norm_rope, rotate_halves, swiglu, relu2_mlp, linear_cross_entropy,
-    linear_log_prob, embedding, weighted, smeared
+    linear_log_prob, embedding, weighted, smeared, gated, offset
                                     as in their own files, with gradients
     adam_update, adamw_update, row_scale, nesterov, descend
                                     as in optim/, which asks for its functions by their names
@@ -27,6 +27,7 @@ from .attention import attention, sdpa_attend
 from .contexts import Contexts
 from .cross_entropy import check
 from .decoding import rotate_halves_reference
+from .gates import gated, offset
 from .linear_log_prob import linear_log_prob
 from .native import FLOAT, INT, LONG, POINTER
 from .op import OPS
@@ -51,6 +52,10 @@ SIGNATURES = dict(
     weighted_backward=[INT, LONG, LONG, POINTER, POINTER, FLOAT, FLOAT, *[POINTER] * 4, INT],
     smear=[INT, LONG, LONG, *[POINTER] * 4, INT],
     smear_backward=[INT, LONG, LONG, *[POINTER] * 6, INT],
+    gated=[INT, *[LONG] * 3, *[POINTER] * 3, LONG, POINTER, INT],
+    gated_backward=[INT, LONG, LONG, *[POINTER] * 5, INT],
+    offset=[INT, *[LONG] * 3, *[POINTER] * 3, INT],
+    offset_backward=[INT, *[LONG] * 3, *[POINTER] * 3, INT],
     attention_weights=[INT, *[LONG] * 4, POINTER, POINTER, FLOAT, INT],
     attention_gradient=[INT, LONG, LONG, POINTER, POINTER, FLOAT, INT],
     embedding_gradient=[INT, LONG, LONG, LONG, POINTER, POINTER, POINTER, INT],
@@ -214,6 +219,17 @@ class Fused(native.Library):
         if not takes(x, share):
             return smeared(x, share, starts)
         return Smear.apply(self, x, share, starts)
+
+    def gated(self, x, share, onto=None):
+        """As gates.py has it."""
+        tensors = [t for t in (x, share, onto) if t is not None]
+        if not takes(*tensors):
+            return gated(x, share, onto)
+        return Gated.apply(self, x, share, onto)
+
+    def offset(self, k, starts):
+        """As gates.py has it."""
+        return Offset.apply(self, k, starts) if takes(k) else offset(k, starts)
 
     def embedding(self, index, table):
         if not (takes(table) and table.requires_grad and torch.is_grad_enabled()):
@@ -513,6 +529,52 @@ class Smear(torch.autograd.Function):
         given = x, share, starts, dy.contiguous(), dx, dshare
         ctx.fused.call("smear_backward", x, starts.numel(), x.size(-1), *given)
         return None, dx, dshare.to(x.dtype), None
+
+
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, x, share, onto):
+        x, share = x.contiguous(), share.contiguous()
+        B, T, H, D = x.shape
+        if onto is not None and onto.stride() != (T * onto.stride(1), onto.stride(1), D, 1):
+            onto = onto.contiguous()
+        y = torch.empty_like(x)
+        given = share.numel(), H, D, x, share, onto, 0 if onto is None else onto.stride(1)
+        fused.call("gated", x, *given, y)
+        ctx.save_for_backward(x, share)
+        ctx.rest = fused, onto is not None
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, share = ctx.saved_tensors
+        fused, has_onto = ctx.rest
+        dx = torch.empty_like(x)
+        dshare = torch.empty_like(share)
+        given = share.numel(), x.size(-1), x, share, dy.contiguous(), dx, dshare
+        fused.call("gated_backward", x, *given)
+        return None, dx, dshare, dy if has_onto else None
+
+
+class Offset(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, fused, k, starts):
+        k, starts = k.contiguous(), starts.contiguous()
+        y = torch.empty_like(k)
+        fused.call("offset", k, starts.numel(), *k.shape[2:], k, starts, y)
+        ctx.save_for_backward(starts)
+        ctx.fused = fused
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (starts,) = ctx.saved_tensors
+        dk = torch.empty_like(dy)
+        given = starts.numel(), *dy.shape[2:], starts, dy.contiguous(), dk
+        ctx.fused.call("offset_backward", dy, *given)
+        return None, dk, None
 
 
 class Embedding(torch.autograd.Function):

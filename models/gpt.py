@@ -21,6 +21,7 @@ from base import InputError
 from data.loader import IGNORE
 from kernels import choose_ops
 from kernels.fp8_mlp import FP8MLPs
+from kernels.gates import stands_still
 from kernels.sampled_softmax import sample_vocabulary
 from optim.adam import Adam
 from optim.adamw import adamw_rules
@@ -589,12 +590,15 @@ class Model(nn.Module):
 
         # Key offset: what stands still of a key is its predecessor's, so that a query finds what
         # came after a token
-        if offset:
-            still = torch.arange(D, device=h.device) % (D // 2) >= D // 4  # (D,)
-            k = torch.where(still, self.one_before(k, batch, k, f"key {i}"), k)
+        if offset and batch.cache is None:
+            k = self.ops.offset(k, batch.starts)
+        elif offset:
+            k = torch.where(stands_still(k), self.one_before(k, batch, k, f"key {i}"), k)
 
         more, share = more_values
-        if more is not None:
+        if share is not None and not pair:
+            v = self.ops.gated(more.view(v.shape), share, v)
+        elif more is not None:
             v = v + self.shared(more, share).view(v.shape)
 
         y = self.attend(i, q, k, v, n, batch)  # (B, n T, H / n, D)
@@ -602,7 +606,7 @@ class Model(nn.Module):
             y = without_own_value(y, v, weights["xsa"])
         share = self.share_of_output(layer, h, weights)
         if share is not None:
-            y = share[..., None] * y.reshape(B, T, H, D)
+            y = self.ops.gated(y.reshape(B, T, H, D), share)
         return F.linear(y.reshape(B, T, c.n_embd), layer.w_o)
 
     def share_of_output(self, layer, h, weights):

@@ -9,6 +9,7 @@ from kernels import choose_ops, fused, native
 from kernels.attention import attention
 from kernels.decoding import rotate_halves_reference
 from kernels.embedding import embedding
+from kernels.gates import gated, offset
 from kernels.linear_log_prob import linear_log_prob
 from kernels.op import OPS
 from kernels.stream import smeared, weighted
@@ -165,6 +166,34 @@ def test_the_residual_stream(c, dtype):
     for b, t in (~starts).nonzero().tolist():
         by_hand[b, t] += share[b, t] * x[b, t - 1]
     torch.testing.assert_close(smeared(x, share, starts), by_hand)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (3, 11, 3, 6), (2, 40, 2, 64)])
+def test_heads_around_attention(c, dtype, shape):
+    B, T, H, D = shape
+    x = draw(*shape, dtype=dtype)
+    share = draw(B, T, H, dtype=dtype, seed=1)
+    same(c.gated, gated, [x, share])
+    same(c.gated, gated, [x, share, draw(*shape, dtype=dtype, seed=2)])
+    qkv = draw(B, T, 3 * H, D, dtype=dtype, seed=3)
+
+    def of_slices(f):  # as values come
+        return lambda x, share, qkv: f(x, share, qkv.chunk(3, dim=2)[2])
+
+    same(of_slices(c.gated), of_slices(gated), [x, share, qkv])
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(c.gated(turned, share, turned), gated(turned, share, turned))
+
+    starts = torch.rand(B, T, generator=torch.Generator().manual_seed(4)) < 0.3
+    starts[:, 0] = True
+    same(lambda k: c.offset(k, starts), lambda k: offset(k, starts), [x])
+    by_hand = x.clone()
+    for b, t in (~starts).nonzero().tolist():
+        for d in range(D):
+            if d % (D // 2) >= D // 4:
+                by_hand[b, t, :, d] = x[b, t - 1, :, d]
+    assert torch.equal(offset(x, starts), by_hand) and torch.equal(c.offset(x, starts), by_hand)
 
 
 def of_rows(f, dtype, **about):
