@@ -217,7 +217,7 @@ def first_seen(cu_seqlens, B, T, window):
     """(B, T) int32: the first position of its row that each token sees. It sees all from there to
     itself."""
     i = torch.arange(B * T, device=cu_seqlens.device, dtype=torch.int32)
-    start = cu_seqlens[torch.bucketize(i, cu_seqlens, right=True) - 1]
+    start = cu_seqlens[torch.bucketize(i, cu_seqlens, right=True) - 1].int()
     return (torch.maximum(start, i - window) - i // T * T).clamp(min=0).view(B, T)
 
 

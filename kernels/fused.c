@@ -403,10 +403,13 @@ void attention_gradient(int half, long rows, long L, const void *weights, void *
         for (long m = first; m < last; m++) {
             load(weights, m * L, L, half, w);
             load(d, m * L, L, half, g);
-            float along = 0;
-#pragma omp simd reduction(+ : along)
-            for (long i = 0; i < L; i++)
+            float along = 0, total = 0;
+#pragma omp simd reduction(+ : along, total)
+            for (long i = 0; i < L; i++) {
                 along += w[i] * g[i];
+                total += w[i];
+            }
+            along /= total; /* of rounded weights, which are not 1 together */
 #pragma omp simd
             for (long i = 0; i < L; i++)
                 g[i] = w[i] * (g[i] - along) * scale;

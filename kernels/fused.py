@@ -165,7 +165,11 @@ class Fused(native.Library):
         return -self.losses(h, w, targets, sampled, ignore_index)
 
     def losses(self, h, w, targets, sampled, ignore_index):
-        """(N,) fp32, 0 where a target is ignore_index. Raises IndexError as PyTorch's losses do."""
+        """(N,) fp32, 0 where a target is ignore_index. Raises IndexError as PyTorch's losses do,
+        ValueError for shapes that do not fit."""
+        if w.dim() != 2 or h.size(1) != w.size(1) or targets.dim() != 1:
+            of = [tuple(x.shape) for x in (h, w, targets)]
+            raise ValueError("losses: {}, {} and {} do not fit".format(*of))
         columns = targets.where(targets != ignore_index, -1)
         low, high = columns.aminmax()
         if low < -1 or high >= len(w):
@@ -182,7 +186,11 @@ class Fused(native.Library):
         return self.products is not None and tensors[0].dtype == torch.float32 and takes(*tensors)
 
     def attention(self, q, k, v, **about):
-        """As attention.py has it."""
+        """As attention.py has it; raises ValueError for shapes that do not fit."""
+        alike = k.shape == v.shape and all(q.size(i) == k.size(i) for i in (0, 1, 3))
+        if not alike or q.size(2) % k.size(2):
+            of = [tuple(x.shape) for x in (q, k, v)]
+            raise ValueError("attention: {}, {} and {} do not fit".format(*of))
         if about["backend"] == "sdpa" and self.tiled and self.tiled.takes(q) and takes(q, k, v):
             return self.tiled.attention(q, k, v, **about)
         attend = functools.partial(attention, attend=self.attend)

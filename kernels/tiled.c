@@ -326,11 +326,14 @@ static void of_queries(long B, long T, long H, long D, struct rows k, struct row
                 scores_of(&s, own, D, begin - s.from, columns, L, g);
                 for (long i = 0; i < many; i++) {
                     long row = ((s.b * H + s.h) * T + m + i) * L;
-                    float *d = g + i * L, along = 0;
+                    float *d = g + i * L, along = 0, total = 0;
                     load(weights, row, columns, 1, w);
-#pragma omp simd reduction(+ : along)
-                    for (long t = 0; t < columns; t++)
+#pragma omp simd reduction(+ : along, total)
+                    for (long t = 0; t < columns; t++) {
                         along += w[t] * d[t];
+                        total += w[t];
+                    }
+                    along /= total; /* of rounded weights, which are not 1 together */
 #pragma omp simd
                     for (long t = 0; t < columns; t++)
                         d[t] = w[t] * (d[t] - along) * scale;

@@ -1,5 +1,7 @@
 """kernels/fused.py: the library in C beside float64 and the PyTorch forms, gradients included."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,6 +260,59 @@ def test_attention(c, dtype, window):
         return lambda q, k, v: f(q, k, v, **about, backend=backend)
 
     same(form(c.attention, "sdpa"), form(attention, "blockwise"), [q, k, v])
+
+
+def nearly_sure(form, dtype):
+    """Gradients of q and k of a query that sees two keys, the second e^6 times as much; 1 -
+    sigmoid(6) is less than bf16 tells from 0 below 1."""
+    q, k, v = torch.zeros(3, 1, 2, 1, 32, dtype=dtype)
+    q[:, 1, :, 0] = 1
+    k[:, 1, :, 0] = 6
+    v[:, 1] = 1
+    cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
+    about = dict(cu_seqlens=cu_seqlens, max_seqlen=2, window=2, scale=1.0)
+    leaves = q.requires_grad_(), k.requires_grad_()
+    y = form(*leaves, v, **about)
+    return [g.double() for g in torch.autograd.grad(y[:, 1].sum(), leaves)]
+
+
+def test_gradients_of_attention_that_is_nearly_sure(c, monkeypatch):
+    exact = nearly_sure(attention, torch.float64)
+    for tiled in {c.tiled, None}:
+        monkeypatch.setattr(c, "tiled", tiled)
+        found = nearly_sure(functools.partial(c.attention, backend="sdpa"), HALF)
+        for g, of in zip(found, exact, strict=True):
+            assert (g - of).abs().max() < 0.01 * of.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_that_do_not_fit(c, dtype):
+    """Are told of before C reads what is not there; without gradients as well."""
+    h = draw(4, 64, dtype=dtype)
+    targets = torch.zeros(4, dtype=torch.int64)
+    for w in draw(5, 32, dtype=dtype), draw(5, 96, dtype=dtype), draw(2, 5, 64, dtype=dtype):
+        with torch.no_grad(), pytest.raises(ValueError, match="do not fit"):
+            c.linear_log_prob(h, w, targets)
+        with torch.no_grad(), pytest.raises(ValueError, match="do not fit"):
+            c.linear_cross_entropy(h, w, targets, cap=None)
+    with torch.no_grad(), pytest.raises(ValueError, match="do not fit"):
+        c.linear_log_prob(h, draw(5, 64, dtype=dtype), targets[:, None].expand(4, 2))
+
+    q = draw(1, 40, 2, 32, dtype=dtype)
+    cu_seqlens = torch.tensor([0, 40], dtype=torch.int32)
+    about = dict(cu_seqlens=cu_seqlens, max_seqlen=40, window=40, scale=0.3, backend="sdpa")
+    three = q[:, :, [0, 1, 1]]
+    for k, v in (q[:, :20],) * 2, (q[..., :16], q), (q, q[:, :, :1]), (three, three):
+        with pytest.raises(ValueError, match="do not fit"):
+            c.attention(q, k, v, **about)
+
+
+def test_documents_told_in_int64(c):
+    q = draw(1, 40, 2, 32, dtype=HALF)
+    cu_seqlens = torch.tensor([0, 7, 40])
+    about = dict(max_seqlen=40, window=9, scale=0.3, backend="sdpa")
+    found = c.attention(q, q, q, cu_seqlens=cu_seqlens, **about)
+    assert torch.equal(found, c.attention(q, q, q, cu_seqlens=cu_seqlens.int(), **about))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
