@@ -107,12 +107,17 @@ def check_tokenizer(exported):
         )
     patterns = patterns_of(said["pre_tokenizer"])
     if len(patterns) != 1 or patterns[0] not in SPLITS:
+        how = ", then ".join(p or "not by a pattern" for p in patterns) or "not at all"
         raise InputError(
-            f"{where} splits text in a way that llama.cpp does not have "
-            f"({patterns[0] if patterns else 'not at all'}); {advice}"
+            f"{where} splits text in a way that llama.cpp does not have ({how}); {advice}"
         )
     if said["normalizer"]:
         raise InputError(f"{where} normalizes text, which llama.cpp never does; {advice}")
+    if added := words_only(said):
+        raise InputError(
+            f"{where} looks for {added[0]!r} as a word, or with the spaces beside it, which "
+            f"llama.cpp does not; {advice}"
+        )
     if lost := unmerged(exported):
         raise InputError(
             f"{where} has {len(lost)} tokens that no merges lead to, such as {lost[0]!r}, which "
@@ -121,15 +126,28 @@ def check_tokenizer(exported):
 
 
 def patterns_of(pre_tokenizer):
-    """What a pre-tokenizer splits text by, one after the other; None for what is no regular
-    expression."""
+    """What a pre-tokenizer splits text by, one after the other, before it writes bytes as
+    characters; None for each step that does something else, such as to split off digits."""
+    *splits, last = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
     found = []
-    for step in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
-        if step.get("type") == "Split":
-            found.append(step["pattern"].get("Regex"))
-        elif step.get("type") == "ByteLevel" and step.get("use_regex", True):
-            found.append(None if step.get("add_prefix_space", True) else GPT2_PATTERN)
+    for step in splits:
+        # Matches, and what is between them, as pieces; these patterns leave nothing between them
+        how = step.get("behavior"), step.get("invert")
+        plain = step["type"] == "Split" and how in (("Isolated", False), ("Removed", True))
+        found.append(step["pattern"].get("Regex") if plain else None)
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
+        found.append(None)
+    elif last.get("use_regex", True):
+        found.append(GPT2_PATTERN)
     return found
+
+
+def words_only(said):
+    """Added tokens that are looked for in text, but not everywhere, or with the spaces beside
+    them."""
+    where = "single_word", "lstrip", "rstrip"
+    added = (token for token in said["added_tokens"] if not token["special"])
+    return [token["content"] for token in added if any(token.get(key) for key in where)]
 
 
 def unmerged(exported):

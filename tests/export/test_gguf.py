@@ -11,6 +11,8 @@ import pytest
 import torch
 from export_helpers import Ours, export, gpt_run, llama_run, qwen2, refused
 from helpers import ROOT
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
 
 import train_gpt as tg
 from data.tokenizers import GPT2_PATTERN, QWEN2_PATTERN, Tokenizer, learn_bpe, make_tokenizer
@@ -308,6 +310,62 @@ def test_tokenizers_that_it_has_no_words_for(tmp_path, capsys, tokenizer, said):
     run = llama_run(tmp_path / "run", tokenizer)
     out = tmp_path / "model.gguf"
     refused(export(capsys, run, "gguf", out), out, said, "--tokenizer qwen2:N or gpt2")
+
+
+def of_others(*steps, added=()):
+    """A tokenizer.json of another program: these steps before BPE, with these added tokens."""
+    hf = HFTokenizer(models.BPE())
+    hf.pre_tokenizer = pre_tokenizers.Sequence([*steps])
+    hf.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|more|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    hf.train_from_iterator([SOURCE], trainer)
+    hf.add_tokens([*added])
+    return Tokenizer.from_json(hf.to_str())
+
+
+def qwen2_split(how, invert=False):
+    return pre_tokenizers.Split(Regex(QWEN2_PATTERN), how, invert)
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+LIKE_GPT2S = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[LIKE_GPT2S], [qwen2_split("isolated"), BYTES], [qwen2_split("removed", invert=True), BYTES]],
+    ids=["gpt2", "qwen2", "qwen2, matches kept"],
+)
+def test_tokenizers_of_others(tmp_path, capsys, steps):
+    tokenizer = of_others(*steps, added=["  def"])
+    run = llama_run(tmp_path / "run", tokenizer)
+    with LlamaCpp(written(capsys, run, tmp_path / "model.gguf")) as theirs:
+        for text in torture(50):
+            assert theirs.ids(text) == tokenizer.encode([text])[0].tolist(), text
+
+
+@pytest.mark.parametrize(
+    "steps, added, said",
+    [
+        ([pre_tokenizers.Digits(True), LIKE_GPT2S], [], "not by a pattern, then '"),
+        ([qwen2_split("isolated"), pre_tokenizers.Punctuation(), BYTES], [], "not by a pattern"),
+        ([qwen2_split("contiguous"), BYTES], [], "not by a pattern"),
+        ([BYTES, qwen2_split("isolated")], [], "not by a pattern"),
+        ([qwen2_split("isolated"), LIKE_GPT2S], [], ", then '"),
+        ([LIKE_GPT2S], [AddedToken("don", single_word=True)], "looks for 'don' as a word"),
+        ([LIKE_GPT2S], [AddedToken("#", lstrip=True)], "looks for '#'"),
+    ],
+    ids=["digits", "punctuation", "joined", "bytes first", "twice", "a word", "spaces"],
+)
+def test_tokenizers_of_others_that_it_reads_otherwise(tmp_path, capsys, steps, added, said):
+    run = llama_run(tmp_path / "run", of_others(*steps, added=added))
+    out = tmp_path / "model.gguf"
+    refused(export(capsys, run, "gguf", out), out, said)
 
 
 def test_the_speedruns_model_is_refused(tmp_path, capsys):
