@@ -7,6 +7,7 @@ Their loops share PyTorch's threads: both ask the OpenMP library by the same nam
 is loaded already answers.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -39,7 +40,7 @@ def build(name, folder, say=lambda message: None):
     # A folder may be shared by machines that have other processors
     key = hashlib.sha256(text + processor().encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}-{key}.so"
-    if not path.exists():
+    if not os.path.exists(path):  # unlike the Path's it raises nothing
         if compiler is None:
             say(f"without kernels/{name}.c, which is slower: there is no C compiler")
             return None
@@ -138,7 +139,8 @@ def compile_to(path, source, compiler):
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"{compiler}: {e}"
     finally:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or nothing can be
+            temp.unlink()
     lines = done.stderr.strip().splitlines() or ["it said nothing"]
     return f"{compiler}: {lines[-1][:200]}"
 

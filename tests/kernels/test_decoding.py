@@ -279,6 +279,15 @@ def test_without_a_compiler_pytorch_stays(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_folder_for_it_pytorch_stays(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in file, file / "folder":
+        said = []
+        assert Decoding.build(folder, said.append) is None
+        assert "without kernels/decoding.c" in said[-1]
+
+
 def test_it_is_compiled_once(compiled, folder, monkeypatch):
     said = []
     monkeypatch.setattr(native, "COMPILERS", ())
