@@ -354,7 +354,9 @@ def matrix_of_codes(kind, codes, scales):
         n_in *= 2
     if n_in > MOST_INPUTS or codes.device.type != "cpu":
         return None
-    return Matrix(codes.data_ptr(), scales.data_ptr(), n_out, n_in, CODES[kind], False)
+    matrix = Matrix(codes.data_ptr(), scales.data_ptr(), n_out, n_in, CODES[kind], False)
+    matrix.tensors = codes, scales  # live as long as their addresses
+    return matrix
 
 
 class Blocks:

@@ -1,6 +1,7 @@
 """kernels/decoding.py: the library in C beside float64 and the PyTorch forms."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_codes_of_int8_as_numbers(compiled, dtype):
     matrix = decoding.matrix_of_codes("int8", codes, scales)
     expected = codes.to(dtype) * scales.to(dtype)[:, None]
     assert torch.equal(compiled.dequantized(matrix, dtype), expected)
+
+
+def test_a_matrix_has_what_it_points_at():
+    codes, scales = torch.ones(3, 64, dtype=torch.int8), torch.ones(3, dtype=HALF)
+    there = [weakref.ref(codes), weakref.ref(scales)]
+    matrix = decoding.matrix_of_codes("int8", codes, scales)
+    del codes, scales
+    assert all(ref() is not None for ref in there)
+    del matrix
+    assert all(ref() is None for ref in there)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
