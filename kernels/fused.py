@@ -86,7 +86,7 @@ class Fused(native.Library):
 
     @classmethod
     def build(cls, folder, say=lambda message: None):
-        """As of any Library, with the other two."""
+        """As of any Library, with the other three."""
         found = super().build(folder, say)
         if found:
             found.contexts = Contexts.build(folder, say)

@@ -35,6 +35,12 @@ static inline __m512 exp_below_one(__m512 x)
     return _mm512_scalef_ps(p, n);
 }
 
+static inline __m512 widened(const uint16_t *x)
+{
+    __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
 /* As exps() of native.h */
 static float exps_in_vectors(float *z, long n, float scale, float *largest)
 {
@@ -314,7 +320,7 @@ static void of_queries(long B, long T, long H, long D, struct rows k, struct row
         s.across = aligned_alloc(64, 2 * (CHUNK + L) * D);
         uint16_t *own = aligned_alloc(64, 2 * BLOCK * D);
         uint16_t *turned = aligned_alloc(64, 2 * BLOCK * L);
-        float *g = aligned_alloc(64, 4 * BLOCK * L), *w = aligned_alloc(64, 4 * L);
+        float *g = aligned_alloc(64, 4 * BLOCK * L);
         use_tiles();
 #pragma omp for schedule(static)
         for (long at = 0; at < B * H * ((T + CHUNK - 1) / CHUNK); at++) {
@@ -326,18 +332,20 @@ static void of_queries(long B, long T, long H, long D, struct rows k, struct row
                 scores_of(&s, own, D, begin - s.from, columns, L, g);
                 for (long i = 0; i < many; i++) {
                     long row = ((s.b * H + s.h) * T + m + i) * L;
-                    float *d = g + i * L, along = 0, total = 0;
-                    load(weights, row, columns, 1, w);
-#pragma omp simd reduction(+ : along, total)
-                    for (long t = 0; t < columns; t++) {
-                        along += w[t] * d[t];
-                        total += w[t];
+                    const uint16_t *w = weights + row;
+                    const float *d = g + i * L;
+                    __m512 along = _mm512_setzero_ps(), total = along;
+                    for (long t = 0; t < columns; t += SIDE) {
+                        along += widened(w + t) * _mm512_load_ps(d + t);
+                        total += widened(w + t);
                     }
-                    along /= total; /* of rounded weights, which are not 1 together */
-#pragma omp simd
-                    for (long t = 0; t < columns; t++)
-                        d[t] = w[t] * (d[t] - along) * scale;
-                    store_row(turned, i * L, columns, d, 1);
+                    /* Rounded weights are not 1 together */
+                    float mean = _mm512_reduce_add_ps(along) / _mm512_reduce_add_ps(total);
+                    for (long t = 0; t < columns; t += SIDE) {
+                        __m512 x = widened(w + t) * (_mm512_load_ps(d + t) - mean) * scale;
+                        _mm256_store_si256((__m256i *)(turned + i * L + t),
+                                           (__m256i)_mm512_cvtneps_pbh(x));
+                    }
                     memcpy(dscores + row, turned + i * L, 2 * columns);
                 }
                 sum_up(&s, turned, L, begin - s.from, columns, D,
@@ -351,7 +359,6 @@ static void of_queries(long B, long T, long H, long D, struct rows k, struct row
         free(own);
         free(turned);
         free(g);
-        free(w);
     }
 }
 

@@ -11,7 +11,7 @@ in docs/experiments.md, with what was tried besides.
 
 Bytes: of losses, h once and w once for each 16th of the rows; of attention q, k, v and y, keys and
 values twice where a window has 256 tokens, and with gradients 2 for each of H T (window + 64)
-weights, written once and read three times.
+weights, written once and read twice, and for each gradient of a score, written and read once.
 
 native.py compiles tiled.c once, where the processor has tiles. What is not for it is left to the
 other forms: torch.compile, other dtypes, widths that are no multiple of 32.
