@@ -184,6 +184,7 @@ void losses(long rows, long V, long C, const uint16_t *h, const uint16_t *w, con
     }
     free(rest);
 }
+
 /* --- attention: 32 queries see keys from the first one's first key, rounded down to a multiple of
    32, to their own: so many columns their weights have */
 
