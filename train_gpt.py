@@ -20,12 +20,11 @@ import math
 import os
 import shlex
 import sys
-import time
 import typing
 from pathlib import Path
 
 from base import streams, to_json
-from base.clock import START, Parts
+from base.clock import Parts, parts_so_far
 from base.options import (
     BY_STAGE,
     COUNT,
@@ -425,7 +424,7 @@ def train(config, world=None, requests=None, report=lambda result: None, open_lo
 
     # The data, prepared if need be; its rows are those of `config` as it is at the time: of the
     # seed in turn, and of steps that are added or left out
-    parts = Parts(START, imports_s=time.perf_counter() - START)  # of the process, later of the run
+    parts = parts_so_far()  # of the process, later of the run
     with parts.part("data_s"):
         data = load_data(config, lambda step: stage_at(config, step), world)
     loop = open_loop(config, data) if open_loop else train_to_the_end

@@ -24,6 +24,7 @@ def process_age():
 
 
 START = time.perf_counter() - process_age()  # what start-up is counted from
+_taken = []  # that start-up was counted
 
 
 class Parts:
@@ -52,3 +53,12 @@ class Parts:
     def elapsed(self):
         """Seconds since the beginning."""
         return time.perf_counter() - self.began
+
+
+def parts_so_far():
+    """The Parts of this process, of which imports have taken all until now; from the second call
+    on, those of what begins now: programs with several trainings count start-up once."""
+    if _taken:
+        return Parts()
+    _taken.append(True)
+    return Parts(START, imports_s=time.perf_counter() - START)

@@ -24,7 +24,7 @@ from base import InputError
 
 from .shards import read_shard
 
-SHORTEST = 16  # tokens of a row that one would train with
+SHORT = 256  # tokens of a training text, of which shorter rows can be made
 IGNORE = -100  # target of padding, left out of the loss
 
 
@@ -302,10 +302,10 @@ class TrainLoader:
         ends = (self._pieces(0, shard, max_len).ends for shard in range(len(self.shards)))
         most = max((int(end[-1]) for end in ends if len(end)), default=0)
         fits = 2 ** (most.bit_length() - 1) if most else 0
-        shorter = f", or --row-len {fits}" if fits >= SHORTEST else ""
+        shorter = f", or --row-len {fits} and no larger --batch-tokens" if most >= SHORT else ""
         return (
             f"the training text is too short for a row of {self.row_len} tokens with documents of "
-            f"at most {max_len}: the most in one shard are {most}; give more text{shorter}"
+            f"at most {max_len}: it has {most}, or its largest part; give more text{shorter}"
         )
 
     def _row(self, cursor, max_len):

@@ -9,8 +9,11 @@ import torch
 from base import InputError, to_json, write_text
 from base.command import Parser, given_path, refuse
 from base.files import sha256_of
+from base.places import cache_folder
 from base.terminal import on_screen
 from inference.quantize import KINDS, quantize
+from kernels import choose_ops
+from kernels.fused import Fused
 from records.read import read_json
 from runtime.saved import load_run, newest_run
 
@@ -152,7 +155,7 @@ def run(args):
     """Measure what the options ask for. Raises InputError."""
     names = check(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    saved = load_run(args.run or newest_run(), device, args.template)
+    saved = load(args.run or newest_run(), device, args)
     if args.overlap >= row_len(saved):
         raise InputError(f"--overlap {args.overlap}: expected less than a row, {row_len(saved)}")
     plan = make_plan(names, args, saved)
@@ -167,7 +170,7 @@ def run(args):
         keep(saved, said)
     lines = table(measures)
     if args.against:
-        other = load_run(args.against, device, args.template)
+        other = load(args.against, device, args)
         say(f"{other.folder}: the same")
         others = measure(plan, other, args)
         measures, others = both(measures, others)
@@ -180,6 +183,15 @@ def run(args):
     print(*on_screen(["\n".join(lines) + "\n"]), sep="", end="", flush=True)
     for note in dict.fromkeys(f"{m.task}: {m.note}" for m in measures if m.note):
         say(note)
+
+
+def load(folder, device, args):
+    """A Saved whose model computes as in training, on a CPU in C; codes are for PyTorch alone."""
+    saved = load_run(folder, device, args.template)
+    if device == "cpu" and not args.quantize and hasattr(saved.model, "ops"):
+        dtype = next(saved.model.parameters()).dtype
+        saved.model.ops = choose_ops("cpu", dtype, fused=Fused.build(cache_folder(), say), say=say)
+    return saved
 
 
 def check(args):

@@ -13,6 +13,8 @@ from records.read import read_json
 from runtime.guard import GuardConfig
 from runtime.machine import PrecisionConfig
 from runtime.options import RunConfig
+from runtime.policy import PolicyConfig
+from runtime.preferences import TeachingConfig
 from runtime.saved import template_config
 from tracks import load_track, track_names
 
@@ -77,7 +79,7 @@ def use_of_folder(config):
         "",
         'folder = "."  # where this file is, or the name on the Hub',
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
@@ -126,6 +128,8 @@ def command(model):
         OptimConfig,
         GuardConfig,
         PrecisionConfig,
+        TeachingConfig,
+        PolicyConfig,
         RunConfig,
     )
     words = ["./run.sh"]

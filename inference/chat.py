@@ -202,7 +202,9 @@ class Conversation:
         name, *words = line.split(maxsplit=2)
         if name == "/reset" and not words:
             self.said = self.new()
-        elif name == "/save" and words:
+        elif name == "/save" and not words:
+            raise InputError("/save: expected a file, as in /save talk.txt")
+        elif name == "/save":
             self.save(line.split(maxsplit=1)[1])
         elif name == "/set" and len(words) == 2:
             self.set(*words)

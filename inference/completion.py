@@ -61,11 +61,13 @@ class Completion:
         self.finish_reason = None
         self.generator = torch.Generator().manual_seed(request.seed)
         self.promised = b""  # what is to be written first
+        self.redrawn = 0  # tokens of the prompt
         self.tokens = ids_of(request.prompt, tokenizer)
         # Of a text's words, the last token is drawn again
         words = isinstance(request.prompt, str) and tokenizer.kind not in ("chars", "bytes")
         if words and len(self.tokens) > 1:
             self.promised = tokenizer.tokens[self.tokens.pop()]
+            self.redrawn = 1
         self.n_cut = max(0, len(self.tokens) - most)
         self.tokens = self.tokens[self.n_cut :]
         self.n_prompt = len(self.tokens)
@@ -84,6 +86,16 @@ class Completion:
     @property
     def written(self):
         return self.tokens[self.n_prompt :]
+
+    @property
+    def n_new(self):
+        """How many tokens were written behind the prompt, whose last one may be drawn again."""
+        return max(0, len(self.written) - self.redrawn)
+
+    @property
+    def n_left(self):
+        """How many may still be drawn."""
+        return self.request.max_tokens + self.redrawn - len(self.written)
 
     @property
     def in_sight(self):
@@ -123,7 +135,7 @@ class Completion:
             self.held_back += self.text_of(token)
             if self.ends_at_stop():
                 finished = "stop"
-        if finished is None and len(self.tokens) - self.n_prompt >= self.request.max_tokens:
+        if finished is None and self.n_left <= 0:
             finished = "length"
 
         # What may turn out to be a stop string has to wait

@@ -222,9 +222,8 @@ class Engine:
 
     def guess(self, completion):
         """Tokens that may follow: those that did when the last three, or two, were there before."""
-        left = completion.request.max_tokens - len(completion.written)
         room = self.max_len - max(self.cache.lengths)  # rows are padded to the longest guess
-        most = min(self.prompt_lookup, left - 1, room - 1)
+        most = min(self.prompt_lookup, completion.n_left - 1, room - 1)
         if most < 1 or completion.finish_reason is not None:
             return []
         tokens = completion.in_sight

@@ -331,8 +331,8 @@ def usage_of(asked, completions, later=()):
     """Tokens that the model read and wrote; a prompt counts once, however many continuations. What
     did not fit of prompts is said, too. later: completions that went on with what tools said."""
     prompts = completions[:: asked.n]
-    read = sum(c.n_prompt for c in prompts)
-    wrote = sum(len(c.tokens) - c.n_prompt for c in (*completions, *later))
+    read = sum(c.n_prompt + c.redrawn for c in prompts)
+    wrote = sum(c.n_new for c in (*completions, *later))
     usage = dict(prompt_tokens=read, completion_tokens=wrote, total_tokens=read + wrote)
     cut = sum(c.n_cut for c in prompts)
     return usage | (dict(prompt_tokens_cut=cut) if cut else {})

@@ -98,7 +98,7 @@ def run(args):
                 said = as_json(completion, saved) if args.json else as_block(completion)
                 print(*on_screen([said]), sep="", flush=True)
     seconds = time.perf_counter() - start
-    n = sum(len(completion.written) for completion in completions)
+    n = sum(completion.n_new for completion in completions)
     say(f"{saved.folder}: {n} tokens in {seconds:.2f} s, {n / seconds:.0f} a second")
 
 
@@ -142,7 +142,7 @@ def as_json(completion, saved):
             prompt=request.prompt,
             text=completion.text,
             finish_reason=completion.finish_reason,
-            tokens=len(completion.written),
+            tokens=completion.n_new,
             prompt_tokens_cut=completion.n_cut,
             seed=request.seed,
             run=str(saved.folder),

@@ -183,8 +183,8 @@ class Worker:
                 job.expire()
             if completion.finish_reason is not None:
                 del self.jobs[completion]
-                self.n_read += completion.n_prompt
-                self.n_written += len(completion.tokens) - completion.n_prompt
+                self.n_read += completion.n_prompt + completion.redrawn
+                self.n_written += completion.n_new
 
     def drop_all(self, error):
         """The engine failed: all that it was doing is lost, and it begins again."""

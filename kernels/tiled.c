@@ -176,7 +176,11 @@ void losses(long rows, long V, long C, const uint16_t *h, const uint16_t *w, con
         _tile_release();
         for (long i = 0; i < n; i++) {
             long m = begin + i, t = targets[m];
-            found[m] = t < 0 ? 0 : most[i] + logf(total[i]) - dot(h + m * C, w + t * C, C);
+            found[m] = 0;
+            if (t < 0)
+                continue;
+            float loss = most[i] + logf(total[i]) - dot(h + m * C, w + t * C, C);
+            found[m] = loss < 0 ? 0 : loss; /* sums in two orders differ in their last bits */
         }
         free(pairs);
         free(most);

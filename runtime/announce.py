@@ -93,6 +93,9 @@ def plan(setup):
     time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     loss = setup.expected_bpb
     until = f", to about {loss:.2f} bits per byte" if loss else ""
+    most = setup.config.schedule.max_epochs
+    if setup.config.run.time and most and tokens > 0.9 * most * there:
+        until += f"; a text is read {most:g} times at most, whatever the time (--max-epochs)"
     return (
         f"plan: {setup.config.schedule.steps} steps of training on {tokens:,} tokens, "
         f"{tokens / there:.1f} times the {there:,} there are; about {time}{until}"

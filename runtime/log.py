@@ -274,6 +274,14 @@ class Log:
                 self.bar.close()
             self.text.close()
             self.metrics.close()
+            if isinstance(error, InputError) and not self.kept and self.resume_step is None:
+                self.discard()
+
+    def discard(self):
+        """Remove what there is of a run that was refused before it began."""
+        for name in "log.txt", "metrics.jsonl":
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
 
 
 def timed(step, seconds):

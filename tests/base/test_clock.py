@@ -41,3 +41,11 @@ def test_a_part_that_fails_counts():
     with pytest.raises(KeyError), parts.part("data_s"):
         raise KeyError
     assert parts.seconds["data_s"] >= 0
+
+
+def test_start_up_is_counted_once(monkeypatch):
+    monkeypatch.setattr(clock, "_taken", [])
+    first = clock.parts_so_far()
+    assert first.elapsed() >= first.seconds["imports_s"] > 0
+    second = clock.parts_so_far()
+    assert second.seconds == {} and second.elapsed() < 1

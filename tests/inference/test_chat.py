@@ -80,7 +80,7 @@ def test_set_alone_shows_the_options(talk):
         ("/set nothing 1", "expected one of temperature"),
         ("/set tokens 0", "--tokens 0: expected a positive number"),
         ("/dance", "/help lists them"),
-        ("/save", "/help lists them"),
+        ("/save", "/save: expected a file"),
         ("/save /nowhere/file", "/save /nowhere/file: No such file"),
         ("a\udcff", "not UTF-8"),
     ],

@@ -213,7 +213,7 @@ def test_cached_it_says_what_it_says_without(small, max_len):
     ours = engine_of(small, max_len=max_len).generate(REQUESTS)
     theirs = engine_of(small, cached=False, max_len=max_len).generate(REQUESTS)
     assert [c.tokens for c in ours] == [c.tokens for c in theirs]
-    assert [len(c.written) for c in ours] == [30, 12, 40, 1]
+    assert [c.n_new for c in ours] == [30, 12, 40, 1]
 
 
 @pytest.mark.parametrize(["max_len", "order"], [(64, -1), (34, 1)])
@@ -330,7 +330,7 @@ def test_a_generator_that_is_left_takes_its_requests_along(small):
     for _ in engine.run([engine.begin(request) for request in REQUESTS]):
         break
     assert not engine.busy()
-    assert len(engine.generate(REQUESTS[:1])[0].written) == 30
+    assert engine.generate(REQUESTS[:1])[0].n_new == 30
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +424,7 @@ def test_five_hundred_tokens_in_company(temperature):
             engine.add(engine.begin(Request("def " * (i % 3), 60, PLAIN, seed=i)))
         if completion.finish_reason is None:
             engine.step()
-    assert len(completion.written) == 500
+    assert completion.n_new == 500
     assert completion.tokens == expected.tokens
 
 

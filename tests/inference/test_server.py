@@ -378,7 +378,7 @@ def test_of_a_prompt_that_is_too_long_it_says_what_is_cut(client):
     long = "a" * 200
     said = client.completions.create(model="tiny", prompt=long, max_tokens=2)
     # End-of-text and 200 bytes, the last of which is drawn again
-    assert said.usage.prompt_tokens_cut == 200 - 64 and said.usage.prompt_tokens == 64
+    assert said.usage.prompt_tokens_cut == 200 - 64 and said.usage.prompt_tokens == 65
     for extra in dict(extra_body=dict(truncation="disabled")), dict(echo=True, logprobs=0):
         with pytest.raises(openai.BadRequestError, match="looks back at 64") as e:
             client.completions.create(model="tiny", prompt=long, max_tokens=2, **extra)

@@ -1,14 +1,13 @@
 """How many steps a time allows, and what trying them leaves behind: nothing."""
 
 import json
-import time
 
 import pytest
 from helpers import SMALL_MODEL, tiny, train_losses, write_text
 
 import train_gpt as tg
-from base import InputError
-from runtime import time_given
+from base import InputError, clock
+from runtime import resume, time_given
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(time_given, "least_seconds", step)
     monkeypatch.setattr(time_given, "best_seconds", lambda device, work, repeats: 0.2)
     monkeypatch.setattr(tg, "expected_training", time_given.expected_training)
-    monkeypatch.setattr(tg, "START", time.perf_counter())  # tests have been running for a while
+    monkeypatch.setattr(clock, "_taken", [True])  # tests have been running for a while
 
 
 def small(text, tmp_path, **fields):
@@ -66,6 +65,10 @@ def test_steps_fill_the_time_that_is_left(text, tmp_path, monkeypatch, measured)
 def test_a_time_that_not_even_validations_fit_is_refused(text, tmp_path, measured):
     c = small(text, tmp_path, steps=40, eval_every=10, time="2s")
     with pytest.raises(InputError, match=r"--time 2s: \d+ s are over, and 4 validations"):
+        tg.train(c)
+    # Nothing is in the way of another try
+    assert not resume.is_run(tmp_path / "run")
+    with pytest.raises(InputError, match="--time 2s"):
         tg.train(c)
 
 
