@@ -208,17 +208,17 @@ static void copy_rows(struct rows r, long b, long h, long begin, long end, long 
     memset(to, 0, 2 * D * (up(end - begin) - (end - begin)));
 }
 
-/* What a job needs of the keys that its queries see, `from` to `stop` */
-struct seen {
+/* Queries of one head, and what they need of the keys that they see, `from` to `stop` */
+struct job {
     long b, h, start, stop; /* queries */
-    long from, wide;        /* the first key, and how many, a multiple of 32 */
+    long from, n_keys;      /* the first key, and how many, a multiple of 32 */
     uint32_t *along;        /* tiles for products over D, with these keys as outputs, */
     uint32_t *across;       /* and for products over keys, with D outputs */
-    uint16_t *rows;
+    uint16_t *rows;         /* room for these keys as they are */
 };
 
 /* along: of x, across: of z */
-static void see(struct seen *s, long at, long T, long H, long D, const int32_t *firsts,
+static void begin_job(struct job *s, long at, long T, long H, long D, const int32_t *firsts,
                 struct rows x, struct rows z)
 {
     long chunks = (T + CHUNK - 1) / CHUNK;
@@ -227,20 +227,20 @@ static void see(struct seen *s, long at, long T, long H, long D, const int32_t *
     s->start = at % chunks * CHUNK;
     s->stop = least(T, s->start + CHUNK);
     s->from = down(firsts[s->b * T + s->start]);
-    s->wide = up(s->stop - s->from);
+    s->n_keys = up(s->stop - s->from);
     copy_rows(x, s->b, s->h, s->from, s->stop, D, s->rows);
-    s->along = in_pairs(s->rows, s->wide, D);
+    s->along = in_pairs(s->rows, s->n_keys, D);
     copy_rows(z, s->b, s->h, s->from, s->stop, D, s->rows);
-    pair_rows(s->rows, s->wide, D, s->across);
+    pair_rows(s->rows, s->n_keys, D, s->across);
 }
 
 /* scores (32, columns), L apart = a (32, D) times keys from `base` on */
-static void scores_of(const struct seen *s, const uint16_t *a, long D, long base, long columns,
+static void scores_of(const struct job *s, const uint16_t *a, long D, long base, long columns,
                       long L, float *scores)
 {
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
     for (long t = 0; t < columns; t += BLOCK) {
-        multiply_block(a, D, s->along + (base + t) * SIDE, s->wide * SIDE, D, 0, 0, sums);
+        multiply_block(a, D, s->along + (base + t) * SIDE, s->n_keys * SIDE, D, 0, 0, sums);
         for (int i = 0; i < 4; i++)
             put_sums(sums[i], 0, scores, 0, i / 2 * SIDE * L + t + i % 2 * SIDE, L, SIDE);
     }
@@ -248,7 +248,7 @@ static void scores_of(const struct seen *s, const uint16_t *a, long D, long base
 
 /* `many` rows of y (.., D), `stride` apart = weights (32, columns), L apart, times rows of keys
    from `base` on */
-static void sum_up(const struct seen *s, const uint16_t *weights, long L, long base, long columns,
+static void sum_up(const struct job *s, const uint16_t *weights, long L, long base, long columns,
                    long D, uint16_t *y, long stride, long many)
 {
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
@@ -269,7 +269,7 @@ void attend(long B, long T, long H, long D, const uint16_t *q, const uint16_t *k
     struct rows queries = {q, strides}, keys = {k, strides + 3}, values = {v, strides + 6};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        struct seen s;
+        struct job s;
         s.rows = aligned_alloc(64, 2 * (CHUNK + L) * D);
         s.across = aligned_alloc(64, 2 * (CHUNK + L) * D);
         uint16_t *own = aligned_alloc(64, 2 * BLOCK * D);
@@ -278,7 +278,7 @@ void attend(long B, long T, long H, long D, const uint16_t *q, const uint16_t *k
         use_tiles();
 #pragma omp for schedule(static)
         for (long at = 0; at < B * H * ((T + CHUNK - 1) / CHUNK); at++) {
-            see(&s, at, T, H, D, firsts, keys, values);
+            begin_job(&s, at, T, H, D, firsts, keys, values);
             const int32_t *first = firsts + s.b * T;
             for (long m = s.start; m < s.stop; m += BLOCK) {
                 long many = least(BLOCK, s.stop - m), begin = down(first[m]);
@@ -320,7 +320,7 @@ static void of_queries(long B, long T, long H, long D, struct rows k, struct row
 {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        struct seen s;
+        struct job s;
         s.rows = aligned_alloc(64, 2 * (CHUNK + L) * D);
         s.across = aligned_alloc(64, 2 * (CHUNK + L) * D);
         uint16_t *own = aligned_alloc(64, 2 * BLOCK * D);
@@ -329,7 +329,7 @@ static void of_queries(long B, long T, long H, long D, struct rows k, struct row
         use_tiles();
 #pragma omp for schedule(static)
         for (long at = 0; at < B * H * ((T + CHUNK - 1) / CHUNK); at++) {
-            see(&s, at, T, H, D, firsts, v, k);
+            begin_job(&s, at, T, H, D, firsts, v, k);
             for (long m = s.start; m < s.stop; m += BLOCK) {
                 long many = least(BLOCK, s.stop - m), begin = down(firsts[s.b * T + m]);
                 long columns = up(m + many) - begin;
@@ -376,21 +376,21 @@ static void of_keys(long B, long T, long H, long D, struct rows x, const int32_t
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
-        uint16_t *turned = aligned_alloc(64, 2 * D * width);
-        uint16_t *rest = aligned_alloc(64, 2 * BLOCK * BLOCK);
-        uint32_t *pairs = aligned_alloc(64, 4 * PAIRS * (L / BLOCK));
+        uint16_t *turned = aligned_alloc(64, 2 * D * width); /* (D, queries) of x */
+        uint16_t *rest = aligned_alloc(64, 2 * BLOCK * BLOCK); /* the last queries' weights */
+        uint32_t *pairs = aligned_alloc(64, 4 * PAIRS * (L / BLOCK)); /* (queries, 32 keys) */
         use_tiles();
 #pragma omp for schedule(static)
         for (long at = 0; at < B * H * chunks; at++) {
             long b = at / (H * chunks), h = at / chunks % H, start = at % chunks * CHUNK;
             const int32_t *first = firsts + b * T;
-            const uint16_t *own = weights + (b * H + h) * T * L;
+            const uint16_t *own = weights + (b * H + h) * T * L; /* of this head */
             columns_of(x.x + b * x.strides[0] + h * x.strides[2], x.strides[1], start,
                        least(T, start + CHUNK + L), D, width, turned);
             for (long j = start; j < T && j < start + CHUNK; j += BLOCK) {
                 long n = 0; /* blocks of queries that see some of these keys */
                 for (long m = j; m < T && down(first[m]) <= j; m += BLOCK, n++) {
-                    const uint16_t *from = own + m * L + j - down(first[m]);
+                    const uint16_t *from = own + m * L + j - down(first[m]); /* (32, 32) */
                     long stride = L;
                     if (m + BLOCK > T) { /* there are no more queries */
                         memset(rest, 0, 2 * BLOCK * BLOCK);
