@@ -35,6 +35,7 @@ from kernels.fp8_mlp import FP8MLPs
 from kernels.fused import Fused
 from models import gpt
 from optim import Optimizer
+from records import add
 from records.source import files_in, header_line, pack_source
 from runtime import machine, warming_up
 from runtime.evaluation import Split, evaluate, part_of
@@ -816,6 +817,9 @@ def test_a_run_that_looks_at_a_part_first_ends_with_the_whole_splits_loss(text, 
     plain = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "plain"), **fields))
     looks = tg.train(tiny(text, tmp_path, run_dir=str(tmp_path / "looks"), quick_val=128, **fields))
     assert looks["val_loss"] == plain["val_loss"] and looks["steps"] == plain["steps"]
+    rows = [json.loads(x) for x in (tmp_path / "looks/metrics.jsonl").read_text().splitlines()]
+    assert any("part_val_loss" in row for row in rows)
+    assert add.load_run(tmp_path / "looks").result["steps"] == looks["steps"]  # as for a record
 
 
 def test_training_text_is_measured_as_the_validation_split_is(tmp_path):
