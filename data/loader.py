@@ -301,8 +301,10 @@ class TrainLoader:
         """Why no row can be filled, and what would help."""
         ends = (self._pieces(0, shard, max_len).ends for shard in range(len(self.shards)))
         most = max((int(end[-1]) for end in ends if len(end)), default=0)
-        fits = 2 ** (most.bit_length() - 1) if most else 0
-        shorter = f", or --row-len {fits} and no larger --batch-tokens" if most >= SHORT else ""
+        shorter = ""
+        if most >= SHORT:
+            fits = 2 ** (most.bit_length() - 1)
+            shorter = f", or --row-len {fits} and no larger --batch-tokens"
         return (
             f"the training text is too short for a row of {self.row_len} tokens with documents of "
             f"at most {max_len}: it has {most}, or its largest part; give more text{shorter}"

@@ -5,13 +5,14 @@
                 half of its columns the last half, those that rotation hardly turns
 
 Bytes, at e an element of n: gated 2 e n forward (3 with onto) and 3 e n backward, offset 2 and 2,
-where it is one pass: in torch.compile, and on a CPU in C (fused.py). PyTorch takes 3 and 6, 6 and
-9.
+where it is one pass: in torch.compile, and on a CPU in C (fused.py).
 
 Source: key offset, sparse attention gates and gated value embeddings of modded-nanogpt.
 """
 
 import torch
+
+from .stream import previous
 
 
 def gated(x, share, onto=None):
@@ -23,8 +24,7 @@ def gated(x, share, onto=None):
 def offset(k, starts):
     """k: (B, T, H, D), D even; starts: (B, T) bool, where documents begin, as every row
     does -> (B, T, H, D)."""
-    before = torch.where(starts[..., None, None], k, k.roll(1, dims=1))
-    return torch.where(stands_still(k), before, k)
+    return torch.where(stands_still(k), previous(k, starts[..., None, None], k), k)
 
 
 def stands_still(k):

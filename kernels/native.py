@@ -77,17 +77,16 @@ class Library:
 
     @classmethod
     def build(cls, folder, say=lambda message: None):
-        """That of this machine; None where that is not possible. As build()."""
-        library = build(cls.name, folder, say)
+        """That of this machine; None where that is not possible, or not for it. As build()."""
+        library = build(cls.name, folder, say) if is_for_here(cls.name) else None
         return None if library is None else cls(library)
 
 
 def build_all(folder, say=lambda message: None):
     """Compile every C file that is for this machine, side by side, ahead of its first use."""
     names = sorted(path.stem for path in HERE.glob("*.c"))
-    names = [name for name in names if WHERE.get(name, always)()]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: build(name, folder, say), names))
+        list(pool.map(lambda name: build(name, folder, say), filter(is_for_here, names)))
 
 
 def has_eight():
@@ -101,12 +100,11 @@ def has_tiles():
     return {"amx_bf16", "avx512_bf16"} <= set(processor().split())
 
 
-def always():
-    return True
-
-
-# Files that are not for every processor
-WHERE = dict(products=has_eight, tiled=has_tiles)
+def is_for_here(name):
+    """Whether a C file is for this processor."""
+    if name == "products":
+        return has_eight()
+    return has_tiles() if name == "tiled" else True
 
 
 def declare(library, signatures):

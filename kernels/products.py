@@ -47,11 +47,6 @@ class Products(native.Library):
     name = "products"
     signatures = SIGNATURES
 
-    @classmethod
-    def build(cls, folder, say=lambda message: None):
-        """As of any Library; None as well where PyTorch's products are as fast."""
-        return super().build(folder, say) if native.has_eight() else None
-
     def losses(self, h, w, targets, bias, wanted):
         """(N,) of rows h (N, C) for targets (N,), -1 for none; w: (V, C), bias: (V,) or None;
         wanted: whether there are gradients."""

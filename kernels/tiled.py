@@ -39,7 +39,7 @@ class Tiled(native.Library):
     @classmethod
     def build(cls, folder, say=lambda message: None):
         """As of any Library; None as well where there are no tiles, or the compiler knows none."""
-        library = native.build(cls.name, folder, say) if native.has_tiles() else None
+        library = native.build(cls.name, folder, say) if native.is_for_here(cls.name) else None
         return cls(library) if library and library.has_tiles() else None
 
     def takes(self, *tensors):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.loader import IGNORE
+from kernels.stream import previous as previous
 
 GATE_INPUTS = 12  # gates look at this many dimensions of a token
 # Logits that exist at one time in validation: 0.8 GB in bf16, where a row of 65,536 tokens with
@@ -57,12 +58,6 @@ def document_starts(inputs, cu_seqlens):
     """(B, T) bool: where a document begins, as every row does."""
     starts = torch.zeros(inputs.numel() + 1, dtype=torch.bool, device=inputs.device)
     return starts.index_fill(0, cu_seqlens.long(), True)[:-1].view(inputs.shape)
-
-
-def previous(x, starts, first):
-    """(B, T, ...) -> the value one token earlier; `first` at documents' starts, which each row
-    begins with."""
-    return torch.where(starts, first, x.roll(1, dims=1))
 
 
 def later_targets(targets, starts, n):

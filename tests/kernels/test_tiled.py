@@ -52,10 +52,9 @@ SHAPES = [(1, 1, 32), (7, 33, 64), (100, 77, 32), (801, 130, 96), (40, 5000, 32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_losses(c, shape, monkeypatch):
+def test_losses(c, shape):
     """Of columns and rows that fill no tile, of heads that no cache holds; logits are not rounded,
     so that losses are exact to fp32."""
-    monkeypatch.setattr(c, "products", None)
     N, V, C = shape
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
     targets[3::5] = -100
